@@ -1,0 +1,1 @@
+"""The HTTP service: pictures in, labels out. onnxruntime and no torch."""
