@@ -1,0 +1,60 @@
+"""From a path, or from nothing, to a data set: CIFAR-100 by download or from a folder, or the user's own pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from training import cifar, image_folder
+from training.dataset import DataError, DataSet, Split
+from training.download import ensure_cifar100
+
+__all__ = ["DataError", "DataSet", "Split", "load"]
+
+
+def _check(path: Path) -> None:
+    if not path.exists():
+        raise DataError(f"{path}: does not exist; --data takes a folder laid out as {_LAYOUTS}.")
+    if not path.is_dir():
+        raise DataError(f"{path}: is a file; --data takes a folder laid out as {_LAYOUTS}.")
+    folder = path / cifar.FOLDER if (path / cifar.FOLDER).is_dir() else path
+    missing = [name for name in cifar.MEMBERS if not (folder / name).is_file()]
+    if 0 < len(missing) < len(cifar.MEMBERS):
+        raise DataError(
+            f"{folder}: looks like {cifar.FOLDER} but lacks {' and '.join(missing)}; unpack the whole archive there."
+        )
+    if not any(child.is_dir() for child in path.iterdir()):
+        raise DataError(f"{path}: has no folders of pictures in it; --data takes a folder laid out as {_LAYOUTS}.")
+
+
+_LAYOUTS = f"{cifar.FOLDER}/ (files meta, test and train), or {image_folder.LAYOUT}"
+
+
+def load(
+    path: Path | None,
+    *,
+    input_size: int,
+    cache_dir: Path = Path("data"),
+    validation_fraction: float = 0.1,
+    seed: int = 0,
+) -> DataSet:
+    """Load a data set with every picture as uint8 [input_size, input_size, 3].
+
+    path: None for CIFAR-100 (downloaded into ``cache_dir`` when it is not there), else a folder: the official
+        ``cifar-100-python`` layout (itself or its parent), or an image folder (see ``training.image_folder``).
+    input_size: side in pixels; other pictures are centre-cropped to a square and resized (bicubic) once.
+    validation_fraction: share of the training pictures held out, in (0, 1): the last ones of CIFAR-100, a stratified
+        draw from ``seed`` of an image folder; ignored where the folder has its own ``val/``.
+
+    Raises DataError, with a sentence for the user, when there is no usable data.
+    """
+    if not 0 < validation_fraction < 1:
+        raise DataError(f"validation_fraction is {validation_fraction}; it must lie between 0 and 1.")
+    if path is None:
+        folder: Path | None = ensure_cifar100(cache_dir)
+    else:
+        folder = cifar.find(path)
+    if folder is not None:
+        return cifar.load(folder, input_size=input_size, validation_fraction=validation_fraction)
+    assert path is not None
+    _check(path)
+    return image_folder.load(path, input_size=input_size, validation_fraction=validation_fraction, seed=seed)

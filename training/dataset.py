@@ -1,0 +1,60 @@
+"""What every source of pictures becomes: uint8 tensors, labels, and their names.
+
+Shape letters: N pictures, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+class DataError(Exception):
+    """The data cannot be used: one sentence with the path, what is wrong and what would be right."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Pictures with their labels.
+
+    images: uint8 [N, H, W, 3], RGB, 0..255.
+    labels: int64 [N], indices into ``DataSet.labels``.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> Split:
+        """Return the same split on ``device``."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def subset(self, indices: NDArray[np.int64]) -> Split:
+        """Return the pictures at ``indices`` (int64 [M]), in that order."""
+        chosen = torch.from_numpy(indices)
+        return Split(self.images[chosen], self.labels[chosen])
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Training, validation and test pictures of one size over one list of labels.
+
+    name: short name, "cifar100" or that of the image folder.
+    labels: class names; the position is the class index.
+    test: None where the source has no test pictures.
+    superclasses: index of the superclass of each class, None where the source has none.
+    superclass_names: the superclasses' names, None where the source has none.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    train: Split
+    val: Split
+    test: Split | None
+    superclasses: tuple[int, ...] | None = None
+    superclass_names: tuple[str, ...] | None = None

@@ -1,0 +1,104 @@
+"""Image folders: ``DIR/<class>/*.jpg``, or the same below ``DIR/train``, ``DIR/val`` and ``DIR/test``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from training.dataset import DataError, DataSet, Split
+from training.pictures import SUFFIXES, read_pictures
+
+LAYOUT = "DIR/<class>/*.jpg, or DIR/train/<class>/*.jpg with val/ and test/ beside train/"
+
+
+def _class_folders(path: Path) -> list[Path]:
+    """Return the visible folders below ``path``, by name."""
+    return sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+
+
+def _pictures_of(folder: Path) -> list[Path]:
+    """Return the picture files of one class, by name; raises DataError when there are none."""
+    files = (child for child in folder.iterdir() if child.is_file() and not child.name.startswith("."))
+    pictures = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
+    if not pictures:
+        raise DataError(
+            f"{folder}: this class folder has no pictures; put some in ({' '.join(sorted(SUFFIXES))}) or remove it."
+        )
+    return pictures
+
+
+def _labels_of(path: Path) -> tuple[str, ...]:
+    """Return the class names of the training folder; raises DataError when there are fewer than two."""
+    labels = tuple(folder.name for folder in _class_folders(path))
+    if len(labels) < 2:
+        found = f"only one class folder ({labels[0]})" if labels else "no class folder"
+        raise DataError(f"{path}: has {found}; a classifier needs at least two, laid out as {LAYOUT}.")
+    return labels
+
+
+def _read_split(path: Path, labels: tuple[str, ...], size: int) -> Split:
+    """Read ``path/<class>/*``; raises DataError for a class that is not in ``labels`` or an unreadable picture."""
+    folders = _class_folders(path)
+    unknown = [folder.name for folder in folders if folder.name not in labels]
+    if unknown:
+        raise DataError(
+            f"{path}: has classes that the training pictures lack ({', '.join(unknown)}); "
+            "add training pictures of them or remove their folders."
+        )
+    if not folders:
+        raise DataError(f"{path}: has no class folder; lay it out as {LAYOUT}, or remove it.")
+    pictures = {labels.index(folder.name): _pictures_of(folder) for folder in folders}
+    paths = [file for files in pictures.values() for file in files]
+    indices = np.repeat(list(pictures), [len(files) for files in pictures.values()]).astype(np.int64)
+    return Split(torch.from_numpy(read_pictures(paths, size, f"reading {path.name}")), torch.from_numpy(indices))
+
+
+def stratified_split(
+    labels: NDArray[np.int64], fraction: float, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Split indices 0..N-1 into (training, validation), both ascending, by class.
+
+    Of every class ``fraction`` of the pictures, and at least one where it has two, go to validation, and at least one
+    stays. The draw depends on the seed and on the class alone: pictures added to one class do not move the others'.
+    """
+    chosen = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = min(max(round(len(members) * fraction), 1), len(members) - 1)
+        order = np.random.default_rng([seed, int(label)]).permutation(len(members))
+        chosen.append(members[order[:count]])
+    validation = np.sort(np.concatenate(chosen))
+    return np.setdiff1d(np.arange(len(labels)), validation), validation
+
+
+def _split_validation(full: Split, path: Path, fraction: float, seed: int) -> tuple[Split, Split]:
+    training, validation = stratified_split(full.labels.numpy(), fraction, seed)
+    if len(validation) == 0:
+        raise DataError(
+            f"{path}: no class has two pictures, so none can be held out for validation; "
+            "add pictures or a folder val/ beside train/."
+        )
+    return full.subset(training), full.subset(validation)
+
+
+def load(path: Path, *, input_size: int, validation_fraction: float, seed: int) -> DataSet:
+    """Read an image folder, every picture brought to ``input_size`` x ``input_size`` once.
+
+    Classes are the folders' names in order of the alphabet. Without ``val/`` a stratified, seeded part of the training
+    pictures becomes validation; without ``test/`` there is no test split. Raises DataError for what cannot be used.
+    """
+    # A class may itself be called "train" (of the railway kind): only a folder of folders is the split.
+    has_splits = (path / "train").is_dir() and bool(_class_folders(path / "train"))
+    train_path = path / "train" if has_splits else path
+    labels = _labels_of(train_path)
+    full = _read_split(train_path, labels, input_size)
+    if has_splits and (path / "val").is_dir():
+        train, val = full, _read_split(path / "val", labels, input_size)
+    else:
+        train, val = _split_validation(full, train_path, validation_fraction, seed)
+    has_test = has_splits and (path / "test").is_dir()
+    test = _read_split(path / "test", labels, input_size) if has_test else None
+    return DataSet(name=path.resolve().name, labels=labels, train=train, val=val, test=test)
