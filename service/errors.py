@@ -1,3 +1,4 @@
+# ruff: noqa: N818 - these are answers of the API, named after what happened; the suffix would say "Error" of each twice
 """Everything that can go wrong with a request. A class owns its HTTP status, its stable code and its public words.
 
     ServiceError                     500  internal_error
