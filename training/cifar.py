@@ -65,9 +65,8 @@ def read_pickle(path: Path) -> dict[bytes, Any]:
     try:
         content = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); the official file of that name must be there."
-        ) from (error)
+        reason = error.strerror
+        raise DataError(f"{path}: cannot be read ({reason}); the official file of that name must be there.") from error
     except Exception as error:  # a damaged pickle may raise anything, says the module's documentation
         raise DataError(
             f"{path}: is not the official CIFAR-100 file, or only a part of it ({error}); "
