@@ -3,8 +3,8 @@
 It is slow and literal on purpose: one picture feature after the other as the text names them, no batching tricks, no
 framework. Shape letters: B pictures, P pixels a side, M tokens, N latents, C channels, H heads, D channels of a head.
 
-Parameters are a flat dictionary. Dense layers are ``<name>.kernel`` [in, out] and ``<name>.bias`` [out]; layer norms are
-``<name>.scale`` and ``<name>.offset`` [C]. Columns of the heads' kernels stand head by head: (H, D) flattened.
+Parameters are a flat dictionary. Dense layers are ``<name>.kernel`` [in, out] and ``<name>.bias`` [out]; layer norms
+are ``<name>.scale`` and ``<name>.offset`` [C]. Columns of the heads' kernels stand head by head: (H, D) flattened.
 
     input.mean, input.variance                   [3], on the scale 0..255
     patch, position [M, C], latents [N, C]
@@ -150,3 +150,57 @@ def forward(params: Params, images: NDArray[np.uint8], shape: Shape) -> Array:
         for index in range(shape.num_blocks):
             latents = block(params, f"block{index}", latents, shape.num_heads)
     return head(params, latents)
+
+
+# Where the torch model's parameters stand here; ``{i}`` counts the blocks. A torch dense layer keeps its kernel turned.
+DENSE_NAMES = {
+    "tokens.patch_projection": "patch",
+    "cross_attentions.0.query": "cross.query",
+    "cross_attentions.0.key": "cross.key",
+    "cross_attentions.0.value": "cross.value",
+    "cross_attentions.0.ffn.hidden": "cross.ffn.hidden",
+    "cross_attentions.0.ffn.output": "cross.ffn.output",
+    "transformers.0.{i}.attention.query": "block{i}.query",
+    "transformers.0.{i}.attention.key": "block{i}.key",
+    "transformers.0.{i}.attention.value": "block{i}.value",
+    "transformers.0.{i}.attention.output": "block{i}.attention_output",
+    "transformers.0.{i}.ffn.hidden": "block{i}.ffn.hidden",
+    "transformers.0.{i}.ffn.output": "block{i}.ffn.output",
+    "head.hidden": "head.hidden",
+    "head.output": "head.output",
+}
+NORM_NAMES = {
+    "cross_attentions.0.latent_norm": "cross.latent_norm",
+    "cross_attentions.0.token_norm": "cross.token_norm",
+    "cross_attentions.0.ffn_norm": "cross.norm",
+    "transformers.0.{i}.attention_norm": "block{i}.attention_norm",
+    "transformers.0.{i}.ffn_norm": "block{i}.ffn_norm",
+}
+OTHER_NAMES = {
+    "tokens.position_embedding": "position",
+    "latents": "latents",
+    "cross_attentions.0.scale": "cross.scale",
+    "preprocess.mean": "input.mean",
+    "preprocess.variance": "input.variance",
+}
+
+
+def from_torch(state: Mapping[str, Array], num_blocks: int) -> dict[str, Array]:
+    """Rename and turn the torch model's parameters; raises KeyError unless each is used, exactly once.
+
+    state: the model's state_dict and, under ``preprocess.``, the preprocessing's, as float64 arrays.
+    """
+    left = dict(state)
+    params = {new: left.pop(old) for old, new in OTHER_NAMES.items()}
+    for i in range(num_blocks):
+        for old, new in DENSE_NAMES.items():
+            if i == 0 or "{i}" in old:
+                params[f"{new.format(i=i)}.kernel"] = left.pop(f"{old.format(i=i)}.weight").T
+                params[f"{new.format(i=i)}.bias"] = left.pop(f"{old.format(i=i)}.bias")
+        for old, new in NORM_NAMES.items():
+            if i == 0 or "{i}" in old:
+                params[f"{new.format(i=i)}.scale"] = left.pop(f"{old.format(i=i)}.weight")
+                params[f"{new.format(i=i)}.offset"] = left.pop(f"{old.format(i=i)}.bias")
+    if left:
+        raise KeyError(f"no counterpart for {sorted(left)}")
+    return params
