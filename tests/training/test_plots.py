@@ -1,0 +1,124 @@
+"""The figures: that they are drawn, from what, and what stands in them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from training.evaluate import calibration_bins
+from training.plots import ConfusedPair, most_confused, save_confusion, save_curves, save_reliability
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures as they were when they were saved."""
+    saved: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(self: Figure, *args: object, **kwargs: object) -> None:
+        save(self, *args, **kwargs)
+        saved.append(self)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return saved
+
+
+def rows(epochs: int) -> list[dict[str, float]]:
+    return [
+        {
+            "epoch": epoch,
+            "train_loss": 4.5 - 0.05 * epoch,
+            "val_loss": 4.4 - 0.05 * epoch,
+            "val_top1": 0.4 - 0.001 * abs(epoch - 2),
+            "val_top5": 0.7,
+            "learning_rate": 1e-3,
+            "pictures_per_second": 512.0,
+            "seconds": 88.0,
+        }
+        for epoch in range(1, epochs + 1)
+    ]
+
+
+def assert_picture(path: Path) -> None:
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        colours = picture.convert("RGB").getcolors(1 << 20)
+    assert colours is not None
+    assert len(colours) > 10
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 80])
+def test_curves_show_every_epoch(tmp_path: Path, figures: list[Figure], epochs: int) -> None:
+    save_curves(rows(epochs), tmp_path / "curves.png")
+    assert_picture(tmp_path / "curves.png")
+    panels = {axes.get_title(loc="left"): axes for axes in figures[0].axes}
+    assert list(panels) == ["Loss", "Validation accuracy", "Learning rate", "Speed"]
+    lines = panels["Loss"].get_lines()
+    np.testing.assert_allclose(lines[0].get_ydata(), [row["train_loss"] for row in rows(epochs)])
+    np.testing.assert_allclose(lines[1].get_ydata(), [row["val_loss"] for row in rows(epochs)])
+    assert all(axes.get_xlabel() == "epoch" and axes.get_ylabel() for axes in panels.values())
+
+
+def test_curves_mark_the_best_epoch(tmp_path: Path, figures: list[Figure]) -> None:
+    save_curves(rows(5), tmp_path / "curves.png")
+    assert [text.get_text() for text in figures[0].axes[1].texts] == ["best 40.0%\nepoch 2"]
+
+
+def test_no_curves_without_an_epoch(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="before the first epoch"):
+        save_curves([], tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_most_confused_counts_ordered_pairs() -> None:
+    targets = [0, 0, 0, 0, 1, 1, 2, 2, 2]
+    predictions = [0, 1, 1, 2, 0, 1, 2, 2, 2]
+    assert most_confused(targets, predictions, ["ant", "bee", "cat"]) == [
+        ConfusedPair("ant", "bee", 2, 0.5),
+        ConfusedPair("bee", "ant", 1, 0.5),
+        ConfusedPair("ant", "cat", 1, 0.25),
+    ]
+    assert len(most_confused(targets, predictions, ["ant", "bee", "cat"], limit=2)) == 2
+
+
+def test_nothing_is_confused_where_all_is_right() -> None:
+    assert most_confused(torch.arange(3), torch.arange(3), ["ant", "bee", "cat"]) == []
+
+
+@pytest.mark.parametrize("count", [0, 1, 20])
+def test_confusion_has_a_bar_for_each_pair(tmp_path: Path, figures: list[Figure], count: int) -> None:
+    pairs = [ConfusedPair(f"oak_tree {i}", "maple_tree", 20 - i, (20 - i) / 100) for i in range(count)]
+    save_confusion(pairs, tmp_path / "confusion.png")
+    assert_picture(tmp_path / "confusion.png")
+    (axes,) = figures[0].axes
+    assert [bar.get_width() for bar in axes.patches] == [pair.share for pair in pairs]
+    assert [text.get_text() for text in axes.get_yticklabels()] == [f"{p.true}  →  {p.predicted}" for p in pairs]
+
+
+def test_reliability_shows_the_bins_of_the_evaluation(tmp_path: Path, figures: list[Figure]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(500, 10, generator=generator) * 2
+    labels = torch.randint(10, (500,), generator=generator)
+    bins = calibration_bins(logits, labels)
+    save_reliability(bins, tmp_path / "reliability.png")
+    assert_picture(tmp_path / "reliability.png")
+    top, bottom = figures[0].axes
+    filled = bins[:, 0] > 0
+    assert 0 < filled.sum() < len(bins)
+    assert [bar.get_height() for bar in top.patches] == bins[filled, 2].tolist()
+    assert [bar.get_height() for bar in bottom.patches] == bins[:, 0].tolist()
+    error = (bins[:, 0] * (bins[:, 1] - bins[:, 2]).abs()).sum().item()
+    assert f"{error:.2%}" in top.get_title(loc="left")
+
+
+def test_drawing_needs_no_display() -> None:
+    """pyplot keeps every figure alive and looks for a display: it stays out."""
+    code = "import sys, training.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
