@@ -1,0 +1,272 @@
+"""The model folder's contract: what export writes and the service reads. See docs/artifact.md.
+
+    <folder>/<version>/model.onnx     the graph, with the metadata in its metadata_props
+    <folder>/<version>/golden.npz     real pictures and the logits that torch gave for them in float32
+
+Shape letters: K golden pictures, H and W the input size in pixels, C classes.
+"""
+
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+
+Precision = Literal["float32", "float16", "int8"]
+Split = Annotated[str, Field(min_length=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+SCHEMA_VERSION = 1
+MODEL_FILE = "model.onnx"
+GOLDEN_FILE = "golden.npz"
+# A version folder may hold variants of the same model beside the float32 one; each carries its own metadata.
+MODEL_FILES: Mapping[Precision, str] = {"float32": MODEL_FILE, "float16": "model.fp16.onnx", "int8": "model.int8.onnx"}
+
+INPUT_NAME = "images"
+OUTPUT_NAME = "logits"
+KEY_PREFIX = "perceiver."
+# What the ONNX specification itself says about image inputs ("Image Category Definition" in MetadataProps.md).
+IMAGE_PROPS = {
+    "Image.BitmapPixelFormat": "Rgb8",
+    "Image.ColorSpaceGamma": "SRGB",
+    "Image.NominalPixelRange": "NominalRange_0_255",
+}
+
+
+class ArtifactError(Exception):
+    """A model folder breaks the contract. The message names the file, what is wrong and what would be right."""
+
+
+class _Contract(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ResizePolicy(_Contract):
+    """How a picture of another size is brought to the model's input size.
+
+    Attributes:
+        crop: "center" takes the largest centred region of the target's aspect ratio, "none" stretches.
+        filter: Pillow's resampling filter; all of them antialias when shrinking.
+    """
+
+    crop: Literal["center", "none"] = "center"
+    filter: Literal["bilinear", "bicubic", "lanczos", "box"] = "bicubic"
+
+
+class EvalMetrics(_Contract):
+    """Measured on `n` pictures of `split`; all but `loss` are fractions in 0..1, `ece` with 15 bins."""
+
+    split: Split
+    n: Annotated[int, Field(ge=1)]
+    top1: Fraction
+    top5: Fraction
+    loss: Annotated[float, Field(ge=0)]
+    ece: Fraction
+
+
+class Provenance(_Contract):
+    """Where the weights come from: commit, SHA-256 of the checkpoint, ISO 8601 time in UTC, library versions."""
+
+    git_commit: str | None
+    checkpoint_sha256: str
+    created: str
+    versions: dict[str, str]
+
+    @field_validator("created")
+    @classmethod
+    def _is_iso_8601(cls, value: str) -> str:
+        TypeAdapter(AwareDatetime).validate_python(value)
+        return value
+
+
+class ModelMetadata(_Contract):
+    """All that the service must know about a model; travels inside the ONNX file.
+
+    Attributes:
+        labels: class names by index, C of them.
+        input_size: (H, W) in pixels, the size of the graph's input.
+        golden_tolerance: largest allowed absolute difference of a logit on the golden pictures.
+        temperature: divisor that calibrates the logits; already applied inside the graph, here for information.
+        parameters: number of trained parameters.
+    """
+
+    schema_version: Literal[1]
+    name: Annotated[str, Field(min_length=1)]
+    labels: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=2)]
+    input_size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    resize: ResizePolicy
+    dataset: str
+    metrics: EvalMetrics | None
+    preset: str
+    parameters: Annotated[int, Field(ge=0)]
+    precision: Precision
+    golden_tolerance: Annotated[float, Field(gt=0)]
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    provenance: Provenance
+
+    @field_validator("labels")
+    @classmethod
+    def _are_unique(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        repeated = [label for label, count in Counter(labels).items() if count > 1]
+        if repeated:
+            raise ValueError(f"every label must be unique; repeated: {', '.join(repeated)}")
+        return labels
+
+
+def to_props(metadata: ModelMetadata) -> dict[str, str]:
+    """Write metadata as ONNX metadata_props: one JSON string a field, and the ONNX specification's own image keys."""
+    fields = metadata.model_dump(mode="json")
+    return {f"{KEY_PREFIX}{name}": json.dumps(value) for name, value in fields.items()} | IMAGE_PROPS
+
+
+def from_props(props: Mapping[str, str]) -> ModelMetadata:
+    """Read and validate what `to_props` wrote; keys of other tools are ignored.
+
+    Raises:
+        ArtifactError: a field is missing, unknown, not JSON, or out of its bounds.
+    """
+    fields: dict[str, Any] = {}
+    for key, text in props.items():
+        if key.startswith(KEY_PREFIX):
+            try:
+                fields[key.removeprefix(KEY_PREFIX)] = json.loads(text)
+            except ValueError as error:
+                raise ArtifactError(f"metadata: {key} must be JSON, and is not: {error}") from error
+    if not fields:
+        raise ArtifactError(
+            f"metadata: there is no {KEY_PREFIX}* entry; the file must be written by `python -m export`"
+        )
+    try:
+        # Strict in Python means no string for a number; lists become tuples only in JSON mode.
+        return ModelMetadata.model_validate_json(json.dumps(fields), strict=True)
+    except ValidationError as error:
+        raise ArtifactError(f"metadata: {_in_words(error)}") from error
+
+
+def _in_words(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False))
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Pictures with known answers.
+
+    Attributes:
+        images: uint8 [K, H, W, 3], RGB.
+        labels: int64 [K], the true classes.
+        logits: float32 [K, C], what torch gave in float32.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    logits: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        for name, dtype, ndim in (("images", "uint8", 4), ("labels", "int64", 1), ("logits", "float32", 2)):
+            array = getattr(self, name)
+            if array.dtype != dtype or array.ndim != ndim:
+                raise ArtifactError(
+                    f"golden pictures: {name} must be {dtype} with {ndim} dimensions, "
+                    f"and is {array.dtype} of shape {list(array.shape)}"
+                )
+        counts = {len(self.images), len(self.labels), len(self.logits)}
+        if len(counts) != 1 or 0 in counts:
+            raise ArtifactError(
+                f"golden pictures: images, labels and logits must be equally many and at least one, "
+                f"and are {len(self.images)}, {len(self.labels)} and {len(self.logits)}"
+            )
+        if self.images.shape[3] != 3 or not np.isfinite(self.logits).all():
+            raise ArtifactError("golden pictures: images must have 3 channels and all logits must be finite")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def save_golden(path: Path, golden: Golden) -> None:
+    """Write `golden.npz`, compressed."""
+    np.savez_compressed(path, images=golden.images, labels=golden.labels, logits=golden.logits)
+
+
+def load_golden(path: Path) -> Golden:
+    """Read `golden.npz`; nothing in it is ever unpickled.
+
+    Raises:
+        ArtifactError: the file is missing, is no npz archive, or holds other arrays than the contract says.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("images", "labels", "logits")}
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: this file is missing; a version must hold its golden pictures") from error
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise ArtifactError(
+            f"{path}: must be an npz archive of images, labels and logits, and can't be read as one: {error}"
+        ) from error
+    try:
+        return Golden(**arrays)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True, order=True)
+class ModelVersion:
+    """One version folder; ordered by number."""
+
+    number: int
+    path: Path
+
+
+def list_versions(folder: Path) -> list[ModelVersion]:
+    """List the versions in `folder`, ascending; [] where there is no such folder.
+
+    A version is a folder whose name is a plain positive integer ("3", not "03" or ".3-tmp"); all else is ignored.
+    """
+    try:
+        entries = list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(ModelVersion(int(e.name), e) for e in entries if _is_version_name(e.name) and e.is_dir())
+
+
+def _is_version_name(name: str) -> bool:
+    return name.isascii() and name.isdigit() and not name.startswith("0")
+
+
+@contextmanager
+def new_version(folder: Path) -> Iterator[tuple[int, Path]]:
+    """Write the next version of `folder` so that no reader ever sees a part of it.
+
+    Yields the next version's number and a temporary sibling folder to write into; it is renamed to
+    `folder/<number>` when the body succeeds and removed when the body raises.
+
+    Raises:
+        ArtifactError: another process took the number meanwhile; an existing version is never overwritten.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    number = max((version.number for version in list_versions(folder)), default=0) + 1
+    temporary = Path(tempfile.mkdtemp(prefix=f".{number}-", dir=folder))
+    try:
+        yield number, temporary
+        temporary.chmod(0o755)  # mkdtemp's 0o700 would hide the version from a service of another user
+        _publish(temporary, folder / str(number))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    """Rename; the system refuses where the target is a folder with something in it, so no check can come too early."""
+    try:
+        temporary.rename(target)
+    except OSError as error:
+        if not target.exists():
+            raise
+        raise ArtifactError(f"{target}: this version exists already and is never overwritten") from error
