@@ -86,16 +86,17 @@ def _names(path: Path, content: Mapping[bytes, Any], key: bytes) -> tuple[str, .
 
 def _class_indices(path: Path, content: Mapping[bytes, Any], key: bytes, count: int, classes: int) -> NDArray[np.int64]:
     """Return int64 [count] under ``key``, each within 0..classes-1."""
-    values = content.get(key)
-    try:
-        indices = np.asarray(values, dtype=np.int64)
-    except (TypeError, ValueError, OverflowError):
-        indices = np.empty(0, np.int64)
-    if indices.shape != (count,) or (count and (indices.min() < 0 or indices.max() >= classes)):
+    indices = np.array(content.get(key))
+    if (
+        indices.dtype.kind not in "iu"
+        or indices.shape != (count,)
+        or indices.min(initial=0) < 0
+        or indices.max(initial=0) >= classes
+    ):
         raise DataError(
             f"{path}: {key.decode()!r} must hold {count} numbers from 0 to {classes - 1}, one for each picture."
         )
-    return indices
+    return indices.astype(np.int64)
 
 
 def _images(path: Path, content: Mapping[bytes, Any]) -> NDArray[np.uint8]:

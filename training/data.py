@@ -11,22 +11,21 @@ from training.download import ensure_cifar100
 __all__ = ["DataError", "DataSet", "Split", "load"]
 
 
+_LAYOUTS = f"{cifar.FOLDER}/ (files meta, test and train), or {image_folder.LAYOUT}"
+
+
 def _check(path: Path) -> None:
+    """Raise DataError unless ``path`` is a folder that may hold folders of pictures."""
     if not path.exists():
         raise DataError(f"{path}: does not exist; --data takes a folder laid out as {_LAYOUTS}.")
     if not path.is_dir():
         raise DataError(f"{path}: is a file; --data takes a folder laid out as {_LAYOUTS}.")
     folder = path / cifar.FOLDER if (path / cifar.FOLDER).is_dir() else path
     missing = [name for name in cifar.MEMBERS if not (folder / name).is_file()]
-    if 0 < len(missing) < len(cifar.MEMBERS):
-        raise DataError(
-            f"{folder}: looks like {cifar.FOLDER} but lacks {' and '.join(missing)}; unpack the whole archive there."
-        )
+    if folder.name == cifar.FOLDER or len(missing) < len(cifar.MEMBERS):
+        raise DataError(f"{folder}: lacks {' and '.join(missing)}; unpack the whole archive of {cifar.FOLDER} there.")
     if not any(child.is_dir() for child in path.iterdir()):
         raise DataError(f"{path}: has no folders of pictures in it; --data takes a folder laid out as {_LAYOUTS}.")
-
-
-_LAYOUTS = f"{cifar.FOLDER}/ (files meta, test and train), or {image_folder.LAYOUT}"
 
 
 def load(

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 
 class DataError(Exception):
@@ -33,11 +31,6 @@ class Split:
     def to(self, device: torch.device | str) -> Split:
         """Return the same split on ``device``."""
         return Split(self.images.to(device), self.labels.to(device))
-
-    def subset(self, indices: NDArray[np.int64]) -> Split:
-        """Return the pictures at ``indices`` (int64 [M]), in that order."""
-        chosen = torch.from_numpy(indices)
-        return Split(self.images[chosen], self.labels[chosen])
 
 
 @dataclass(frozen=True)

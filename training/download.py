@@ -10,6 +10,7 @@ import tarfile
 import tempfile
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,10 +91,19 @@ def download(url: str, md5: str, archive: Path) -> None:
     if actual != md5:
         partial.unlink()
         raise DataError(
-            f"{partial}: has the MD5 checksum {actual} and must have {md5}; "
-            "the file was damaged and has been deleted, run the same command to download it again."
+            f"{partial}: came with the MD5 checksum {actual} where {md5} is right; the damaged file has been deleted, "
+            "run the same command to download it again."
         )
     partial.rename(archive)
+
+
+def _check_archive(archive: Path, md5: str) -> None:
+    """Raise DataError when an archive that lay there already, and is not ours to delete, has another checksum."""
+    actual = _md5(archive)
+    if actual != md5:
+        raise DataError(
+            f"{archive}: has the MD5 checksum {actual} where {md5} is right; remove it and it will be downloaded again."
+        )
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -113,7 +123,7 @@ def unpack(archive: Path, folder: Path) -> None:
                         raise DataError(f"{archive}: {member.name} must be a plain file; download the archive again.")
                     with source, (whole / name).open("wb") as target:
                         shutil.copyfileobj(source, target)
-        except (tarfile.TarError, KeyError, EOFError, OSError) as error:
+        except (tarfile.TarError, KeyError, EOFError, OSError, zlib.error) as error:
             raise DataError(
                 f"{archive}: is not the official archive ({error}); remove it and download it again."
             ) from error
@@ -125,7 +135,15 @@ def unpack(archive: Path, folder: Path) -> None:
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Let the processes of one machine (torchrun starts several) download and unpack one after the other."""
-    with (folder / ".lock").open("w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise DataError(
+            f"{folder}: cannot be written ({error.strerror}), so CIFAR-100 cannot be downloaded there; "
+            f"pass --data with a local folder that holds {FOLDER}/ or one folder of pictures for each class."
+        ) from error
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -137,11 +155,12 @@ def ensure_cifar100(cache_dir: Path, *, url: str = ARCHIVE_URL, md5: str = ARCHI
     """
     if found := find(cache_dir):
         return found
-    cache_dir.mkdir(parents=True, exist_ok=True)
     folder, archive = cache_dir / FOLDER, cache_dir / f"{FOLDER}.tar.gz"
     with _one_at_a_time(cache_dir):
-        if find(folder) is None:
-            if not archive.is_file():
+        if find(folder) is None:  # another process may have been first
+            if archive.is_file():
+                _check_archive(archive, md5)
+            else:
                 download(url, md5, archive)
             unpack(archive, folder)
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,13 @@ def _pictures_of(folder: Path) -> list[Path]:
     """Return the picture files of one class, by name; raises DataError when there are none."""
     files = (child for child in folder.iterdir() if child.is_file() and not child.name.startswith("."))
     pictures = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
-    if not pictures:
-        raise DataError(
-            f"{folder}: this class folder has no pictures; put some in ({' '.join(sorted(SUFFIXES))}) or remove it."
-        )
-    return pictures
+    if pictures:
+        return pictures
+    if _class_folders(folder):
+        raise DataError(f"{folder}: has folders where a class has pictures; lay the pictures out as {LAYOUT}.")
+    raise DataError(
+        f"{folder}: this class folder has no pictures; put some in ({' '.join(sorted(SUFFIXES))}) or remove it."
+    )
 
 
 def _labels_of(path: Path) -> tuple[str, ...]:
@@ -39,8 +42,23 @@ def _labels_of(path: Path) -> tuple[str, ...]:
     return labels
 
 
-def _read_split(path: Path, labels: tuple[str, ...], size: int) -> Split:
-    """Read ``path/<class>/*``; raises DataError for a class that is not in ``labels`` or an unreadable picture."""
+@dataclass(frozen=True)
+class _Listing:
+    """Files of a split and their classes, before any of them is read."""
+
+    paths: list[Path]
+    labels: NDArray[np.int64]
+
+    def read(self, size: int, description: str) -> Split:
+        images = read_pictures(self.paths, size, description)
+        return Split(torch.from_numpy(images), torch.from_numpy(self.labels))
+
+    def at(self, indices: NDArray[np.int64]) -> _Listing:
+        return _Listing([self.paths[index] for index in indices], self.labels[indices])
+
+
+def _list_split(path: Path, labels: tuple[str, ...]) -> _Listing:
+    """List ``path/<class>/*``; raises DataError for a class without pictures or one that is not in ``labels``."""
     folders = _class_folders(path)
     unknown = [folder.name for folder in folders if folder.name not in labels]
     if unknown:
@@ -50,10 +68,10 @@ def _read_split(path: Path, labels: tuple[str, ...], size: int) -> Split:
         )
     if not folders:
         raise DataError(f"{path}: has no class folder; lay it out as {LAYOUT}, or remove it.")
-    pictures = {labels.index(folder.name): _pictures_of(folder) for folder in folders}
-    paths = [file for files in pictures.values() for file in files]
-    indices = np.repeat(list(pictures), [len(files) for files in pictures.values()]).astype(np.int64)
-    return Split(torch.from_numpy(read_pictures(paths, size, f"reading {path.name}")), torch.from_numpy(indices))
+    pictures = [_pictures_of(folder) for folder in folders]
+    indices = [labels.index(folder.name) for folder in folders]
+    counts = [len(files) for files in pictures]
+    return _Listing([file for files in pictures for file in files], np.repeat(indices, counts).astype(np.int64))
 
 
 def stratified_split(
@@ -74,31 +92,37 @@ def stratified_split(
     return np.setdiff1d(np.arange(len(labels)), validation), validation
 
 
-def _split_validation(full: Split, path: Path, fraction: float, seed: int) -> tuple[Split, Split]:
-    training, validation = stratified_split(full.labels.numpy(), fraction, seed)
+def _hold_out(full: _Listing, path: Path, fraction: float, seed: int) -> tuple[_Listing, _Listing]:
+    training, validation = stratified_split(full.labels, fraction, seed)
     if len(validation) == 0:
         raise DataError(
             f"{path}: no class has two pictures, so none can be held out for validation; "
             "add pictures or a folder val/ beside train/."
         )
-    return full.subset(training), full.subset(validation)
+    return full.at(training), full.at(validation)
 
 
 def load(path: Path, *, input_size: int, validation_fraction: float, seed: int) -> DataSet:
     """Read an image folder, every picture brought to ``input_size`` x ``input_size`` once.
 
     Classes are the folders' names in order of the alphabet. Without ``val/`` a stratified, seeded part of the training
-    pictures becomes validation; without ``test/`` there is no test split. Raises DataError for what cannot be used.
+    pictures becomes validation; without ``test/`` there is no test split. Raises DataError for what cannot be used;
+    all folders are looked through before the first picture is read.
     """
     # A class may itself be called "train" (of the railway kind): only a folder of folders is the split.
     has_splits = (path / "train").is_dir() and bool(_class_folders(path / "train"))
     train_path = path / "train" if has_splits else path
     labels = _labels_of(train_path)
-    full = _read_split(train_path, labels, input_size)
-    if has_splits and (path / "val").is_dir():
-        train, val = full, _read_split(path / "val", labels, input_size)
-    else:
-        train, val = _split_validation(full, train_path, validation_fraction, seed)
-    has_test = has_splits and (path / "test").is_dir()
-    test = _read_split(path / "test", labels, input_size) if has_test else None
-    return DataSet(name=path.resolve().name, labels=labels, train=train, val=val, test=test)
+    train = _list_split(train_path, labels)
+    val, test = (
+        _list_split(path / name, labels) if has_splits and (path / name).is_dir() else None for name in ("val", "test")
+    )
+    if val is None:
+        train, val = _hold_out(train, train_path, validation_fraction, seed)
+    return DataSet(
+        name=path.resolve().name,
+        labels=labels,
+        train=train.read(input_size, "training pictures"),
+        val=val.read(input_size, "validation pictures"),
+        test=test.read(input_size, "test pictures") if test is not None else None,
+    )

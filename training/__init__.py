@@ -1,0 +1,1 @@
+"""Train a Perceiver (Jaegle et al. 2021) for image classification."""

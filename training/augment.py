@@ -1,0 +1,127 @@
+"""Augmentation as batched tensor code on the device that holds the pictures.
+
+Everything random is drawn first (`draw`), from torch's global CPU generator, and applied after: the draws of a batch can
+then be cut into the shares of several processes, and a seeded step always sees the same pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of B pictures.
+
+    Attributes:
+        flip: bool [B].
+        shift: int64 [B, 2], rows and columns, pixels.
+        zoom: float32 [B, 2], height and width; above 1 shows more than the picture, below 1 less.
+    """
+
+    flip: Tensor
+    shift: Tensor
+    zoom: Tensor
+
+    def share(self, part: slice, device: torch.device) -> Draws:
+        """The draws of some of the pictures, on ``device``."""
+        return Draws(*(getattr(self, f.name)[part].to(device, non_blocking=True) for f in fields(self)))
+
+
+def draw(config: TrainConfig, count: int) -> Draws:
+    """Draw for ``count`` pictures what ``config`` asks for."""
+    flip = torch.rand(count) < (0.5 if config.flip else 0.0)
+    shift = torch.randint(-config.crop_padding, config.crop_padding + 1, (count, 2))
+    zoom = 1 + (torch.rand(count, 2) * 2 - 1) * config.zoom
+    return Draws(flip, shift, zoom)
+
+
+def flip_and_shift(images: Tensor, draws: Draws) -> Tensor:
+    """Mirror and move pictures in one gather; what moves in is the picture reflected at its edge.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        draws: of the same B.
+
+    Returns:
+        uint8 [B, H, W, 3].
+    """
+    height, width = images.shape[1:3]
+    rows = reflect(torch.arange(height, device=images.device) + draws.shift[:, :1], height)
+    columns = reflect(torch.arange(width, device=images.device) + draws.shift[:, 1:], width)
+    columns = torch.where(draws.flip[:, None], columns.flip(1), columns)
+    batch = torch.arange(len(images), device=images.device)
+    return images[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def reflect(index: Tensor, size: int) -> Tensor:
+    """Fold indices at most ``size - 1`` outside 0..size-1 back in, without repeating the edge."""
+    index = index.abs()
+    return torch.where(index >= size, 2 * (size - 1) - index, index)
+
+
+def zoom(pixels: Tensor, draws: Draws) -> Tensor:
+    """Zoom height and width independently about the centre, bilinear, edges reflected (Keras' ``RandomZoom``).
+
+    Args:
+        pixels: float [B, 3, H, W].
+        draws: of the same B.
+    """
+    theta = pixels.new_zeros(len(pixels), 2, 3)
+    theta[:, 0, 0] = draws.zoom[:, 1]
+    theta[:, 1, 1] = draws.zoom[:, 0]
+    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How a batch is mixed with itself, rolled by one picture.
+
+    Attributes:
+        share: part of the picture and of the target that stays, 0..1.
+        box: (top, bottom, left, right) as fractions of the side that CutMix replaces; None for mixup.
+    """
+
+    share: float
+    box: tuple[float, float, float, float] | None
+
+
+def draw_mix(config: TrainConfig) -> Mix | None:
+    """Draw mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) for one batch, or nothing."""
+    methods = [(alpha, cut) for alpha, cut in ((config.mixup, False), (config.cutmix, True)) if alpha > 0]
+    if not methods or torch.rand(()).item() >= config.mix_probability:
+        return None
+    alpha, cut = methods[int(torch.randint(len(methods), ()).item())]
+    share = torch.distributions.Beta(alpha, alpha).sample().item()
+    if not cut:
+        return Mix(share, None)
+    side = (1 - share) ** 0.5
+    top, left = (torch.rand(2) * (1 - side)).tolist()
+    return Mix(share, (top, top + side, left, left + side))
+
+
+def apply_mix(pixels: Tensor, mix: Mix) -> tuple[Tensor, float]:
+    """Mix pictures with their neighbours in the batch.
+
+    Args:
+        pixels: float [B, 3, H, W].
+
+    Returns:
+        The pictures and the share of the first target (for CutMix counted in whole pixels).
+    """
+    other = pixels.roll(1, 0)
+    if mix.box is None:
+        return pixels * mix.share + other * (1 - mix.share), mix.share
+    height, width = pixels.shape[-2:]
+    top, bottom = (round(edge * height) for edge in mix.box[:2])
+    left, right = (round(edge * width) for edge in mix.box[2:])
+    mixed = pixels.clone()
+    mixed[..., top:bottom, left:right] = other[..., top:bottom, left:right]
+    return mixed, 1 - (bottom - top) * (right - left) / (height * width)

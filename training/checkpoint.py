@@ -1,0 +1,200 @@
+"""Checkpoints: one safetensors file whose header carries the configuration as JSON. Nothing in it is ever unpickled.
+
+Tensors are named by what they belong to: ``model.*`` (the weights to use), ``preprocess.*``, and in ``last`` also
+``raw.*`` (the trained weights where ``model.*`` are their average) and ``optimizer.*``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from training.config import ModelConfig, TrainConfig
+from training.evaluate import Metrics
+from training.model import Perceiver
+from training.preprocessing import Preprocess
+
+HEADER = "perceiver"
+
+
+class CheckpointError(Exception):
+    """A checkpoint that can't be used: one sentence with the path, what is wrong and what would be right."""
+
+
+class RunConfig(BaseModel):
+    """What a run is: enough to start it again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    preset: str
+    data: str | None = Field(description="path of the data; None: CIFAR-100 by download")
+    dataset: str
+    labels: tuple[str, ...]
+    superclasses: tuple[int, ...] | None = None
+    superclass_names: tuple[str, ...] | None = None
+    model: ModelConfig
+    train: TrainConfig
+
+
+class Header(BaseModel):
+    """The JSON in a checkpoint's header."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    run: RunConfig
+    epoch: int = Field(description="finished epochs")
+    step: int = Field(description="finished steps")
+    val: Metrics | None
+    git_commit: str | None
+    created: str
+    versions: dict[str, str]
+    state: dict[str, Any] = Field(default_factory=dict, description="what resuming needs beside tensors")
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree that runs, ``-dirty`` behind it when files were changed; None outside git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603 -- fixed words
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def make_header(run: RunConfig, epoch: int, step: int, val: Metrics | None, state: dict[str, Any]) -> Header:
+    """A header that says where and when it was made."""
+    return Header(
+        run=run,
+        epoch=epoch,
+        step=step,
+        val=val,
+        git_commit=git_commit(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions={name: version(name) for name in ("torch", "numpy", "pytorch_optimizer")},
+        state=state,
+    )
+
+
+def save(path: Path, tensors: dict[str, Tensor], header: Header) -> None:
+    """Write a checkpoint under another name, then rename it: a run that is killed leaves the last one whole."""
+    partial = path.with_suffix(".partial")
+    # Clones, because weights that share storage are refused, and expanded ones are not contiguous.
+    held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(held, partial, metadata={HEADER: header.model_dump_json()})
+    os.replace(partial, path)
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], Header]:
+    """Read a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or of another format.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint; name a run's folder that holds {path.name}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(HEADER)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: damaged or not a safetensors file ({error}); train or copy it again."
+        ) from error
+    if text is None:
+        raise CheckpointError(f"{path}: a safetensors file, but not one that `python -m training` wrote.")
+    try:
+        return tensors, Header.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(
+            f"{path}: its header does not fit this version of the project ({where}: {first['msg']})."
+        ) from error
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put ``prefix.`` before every name."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose name starts with ``prefix.``, without it."""
+    return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(prefix + ".")}
+
+
+def load_into(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Load weights, or say in a sentence why they don't fit.
+
+    Raises:
+        CheckpointError: names or shapes are those of another architecture.
+    """
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path}: its weights are of another model than its configuration says: {error}"
+        ) from error
+
+
+def load_model(path: Path) -> tuple[Perceiver, Preprocess, Header]:
+    """Build the model that a checkpoint describes, in evaluation mode on the CPU, with its preprocessing.
+
+    Args:
+        path: a ``.safetensors`` file, or a run's folder, of which ``best`` is taken.
+
+    Raises:
+        CheckpointError: see `load`.
+    """
+    path = path / "best.safetensors" if path.is_dir() else path
+    tensors, header = load(path)
+    model = Perceiver(header.run.model)
+    preprocess = Preprocess(header.run.model.image_size)
+    load_into(model, under("model", tensors), path)
+    load_into(preprocess, under("preprocess", tensors), path)
+    return model.eval(), preprocess, header
+
+
+def pack_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split an optimiser's state into tensors and JSON."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, values in state["state"].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{key}"] = value
+            else:
+                scalars.setdefault(str(index), {})[key] = value
+    return tensors, {"scalars": scalars, "param_groups": json.loads(json.dumps(state["param_groups"]))}
+
+
+def unpack_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], packed: dict[str, Any]) -> None:
+    """Undo `pack_optimizer`: load the state into a fresh optimiser of the same parameters."""
+    state: dict[int, dict[str, Any]] = {int(i): dict(values) for i, values in packed["scalars"].items()}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    for group, saved in zip(groups, packed["param_groups"], strict=True):
+        for key, value in saved.items():
+            # JSON has no tuples: betas come back as a list.
+            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

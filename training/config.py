@@ -1,0 +1,204 @@
+"""Model and training configurations and the presets that are known to work.
+
+Every number of a run stands in one of two frozen pydantic models, which check it, print it as JSON into the run's
+folder and read it back. Letters used for shapes everywhere in this package:
+
+    B pictures in a batch     H, W height and width of the input     M tokens       N latents
+    C channels (``dim``)      T channels of a token (``token_dim``)  K classes
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Sharing = Literal["all", "all_but_first_cross", "all_but_first", "none"]
+
+
+class ModelConfig(BaseModel):
+    """The architecture: everything that decides the shape of the weights and the function they compute."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_classes: int = Field(100, ge=2, description="classes to tell apart")
+    input_size: int = Field(32, ge=1, description="height and width of the input picture, pixels")
+    image_size: int = Field(32, ge=1, description="size the picture is resized to before the patches are cut, pixels")
+    patch_size: int = Field(4, ge=1, description="distance between patches, pixels")
+    patch_overlap: int = Field(0, ge=0, description="pixels that a patch reaches into its neighbours on each side")
+
+    dim: int = Field(128, ge=1, description="channels of a latent")
+    token_dim: int = Field(128, ge=1, description="channels of a token")
+    num_latents: int = Field(32, ge=1, description="latents")
+    num_iterations: int = Field(2, ge=1, description="cross-attention followed by the blocks, so many times")
+    num_blocks: int = Field(4, ge=0, description="self-attention blocks in an iteration")
+    sharing: Sharing = Field(
+        "all",
+        description="weights that iterations share: all; all but the first cross-attention (as in the paper's ImageNet "
+        "model); all but the whole first iteration; none",
+    )
+
+    position: Literal["learned", "fourier", "both"] = Field("learned", description="position of a token")
+    fourier_bands: int = Field(8, ge=1, description="frequencies per axis of the Fourier position features")
+    latent_init: Literal["normal", "grid"] = Field(
+        "normal",
+        description="normal: random latents; grid: each latent starts with its attention on one region of the picture",
+    )
+    latent_std: float = Field(0.05, gt=0, description="standard deviation of the initial latents")
+
+    cross_heads: int = Field(1, ge=1, description="heads of the cross-attention")
+    cross_head_dim: int = Field(128, ge=1, description="channels of a cross-attention head")
+    cross_scale: Literal["learned", "sqrt"] = Field(
+        "sqrt", description="scores are multiplied by a learned scalar that starts at 1, or by 1/sqrt(head size)"
+    )
+    cross_output: bool = Field(True, description="project the heads' values back to `dim`")
+    cross_position_bias: bool = Field(
+        False, description="add to the scores one learned number for each latent, token and head"
+    )
+    residual: Literal["normalised", "plain"] = Field(
+        "plain",
+        description="what the two residuals of the cross-attention module add: its layer-normalised input, as the Keras "
+        "example does, or the input itself",
+    )
+    self_heads: int = Field(4, ge=1, description="heads of the self-attention")
+    self_head_dim: int = Field(32, ge=1, description="channels of a self-attention head")
+    ffn_ratio: float = Field(4.0, gt=0, description="hidden channels of a feed-forward layer over `dim`")
+    bias: bool = Field(True, description="biases in the attention projections")
+    head_hidden: bool = Field(True, description="a hidden layer of `dim` channels with GELU before the logits")
+    head_norm: bool = Field(False, description="layer norm of the latents before their mean")
+
+    attention_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on attention weights")
+    ffn_dropout: float = Field(0.0, ge=0, lt=1, description="dropout after a feed-forward layer")
+    logits_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the logits, as the Keras example has it")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth: rate of the last block, rising from 0")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}: patches must tile the picture"
+            )
+        if not self.cross_output and self.cross_heads * self.cross_head_dim != self.dim:
+            raise ValueError(
+                f"without cross_output the heads' channels are the latents': cross_heads * cross_head_dim "
+                f"({self.cross_heads} * {self.cross_head_dim}) must equal dim ({self.dim})"
+            )
+        if self.latent_init == "grid" and not self.cross_position_bias:
+            raise ValueError("latent_init grid sets the initial cross_position_bias: set cross_position_bias as well")
+        return self
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the picture."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a picture, M."""
+        return self.grid**2
+
+
+class TrainConfig(BaseModel):
+    """The recipe: data order, augmentation, optimiser, schedule, and what the machine may use."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int = Field(50, ge=1, description="passes over the training pictures, at most")
+    batch_size: int = Field(64, ge=1, description="pictures a step, over all processes")
+    seed: int = Field(0, ge=0, description="seed of weights, order and augmentation")
+
+    optimizer: Literal["lamb", "adamw", "muon"] = Field("lamb", description="muon: matrices by Muon, the rest by AdamW")
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate (for muon: of the matrices)")
+    adamw_learning_rate: float = Field(2e-3, gt=0, description="with muon: peak learning rate of what AdamW trains")
+    weight_decay: float = Field(1e-4, ge=0, description="decoupled weight decay")
+    decay_all: bool = Field(
+        True, description="decay every parameter; otherwise matrices only, no biases, norms, embeddings"
+    )
+    clip_norm: float = Field(0.0, ge=0, description="largest gradient norm; 0: no clipping")
+
+    schedule: Literal["plateau", "cosine", "linear"] = Field(
+        "plateau", description="plateau: divide by 5 when validation loss rests; cosine and linear: warm up, then to 0"
+    )
+    warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up (cosine and linear)")
+    plateau_factor: float = Field(0.2, gt=0, lt=1, description="what the plateau schedule multiplies with")
+    plateau_patience: int = Field(3, ge=1, description="epochs without improvement before it does")
+    plateau_threshold: float = Field(1e-4, ge=0, description="least fall of the validation loss that counts")
+    early_stop_patience: int = Field(15, ge=0, description="stop after so many epochs without improvement; 0: never")
+
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
+    flip: bool = Field(True, description="mirror left and right with probability 0.5")
+    zoom: float = Field(0.0, ge=0, lt=1, description="zoom height and width independently by up to this share")
+    crop_padding: int = Field(0, ge=0, description="random shift by up to so many pixels, edges reflected")
+    mixup: float = Field(0.0, ge=0, description="alpha of mixup's Beta distribution; 0: off")
+    cutmix: float = Field(0.0, ge=0, description="alpha of CutMix's Beta distribution; 0: off")
+    mix_probability: float = Field(0.5, ge=0, le=1, description="share of the batches that mixup or CutMix changes")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="decay of the weight average that is evaluated; 0: off")
+
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast type of the forward pass")
+    compile: bool = Field(False, description="torch.compile the training step")
+
+
+class Preset(BaseModel):
+    """A model and the recipe that trains it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: ModelConfig
+    train: TrainConfig
+
+
+PRESETS: dict[str, Preset] = {
+    # The published Keras example (K. Salama 2021), point by point: 9,697,637 parameters at 100 classes.
+    "reference": Preset(
+        model=ModelConfig(
+            image_size=64,
+            patch_size=2,
+            dim=256,
+            token_dim=256,
+            num_latents=256,
+            num_iterations=2,
+            num_blocks=4,
+            cross_heads=1,
+            cross_head_dim=256,
+            cross_scale="learned",
+            cross_output=False,
+            residual="normalised",
+            self_heads=8,
+            self_head_dim=256,
+            ffn_ratio=1.0,
+            attention_dropout=0.1,
+            ffn_dropout=0.2,
+            logits_dropout=0.2,
+        ),
+        train=TrainConfig(zoom=0.2),
+    ),
+    # Small enough for two CPU cores: 8x8 patches every 4 pixels, 64 latents that start on a grid of regions.
+    "compact": Preset(
+        model=ModelConfig(
+            patch_overlap=2,
+            num_latents=64,
+            num_blocks=3,
+            cross_heads=4,
+            cross_head_dim=32,
+            cross_position_bias=True,
+            latent_init="grid",
+            head_hidden=False,
+            head_norm=True,
+        ),
+        train=TrainConfig(
+            epochs=40,
+            batch_size=128,
+            optimizer="muon",
+            learning_rate=0.02,
+            weight_decay=0.02,
+            decay_all=False,
+            clip_norm=1.0,
+            schedule="linear",
+            warmup_epochs=1,
+            early_stop_patience=0,
+            label_smoothing=0.1,
+            crop_padding=4,
+            precision="bfloat16",
+        ),
+    ),
+}

@@ -1,0 +1,319 @@
+"""The Perceiver (Jaegle et al. 2021, arXiv:2103.03206): iterated cross-attention to the picture, attention among latents.
+
+One configurable model; see `training.config.ModelConfig` for the knobs and for the letters of the shapes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.config import ModelConfig
+
+NORM_EPSILON = 1e-6
+
+
+def fourier_features(grid: int, bands: int) -> Tensor:
+    """Fourier position features of a square grid (Perceiver paper, section 3.2).
+
+    Frequencies are spaced evenly from 1 to the Nyquist frequency grid / 2.
+
+    Returns:
+        float32 [grid * grid, 2 * (2 * bands + 1)]: sines and cosines of each axis and the coordinates in -1..1.
+    """
+    axis = torch.linspace(-1, 1, grid) if grid > 1 else torch.zeros(1)
+    position = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1).reshape(-1, 2)
+    angle = math.pi * position[:, :, None] * torch.linspace(1, max(grid / 2, 1), bands)
+    return torch.cat([angle.sin().flatten(1), angle.cos().flatten(1), position], dim=1)
+
+
+def grid_position_bias(heads: int, num_latents: int, grid: int) -> Tensor:
+    """Initial scores that give each latent a region of the picture and each head a wider view than the last.
+
+    Returns:
+        float32 [heads, num_latents, grid * grid]: minus squared distance over twice the head's variance, at least -8.
+    """
+    side = math.isqrt(num_latents)
+    if side * side != num_latents:
+        raise ValueError(f"latent_init grid needs a square number of latents, not {num_latents} (try {side * side})")
+
+    def centres(count: int) -> Tensor:
+        axis = (torch.arange(count) + 0.5) / count
+        return torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1).reshape(-1, 2)
+
+    distance = torch.cdist(centres(side), centres(grid)).square()
+    width = 0.5 / side * 2.0 ** torch.arange(heads)
+    return (-distance / (2 * width[:, None, None].square())).clamp(min=-8.0)
+
+
+class Tokens(nn.Module):
+    """Pictures to tokens: square patches, a dense layer, the position.
+
+    A patch is flattened as (row, column, channel), patches stand in row-major order. With ``patch_overlap`` each patch
+    reaches into its neighbours, and into the mean colour (zero) around the picture.
+    """
+
+    fourier: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.stride = config.patch_size
+        self.overlap = config.patch_overlap
+        self.kernel = config.patch_size + 2 * config.patch_overlap
+        features = 3 * self.kernel**2
+        self.has_fourier = config.position in ("fourier", "both")
+        if self.has_fourier:
+            self.register_buffer("fourier", fourier_features(config.grid, config.fourier_bands), persistent=False)
+            features += self.fourier.shape[1]
+        self.patch_projection = nn.Linear(features, config.token_dim)
+        self.position_embedding: nn.Parameter | None = None
+        if config.position in ("learned", "both"):
+            self.position_embedding = nn.Parameter(torch.empty(config.num_tokens, config.token_dim))
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """float [B, 3, H, W] -> float [B, M, kernel * kernel * 3]."""
+        pixels = F.pad(pixels, [self.overlap] * 4)
+        cut = pixels.unfold(2, self.kernel, self.stride).unfold(3, self.kernel, self.stride)
+        return cut.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """float [B, 3, H, W] -> float [B, M, T]."""
+        patches = self.patches(pixels)
+        if self.has_fourier:
+            patches = torch.cat([patches, self.fourier.to(patches).expand(len(patches), -1, -1)], dim=-1)
+        tokens = self.patch_projection(patches)
+        if self.position_embedding is not None:
+            tokens = tokens + self.position_embedding
+        return tokens
+
+
+class FeedForward(nn.Module):
+    """Dense, exact (erf) GELU, dense, dropout; the dropout stands after the last dense layer only."""
+
+    def __init__(self, dim: int, hidden: int, out: int, dropout: float) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(dim, hidden)
+        self.output = nn.Linear(hidden, out)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [..., dim] -> float [..., out]."""
+        return self.dropout(self.output(F.gelu(self.hidden(x))))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): while training, drop a residual branch for whole pictures."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """float [B, N, C] -> the same; each picture's branch is zero with probability ``rate``, scaled up otherwise."""
+        if not self.training or self.rate == 0:
+            return branch
+        keep = torch.rand(len(branch), 1, 1, device=branch.device) >= self.rate
+        return branch * keep / (1 - self.rate)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, n, heads * size] -> [B, heads, n, size]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, heads, n, size] -> [B, n, heads * size]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: float) -> Tensor:
+    """Softmax(scale * q k^T + bias) v over heads.
+
+    On a CPU the plain products: torch's fused kernel is slower there when small heads are trained (its backward pass
+    took 38 % of a step of `compact`). Elsewhere the fused kernel.
+
+    Args:
+        q: float [B, heads, n, size].
+        k: float [B, heads, m, size].
+        v: float [B, heads, m, size].
+        bias: float [heads, n, m] or None.
+        scale: factor of the scores.
+        dropout: rate on the attention weights.
+
+    Returns:
+        float [B, n, heads * size].
+    """
+    if q.device.type != "cpu":
+        bias = None if bias is None else bias.to(q.dtype)
+        return merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale))
+    scores = (q * scale) @ k.transpose(-2, -1)
+    if bias is not None:
+        scores = scores + bias
+    weights = F.dropout(scores.softmax(-1).to(v.dtype), dropout, training=dropout > 0)
+    return merge_heads(weights @ v)
+
+
+class CrossAttention(nn.Module):
+    """Latents read the tokens, then a feed-forward layer; two residuals (`ModelConfig.residual` says of what)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        inner = config.cross_heads * config.cross_head_dim
+        self.heads = config.cross_heads
+        self.normalised_residual = config.residual == "normalised"
+        self.attention_dropout = config.attention_dropout
+        self.latent_norm = nn.LayerNorm(config.dim, eps=NORM_EPSILON)
+        self.token_norm = nn.LayerNorm(config.token_dim, eps=NORM_EPSILON)
+        self.query = nn.Linear(config.dim, inner, bias=config.bias)
+        self.key = nn.Linear(config.token_dim, inner, bias=config.bias)
+        self.value = nn.Linear(config.token_dim, inner, bias=config.bias)
+        self.output = nn.Linear(inner, config.dim, bias=config.bias) if config.cross_output else nn.Identity()
+        self.scale = nn.Parameter(torch.ones(())) if config.cross_scale == "learned" else config.cross_head_dim**-0.5
+        self.position_bias: nn.Parameter | None = None
+        if config.cross_position_bias:
+            self.position_bias = nn.Parameter(torch.zeros(self.heads, config.num_latents, config.num_tokens))
+        self.ffn_norm = nn.LayerNorm(config.dim, eps=NORM_EPSILON)
+        hidden = round(config.ffn_ratio * config.dim)
+        self.ffn = FeedForward(config.dim, hidden, config.dim, config.ffn_dropout)
+
+    def forward(self, latents: Tensor, tokens: Tensor) -> Tensor:
+        """float [B, N, C] latents, float [B, M, T] tokens -> float [B, N, C]."""
+        queries = self.latent_norm(latents)
+        attended = self.read(queries, self.token_norm(tokens))
+        x = self.output(attended) + (queries if self.normalised_residual else latents)
+        y = self.ffn_norm(x)
+        return self.ffn(y) + (y if self.normalised_residual else x)
+
+    def read(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """Normed latents [B, N, C] and tokens [B, M, T] -> what the heads read, float [B, N, heads * size]."""
+        q = split_heads(self.query(queries) * self.scale, self.heads)
+        k = split_heads(self.key(tokens), self.heads)
+        v = split_heads(self.value(tokens), self.heads)
+        dropout = self.attention_dropout if self.training else 0.0
+        return attend(q, k, v, self.position_bias, 1.0, dropout)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention among the latents, scores over sqrt(head size)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        inner = config.self_heads * config.self_head_dim
+        self.heads = config.self_heads
+        self.head_dim = config.self_head_dim
+        self.attention_dropout = config.attention_dropout
+        self.query = nn.Linear(config.dim, inner, bias=config.bias)
+        self.key = nn.Linear(config.dim, inner, bias=config.bias)
+        self.value = nn.Linear(config.dim, inner, bias=config.bias)
+        self.output = nn.Linear(inner, config.dim, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [B, N, C] -> float [B, N, C]."""
+        q, k, v = (split_heads(layer(x), self.heads) for layer in (self.query, self.key, self.value))
+        dropout = self.attention_dropout if self.training else 0.0
+        return self.output(attend(q, k, v, None, self.head_dim**-0.5, dropout))
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block on the latents."""
+
+    def __init__(self, config: ModelConfig, drop_path: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.dim, eps=NORM_EPSILON)
+        self.attention = SelfAttention(config)
+        self.ffn_norm = nn.LayerNorm(config.dim, eps=NORM_EPSILON)
+        hidden = round(config.ffn_ratio * config.dim)
+        self.ffn = FeedForward(config.dim, hidden, config.dim, config.ffn_dropout)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [B, N, C] -> float [B, N, C]."""
+        x = x + self.drop_path(self.attention(self.attention_norm(x)))
+        return x + self.drop_path(self.ffn(self.ffn_norm(x)))
+
+
+class Transformer(nn.ModuleList):
+    """The blocks of one iteration."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        rates = torch.linspace(0, config.drop_path, max(config.num_blocks, 1)).tolist()
+        super().__init__(Block(config, rates[i]) for i in range(config.num_blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [B, N, C] -> float [B, N, C]."""
+        for block in self:
+            x = block(x)
+        return x
+
+
+class Perceiver(nn.Module):
+    """Normalised pictures to logits.
+
+    ``cross_attentions`` and ``transformers`` hold each set of weights once; which of them an iteration uses follows from
+    ``config.sharing`` (`cross_attention_of`, `transformer_of`).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tokens = Tokens(config)
+        self.latents = nn.Parameter(torch.empty(config.num_latents, config.dim))
+        crosses = self.cross_attention_of(config.num_iterations - 1) + 1
+        transformers = self.transformer_of(config.num_iterations - 1) + 1
+        self.cross_attentions = nn.ModuleList(CrossAttention(config) for _ in range(crosses))
+        self.transformers = nn.ModuleList(Transformer(config) for _ in range(transformers))
+        self.head_norm = nn.LayerNorm(config.dim, eps=NORM_EPSILON) if config.head_norm else nn.Identity()
+        self.head: nn.Module
+        if config.head_hidden:
+            self.head = FeedForward(config.dim, config.dim, config.num_classes, config.logits_dropout)
+        else:
+            self.head = nn.Sequential(nn.Linear(config.dim, config.num_classes), nn.Dropout(config.logits_dropout))
+        self.reset_parameters()
+
+    def cross_attention_of(self, iteration: int) -> int:
+        """Index into ``cross_attentions`` of an iteration's weights."""
+        if self.config.sharing == "all":
+            return 0
+        return iteration if self.config.sharing == "none" else min(iteration, 1)
+
+    def transformer_of(self, iteration: int) -> int:
+        """Index into ``transformers`` of an iteration's weights."""
+        if self.config.sharing in ("all", "all_but_first_cross"):
+            return 0
+        return iteration if self.config.sharing == "none" else min(iteration, 1)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Glorot uniform for dense layers, zero biases, uniform +-0.05 positions, normal latents, as the Keras example.
+
+        With ``latent_init`` grid the cross-attentions' position biases are set to `grid_position_bias`.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.tokens.position_embedding is not None:
+            nn.init.uniform_(self.tokens.position_embedding, -0.05, 0.05)
+        nn.init.normal_(self.latents, std=self.config.latent_std)
+        if self.config.latent_init == "grid":
+            for cross in self.cross_attentions:
+                bias = grid_position_bias(self.config.cross_heads, self.config.num_latents, self.config.grid)
+                cross.position_bias.copy_(bias)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels, float [B, 3, image_size, image_size] -> logits, float [B, K]."""
+        tokens = self.tokens(pixels)
+        latents = self.latents.expand(len(pixels), -1, -1)
+        for i in range(self.config.num_iterations):
+            latents = self.cross_attentions[self.cross_attention_of(i)](latents, tokens)
+            latents = self.transformers[self.transformer_of(i)](latents)
+        return self.head(self.head_norm(latents).mean(dim=1))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable parameters of a model."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,60 @@
+"""From stored pixels to what the model reads. The only copy of the mean and the variance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Preprocess(nn.Module):
+    """Normalise by channel, then resize, as the Keras example does; part of the exported graph.
+
+    Bilinear with half-pixel centres and no antialiasing (Keras' ``Resizing``); nothing is resized where the sizes agree.
+
+    Args:
+        image_size: height and width of the result, pixels.
+        mean: mean of each channel on the 0..255 scale.
+        variance: variance of each channel on the 0..255 scale.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(
+        self,
+        image_size: int,
+        mean: tuple[float, ...] = (127.5, 127.5, 127.5),
+        variance: tuple[float, ...] = (4096.0, 4096.0, 4096.0),
+    ) -> None:
+        super().__init__()
+        self.image_size = image_size
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
+        self.register_buffer("variance", torch.tensor(variance, dtype=torch.float32))
+
+    def fit(self, images: Tensor, chunk: int = 4096) -> None:
+        """Take mean and variance from all training pictures, exactly (integer sums).
+
+        Args:
+            images: uint8 [B, H, W, 3].
+        """
+        total = torch.zeros(3, dtype=torch.float64)
+        squares = torch.zeros(3, dtype=torch.float64)
+        for part in images.split(chunk):
+            values = part.reshape(-1, 3).to(torch.int64)
+            total += values.sum(0).cpu()
+            squares += values.square().sum(0).cpu()
+        count = images.numel() // 3
+        mean = total / count
+        self.mean.copy_(mean)
+        # A channel that never changes would divide by zero; Keras' Normalization floors the deviation likewise.
+        self.variance.copy_((squares / count - mean.square()).clamp(min=1e-7))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 [B, H, W, 3] (0..255, RGB) -> float [B, 3, image_size, image_size], normalised."""
+        pixels = (images.to(self.mean.dtype) - self.mean) / self.variance.sqrt()
+        pixels = pixels.permute(0, 3, 1, 2)
+        if pixels.shape[-2:] != (self.image_size, self.image_size):
+            size = (self.image_size, self.image_size)
+            pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
+        return pixels
