@@ -1,0 +1,233 @@
+"""Bytes of a picture file to uint8 [H, W, 3] RGB at the size that the model's metadata asks for.
+
+Two steps, so that a caller can decide between them where the second one runs:
+
+    open_picture   reads the header: the format, the limits, everything that needs no pixels
+    to_array       decodes, turns upright, puts on white, resizes
+
+Nothing is normalised here: that is part of the model's graph. Colour profiles are ignored, as they were in training.
+"""
+
+from io import BytesIO
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import (
+    ExifTags,
+    Image,
+    ImageOps,
+    TiffImagePlugin,
+    WebPImagePlugin,  # noqa: F401 - registers itself; without it Pillow imports all its forty plugins at the first WebP
+)
+
+from service.artifact import ResizePolicy
+from service.errors import NotAnImage, ServiceError, TooManyPixels, TruncatedImage, UnsupportedFormat
+
+FILTERS: Final = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+}
+
+TRANSPOSITIONS: Final = {  # EXIF orientation -> what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Where a picture can carry an orientation, by the name of Pillow's info key. TIFF is turned by Pillow itself.
+ORIENTATION_KEYS: Final = frozenset({"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"})
+
+BMP_HEADER_SIZES: Final = frozenset({12, 16, 40, 52, 56, 64, 108, 124})
+
+# A JPEG decoder can halve a picture up to three times for next to nothing. At this factor above the target, Pillow's
+# documentation calls the result indistinguishable from resizing the whole picture.
+REDUCING_GAP: Final = 3
+
+WHITE: Final = (255, 255, 255)
+
+
+def open_picture(data: bytes, *, max_pixels: int) -> Image.Image:
+    """Read a picture's header without decoding its pixels.
+
+    Args:
+        data: a whole JPEG, PNG, WebP, BMP, GIF or TIFF file.
+        max_pixels: largest width times height that is admitted.
+
+    Raises:
+        NotAnImage: the bytes are no picture.
+        UnsupportedFormat: they are one in another format.
+        TooManyPixels: the header announces more than `max_pixels`.
+        TruncatedImage: the header is damaged or incomplete.
+    """
+    name = sniff(data)
+    if name == "WEBP":
+        check_pixels(webp_size(data), max_pixels)  # its decoder allocates the canvas when it is opened
+    try:
+        image = Image.open(BytesIO(data), formats=(name,))
+        check_pixels(image.size, max_pixels)
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            # libtiff allocates whole tiles, and a small picture may announce a gigantic one.
+            check_pixels((image.tag_v2.get(322, 1), image.tag_v2.get(323, 1)), max_pixels)
+    except (ServiceError, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise TooManyPixels(f"The picture has more than the {max_pixels} pixels that are allowed.") from error
+    except Exception as error:  # whatever a parser raises on these bytes, the bytes are to blame
+        raise TruncatedImage(f"The {name} picture is truncated or damaged: its header can't be read.") from error
+    return image
+
+
+def to_array(image: Image.Image, *, size: tuple[int, int], resize: ResizePolicy) -> NDArray[np.uint8]:
+    """Decode an opened picture and bring it to the model's input size.
+
+    Args:
+        image: what `open_picture` returned; only its first frame is read.
+        size: (H, W) of the result.
+        resize: crop and filter for pictures of other sizes. One of exactly this size is passed through untouched.
+
+    Returns:
+        uint8 [H, W, 3], RGB, 0..255, read-only.
+
+    Raises:
+        TruncatedImage: the file ends too early or its content is damaged.
+        UnsupportedFormat: a pixel format without a defined range (32-bit integer, floating point) or colour space.
+    """
+    height, width = size
+    name = image.format
+    try:
+        if name in ("JPEG", "MPO") and image.size != (width, height):
+            reach = REDUCING_GAP * max(size)
+            image.draft(None, (reach, reach))
+        image.load()
+        rgb = to_rgb(upright(image))
+        if rgb.size != (width, height):
+            rgb = resized(rgb, (width, height), resize)
+        return np.frombuffer(rgb.tobytes(), np.uint8).reshape(height, width, 3)
+    except (ServiceError, MemoryError):
+        raise
+    except Exception as error:  # as above
+        raise TruncatedImage(f"The {name} picture is truncated or damaged.") from error
+
+
+def sniff(data: bytes) -> str:
+    """Return Pillow's name of the format that the first bytes announce."""
+    head = data[:16]
+    if head.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if head.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head.startswith(b"BM") and int.from_bytes(data[14:18], "little") in BMP_HEADER_SIZES:
+        return "BMP"
+    if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "TIFF"
+    if other := other_format(head):
+        raise UnsupportedFormat(f"{other} is not supported; send a JPEG, PNG, WebP, BMP, GIF or TIFF file.")
+    raise NotAnImage()
+
+
+def other_format(head: bytes) -> str | None:
+    """Name a format that people send and that is not decoded here, for a better sentence than "not a picture"."""
+    if head[4:8] == b"ftyp":
+        return "AVIF" if head[8:12] in (b"avif", b"avis") else "HEIF, or a video,"
+    signatures = {
+        b"\0\0\0\x0cJXL ": "JPEG XL",
+        b"\xff\x0a": "JPEG XL",
+        b"\0\0\0\x0cjP": "JPEG 2000",
+        b"8BPS": "Photoshop's PSD",
+        b"\0\0\1\0": "ICO",
+        b"%PDF": "PDF",
+        b"<svg": "SVG",
+        b"<?xml": "SVG, or other XML,",
+        b"v/1\1": "OpenEXR",
+    }
+    return next((name for signature, name in signatures.items() if head.startswith(signature)), None)
+
+
+def webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height that a WebP file's first chunk announces; (0, 0) where it announces none."""
+    chunk = data[12:30]
+    if chunk.startswith(b"VP8X"):
+        return int.from_bytes(chunk[12:15], "little") + 1, int.from_bytes(chunk[15:18], "little") + 1
+    if chunk.startswith(b"VP8L"):
+        bits = int.from_bytes(chunk[9:13], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return int.from_bytes(chunk[14:16], "little") & 0x3FFF, int.from_bytes(chunk[16:18], "little") & 0x3FFF
+
+
+def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
+    """Raise TooManyPixels when width times height exceeds the limit."""
+    width, height = size
+    if width * height > max_pixels:
+        raise TooManyPixels(
+            f"The picture has {width} x {height} = {width * height} pixels; at most {max_pixels} are allowed."
+        )
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turn and mirror a loaded picture as its EXIF or XMP orientation says."""
+    if ORIENTATION_KEYS.isdisjoint(image.info):
+        return image
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged metadata does not make a picture unreadable: it is taken as it lies
+        return image
+    method = TRANSPOSITIONS.get(orientation)
+    return image if method is None else image.transpose(method)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Bring any pixel format to 8-bit RGB: transparency on white, 16 bits scaled and not clipped."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16"):
+        return grey16_to_rgb(image)
+    if image.mode in ("I", "F"):
+        raise UnsupportedFormat("32-bit pixel values have no defined range; send 8 or 16 bits a channel.")
+    if image.has_transparency_data:
+        return on_white(image)
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise UnsupportedFormat(f"The colour space {image.mode} is not supported; send RGB, grey or CMYK.") from error
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Composite a picture with any kind of transparency on white."""
+    rgba = image.convert("RGBA")
+    canvas = Image.new("RGB", rgba.size, WHITE)
+    canvas.paste(rgba, mask=rgba)
+    return canvas
+
+
+def grey16_to_rgb(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey (mode I;16*) to 8 bits, rounded; Pillow's own conversion clips at 255."""
+    values = np.asarray(image).astype(np.uint32)
+    bits, inverted = 16, False
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        bits, inverted = image.tag_v2.get(258, (16,))[0], image.tag_v2.get(262) == 0
+    peak = (1 << bits) - 1
+    grey = (values * 255 + peak // 2) // peak
+    if inverted:
+        grey = 255 - grey
+    if isinstance(transparent := image.info.get("transparency"), int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+
+
+def resized(image: Image.Image, size: tuple[int, int], resize: ResizePolicy) -> Image.Image:
+    """Bring an RGB picture to size = (W, H); both ways average over all source pixels when shrinking."""
+    method = FILTERS[resize.filter]
+    if resize.crop == "center":
+        return ImageOps.fit(image, size, method)
+    return image.resize(size, method)

@@ -1,0 +1,216 @@
+"""Every knob of the service: its unit, its bounds, and what happens at them.
+
+Each field is the environment variable `PERCEIVER_<NAME>` and the flag `--<name>` of `python -m service`; the flag wins.
+An empty variable counts as unset. Errors are collected by `service.command_line`, which also knows misspelt names.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+MIB = 1024 * 1024
+
+
+def split_list(value: object) -> object:
+    """Turn "a, b" from the environment or a flag into ["a", "b"]; anything else passes."""
+    return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+
+
+def bounded(default: float, low: float, high: float, description: str) -> Any:
+    """Describe a number and its bounds, both inclusive; what lies outside is refused at the start."""
+    return Field(default, ge=low, le=high, description=f"{description} From {low} to {high}.")
+
+
+class Settings(BaseSettings):
+    """Serve a Perceiver image classifier over HTTP. Every flag is also an environment variable; the flag wins."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="PERCEIVER_",
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        cli_prog_name="python -m service",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_exit_on_error=False,
+        cli_hide_none_type=True,
+        cli_show_env_vars=True,
+    )
+
+    model_dir: Path = Field(
+        Path("models/perceiver-cifar100"),
+        description="Folder with one numbered folder per model version; the highest number serves.",
+    )
+    model_version: int | None = Field(
+        None, ge=1, description="Serve this version and no other; newer ones are listed and not taken."
+    )
+    model_poll_s: float = bounded(5.0, 0.1, 3600, "Seconds between two looks into the model folder for a new version.")
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 for all of IPv4.")
+    port: int = bounded(8000, 0, 65535, "TCP port to listen on; 0 takes a free one and logs it.")
+
+    provider: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
+        "auto",
+        description="Where the model runs. auto takes CUDA where there is one; any other choice that is not "
+        "available stops the start, it is never replaced silently.",
+    )
+    device_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], NoDecode, BeforeValidator(split_list)] = Field(
+        (0,), min_length=1, description="GPU numbers, separated by commas; each runs its own copy of the model."
+    )
+    intra_op_threads: int = bounded(
+        0, 0, 1024, "CPU threads of one run of the model; 0 leaves the choice to onnxruntime."
+    )
+    max_batch_size: int = bounded(
+        32, 1, 1024, "Pictures in one run of the model at most. Larger: more throughput, more memory."
+    )
+    max_queue_delay_ms: float = bounded(
+        0.0,
+        0,
+        1000,
+        "Milliseconds that an incomplete batch waits for more pictures. 0: a free model starts at once, "
+        "and batches form while it is busy.",
+    )
+    run_timeout_ms: int = bounded(
+        30_000,
+        10,
+        3_600_000,
+        "Milliseconds after which a run of the model counts as hung: the process turns unready and ends "
+        "with status 1, so that it is started anew.",
+    )
+
+    max_queue_size: int = bounded(
+        512, 1, 1_000_000, "Pictures accepted and not yet answered; above it 503 with Retry-After."
+    )
+    max_queue_bytes: int = bounded(
+        256 * MIB,
+        1024,
+        1024 * 1024 * MIB,
+        "Bytes of request bodies held in memory at once; above it 503 with Retry-After.",
+    )
+    request_timeout_ms: int = bounded(
+        10_000,
+        1,
+        600_000,
+        "Milliseconds from a request's headers to its answer; a picture still queued then is not run: 504. "
+        "Clients may ask for less with X-Request-Timeout-Ms.",
+    )
+    drain_timeout_s: float = bounded(
+        30.0, 0, 3600, "Seconds that accepted requests get to finish after SIGTERM; then they are cut off."
+    )
+
+    max_body_bytes: int = bounded(
+        32 * MIB, 1024, 1024 * MIB, "Bytes of one request body; more is refused while reading: 413."
+    )
+    max_pixels: int = bounded(
+        50_000_000,
+        1,
+        89_000_000,
+        "Width times height of one picture, read from its header before decoding; more: 413. A decoding "
+        "thread needs up to 12 bytes a pixel.",
+    )
+    max_pictures: int = bounded(64, 1, 10_000, "Pictures in one request; more: 413.")
+    inline_decode_bytes: int = bounded(
+        32 * 1024,
+        0,
+        MIB,
+        "Bodies up to this many bytes are decoded on the event loop, if inline_decode_pixels allows it too; "
+        "others go to a thread. 0: all go to a thread.",
+    )
+    inline_decode_pixels: int = bounded(
+        256 * 256, 0, 4_000_000, "Pixels of all pictures of a request together, as above."
+    )
+    decode_threads: int = bounded(min(4, os.cpu_count() or 1), 1, 256, "Threads that decode large pictures.")
+
+    max_connections: int = bounded(1024, 1, 1_000_000, "Open connections; one more is answered 503 and closed.")
+    header_timeout_s: float = bounded(10.0, 0.1, 600, "Seconds for a request's headers; a slower client is cut off.")
+    body_timeout_s: float = bounded(
+        30.0, 0.1, 3600, "Seconds for a request's body; a slower client gets 408 and is cut off."
+    )
+    keep_alive_s: int = bounded(
+        65, 1, 3600, "Seconds that an idle connection stays open; longer than the load balancer's own limit."
+    )
+
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(split_list)] = Field(
+        (),
+        description="Keys, separated by commas, one of which a client must send to /predict and /models. "
+        "None: open to all. Flags can be read by other users of the machine: prefer the variable or the file.",
+    )
+    api_keys_file: Path | None = Field(None, description="The same from a file, one key a line; # starts a comment.")
+    admin_key: SecretStr | None = Field(None, description="Key for POST /models/reload; none: reloading there is off.")
+    admin_key_file: Path | None = Field(None, description="The same from a file.")
+    cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_list)] = Field(
+        (), description="Origins, separated by commas, whose web pages may call the service; * for any."
+    )
+    tls_cert: Path | None = Field(None, description="PEM file with the certificate chain; needs tls_key: serves HTTPS.")
+    tls_key: Path | None = Field(None, description="PEM file with the private key.")
+
+    log_format: Literal["plain", "json"] = Field("plain", description="One line or one JSON object per log record.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level logged.")
+    access_log: bool = Field(False, description="Log a line per request; the metrics count them in any case.")
+
+    @field_validator("api_keys", "admin_key")
+    @classmethod
+    def _keys_fit_a_header(cls, value: object) -> object:
+        for key in value if isinstance(value, tuple) else (value,):
+            if isinstance(key, SecretStr) and not _is_key(key.get_secret_value()):
+                raise ValueError("a key must be printable ASCII without spaces")
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins_are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if origin != "*" and (not origin.startswith(("http://", "https://")) or origin.count("/") != 2):
+                raise ValueError(f"{origin!r} is not an origin; write https://example.org, without a path, or *")
+        return value
+
+    @model_validator(mode="after")
+    def _limits_fit_each_other(self) -> Self:
+        if self.max_pictures > self.max_queue_size:
+            raise ValueError("max_pictures must not exceed max_queue_size, or a full request could never be accepted")
+        if self.max_body_bytes > self.max_queue_bytes:
+            raise ValueError("max_body_bytes must not exceed max_queue_bytes, or a full body could never be accepted")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together; only one of them is set")
+        return self
+
+    @model_validator(mode="after")
+    def _files_exist(self) -> Self:
+        for name in ("api_keys_file", "admin_key_file", "tls_cert", "tls_key"):
+            path: Path | None = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise ValueError(f"{name}: there is no file {path}")
+        if self.api_keys_file is not None and not self.client_keys():
+            raise ValueError(f"api_keys_file: {self.api_keys_file} holds no key, which would leave the service open")
+        return self
+
+    def client_keys(self) -> tuple[str, ...]:
+        """Every API key, of the setting and of the file; empty: no key is asked for."""
+        return tuple(key.get_secret_value() for key in self.api_keys) + _read_keys(self.api_keys_file)
+
+    def administrator_key(self) -> str | None:
+        """Return the admin key, of the setting or of the file; None: reloading over HTTP is off."""
+        if self.admin_key is not None:
+            return self.admin_key.get_secret_value()
+        return next(iter(_read_keys(self.admin_key_file)), None)
+
+
+def _is_key(key: str) -> bool:
+    return bool(key) and key.isascii() and key.isprintable() and " " not in key
+
+
+def _read_keys(path: Path | None) -> tuple[str, ...]:
+    if path is None:
+        return ()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} can't be read as text: {error}") from error
+    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+    keys = tuple(line for line in lines if line)
+    if not all(map(_is_key, keys)):
+        raise ValueError(f"a key in {path} is not printable ASCII without spaces")
+    return keys
