@@ -1,0 +1,142 @@
+"""Batches on an NVIDIA GPU: buffers bound once for each batch size, run as captured CUDA graphs."""
+
+import ctypes
+import logging
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from service.artifact import INPUT_NAME, OUTPUT_NAME, ModelMetadata
+from service.runners import BucketRunner, Images, Logits
+from service.session import EngineError, SessionSpec, open_session
+
+logger = logging.getLogger(__name__)
+
+# onnxruntime's CUDA provider runs a shape twice as usual, captures in the third run and replays from the fourth on.
+RUNS_UNTIL_CAPTURED = 3
+
+
+class CaptureGate:
+    """Lets many use CUDA at once, and keeps all others away while one captures a graph.
+
+    onnxruntime captures in CUDA's global mode: an allocation or a plain copy by any other thread of the process
+    fails meanwhile, and spoils the capture. So a model that warms up would break the batches of the one that serves.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._users = 0
+        self._capturing = False
+        self._waiting = 0
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Use CUDA; waits for a capture that runs or is waiting to begin."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._capturing and not self._waiting)
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._users -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Capture; waits until nobody else uses CUDA."""
+        with self._changed:
+            self._waiting += 1
+            self._changed.wait_for(lambda: not self._capturing and not self._users)
+            self._waiting -= 1
+            self._capturing = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._capturing = False
+                self._changed.notify_all()
+
+
+gate = CaptureGate()  # one a process, as the prohibition is
+
+
+class CudaBatch:
+    """One batch size of a session: host and device buffers, IO binding, and the number of its CUDA graph.
+
+    onnxruntime keeps captured graphs by thread: all runs must come from the thread that warmed up.
+
+    Attributes:
+        images: uint8 [B, H, W, 3] in page-locked host memory, to be filled before a run.
+    """
+
+    def __init__(self, session: Any, metadata: ModelMetadata, images: Images, device_id: int) -> None:
+        size = len(images)
+        self.images = images
+        self._input = ort.OrtValue.ortvalue_from_shape_and_type(images.shape, np.uint8, "cuda", device_id)
+        outputs = (size, len(metadata.labels))
+        self._output = ort.OrtValue.ortvalue_from_shape_and_type(outputs, np.float32, "cuda", device_id)
+        self._session = session
+        self._binding = session.io_binding()
+        self._binding.bind_ortvalue_input(INPUT_NAME, self._input)
+        self._binding.bind_ortvalue_output(OUTPUT_NAME, self._output)
+        self._options = ort.RunOptions()
+        self._options.add_run_config_entry("gpu_graph_id", str(size))
+        self._runs_until_captured = RUNS_UNTIL_CAPTURED
+
+    def run(self) -> Logits:
+        """Copy in, run or replay, copy out: a new float32 [B, C]. The session waits for the device."""
+        with gate.exclusive() if self._runs_until_captured else gate.shared():
+            self._input.update_inplace(self.images)
+            self._session.run_with_iobinding(self._binding, self._options)
+            self._runs_until_captured = max(0, self._runs_until_captured - 1)
+            return np.asarray(self._output.numpy(), dtype=np.float32)
+
+
+def open_cuda_session(path: Path, spec: SessionSpec) -> Any:
+    """Open a session on CUDA or TensorRT, without CUDA graphs where this graph can't be captured."""
+    with gate.shared():
+        if not spec.cuda_graphs:
+            return open_session(path, spec)
+        try:
+            return open_session(path, spec)
+        except EngineError as error:
+            logger.warning("%s: no CUDA graphs, kernels are launched one by one: %s", path, error)
+            return open_session(path, spec.without_graphs())
+
+
+def cuda_runner(session: Any, metadata: ModelMetadata, sizes: Sequence[int], device_id: int) -> BucketRunner:
+    """Make the buffers for all batch sizes; they share one page-locked host buffer."""
+    with gate.shared():
+        host = page_locked_zeros((max(sizes), *metadata.input_size, 3))
+        return BucketRunner(
+            lambda size: CudaBatch(session, metadata, host[:size], device_id), sizes, warm_up_runs=RUNS_UNTIL_CAPTURED
+        )
+
+
+def page_locked_zeros(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Allocate zeros that the device can read directly; ordinary memory, with a log line, where that fails.
+
+    onnxruntime's Python interface allocates page-locked memory for plug-in providers only, so an ordinary array is
+    registered with the CUDA runtime that is loaded already.
+    """
+    array: NDArray[np.uint8] = np.zeros(shape, dtype=np.uint8)
+    try:
+        cudart = ctypes.CDLL(f"libcudart.so.{ort.cuda_version.partition('.')[0]}")
+        pointer = ctypes.c_void_p(array.ctypes.data)
+        status = cudart.cudaHostRegister(pointer, ctypes.c_size_t(array.nbytes), ctypes.c_uint(0))
+    except (OSError, AttributeError) as error:
+        logger.info("host buffers are not page-locked: %s", error)
+        return array
+    if status == 0:
+        weakref.finalize(array, cudart.cudaHostUnregister, pointer)
+    else:
+        logger.info("host buffers are not page-locked: cudaHostRegister returned %d", status)
+    return array

@@ -1,0 +1,261 @@
+"""The engine: a model file that runs. What serves, and what export verifies, is this code.
+
+Shape letters: N pictures of a batch, H and W the model's input size, C classes, K golden pictures.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from service.artifact import MODEL_FILES, Golden, ModelMetadata, Precision
+from service.cuda import cuda_runner, open_cuda_session
+from service.runners import HostRunner, Images, Logits, Runner, default_buckets, is_out_of_memory
+from service.session import (
+    EngineError,
+    Provider,
+    ProviderChoice,
+    SessionSpec,
+    check_graph,
+    metadata_of,
+    open_session,
+    read_metadata,
+    resolve_provider,
+)
+
+__all__ = [
+    "Engine",
+    "EngineError",
+    "GoldenReport",
+    "OnnxEngine",
+    "Provider",
+    "ProviderChoice",
+    "check_golden",
+    "choose_file",
+    "read_metadata",
+    "replay_golden",
+    "resolve_provider",
+]
+
+logger = logging.getLogger(__name__)
+
+PrecisionChoice = Literal["auto", "float32", "float16", "int8"]
+
+# A variant is in the folder only if it passed its gate and was faster where it is meant to run.
+PREFERRED: dict[Provider, tuple[Precision, ...]] = {
+    "cpu": ("int8", "float32"),
+    "cuda": ("float16", "float32"),
+    "tensorrt": ("float16", "float32"),
+}
+
+
+class Engine(Protocol):
+    """Runs batches of one model on one device. Not thread-safe, and bound to a thread: see `run`.
+
+    Attributes:
+        metadata: of the file that runs.
+        provider: "cpu", "cuda" or "tensorrt": where it really runs.
+        max_batch_size: largest N; may fall while serving, when the device's memory does not suffice.
+    """
+
+    metadata: ModelMetadata
+    provider: Provider
+    max_batch_size: int
+
+    def run(self, images: Images) -> Logits:
+        """Classify uint8 [N, H, W, 3], RGB, 1 <= N <= max_batch_size; return float32 [N, C].
+
+        Call this and `warm_up` from one and the same thread: a captured CUDA graph belongs to a thread.
+        """
+
+    def warm_up(self) -> None:
+        """Run the batch sizes that matter once, so that the first request does not pay for it."""
+
+    def close(self) -> None:
+        """Free the device's memory; `run` raises from now on."""
+
+
+class OnnxEngine:
+    """An `Engine` on onnxruntime.
+
+    Args:
+        path: the .onnx file.
+        provider: "auto" takes CUDA where there is one and the CPU elsewhere; all others are asserted, never replaced.
+        device_id: index of the GPU.
+        max_batch_size: largest batch in pictures.
+        intra_op_threads: threads of one run on the CPU; 0 takes one a physical core.
+        buckets: batch sizes on a GPU, where batches are padded to the next; default: powers of two.
+        gpu_memory_limit_bytes: ceiling of onnxruntime's arena on the GPU; None: no ceiling.
+        cuda_graphs: capture each bucket as a CUDA graph at warm-up (CUDA only).
+
+    Raises:
+        EngineError: the file can't be loaded, does not run on that provider, or its graph breaks the contract.
+        ArtifactError: its metadata break the contract.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        provider: ProviderChoice = "auto",
+        device_id: int = 0,
+        max_batch_size: int = 32,
+        intra_op_threads: int = 0,
+        buckets: Sequence[int] | None = None,
+        gpu_memory_limit_bytes: int | None = None,
+        cuda_graphs: bool = True,
+    ) -> None:
+        if max_batch_size < 1:
+            raise EngineError(f"max_batch_size must be at least 1, and is {max_batch_size}")
+        self.path = path
+        self.provider: Provider = resolve_provider(provider, device_id)
+        spec = SessionSpec(
+            provider=self.provider,
+            device_id=device_id,
+            intra_op_threads=intra_op_threads,
+            max_batch_size=max_batch_size,
+            gpu_memory_limit_bytes=gpu_memory_limit_bytes,
+            cuda_graphs=cuda_graphs and self.provider == "cuda",
+        )
+        self._runner: Runner | None
+        self.metadata, self._runner = _open(path, spec, buckets)
+        self.max_batch_size = max_batch_size
+
+    def run(self, images: Images) -> Logits:
+        """Classify uint8 [N, H, W, 3]; return float32 [N, C]. See `Engine.run`.
+
+        A batch that runs out of memory is run once more in halves, and `max_batch_size` falls to the half.
+
+        Raises:
+            EngineError: the pictures are not of this form, or onnxruntime failed.
+        """
+        runner = self._open_runner()
+        self._check(images)
+        try:
+            return runner.run(images)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise EngineError(f"{self.path}: a batch of {len(images)} failed: {error}") from error
+            return self._run_in_parts(runner, images, error)
+
+    def warm_up(self) -> None:
+        """Run every bucket, the largest first; on a GPU that captures it. On a CPU: the largest batch, and one.
+
+        Raises:
+            EngineError: as `run`.
+        """
+        runner = self._open_runner()
+        for size in tuple(runner.sizes):
+            for _ in range(runner.warm_up_runs):
+                if size <= self.max_batch_size:
+                    self.run(np.zeros((size, *self.metadata.input_size, 3), dtype=np.uint8))
+
+    def close(self) -> None:
+        """Free the session and its buffers."""
+        self._runner = None
+
+    def _open_runner(self) -> Runner:
+        if self._runner is None:
+            raise EngineError(f"{self.path}: this engine has been closed")
+        return self._runner
+
+    def _check(self, images: Images) -> None:
+        wanted = (*self.metadata.input_size, 3)
+        if images.dtype != np.uint8 or images.shape[1:] != wanted or not 1 <= len(images) <= self.max_batch_size:
+            raise EngineError(
+                f"{self.path}: a batch must be uint8 [1..{self.max_batch_size}, {', '.join(map(str, wanted))}], "
+                f"and is {images.dtype} {list(images.shape)}"
+            )
+
+    def _run_in_parts(self, runner: Runner, images: Images, cause: Exception) -> Logits:
+        smaller = runner.shrink(len(images))
+        if smaller == 0:
+            raise EngineError(f"{self.path}: there is not enough memory for a single picture: {cause}") from cause
+        logger.warning("%s: no memory for a batch of %d; from now on at most %d", self.path, len(images), smaller)
+        self.max_batch_size = min(self.max_batch_size, smaller)
+        try:
+            parts = [runner.run(images[start : start + smaller]) for start in range(0, len(images), smaller)]
+        except Exception as error:
+            raise EngineError(f"{self.path}: no memory for {len(images)}, nor for {smaller}: {error}") from error
+        return np.concatenate(parts)
+
+
+def _open(path: Path, spec: SessionSpec, buckets: Sequence[int] | None) -> tuple[ModelMetadata, Runner]:
+    """Open the session, check it, and choose how its batches run."""
+    on_device = spec.provider != "cpu"
+    session = open_cuda_session(path, spec) if on_device else open_session(path, spec)
+    metadata = metadata_of(session, path)
+    check_graph(session, metadata, path)
+    if not on_device:
+        return metadata, HostRunner(session, spec.max_batch_size)
+    sizes = sorted({*(buckets or default_buckets(spec.max_batch_size)), spec.max_batch_size})
+    if sizes[0] < 1 or sizes[-1] > spec.max_batch_size:
+        raise EngineError(f"buckets must lie between 1 and max_batch_size {spec.max_batch_size}, and are {buckets}")
+    return metadata, cuda_runner(session, metadata, sizes, spec.device_id)
+
+
+def choose_file(folder: Path, provider: Provider, precision: PrecisionChoice = "auto") -> Path:
+    """Choose the file of a version folder that fits the provider: float16 on a GPU, int8 on a CPU, else float32.
+
+    Raises:
+        EngineError: the folder has no file of the precision that was asked for.
+    """
+    wanted = PREFERRED[provider] if precision == "auto" else (precision,)
+    for candidate in wanted:
+        if (folder / MODEL_FILES[candidate]).is_file():
+            return folder / MODEL_FILES[candidate]
+    names = " or ".join(MODEL_FILES[candidate] for candidate in wanted)
+    raise EngineError(f"{folder}: there is no {names}, which precision {precision} on {provider} needs")
+
+
+@dataclass(frozen=True)
+class GoldenReport:
+    """How far an engine is from the golden logits: largest absolute difference, and labels that differ, of n."""
+
+    max_abs_difference: float
+    labels_differ: int
+    n: int
+
+
+def replay_golden(engine: Engine, golden: Golden) -> GoldenReport:
+    """Run the golden pictures through `engine`, in batches as large as it takes, and compare.
+
+    Raises:
+        EngineError: the golden pictures are of another size, or have other classes, than the model.
+    """
+    wanted = ((*engine.metadata.input_size, 3), len(engine.metadata.labels))
+    if (golden.images.shape[1:], golden.logits.shape[1]) != wanted:
+        raise EngineError(
+            f"golden pictures of shape {list(golden.images.shape[1:])} with {golden.logits.shape[1]} logits "
+            f"do not belong to a model of shape {list(wanted[0])} with {wanted[1]} classes"
+        )
+    logits = np.concatenate(list(_run_all(engine, golden.images)))
+    differ = int(np.count_nonzero(logits.argmax(axis=1) != golden.logits.argmax(axis=1)))
+    return GoldenReport(float(np.abs(logits - golden.logits).max()), differ, len(golden))
+
+
+def _run_all(engine: Engine, images: Images) -> Iterator[Logits]:
+    while len(images):
+        size = engine.max_batch_size  # read anew: it falls when memory runs out
+        yield engine.run(images[:size])
+        images = images[size:]
+
+
+def check_golden(engine: Engine, golden: Golden) -> GoldenReport:
+    """Replay, and refuse an engine that is further from the golden logits than its metadata allow.
+
+    Raises:
+        EngineError: as `replay_golden`, or the difference is above `metadata.golden_tolerance`, or not a number.
+    """
+    report = replay_golden(engine, golden)
+    tolerance = engine.metadata.golden_tolerance
+    if not report.max_abs_difference <= tolerance:  # so that NaN fails
+        raise EngineError(
+            f"the golden pictures give other logits on {engine.provider}: the largest difference is "
+            f"{report.max_abs_difference:.3g} and {tolerance:.3g} is allowed; "
+            f"{report.labels_differ} of {report.n} labels differ"
+        )
+    return report
