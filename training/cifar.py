@@ -86,17 +86,13 @@ def _names(path: Path, content: Mapping[bytes, Any], key: bytes) -> tuple[str, .
 
 def _class_indices(path: Path, content: Mapping[bytes, Any], key: bytes, count: int, classes: int) -> NDArray[np.int64]:
     """Return int64 [count] under ``key``, each within 0..classes-1."""
-    indices = np.array(content.get(key))
-    if (
-        indices.dtype.kind not in "iu"
-        or indices.shape != (count,)
-        or indices.min(initial=0) < 0
-        or indices.max(initial=0) >= classes
-    ):
+    values = content.get(key)
+    values = list(values) if isinstance(values, list | np.ndarray) else []
+    if len(values) != count or not all(isinstance(v, int | np.integer) and 0 <= v < classes for v in values):
         raise DataError(
             f"{path}: {key.decode()!r} must hold {count} numbers from 0 to {classes - 1}, one for each picture."
         )
-    return indices.astype(np.int64)
+    return np.array(values, dtype=np.int64)
 
 
 def _images(path: Path, content: Mapping[bytes, Any]) -> NDArray[np.uint8]:

@@ -20,10 +20,10 @@ def _check(path: Path) -> None:
         raise DataError(f"{path}: does not exist; --data takes a folder laid out as {_LAYOUTS}.")
     if not path.is_dir():
         raise DataError(f"{path}: is a file; --data takes a folder laid out as {_LAYOUTS}.")
-    folder = path / cifar.FOLDER if (path / cifar.FOLDER).is_dir() else path
-    missing = [name for name in cifar.MEMBERS if not (folder / name).is_file()]
-    if folder.name == cifar.FOLDER or len(missing) < len(cifar.MEMBERS):
-        raise DataError(f"{folder}: lacks {' and '.join(missing)}; unpack the whole archive of {cifar.FOLDER} there.")
+    for folder in (path, path / cifar.FOLDER):
+        missing = [name for name in cifar.MEMBERS if not (folder / name).is_file()]
+        if len(missing) < len(cifar.MEMBERS) and not any(child.is_dir() for child in folder.iterdir()):
+            raise DataError(f"{folder}: lacks {' and '.join(missing)}; unpack the whole {cifar.FOLDER} archive there.")
     if not any(child.is_dir() for child in path.iterdir()):
         raise DataError(f"{path}: has no folders of pictures in it; --data takes a folder laid out as {_LAYOUTS}.")
 
