@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
 from training.dataset import DataError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-_SIXTEEN_BIT_MODES = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
+
+
+def _scale_grey(image: Image.Image) -> Image.Image:
+    """Scale grey of 9 to 16 bits to 8, rounded, where Pillow's own conversion clips at 255."""
+    bits, white_is_zero = 16, False
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        bits, white_is_zero = image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0], image.tag_v2.get(_PHOTOMETRIC) == 0
+    levels, peak = np.asarray(image).astype(np.uint32), (1 << bits) - 1
+    grey = (levels * 255 + peak // 2) // peak
+    grey = 255 - grey if white_is_zero else grey
+    if isinstance(transparent := image.info.get("transparency"), int):
+        grey[levels == transparent] = 255
+    return Image.fromarray(grey.astype(np.uint8))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return the (first frame of the) picture upright and in mode RGB, transparency on white, 16 bit scaled to 8."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in _SIXTEEN_BIT_MODES:
-        # Pillow's own conversion clips at 255 instead of scaling.
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
+    """Return the (first frame of the) picture upright and in mode RGB, transparency on white, 16 bits scaled to 8.
+
+    Raises ValueError for 32-bit pixels, which have no defined range.
+    """
+    image.load()
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit pixel values have no defined range, 8 or 16 bits a channel have")
+    with suppress(Exception):  # a picture with damaged EXIF or XMP is taken as it lies
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I;16"):
+        image = _scale_grey(image)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
+        rgba = image.convert("RGBA")
+        canvas = Image.new("RGB", rgba.size, "white")
+        canvas.paste(rgba, mask=rgba)
+        return canvas
     return image.convert("RGB")
 
 
@@ -42,11 +63,14 @@ def fit(image: Image.Image, size: int) -> Image.Image:
 def read_picture(path: Path, size: int) -> NDArray[np.uint8]:
     """Read one file as uint8 [size, size, 3]; raises DataError naming the file when it is not a readable picture."""
     try:
-        with Image.open(path) as image:
+        # From memory, as the service does: an uncompressed TIFF file that has to be turned is mapped by Pillow 13 with
+        # width and height exchanged.
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
             return np.asarray(fit(to_rgb(image), size))
     except Exception as error:  # Pillow's decoders raise many kinds of errors at damaged files
+        reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(
-            f"{path}: this picture cannot be read ({error}); replace it with a whole picture file or remove it."
+            f"{path}: this picture cannot be read ({reason}); replace it with a whole picture file or remove it."
         ) from error
 
 
