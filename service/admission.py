@@ -1,0 +1,106 @@
+"""How much may be in the house at once, in pictures and in bytes; counted before anything is decoded."""
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from service.errors import BodyTooLarge, Overloaded, TooManyPictures
+
+RATE_WINDOW_SECONDS = 1.0
+RATE_DECAY = 0.8  # how much of an old peak a quieter window leaves
+MAX_RETRY_AFTER_SECONDS = 60.0
+
+
+class Admission:
+    """Bounds what is accepted and not yet answered, over all models. Belongs to one event loop's thread.
+
+    Args:
+        max_pictures: pictures that may be in the house at once.
+        max_bytes: bytes of request bodies that may be held at once.
+        clock: monotonic, in seconds.
+
+    Attributes:
+        pictures: pictures in the house.
+        bytes: bytes in the house.
+    """
+
+    def __init__(self, max_pictures: int, max_bytes: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.max_pictures = max_pictures
+        self.max_bytes = max_bytes
+        self.pictures = 0
+        self.bytes = 0
+        self._clock = clock
+        self._rate = 0.0
+        self._window_start = 0.0
+        self._window_count = 0
+
+    def admit(self, *, pictures: int = 1, bytes: int = 0) -> "Ticket":  # noqa: A002 - the unit is the best name
+        """Ask for room: `with admission.admit(pictures=1, bytes=n) as ticket:`. It is asked, or refused, on entering.
+
+        Raises:
+            Overloaded, TooManyPictures, BodyTooLarge: as `Ticket.add`.
+        """
+        return Ticket(self, pictures, bytes)
+
+    def retry_after(self) -> float:
+        """Seconds until what is here now will have left, at the measured rate; at least 1, at most 60."""
+        elapsed = self._clock() - self._window_start
+        running = self._window_count / elapsed if elapsed > 0 else 0.0
+        rate = max(self._rate, running)
+        seconds = self.pictures / rate if rate > 0 else 0.0
+        return min(max(seconds, 1.0), MAX_RETRY_AFTER_SECONDS)
+
+    def _take(self, ticket: "Ticket", pictures: int, size: int) -> None:
+        if ticket.pictures + pictures > self.max_pictures:
+            raise TooManyPictures(f"A request can hold at most {self.max_pictures} pictures; send several requests.")
+        if ticket.bytes + size > self.max_bytes:
+            raise BodyTooLarge(f"A request can hold at most {self.max_bytes} bytes; send several requests.")
+        if self.pictures + pictures > self.max_pictures or self.bytes + size > self.max_bytes:
+            raise Overloaded(retry_after=self.retry_after())
+        if self.pictures == 0 == self.bytes:  # idle time tells nothing of how fast the house empties
+            self._window_start, self._window_count = self._clock(), 0
+        self.pictures += pictures
+        self.bytes += size
+
+    def _give_back(self, pictures: int, size: int) -> None:
+        self.pictures -= pictures
+        self.bytes -= size
+        self._window_count += pictures
+        elapsed = self._clock() - self._window_start
+        if elapsed >= RATE_WINDOW_SECONDS:
+            # A window of few requests shows their number, not the capacity: keep the peak, and let it fade.
+            self._rate = max(self._window_count / elapsed, RATE_DECAY * self._rate)
+            self._window_start, self._window_count = self._clock(), 0
+
+
+class Ticket:
+    """The room that one request has; given back on leaving the `with` block, however it is left."""
+
+    __slots__ = ("_admission", "bytes", "pictures")
+
+    def __init__(self, admission: Admission, pictures: int, size: int) -> None:
+        self._admission = admission
+        self.pictures = pictures
+        self.bytes = size
+
+    def add(self, *, pictures: int = 0, bytes: int = 0) -> None:  # noqa: A002 - as in `Admission.admit`
+        """Ask for more room, when the true size of a body shows while reading it.
+
+        Raises:
+            Overloaded: there is no room now.
+            TooManyPictures, BodyTooLarge: there would be no room in an empty house either.
+        """
+        self._admission._take(self, pictures, bytes)
+        self.pictures += pictures
+        self.bytes += bytes
+
+    def __enter__(self) -> Self:
+        pictures, size, self.pictures, self.bytes = self.pictures, self.bytes, 0, 0
+        self.add(pictures=pictures, bytes=size)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._admission._give_back(self.pictures, self.bytes)

@@ -1,0 +1,296 @@
+"""Dynamic batching: claim an engine's slot, then pop. One asyncio task and a deque; no timer, no polling.
+
+    wait until the queue is not empty -> claim a free slot -> pop up to max_batch_size, dropping what was cancelled or
+    has expired -> run in the engine's thread -> end every future exactly once -> release the slot
+
+Batches form by themselves while the engines are busy, and an idle service answers at once. Late arrivals join until
+the moment of the pop. In which order pictures leave the queue: see `service.fair_queue`.
+"""
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.engine import Engine
+from service.errors import Draining, InferenceFailed, NotReady
+from service.fair_queue import Batch, DropReason, FairQueue, Image, Prediction, Request
+from service.worker import EngineThread, report
+
+__all__ = ["BatchObserver", "DynamicBatcher", "NoObserver", "Prediction"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Outcome = NDArray[np.float32] | Exception
+
+
+class BatchObserver(Protocol):
+    """Counts what happens; called in the event loop's thread, and must be quick."""
+
+    def batch(self, size: int, seconds: float) -> None:
+        """Take note of a batch of `size` pictures that took `seconds`."""
+
+    def queued(self, seconds: float) -> None:
+        """Take note of a picture that waited for `seconds`; once for each picture that was run."""
+
+    def dropped(self, reason: DropReason) -> None:
+        """Take note of a picture that left the queue without a run."""
+
+    def failed_batch(self, size: int) -> None:
+        """Take note of a batch that failed, hung ones included."""
+
+
+class NoObserver:
+    """A `BatchObserver` that takes no note."""
+
+    def batch(self, size: int, seconds: float) -> None:
+        """Do nothing."""
+
+    def queued(self, seconds: float) -> None:
+        """Do nothing."""
+
+    def dropped(self, reason: DropReason) -> None:
+        """Do nothing."""
+
+    def failed_batch(self, size: int) -> None:
+        """Do nothing."""
+
+
+class _Slot:
+    """An engine, its thread, and the batch it runs."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self.engine = engine
+        self.name = name
+        self.thread = EngineThread(name)
+        self.batch: Batch | None = None
+        self.watchdog: asyncio.TimerHandle | None = None
+        self.hung = False
+        self.failures = 0  # in a row
+
+
+class DynamicBatcher:
+    """Serves pictures in batches on one or several engines of one model. Belongs to one event loop.
+
+    Args:
+        engines: one slot each and one queue for all; they become the batcher's, `close` closes them.
+        max_queue_delay_ms: how long an incomplete batch waits for more although an engine is free.
+        run_timeout_ms: a run that takes longer counts as hung, and fails the batcher.
+        max_failures: so many failing batches of one engine in a row fail the batcher: its device is gone.
+        observer: counts.
+
+    Attributes:
+        failed: set when an engine hangs or keeps failing or the loop has ended: the process should be replaced.
+        failure: why; "" until then.
+    """
+
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        *,
+        max_queue_delay_ms: float = 0,
+        run_timeout_ms: float = 30_000,
+        max_failures: int = 16,
+        observer: BatchObserver | None = None,
+    ) -> None:
+        self._slots = [_Slot(engine, f"engine-{index}") for index, engine in enumerate(engines)]
+        self._shape = (*engines[0].metadata.input_size, 3)
+        self._delay = max_queue_delay_ms / 1000
+        self._run_timeout = run_timeout_ms / 1000
+        self._max_failures = max_failures
+        self._observer: BatchObserver = observer or NoObserver()
+        self._queue = FairQueue()
+        self._arrived = asyncio.Event()  # there is something in the queue
+        self._idle = asyncio.Event()  # the queue is empty and no engine runs
+        self._idle.set()
+        self._free: asyncio.Queue[_Slot] = asyncio.Queue()
+        self._loop_task: asyncio.Task[None] | None = None
+        self._refusal: Callable[[], Exception] | None = NotReady
+        self.failed = asyncio.Event()
+        self.failure = ""
+
+    @property
+    def queue_length(self) -> int:
+        """Pictures that wait for a batch, including those that will be dropped at their turn."""
+        return self._queue.pictures
+
+    async def on_each_engine(self, function: Callable[[Engine], T]) -> list[T]:
+        """Call `function` with each engine, in its own thread, all at the same time; for warm-up and checks."""
+        return await asyncio.gather(*(slot.thread.call(partial(function, slot.engine)) for slot in self._slots))
+
+    def start(self) -> None:
+        """Serve from now on."""
+        self._loop = asyncio.get_running_loop()
+        for slot in self._slots:
+            self._free.put_nowait(slot)
+        self._refusal = None
+        self._loop_task = self._loop.create_task(self._dispatch(), name="batcher")
+        self._loop_task.add_done_callback(self._loop_ended)
+
+    async def submit(self, image: Image, *, deadline: float | None = None) -> Prediction:
+        """Classify one picture; see `submit_many`."""
+        (prediction,) = await self.submit_many((image,), deadline=deadline)
+        return prediction
+
+    async def submit_many(self, images: Sequence[Image], *, deadline: float | None = None) -> list[Prediction]:
+        """Classify the pictures of one request, each uint8 [H, W, 3]; they succeed or fail together.
+
+        Cancel the task that awaits this, and what still waits in the queue is never run.
+
+        Args:
+            images: of the model's input size; they must not change until the answer is there.
+            deadline: on the clock of `loop.time()`; what has not been begun by then is not begun.
+
+        Raises:
+            DeadlineExceeded: the deadline passed while one of them waited.
+            InferenceFailed: the batch that one of them was in failed.
+            NotReady: the batcher has not been started, or has failed.
+            Draining: it is about to stop.
+        """
+        if self._refusal is not None:
+            raise self._refusal()
+        for image in images:
+            if image.shape != self._shape or image.dtype != np.uint8:  # it would fail all others of its batch
+                raise ValueError(f"a picture must be uint8 {self._shape}, and is {image.dtype} {image.shape}")
+        if not images:
+            return []
+        future: asyncio.Future[list[Prediction]] = self._loop.create_future()
+        until = math.inf if deadline is None else deadline
+        self._queue.put(Request(images, future, self._loop.time(), until))
+        self._arrived.set()
+        self._idle.clear()
+        return await future
+
+    async def drain(self) -> None:
+        """Refuse what comes, serve what is here, and return when all of it has its answer."""
+        self._refusal = self._refusal or Draining
+        await self._idle.wait()
+
+    async def close(self) -> None:
+        """Refuse what comes and what waits, let runs end, close the engines. `drain` first, and nothing is refused."""
+        self._refusal = self._refusal or Draining
+        task, self._loop_task = self._loop_task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+        self._queue.fail_all(Draining)
+        self._look_whether_idle()
+        await self._idle.wait()
+        slots, self._slots = self._slots, []
+        for slot in slots:
+            if not slot.hung:
+                await slot.thread.call(slot.engine.close)
+            slot.thread.stop()
+
+    async def _dispatch(self) -> None:
+        """Serve for ever. From the pop to the hand-over nothing can raise: what is popped is in good hands."""
+        while True:
+            await self._arrived.wait()
+            slot = await self._free.get()
+            if self._delay:
+                await self._wait_for_more(slot.engine.max_batch_size)
+            batch = self._queue.pop(slot.engine.max_batch_size, self._loop.time())
+            if batch.size:
+                self._start_run(slot, batch)
+            else:
+                self._free.put_nowait(slot)
+            (self._arrived.set if self._queue else self._arrived.clear)()
+            for reason in batch.dropped:
+                self._observer.dropped(reason)
+            self._look_whether_idle()
+
+    async def _wait_for_more(self, size: int) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(self._queue.oldest + self._delay):
+                while self._queue.pictures < size:
+                    self._arrived.clear()
+                    await self._arrived.wait()
+
+    def _start_run(self, slot: _Slot, batch: Batch) -> None:
+        slot.batch = batch
+        slot.watchdog = self._loop.call_later(self._run_timeout, self._hung, slot, batch)
+        slot.thread.post(partial(self._run, slot, batch))
+
+    def _run(self, slot: _Slot, batch: Batch) -> None:
+        """Stack and run; in the engine's thread."""
+        outcome: Outcome
+        try:
+            images = np.concatenate(batch.images()).reshape(batch.size, *self._shape)
+            outcome = slot.engine.run(images)
+            if len(outcome) != batch.size:
+                raise ValueError(f"the engine gave {len(outcome)} answers to {batch.size} pictures")
+        except Exception as error:
+            outcome = error
+        report(self._loop, self._finish, slot, batch, outcome)
+
+    def _finish(self, slot: _Slot, batch: Batch, outcome: Outcome) -> None:
+        """End the futures of a batch and release its slot; back in the loop's thread."""
+        if slot.hung:
+            return  # the watchdog has ended them, and the process is to be replaced
+        if slot.watchdog is not None:
+            slot.watchdog.cancel()
+        slot.batch = None
+        try:
+            if isinstance(outcome, Exception):
+                self._end_failed(slot, batch, outcome)
+            else:
+                self._end_answered(slot, batch, outcome)
+        except Exception as error:  # an observer's: every future has ended before it is asked
+            logger.exception("an observer failed")
+            self._fail(f"an observer failed: {error!r}")
+        self._free.put_nowait(slot)
+        self._look_whether_idle()
+
+    def _end_answered(self, slot: _Slot, batch: Batch, logits: NDArray[np.float32]) -> None:
+        slot.failures = 0
+        seconds = self._loop.time() - batch.started
+        batch.answer(logits, seconds)
+        self._observer.batch(batch.size, seconds)
+        for request, start, stop in batch.parts:
+            for _ in range(start, stop):
+                self._observer.queued(batch.started - request.enqueued)
+
+    def _end_failed(self, slot: _Slot, batch: Batch, error: Exception) -> None:
+        """Fail the members of one batch; the next one is served, unless this goes on and on."""
+        batch.fail(InferenceFailed)
+        logger.error("%s: a batch of %d failed", slot.name, batch.size, exc_info=error)
+        slot.failures += 1
+        if slot.failures >= self._max_failures:
+            self._fail(f"{slot.name}: {slot.failures} batches failed in a row, the last with {error!r}")
+        self._observer.failed_batch(batch.size)
+
+    def _hung(self, slot: _Slot, batch: Batch) -> None:
+        """Give up an engine whose run does not end; its thread can't be stopped, only the process can."""
+        slot.hung, slot.batch = True, None
+        batch.fail(InferenceFailed)
+        self._fail(f"{slot.name}: a batch of {batch.size} did not end within {self._run_timeout:g} s")
+        self._observer.failed_batch(batch.size)
+
+    def _loop_ended(self, task: "asyncio.Task[None]") -> None:
+        if self._loop_task is task:  # else `close` has ended it
+            error = None if task.cancelled() else task.exception()
+            self._fail(f"the batcher's loop has ended: {error!r}")
+
+    def _fail(self, reason: str) -> None:
+        """Refuse all that waits and all that comes; batches that run on other engines still end."""
+        if self.failed.is_set():
+            return
+        logger.critical("the batcher has failed: %s", reason)
+        self.failure = reason
+        self._refusal = NotReady
+        self.failed.set()
+        if self._loop_task is not None:
+            self._loop_task.cancel()
+        self._queue.fail_all(InferenceFailed)
+        self._look_whether_idle()
+
+    def _look_whether_idle(self) -> None:
+        if not self._queue and all(slot.batch is None for slot in self._slots):
+            self._idle.set()

@@ -1,0 +1,159 @@
+"""The queue of the batcher: requests in the order they came, large ones in turns.
+
+A request of many pictures gives at most half a batch of them at its turn and then goes to the end of the queue. So it
+delays each request behind it by at most half a batch, however large it is.
+"""
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import DeadlineExceeded
+
+Image = NDArray[np.uint8]
+DropReason = Literal["cancelled", "deadline"]
+
+
+@dataclass(slots=True)
+class Prediction:
+    """The answer for one picture.
+
+    Attributes:
+        logits: float32 [C].
+        queue_seconds: from `submit` until its batch was begun.
+        inference_seconds: from then until the logits were back: hand-over, stacking, run.
+        batch_size: pictures of that batch.
+    """
+
+    logits: NDArray[np.float32]
+    queue_seconds: float
+    inference_seconds: float
+    batch_size: int
+
+
+class Request:
+    """Pictures that came together, and one future for all of them.
+
+    Args:
+        images: at least one, each uint8 [H, W, 3].
+        future: ends with one `Prediction` a picture, in order, or with the first error.
+        enqueued: loop time.
+        deadline: loop time; infinity for none.
+    """
+
+    __slots__ = ("answers", "deadline", "enqueued", "future", "images", "taken")
+
+    def __init__(
+        self,
+        images: Sequence[Image],
+        future: "asyncio.Future[list[Prediction]]",
+        enqueued: float,
+        deadline: float = math.inf,
+    ) -> None:
+        self.images = images
+        self.future = future
+        self.enqueued = enqueued
+        self.deadline = deadline
+        self.taken = 0  # so many are in batches
+        self.answers: dict[int, Prediction] = {}
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """What one run of an engine serves.
+
+    Attributes:
+        parts: (request, its first picture, one after its last).
+        size: pictures.
+        started: loop time of the pop.
+        dropped: a reason for each picture that left the queue on this occasion without being run.
+    """
+
+    started: float
+    size: int = 0
+    parts: list[tuple[Request, int, int]] = field(default_factory=list)
+    dropped: list[DropReason] = field(default_factory=list)
+
+    def images(self) -> list[Image]:
+        """List the pictures in the order of the parts."""
+        return [image for request, start, stop in self.parts for image in request.images[start:stop]]
+
+    def answer(self, logits: NDArray[np.float32], seconds: float) -> None:
+        """Give each picture its row of float32 [N, C], and end the futures of requests that are complete."""
+        row = 0
+        for request, start, stop in self.parts:
+            queued = self.started - request.enqueued
+            for index in range(start, stop):
+                request.answers[index] = Prediction(logits[row], queued, seconds, self.size)
+                row += 1
+            if len(request.answers) == len(request.images) and not request.future.done():
+                answers = request.answers  # by number: two engines may have ended its parts in any order
+                request.future.set_result([answers[index] for index in range(len(answers))])
+
+    def fail(self, error: Callable[[], Exception]) -> None:
+        """End the futures that have not ended yet, each with an exception of its own."""
+        for request, _, _ in self.parts:
+            if not request.future.done():
+                request.future.set_exception(error())
+
+
+class FairQueue:
+    """A deque of requests that counts pictures and gives out batches."""
+
+    def __init__(self) -> None:
+        self._requests: deque[Request] = deque()
+        self.pictures = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def oldest(self) -> float:
+        """Loop time at which the request came whose turn it is; the queue must not be empty."""
+        return self._requests[0].enqueued
+
+    def put(self, request: Request) -> None:
+        """Append a request."""
+        self._requests.append(request)
+        self.pictures += len(request.images)
+
+    def pop(self, room: int, now: float) -> Batch:
+        """Take up to `room` pictures; drop on the way what was cancelled, has expired, or failed in another part."""
+        batch = Batch(now)
+        turn = max(1, room // 2)
+        while batch.size < room and self._requests:
+            request = self._requests.popleft()
+            start = request.taken
+            if request.future.done() or now >= request.deadline:
+                self._drop(request, batch)
+                continue
+            stop = request.taken = min(len(request.images), start + min(turn, room - batch.size))
+            batch.parts.append((request, start, stop))
+            batch.size += stop - start
+            if stop < len(request.images):
+                self._requests.append(request)
+        self.pictures -= batch.size
+        return batch
+
+    def fail_all(self, error: Callable[[], Exception]) -> None:
+        """Empty the queue and end its futures with an exception each."""
+        while self._requests:
+            request = self._requests.popleft()
+            if not request.future.done():
+                request.future.set_exception(error())
+        self.pictures = 0
+
+    def _drop(self, request: Request, batch: Batch) -> None:
+        left = len(request.images) - request.taken
+        self.pictures -= left
+        if not request.future.done():
+            request.future.set_exception(DeadlineExceeded())
+            batch.dropped += ["deadline"] * left
+        elif request.future.cancelled():
+            batch.dropped += ["cancelled"] * left

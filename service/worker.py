@@ -1,0 +1,67 @@
+"""One thread that belongs to one engine."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class EngineThread:
+    """Runs jobs one after another in a thread of its own.
+
+    A captured CUDA graph belongs to the thread that captured it, so loading, warm-up and all runs of an engine come
+    here. The thread is a daemon, unlike those of concurrent.futures: one that hangs in a driver must not keep the
+    process from ending.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        threading.Thread(target=self._work, name=name, daemon=True).start()
+
+    def post(self, job: Callable[[], None]) -> None:
+        """Run `job` after those before it; it must not raise."""
+        self._jobs.put(job)
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """Run `function` in the thread and return or raise what it does."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def job() -> None:
+            try:
+                value = function()
+            except Exception as error:
+                report(loop, _end, future, None, error)
+            else:
+                report(loop, _end, future, value, None)
+
+        self.post(job)
+        return await future
+
+    def stop(self) -> None:
+        """End the thread after the jobs that wait."""
+        self._jobs.put(None)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+            del job  # or the last batch would stay in memory until the next comes
+
+
+def report(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: object) -> None:
+    """Call back in the loop's thread; a loop that has closed meanwhile wants to know nothing any more."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(callback, *args)
+
+
+def _end(future: "asyncio.Future[T]", value: T, error: Exception | None) -> None:
+    if future.done():  # whoever called has been cancelled
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(value)
