@@ -10,7 +10,7 @@ from torch.nn import functional as F
 class Preprocess(nn.Module):
     """Normalise by channel, then resize, as the Keras example does; part of the exported graph.
 
-    Bilinear with half-pixel centres and no antialiasing (Keras' ``Resizing``); nothing is resized where the sizes agree.
+    Bilinear with half-pixel centres, not antialiased (Keras' ``Resizing``); nothing is resized where the sizes agree.
 
     Args:
         image_size: height and width of the result, pixels.
@@ -32,19 +32,20 @@ class Preprocess(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
         self.register_buffer("variance", torch.tensor(variance, dtype=torch.float32))
 
-    def fit(self, images: Tensor, chunk: int = 4096) -> None:
-        """Take mean and variance from all training pictures, exactly (integer sums).
+    def fit(self, *splits: Tensor, chunk: int = 4096) -> None:
+        """Take mean and variance from all pictures given, exactly (integer sums).
 
         Args:
-            images: uint8 [B, H, W, 3].
+            splits: uint8 [B, H, W, 3] each.
+            chunk: pictures summed at once.
         """
         total = torch.zeros(3, dtype=torch.float64)
         squares = torch.zeros(3, dtype=torch.float64)
-        for part in images.split(chunk):
+        for part in (part for images in splits for part in images.split(chunk)):
             values = part.reshape(-1, 3).to(torch.int64)
             total += values.sum(0).cpu()
             squares += values.square().sum(0).cpu()
-        count = images.numel() // 3
+        count = sum(images.numel() for images in splits) // 3
         mean = total / count
         self.mean.copy_(mean)
         # A channel that never changes would divide by zero; Keras' Normalization floors the deviation likewise.

@@ -1,0 +1,56 @@
+# Few verbs, the same on a desk and in CI. Each sets up what it needs.
+PYTHON  ?= python3
+HOST    ?= 127.0.0.1
+PORT    ?= 8000
+MODEL   ?= models/perceiver-cifar100
+# onnxruntime for the service: gpu where an NVIDIA driver is found, cpu elsewhere. RUNTIME=cpu or RUNTIME=gpu overrides.
+RUNTIME ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+# Everything after `make train ARGS=`, `make export ARGS=` and so on goes to the program.
+ARGS    ?=
+
+DEV   := .venv
+SERVE := .venv-serve-$(RUNTIME)
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test lint format train export bench clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+serve: $(SERVE)/.installed ## Serve the shipped model on 127.0.0.1:8000 (PORT=, HOST=, MODEL=, RUNTIME=)
+	$(SERVE)/bin/python -m service --host $(HOST) --port $(PORT) --model-dir $(MODEL) $(ARGS)
+
+test: $(DEV)/.installed ## Run every test
+	$(DEV)/bin/python -m pytest $(ARGS)
+
+lint: $(DEV)/.installed ## Check style and types
+	$(DEV)/bin/ruff check .
+	$(DEV)/bin/ruff format --check .
+	$(DEV)/bin/mypy
+
+format: $(DEV)/.installed ## Format the code
+	$(DEV)/bin/ruff format .
+	$(DEV)/bin/ruff check --fix .
+
+train: $(DEV)/.installed ## Train (ARGS="--preset compact --data DIR"; see docs)
+	$(DEV)/bin/python -m training $(ARGS)
+
+export: $(DEV)/.installed ## Export a run (ARGS="runs/NAME --out models/NAME")
+	$(DEV)/bin/python -m export $(ARGS)
+
+bench: $(DEV)/.installed ## Pictures a second of the shipped model on this machine
+	$(DEV)/bin/python -m benchmarks.engine $(MODEL) $(ARGS)
+
+clean: ## Remove the environments and caches (no data, no runs)
+	rm -rf .venv .venv-serve-* .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build
+
+# The tests run on onnxruntime-gpu, as production does; without its CUDA libraries it serves on the CPU.
+$(DEV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEV)
+	$(DEV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	touch $@
+
+$(SERVE)/.installed: pyproject.toml constraints.txt constraints-cuda.txt
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/python -m pip install --quiet --constraint constraints.txt --constraint constraints-cuda.txt --editable '.[$(RUNTIME)]'
+	touch $@
