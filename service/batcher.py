@@ -13,14 +13,15 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.engine import Engine
 from service.errors import Draining, InferenceFailed, NotReady
-from service.fair_queue import Batch, DropReason, FairQueue, Image, Prediction, Request
+from service.fair_queue import Batch, FairQueue, Image, Prediction, Request
+from service.observers import BatchObserver, NoObserver
 from service.worker import EngineThread, report
 
 __all__ = ["BatchObserver", "DynamicBatcher", "NoObserver", "Prediction"]
@@ -29,38 +30,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Outcome = NDArray[np.float32] | Exception
-
-
-class BatchObserver(Protocol):
-    """Counts what happens; called in the event loop's thread, and must be quick."""
-
-    def batch(self, size: int, seconds: float) -> None:
-        """Take note of a batch of `size` pictures that took `seconds`."""
-
-    def queued(self, seconds: float) -> None:
-        """Take note of a picture that waited for `seconds`; once for each picture that was run."""
-
-    def dropped(self, reason: DropReason) -> None:
-        """Take note of a picture that left the queue without a run."""
-
-    def failed_batch(self, size: int) -> None:
-        """Take note of a batch that failed, hung ones included."""
-
-
-class NoObserver:
-    """A `BatchObserver` that takes no note."""
-
-    def batch(self, size: int, seconds: float) -> None:
-        """Do nothing."""
-
-    def queued(self, seconds: float) -> None:
-        """Do nothing."""
-
-    def dropped(self, reason: DropReason) -> None:
-        """Do nothing."""
-
-    def failed_batch(self, size: int) -> None:
-        """Do nothing."""
 
 
 class _Slot:
@@ -85,6 +54,7 @@ class DynamicBatcher:
         run_timeout_ms: a run that takes longer counts as hung, and fails the batcher.
         max_failures: so many failing batches of one engine in a row fail the batcher: its device is gone.
         observer: counts.
+        on_failure: called once with the reason when the batcher fails.
 
     Attributes:
         failed: set when an engine hangs or keeps failing or the loop has ended: the process should be replaced.
@@ -99,6 +69,7 @@ class DynamicBatcher:
         run_timeout_ms: float = 30_000,
         max_failures: int = 16,
         observer: BatchObserver | None = None,
+        on_failure: Callable[[str], None] | None = None,
     ) -> None:
         self._slots = [_Slot(engine, f"engine-{index}") for index, engine in enumerate(engines)]
         self._shape = (*engines[0].metadata.input_size, 3)
@@ -106,6 +77,7 @@ class DynamicBatcher:
         self._run_timeout = run_timeout_ms / 1000
         self._max_failures = max_failures
         self._observer: BatchObserver = observer or NoObserver()
+        self._on_failure = on_failure
         self._queue = FairQueue()
         self._arrived = asyncio.Event()  # there is something in the queue
         self._idle = asyncio.Event()  # the queue is empty and no engine runs
@@ -290,6 +262,8 @@ class DynamicBatcher:
             self._loop_task.cancel()
         self._queue.fail_all(InferenceFailed)
         self._look_whether_idle()
+        if self._on_failure is not None:
+            self._on_failure(reason)
 
     def _look_whether_idle(self) -> None:
         if not self._queue and all(slot.batch is None for slot in self._slots):

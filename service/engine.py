@@ -29,6 +29,7 @@ from service.session import (
 __all__ = [
     "Engine",
     "EngineError",
+    "GoldenMismatchError",
     "GoldenReport",
     "OnnxEngine",
     "Provider",
@@ -244,18 +245,28 @@ def _run_all(engine: Engine, images: Images) -> Iterator[Logits]:
         images = images[size:]
 
 
+class GoldenMismatchError(EngineError):
+    """An engine is further from the golden logits than its metadata allow; `report` says how far."""
+
+    def __init__(self, message: str, report: GoldenReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
 def check_golden(engine: Engine, golden: Golden) -> GoldenReport:
-    """Replay, and refuse an engine that is further from the golden logits than its metadata allow.
+    """Replay, and refuse an engine that does not give the golden logits.
 
     Raises:
-        EngineError: as `replay_golden`, or the difference is above `metadata.golden_tolerance`, or not a number.
+        GoldenMismatchError: the largest difference is above `metadata.golden_tolerance`, or not a number.
+        EngineError: as `replay_golden`.
     """
     report = replay_golden(engine, golden)
     tolerance = engine.metadata.golden_tolerance
     if not report.max_abs_difference <= tolerance:  # so that NaN fails
-        raise EngineError(
+        raise GoldenMismatchError(
             f"the golden pictures give other logits on {engine.provider}: the largest difference is "
             f"{report.max_abs_difference:.3g} and {tolerance:.3g} is allowed; "
-            f"{report.labels_differ} of {report.n} labels differ"
+            f"{report.labels_differ} of {report.n} labels differ",
+            report,
         )
     return report

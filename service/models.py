@@ -1,0 +1,226 @@
+"""Which version of the model is live: load, verify, warm up, swap, drain the old one.
+
+The highest version of the folder serves, or the pinned one. A version goes live only after its metadata, its graph and
+its golden pictures have been checked on the engines that will serve it. A version that fails is refused with a reason
+and tried again when its files change; what was serving goes on serving.
+
+To roll back, pin a version, or delete the highest one: the next lower one goes live. A version whose folder is gone
+goes on serving from memory as long as nothing else passes.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from service.artifact import GOLDEN_FILE, ModelVersion, load_golden
+from service.batcher import DynamicBatcher
+from service.engine import Engine, GoldenMismatchError, Provider, check_golden
+from service.errors import NotReady
+from service.observers import StoreObserver
+from service.versions import (
+    EngineOptions,
+    LiveModel,
+    NoUsableVersionError,
+    Seen,
+    VersionStatus,
+    open_engines,
+    scan,
+)
+
+__all__ = ["EngineOptions", "LiveModel", "ModelStore", "NoUsableVersionError", "StoreObserver", "VersionStatus"]
+
+logger = logging.getLogger(__name__)
+
+OpenEngines = Callable[[Path, EngineOptions], Sequence[Engine]]
+
+
+class ModelStore:
+    """Keeps the right version of a model folder live. Belongs to one event loop; loading happens off it.
+
+    Args:
+        folder: holds one folder a version.
+        options: how versions are loaded.
+        pinned_version: serve this one and no other.
+        poll_seconds: time between two looks into the folder in `watch`.
+        observer: counts batches of all versions, and what becomes of versions.
+        open_engines: opens the engines of a version folder; the default opens `OnnxEngine`s.
+
+    Attributes:
+        live: what serves; None before `load`. To use it, take a `lease`.
+        failed: set when an engine hangs or a batcher ends: the process should be replaced.
+        failure: why; "" until then.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        options: EngineOptions,
+        *,
+        pinned_version: int | None = None,
+        poll_seconds: float = 5.0,
+        observer: StoreObserver | None = None,
+        open_engines: OpenEngines = open_engines,
+    ) -> None:
+        self._folder = folder
+        self._options = options
+        self._pinned = pinned_version
+        self._poll_seconds = poll_seconds
+        self._observer = observer
+        self._open_engines = open_engines
+        self._seen: dict[int, Seen] = {}
+        self._reloading = asyncio.Lock()
+        self._retiring: dict[asyncio.Task[None], LiveModel] = {}
+        self.live: LiveModel | None = None
+        self.failed = asyncio.Event()
+        self.failure = ""
+
+    async def load(self) -> None:
+        """Make the best version live, for the first time.
+
+        Raises:
+            NoUsableVersionError: there is none, or all were refused; the message says why each was.
+        """
+        await self.reload()
+        if self.live is None:
+            raise NoUsableVersionError(self._why_none())
+
+    async def watch(self) -> None:
+        """Look for new versions for ever; run it as a task."""
+        while True:
+            await asyncio.sleep(self._poll_seconds)
+            try:
+                await self.reload()
+            except Exception:  # the folder may be away for a moment; what serves goes on
+                logger.exception("%s: looking for new versions failed", self._folder)
+
+    async def reload(self) -> list[VersionStatus]:
+        """Look into the folder now, swap if a better version is there, and return `versions()`."""
+        async with self._reloading:
+            await self._look()
+            await self._take_best()
+            if self.live is not None:
+                await asyncio.to_thread(self._describe, self.live.provider)
+        return self.versions()
+
+    def lease(self) -> LiveModel:
+        """Hold the live model while one request is served: `with store.lease() as live:`.
+
+        It is retired only after the last lease has ended, so that its batcher still serves who holds it.
+
+        Raises:
+            NotReady: nothing is live yet.
+        """
+        if self.live is None:
+            raise NotReady
+        return self.live
+
+    def versions(self) -> list[VersionStatus]:
+        """List the versions in the folder, and the live one wherever its folder went; ascending."""
+        statuses = {number: seen.status() for number, seen in self._seen.items()}
+        if self.live is not None:
+            statuses[self.live.version] = VersionStatus(self.live.version, "live", "", self.live.metadata)
+        return [statuses[number] for number in sorted(statuses)]
+
+    async def close(self) -> None:
+        """Serve what is queued in all models, and free them."""
+        async with self._reloading:
+            models = list(self._retiring.values()) + ([self.live] if self.live is not None else [])
+            for task in self._retiring:
+                task.cancel()
+            for model in models:
+                await model.batcher.drain()
+                await model.batcher.close()
+
+    async def _look(self) -> None:
+        """Take note of what is in the folder; what has changed counts as new."""
+        found = await asyncio.to_thread(scan, self._folder)
+        known = self._seen
+        self._seen = {
+            version.number: known[version.number]
+            if version.number in known and known[version.number].fingerprint == fingerprint
+            else Seen(version, fingerprint)
+            for version, fingerprint in found
+        }
+
+    async def _take_best(self) -> None:
+        """Go down from the best candidate to the first that is live already or passes."""
+        for number in sorted(self._seen, reverse=True):
+            seen = self._seen[number]
+            if seen.serving:
+                return
+            if (self._pinned is None or number == self._pinned) and not seen.reason and await self._try(seen):
+                return
+
+    async def _try(self, seen: Seen) -> bool:
+        """Make a version live, or note why it is refused."""
+        number = seen.version.number
+        try:
+            model = await self._open(seen.version)
+        except Exception as error:  # whatever is wrong with a folder, it must not end what serves
+            seen.reason = str(error) or repr(error)
+            logger.error("version %d: refused: %s", number, seen.reason)
+            if self._observer is not None:
+                self._observer.model_refused(number, seen.reason)
+            return False
+        for other in self._seen.values():
+            other.serving = other is seen
+        seen.metadata = model.metadata
+        self._swap(model)
+        return True
+
+    async def _open(self, version: ModelVersion) -> LiveModel:
+        """Load, warm up and verify a version; the engines do the last two in the threads that will serve."""
+        golden = await asyncio.to_thread(load_golden, version.path / GOLDEN_FILE)
+        engines = await asyncio.to_thread(self._open_engines, version.path, self._options)
+        batcher = DynamicBatcher(
+            engines,
+            max_queue_delay_ms=self._options.max_queue_delay_ms,
+            run_timeout_ms=self._options.run_timeout_ms,
+            observer=self._observer,
+            on_failure=partial(self._batcher_failed, version.number),
+        )
+        try:
+            await batcher.on_each_engine(lambda engine: engine.warm_up())
+            reports = await batcher.on_each_engine(lambda engine: check_golden(engine, golden))
+        except BaseException as error:
+            if isinstance(error, GoldenMismatchError):
+                self._golden_checked(error.report.max_abs_difference)
+            await batcher.close()
+            raise
+        self._golden_checked(max(report.max_abs_difference for report in reports))
+        batcher.start()
+        return LiveModel(version.number, engines, batcher)
+
+    def _swap(self, model: LiveModel) -> None:
+        """Let new requests go to `model`; what the old one has accepted it still serves."""
+        old, self.live = self.live, model
+        logger.info("version %d: live on %s, %s", model.version, model.provider, model.metadata.precision)
+        if self._observer is not None:
+            self._observer.model_live(model.version, model.metadata, model.provider)
+        if old is not None:
+            task = asyncio.create_task(old.retire(), name=f"retire-{old.version}")
+            self._retiring[task] = old
+            task.add_done_callback(lambda task: self._retiring.pop(task, None))
+
+    def _describe(self, provider: Provider) -> None:
+        for seen in self._seen.values():
+            seen.describe(self._options, provider)
+
+    def _golden_checked(self, max_abs_difference: float) -> None:
+        if self._observer is not None:
+            self._observer.golden_checked(max_abs_difference)
+
+    def _batcher_failed(self, version: int, reason: str) -> None:
+        self.failure = f"version {version}: {reason}"
+        self.failed.set()
+
+    def _why_none(self) -> str:
+        if self._pinned is not None and self._pinned not in self._seen:
+            there = ", ".join(map(str, self._seen)) or "none"
+            return f"{self._folder}: version {self._pinned} is pinned and not there; there are: {there}"
+        if not self._seen:
+            return f"{self._folder}: there is no model version; it must hold folders named 1, 2, ... with a model.onnx"
+        reasons = "; ".join(f"version {number}: {seen.reason}" for number, seen in self._seen.items() if seen.reason)
+        return f"{self._folder}: no version can serve: {reasons}"

@@ -1,0 +1,176 @@
+"""What the model store knows of a version: what lies in its folder, what became of it, and the live one itself."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from service.artifact import ArtifactError, ModelMetadata, ModelVersion, list_versions
+from service.batcher import DynamicBatcher
+from service.engine import (
+    Engine,
+    EngineError,
+    OnnxEngine,
+    PrecisionChoice,
+    Provider,
+    ProviderChoice,
+    choose_file,
+    read_metadata,
+    resolve_provider,
+)
+
+logger = logging.getLogger(__name__)
+
+# Name, size and time of change (ns) of each file: one of them must differ before a refused version is tried again.
+Fingerprint = tuple[tuple[str, int, int], ...]
+
+
+class NoUsableVersionError(Exception):
+    """No version can serve. The message says where was looked, and why each version was refused."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How each version is loaded: the arguments of `OnnxEngine` and `DynamicBatcher`.
+
+    Attributes:
+        device_ids: GPUs, one engine each; on the CPU there is one engine and these have no meaning.
+        precision: which of the version's files; "auto" takes what is best on the provider.
+    """
+
+    provider: ProviderChoice = "auto"
+    device_ids: Sequence[int] = (0,)
+    max_batch_size: int = 32
+    intra_op_threads: int = 0
+    precision: PrecisionChoice = "auto"
+    buckets: Sequence[int] | None = None
+    gpu_memory_limit_bytes: int | None = None
+    cuda_graphs: bool = True
+    max_queue_delay_ms: float = 0
+    run_timeout_ms: float = 30_000
+
+
+@dataclass(frozen=True)
+class VersionStatus:
+    """One line of `GET /models`.
+
+    Attributes:
+        state: an "available" version is lower than the live one, or not the pinned one.
+        reason: why it was refused; "" otherwise.
+        metadata: None where it can't be read.
+    """
+
+    number: int
+    state: Literal["live", "available", "refused"]
+    reason: str
+    metadata: ModelMetadata | None
+
+
+class LiveModel:
+    """A version that serves. A request holds one from decode to answer: `with store.lease() as live:`.
+
+    Attributes:
+        version: number of its folder.
+        metadata: of the file that runs.
+        provider: where it runs.
+        batcher: its own, so that input size, labels, version and answers belong together.
+    """
+
+    def __init__(self, version: int, engines: Sequence[Engine], batcher: DynamicBatcher) -> None:
+        self.version = version
+        self.metadata: ModelMetadata = engines[0].metadata
+        self.provider: Provider = engines[0].provider
+        self.batcher = batcher
+        self._leases = 0
+        self._unused = asyncio.Event()
+        self._unused.set()
+
+    def __enter__(self) -> "LiveModel":
+        self._leases += 1
+        self._unused.clear()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._leases -= 1
+        if not self._leases:
+            self._unused.set()
+
+    async def retire(self) -> None:
+        """Wait until no request holds it, serve what is queued, and free its engines."""
+        await self._unused.wait()
+        await self.batcher.drain()
+        await self.batcher.close()
+        logger.info("version %d: retired", self.version)
+
+
+@dataclass
+class Seen:
+    """A version folder as it was when last looked at, and what became of it."""
+
+    version: ModelVersion
+    fingerprint: Fingerprint
+    serving: bool = False
+    reason: str = ""
+    metadata: ModelMetadata | None = None
+
+    def status(self) -> VersionStatus:
+        """Say it in the words of `GET /models`."""
+        state: Literal["live", "available", "refused"]
+        state = "live" if self.serving else "refused" if self.reason else "available"
+        return VersionStatus(self.version.number, state, self.reason, self.metadata)
+
+    def describe(self, options: EngineOptions, provider: Provider) -> None:
+        """Read the metadata of a version that nobody has tried to load, or note why that fails."""
+        if self.metadata is None and not self.reason:
+            try:
+                self.metadata = read_metadata(choose_file(self.version.path, provider, options.precision))
+            except (ArtifactError, EngineError) as error:
+                self.reason = str(error)
+
+
+def scan(folder: Path) -> list[tuple[ModelVersion, Fingerprint]]:
+    """List the versions in `folder`, ascending, with what tells one state of their files from another."""
+    return [(version, _fingerprint(version.path)) for version in list_versions(folder)]
+
+
+def _fingerprint(folder: Path) -> Fingerprint:
+    files = []
+    with suppress(OSError):  # it is being removed: what is still there will do
+        for file in folder.iterdir():
+            status = file.stat()
+            files.append((file.name, status.st_size, status.st_mtime_ns))
+    return tuple(sorted(files))
+
+
+def open_engines(folder: Path, options: EngineOptions) -> list[Engine]:
+    """Open a version on every device of `options`.
+
+    Raises:
+        EngineError, ArtifactError: as `OnnxEngine`.
+    """
+    provider = resolve_provider(options.provider, options.device_ids[0])
+    path = choose_file(folder, provider, options.precision)
+    engines: list[Engine] = []
+    with ExitStack() as opened:
+        for device_id in options.device_ids if provider != "cpu" else (0,):
+            engine = _open_engine(path, options, provider, device_id)
+            opened.callback(engine.close)
+            engines.append(engine)
+        opened.pop_all()
+    return engines
+
+
+def _open_engine(path: Path, options: EngineOptions, provider: Provider, device_id: int) -> Engine:
+    return OnnxEngine(
+        path,
+        provider=provider,
+        device_id=device_id,
+        max_batch_size=options.max_batch_size,
+        intra_op_threads=options.intra_op_threads,
+        buckets=options.buckets,
+        gpu_memory_limit_bytes=options.gpu_memory_limit_bytes,
+        cuda_graphs=options.cuda_graphs,
+    )
