@@ -90,18 +90,18 @@ class Plateau:
     """
 
     factor: float = 1.0
-    best: float = math.inf
+    best: float | None = None  # not infinity, which JSON has not
     bad_epochs: int = 0
-    best_any: float = math.inf
+    best_any: float | None = None
     bad_epochs_any: int = 0
 
     def update(self, loss: float, config: TrainConfig) -> None:
         """Take in the validation loss of an epoch."""
-        if loss < self.best_any:
+        if self.best_any is None or loss < self.best_any:
             self.best_any, self.bad_epochs_any = loss, 0
         else:
             self.bad_epochs_any += 1
-        if loss < self.best - config.plateau_threshold:
+        if self.best is None or loss < self.best - config.plateau_threshold:
             self.best, self.bad_epochs = loss, 0
             return
         self.bad_epochs += 1
