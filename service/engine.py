@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from service.artifact import MODEL_FILES, Golden, ModelMetadata, Precision
-from service.cuda import cuda_runner, open_cuda_session
+from service.cuda import cuda_runner, gate, open_cuda_session
 from service.runners import HostRunner, Images, Logits, Runner, default_buckets, is_out_of_memory
 from service.session import (
     EngineError,
@@ -139,24 +139,35 @@ class OnnxEngine:
             return runner.run(images)
         except Exception as error:
             if not is_out_of_memory(error):
-                raise EngineError(f"{self.path}: a batch of {len(images)} failed: {error}") from error
-            return self._run_in_parts(runner, images, error)
+                raise self._failed(images, error) from error
+            size = self._lower_ceiling(runner, images, error)
+            return self._run_in_parts(runner, images, size)
 
     def warm_up(self) -> None:
         """Run every bucket, the largest first; on a GPU that captures it. On a CPU: the largest batch, and one.
+
+        A size that there is no memory for is given up, and `max_batch_size` falls.
 
         Raises:
             EngineError: as `run`.
         """
         runner = self._open_runner()
-        for size in tuple(runner.sizes):
-            for _ in range(runner.warm_up_runs):
-                if size <= self.max_batch_size:
-                    self.run(np.zeros((size, *self.metadata.input_size, 3), dtype=np.uint8))
+        warm: set[int] = set()
+        while cold := [size for size in runner.sizes if size not in warm]:
+            images = np.zeros((cold[0], *self.metadata.input_size, 3), dtype=np.uint8)
+            try:
+                for _ in range(runner.warm_up_runs):
+                    runner.run(images)
+                warm.add(cold[0])
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise self._failed(images, error) from error
+                self._lower_ceiling(runner, images, error)
 
     def close(self) -> None:
         """Free the session and its buffers."""
-        self._runner = None
+        with gate.shared():  # freeing device memory would spoil another model's capture
+            self._runner = None
 
     def _open_runner(self) -> Runner:
         if self._runner is None:
@@ -171,17 +182,22 @@ class OnnxEngine:
                 f"and is {images.dtype} {list(images.shape)}"
             )
 
-    def _run_in_parts(self, runner: Runner, images: Images, cause: Exception) -> Logits:
+    def _lower_ceiling(self, runner: Runner, images: Images, cause: Exception) -> int:
         smaller = runner.shrink(len(images))
         if smaller == 0:
             raise EngineError(f"{self.path}: there is not enough memory for a single picture: {cause}") from cause
         logger.warning("%s: no memory for a batch of %d; from now on at most %d", self.path, len(images), smaller)
         self.max_batch_size = min(self.max_batch_size, smaller)
+        return smaller
+
+    def _run_in_parts(self, runner: Runner, images: Images, size: int) -> Logits:
         try:
-            parts = [runner.run(images[start : start + smaller]) for start in range(0, len(images), smaller)]
+            return np.concatenate([runner.run(images[at : at + size]) for at in range(0, len(images), size)])
         except Exception as error:
-            raise EngineError(f"{self.path}: no memory for {len(images)}, nor for {smaller}: {error}") from error
-        return np.concatenate(parts)
+            raise EngineError(f"{self.path}: no memory for {len(images)}, nor for {size}: {error}") from error
+
+    def _failed(self, images: Images, error: Exception) -> EngineError:
+        return EngineError(f"{self.path}: a batch of {len(images)} failed: {error}")
 
 
 def _open(path: Path, spec: SessionSpec, buckets: Sequence[int] | None) -> tuple[ModelMetadata, Runner]:

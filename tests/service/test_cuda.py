@@ -1,0 +1,305 @@
+"""Padding, buckets, captures and their gate, on a device that is made of NumPy. On a real one: test_gpu.py."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service import cuda as cuda_module
+from service.cuda import RUNS_UNTIL_CAPTURED, CaptureGate, cuda_runner, open_cuda_session, page_locked_zeros
+from service.engine import EngineError, OnnxEngine
+from service.runners import BucketRunner, default_buckets
+from service.session import SessionSpec
+from tests.fakes import (
+    HEIGHT,
+    WIDTH,
+    Logits,
+    make_model_folder,
+    tiny_images,
+    tiny_logits,
+    tiny_metadata,
+)
+
+WAIT = 5.0  # seconds until a test gives up; none waits for so long when all is well
+
+
+class FakeBound:
+    """A bound batch that computes on the host and remembers its runs."""
+
+    def __init__(self, size: int, limit: int, runs: list[int]) -> None:
+        self.images = np.full((size, HEIGHT, WIDTH, 3), 77, dtype=np.uint8)  # what an earlier batch left
+        self._limit = limit
+        self._runs = runs
+
+    def run(self) -> Logits:
+        self._runs.append(len(self.images))
+        if len(self.images) > self._limit:
+            raise RuntimeError("CUDA failure 2: out of memory")
+        return tiny_logits(self.images, 1)
+
+
+class BucketedEngine(OnnxEngine):
+    """An `OnnxEngine` whose batches go to fake buckets instead of a session."""
+
+    def __init__(self, folder: Path, sizes: list[int], *, limit: int = 1000, warm_up_runs: int = 1) -> None:
+        super().__init__(folder / "model.onnx", provider="cpu", max_batch_size=max(sizes), intra_op_threads=1)
+        self.runs: list[int] = []
+        self._runner = BucketRunner(lambda size: FakeBound(size, limit, self.runs), sizes, warm_up_runs)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_model_folder(tmp_path)
+
+
+# Buckets
+
+
+@pytest.mark.parametrize(
+    ("largest", "sizes"),
+    [(1, [1]), (2, [1, 2]), (8, [1, 2, 4, 8]), (24, [1, 2, 4, 8, 16, 24]), (33, [1, 2, 4, 8, 16, 32, 33])],
+)
+def test_default_buckets(largest: int, sizes: list[int]) -> None:
+    assert default_buckets(largest) == sizes
+
+
+@given(st.integers(1, 512), st.data())
+def test_at_most_half_of_a_padded_batch_is_padding(largest: int, data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, largest))
+    bucket = min(size for size in default_buckets(largest) if size >= n)
+    assert n <= bucket < 2 * n
+
+
+def test_batches_are_padded_and_the_padding_shows_nowhere(folder: Path) -> None:
+    engine = BucketedEngine(folder, [1, 2, 8])
+    for n in (8, 1, 3, 2, 7, 5):
+        images = tiny_images(n, seed=n)
+        np.testing.assert_array_equal(engine.run(images), tiny_logits(images, 1))
+    assert engine.runs == [8, 1, 8, 2, 8, 8]
+
+
+def test_answers_are_not_overwritten_by_the_next_batch(folder: Path) -> None:
+    engine = BucketedEngine(folder, [4])
+    first = engine.run(tiny_images(3, seed=1))
+    engine.run(tiny_images(3, seed=2))
+    np.testing.assert_array_equal(first, tiny_logits(tiny_images(3, seed=1), 1))
+
+
+def test_warm_up_goes_from_the_largest_to_the_smallest(folder: Path) -> None:
+    engine = BucketedEngine(folder, [1, 2, 8], warm_up_runs=3)
+    engine.warm_up()
+    assert engine.runs == [8, 8, 8, 2, 2, 2, 1, 1, 1]
+
+
+def test_a_bucket_without_memory_is_given_up_at_warm_up(folder: Path) -> None:
+    engine = BucketedEngine(folder, [1, 2, 4, 8, 16], limit=4)
+    engine.warm_up()
+    assert engine.runs == [16, 8, 4, 2, 1]
+    assert engine.max_batch_size == 4
+
+
+def test_a_bucket_without_memory_falls_to_the_next_while_serving(folder: Path) -> None:
+    engine = BucketedEngine(folder, [1, 4, 8], limit=4)
+    images = tiny_images(7)
+    np.testing.assert_array_equal(engine.run(images), tiny_logits(images, 1))
+    assert engine.runs == [8, 4, 4]
+    assert engine.max_batch_size == 4
+    np.testing.assert_array_equal(engine.run(images[:2]), tiny_logits(images[:2], 1))
+    assert engine.runs[3:] == [4]
+
+
+def test_no_bucket_left_is_an_error(folder: Path) -> None:
+    engine = BucketedEngine(folder, [2], limit=0)
+    with pytest.raises(EngineError, match="not enough memory for a single picture"):
+        engine.run(tiny_images(1))
+
+
+# Captures
+
+
+def in_thread(work: Any) -> tuple[threading.Thread, threading.Event]:
+    ended = threading.Event()
+
+    def run() -> None:
+        work()
+        ended.set()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, ended
+
+
+def test_users_share_the_gate() -> None:
+    gate = CaptureGate()
+    with gate.shared():
+        _, ended = in_thread(lambda: gate.shared().__enter__())
+        assert ended.wait(WAIT)
+
+
+def test_a_capture_waits_for_users_and_those_who_come_later_wait_for_it() -> None:
+    gate = CaptureGate()
+    order: list[str] = []
+
+    def capture() -> None:
+        with gate.exclusive():
+            order.append("capture")
+
+    def use() -> None:
+        with gate.shared():
+            order.append("use")
+
+    with gate.shared():
+        capturing, _ = in_thread(capture)
+        while not gate._waiting:  # it has come, and waits
+            capturing.join(0.001)
+        using, _ = in_thread(use)  # must not overtake it, or a busy service would never let a capture begin
+        using.join(0.02)
+        assert order == []
+    for thread in (capturing, using):
+        thread.join(WAIT)
+    assert order == ["capture", "use"]
+
+
+def test_nobody_is_inside_while_one_captures() -> None:
+    gate = CaptureGate()
+    inside = 0
+    seen: list[int] = []
+
+    def work(number: int) -> None:
+        nonlocal inside
+        for _ in range(50):
+            with gate.exclusive() if number == 0 else gate.shared():
+                inside += 1
+                seen.append(inside if number == 0 else 0)
+                inside -= 1
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert max(seen) == 1
+
+
+def test_the_gate_opens_again_after_an_error() -> None:
+    gate = CaptureGate()
+    for enter in (gate.shared, gate.exclusive, gate.exclusive, gate.shared):
+        with pytest.raises(RuntimeError, match="out of memory"), enter():
+            raise RuntimeError("out of memory")
+
+
+class FakeOrtValue:
+    """A device buffer: a copy, so that nothing is seen that was not copied in."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: type, device: str, device_id: int) -> None:
+        self.array = np.zeros(shape, dtype)
+        self.device = (device, device_id)
+
+    ortvalue_from_shape_and_type = classmethod(lambda cls, *arguments: cls(*arguments))
+
+    def update_inplace(self, array: np.ndarray) -> None:
+        assert array.shape == self.array.shape
+        assert array.flags.c_contiguous
+        self.array[:] = array
+
+    def numpy(self) -> np.ndarray:
+        return self.array.copy()
+
+
+class FakeRunOptions(dict[str, str]):
+    add_run_config_entry = dict.__setitem__
+
+
+class FakeSession:
+    """A session on a device: each run notes its graph and whether it was alone."""
+
+    def __init__(self, gate: CaptureGate) -> None:
+        self.gate = gate
+        self.graphs: list[str] = []
+        self.alone: list[bool] = []
+        self.bindings = 0
+
+    def io_binding(self) -> Self:
+        self.bindings += 1
+        return FakeSession(self.gate)
+
+    def bind_ortvalue_input(self, name: str, value: FakeOrtValue) -> None:
+        assert name == "images"
+        self.input = value
+
+    def bind_ortvalue_output(self, name: str, value: FakeOrtValue) -> None:
+        assert name == "logits"
+        self.output = value
+
+    def run_with_iobinding(self, binding: Self, options: FakeRunOptions) -> None:
+        self.graphs.append(options["gpu_graph_id"])
+        self.alone.append(self.gate._capturing)
+        binding.output.array[:] = tiny_logits(binding.input.array, 1)
+
+
+@pytest.fixture
+def fake_ort(monkeypatch: pytest.MonkeyPatch) -> FakeSession:
+    class FakeOrt:
+        OrtValue = FakeOrtValue
+        RunOptions = FakeRunOptions
+        cuda_version = "0.0"  # there is no libcudart.so.0, so host buffers are ordinary ones
+
+    monkeypatch.setattr(cuda_module, "ort", FakeOrt)
+    return FakeSession(cuda_module.gate)
+
+
+def test_each_batch_size_has_its_buffers_and_its_graph(fake_ort: FakeSession) -> None:
+    runner = cuda_runner(fake_ort, tiny_metadata(), [1, 2, 4], device_id=1)
+    assert fake_ort.bindings == 3
+    for n in (4, 1, 3, 2, 4):
+        images = tiny_images(n, seed=n)
+        np.testing.assert_array_equal(runner.run(images), tiny_logits(images, 1))
+    assert fake_ort.graphs == ["4", "1", "4", "2", "4"]
+    assert fake_ort.bindings == 3  # nothing is bound anew
+
+
+def test_runs_that_capture_are_alone_and_later_ones_are_not(fake_ort: FakeSession) -> None:
+    runner = cuda_runner(fake_ort, tiny_metadata(), [2], device_id=0)
+    assert runner.warm_up_runs == RUNS_UNTIL_CAPTURED
+    for _ in range(RUNS_UNTIL_CAPTURED + 2):
+        runner.run(tiny_images(2))
+    assert fake_ort.alone == [True] * RUNS_UNTIL_CAPTURED + [False] * 2
+
+
+def test_host_buffers_are_ordinary_memory_where_the_cuda_runtime_is_not(
+    fake_ort: FakeSession, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        array = page_locked_zeros((2, HEIGHT, WIDTH, 3))
+    assert (array.shape, array.dtype, array.any()) == ((2, HEIGHT, WIDTH, 3), np.uint8, False)
+    assert "not page-locked" in caplog.text
+
+
+def test_a_graph_that_cuda_can_not_capture_runs_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    opened: list[SessionSpec] = []
+
+    def open_session(path: Path, spec: SessionSpec) -> str:
+        opened.append(spec)
+        if spec.cuda_graphs:
+            raise EngineError("This session cannot use the graph capture feature as requested by the user")
+        return "session"
+
+    monkeypatch.setattr(cuda_module, "open_session", open_session)
+    spec = SessionSpec("cuda", device_id=2, max_batch_size=8, cuda_graphs=True)
+    assert open_cuda_session(tmp_path, spec) == "session"
+    assert opened == [spec, SessionSpec("cuda", device_id=2, max_batch_size=8)]
+    assert "no CUDA graphs" in caplog.text
+
+
+def test_a_session_that_fails_without_graphs_too_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def open_session(path: Path, spec: SessionSpec) -> str:
+        raise EngineError("no such device")
+
+    monkeypatch.setattr(cuda_module, "open_session", open_session)
+    for graphs in (True, False):
+        with pytest.raises(EngineError, match="no such device"):
+            open_cuda_session(tmp_path, SessionSpec("cuda", cuda_graphs=graphs))
