@@ -1,0 +1,89 @@
+"""What a request costs apart from the model: `python -m benchmarks.request_path`.
+
+A tiny model, small JPEGs, 64 connections, on the same cores as the generator. Raw body and multipart form are measured
+in turn, and beside them the floor: a bare ASGI app with the same engine and none of the service's promises.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+
+from benchmarks.common import describe_run, format_table, print_run, run_command, write_csv
+from benchmarks.generator import Plan
+from benchmarks.payloads import build_requests, generate_pictures
+from benchmarks.processes import run_load
+from benchmarks.server import HOST, Server, parse_settings
+from benchmarks.summary import Summary, summarize
+from benchmarks.tiny_model import SIDE, make_tiny_model
+
+PICTURES = 256
+WARMUP_S = 0.5
+# One thread runs the tiny model fastest, and leaves the other cores to the event loop and the load.
+SETTINGS = {"provider": "cpu", "intra_op_threads": "1", "max_batch_size": "32"}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.request_path", description=__doc__)
+    parser.add_argument("--connections", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of one measurement")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each kind, in turn")
+    parser.add_argument("--processes", type=int, default=1, help="of the load generator")
+    parser.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE", help="of the service")
+    parser.add_argument("--csv", type=Path, help="write the table; a bare name goes to benchmarks/results/")
+    return parser.parse_args()
+
+
+def row_of(name: str, summaries: Sequence[Summary]) -> dict[str, object]:
+    """Medians over the rounds of one kind of request."""
+    cpu = [summary.server_cpu_ms for summary in summaries if summary.server_cpu_ms is not None]
+    return {
+        "request": name,
+        "pictures_per_s": median(summary.pictures_per_second for summary in summaries),
+        "pictures_per_s_best": max(summary.pictures_per_second for summary in summaries),
+        "server_cpu_ms": median(cpu) if cpu else None,
+        "server_cpu_ms_best": min(cpu) if cpu else None,
+        "p50_ms": median(summary.latency_ms.get("p50", float("nan")) for summary in summaries),
+        "p99_ms": median(summary.latency_ms.get("p99", float("nan")) for summary in summaries),
+        "client_cpu_ms": median(summary.client_cpu_ms for summary in summaries),
+        "errors": sum(sum(summary.errors.values()) for summary in summaries),
+    }
+
+
+def main() -> int:
+    """Measure in turn, print, write."""
+    args = parse_arguments()
+    settings = SETTINGS | parse_settings(args.setting)
+    about = describe_run() | {
+        "method": f"{args.rounds} rounds of {args.seconds:g} s in turn, medians; closed loop, {args.connections} "
+        f"connections; JPEGs of {SIDE} x {SIDE}; {', '.join(f'{name}={value}' for name, value in settings.items())}"
+    }
+    print_run(about)
+    pictures = generate_pictures(PICTURES, SIDE, "jpeg")
+    with ExitStack() as stack:
+        model = make_tiny_model(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        service = stack.enter_context(Server(model, settings))
+        floor = stack.enter_context(Server(model, command=("-m", "benchmarks.floor")))
+        kinds = {
+            "service, raw body": (service, build_requests(pictures, "raw", host=HOST)),
+            "service, multipart": (service, build_requests(pictures, "multipart", host=HOST)),
+            "floor, raw body": (floor, build_requests(pictures, "raw", host=HOST)),
+        }
+        measured: dict[str, list[Summary]] = {name: [] for name in kinds}
+        for _ in range(args.rounds):
+            for name, (server, requests) in kinds.items():
+                plan = Plan(HOST, server.port, requests, args.connections, seconds=WARMUP_S + args.seconds)
+                load = run_load(plan, warmup_s=WARMUP_S, processes=args.processes, server_cpu=server.cpu_seconds)
+                measured[name].append(summarize(load))
+    rows = [row_of(name, summaries) for name, summaries in measured.items()]
+    print(format_table(rows))
+    if args.csv:
+        print(f"\nwritten: {write_csv(args.csv, rows, about)}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
