@@ -1,0 +1,99 @@
+"""``python -m export``: a run becomes the next version of a model folder; ``--verify`` runs a folder's gates again."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from export.build import Options, export
+from export.errors import ExportError
+from export.source import load_source, random_source
+from export.verify import TABLE_HEAD, require, summary, verify
+from training.config import PRESETS
+
+
+def positive(text: str) -> int:
+    """Read a number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m export",
+        description="Export a trained run to a model folder that the service can serve. Nothing is written unless the "
+        "exported model, run by the service's engine, answers as torch does.",
+        allow_abbrev=False,
+    )
+    what = parser.add_argument_group("what (one of them)")
+    what.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a run, or a .safetensors file in it")
+    what.add_argument("--random", metavar="PRESET", help=f"random weights, to measure speed: {', '.join(PRESETS)}")
+    what.add_argument("--verify", type=Path, metavar="FOLDER", help="run the gates of a version or model folder again")
+    parser.add_argument("--out", type=Path, help="model folder; the next version is written below it")
+    parser.add_argument("--name", help="name of the model (default: that of the folder)")
+    parser.add_argument("--data", type=Path, help="the run's data set (default: where it was while training)")
+    parser.add_argument("--golden", type=positive, default=64, metavar="N", help="golden pictures (default: 64)")
+    parser.add_argument(
+        "--max-batch", type=positive, default=32, metavar="N", help="largest batch that is verified (default: 32)"
+    )
+    parser.add_argument("--plain", action="store_true", help="keep the form that was trained; for comparisons")
+    parser.add_argument(
+        "--provider", choices=("auto", "cpu", "cuda"), default="auto",
+        help="where --verify runs; auto: CUDA where there is one",
+    )  # fmt: skip
+    return parser
+
+
+def run_verify(args: argparse.Namespace) -> None:
+    """Run the gates of a folder again and print them.
+
+    Raises:
+        ExportError: a gate refuses, or the folder can't be verified.
+    """
+    results = verify(args.verify, args.provider, args.max_batch)
+    for path, provider, comparisons in results:
+        print(f"{path} on {provider}", TABLE_HEAD, *comparisons, summary(comparisons), sep="\n")
+    for _, _, comparisons in results:
+        require(comparisons)
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """Export and say where to.
+
+    Raises:
+        ExportError: nothing was written.
+    """
+    source = random_source(args.random) if args.random else load_source(args.run)
+    for note in source.notes:
+        print(f"note: {note}")
+    options = Options(
+        out=args.out,
+        name=args.name,
+        data=args.data,
+        golden=args.golden,
+        max_batch=args.max_batch,
+        plain=args.plain,
+    )
+    print(f"written: {export(source, options)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0 done, 1 the gate refused, 2 nothing could be exported."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if sum(value is not None for value in (args.run, args.random, args.verify)) != 1:
+        parser.error("name one of RUN, --random PRESET and --verify FOLDER")
+    if args.verify is None and args.out is None:
+        parser.error("--out is needed: the model folder, say models/perceiver-cifar100")
+    try:
+        run_export(args) if args.verify is None else run_verify(args)
+    except ExportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

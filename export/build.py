@@ -1,0 +1,198 @@
+"""One export from source to version folder: translate, pass the gate, write."""
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import onnxruntime
+import torch
+from torch import nn
+
+from export.card import write_card
+from export.errors import ExportError
+from export.golden import noise_golden, real_golden, reference_logits
+from export.serving_model import TrainingForm, count_operations
+from export.source import Source
+from export.to_onnx import attach, to_onnx
+from export.verify import FLOAT32_TOLERANCE, TABLE_HEAD, Comparison, compare_with_torch, require, summary
+from service.artifact import (
+    GOLDEN_FILE,
+    MODEL_FILE,
+    ArtifactError,
+    EvalMetrics,
+    Golden,
+    ModelMetadata,
+    Provenance,
+    ResizePolicy,
+    new_version,
+    save_golden,
+    to_props,
+)
+from service.engine import EngineError, OnnxEngine
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line decides.
+
+    Attributes:
+        out: the model folder.
+        name: of the model; None: the folder's.
+        data: where the data set is; None: where it was while training.
+        golden: number of golden pictures.
+        max_batch: largest batch of the gate.
+        plain: keep the form that was trained.
+    """
+
+    out: Path
+    name: str | None = None
+    data: Path | None = None
+    golden: int = 64
+    max_batch: int = 32
+    plain: bool = False
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A version in memory, past its gate."""
+
+    model: bytes
+    golden: Golden
+    metadata: ModelMetadata
+    operations: list[tuple[str, int]]
+    comparisons: list[Comparison]
+
+
+def make_metadata(source: Source, name: str) -> ModelMetadata:
+    """Gather what the service must know."""
+    size = source.run.model.input_size
+    return ModelMetadata(
+        schema_version=1,
+        name=name,
+        labels=source.run.labels,
+        input_size=(size, size),
+        resize=ResizePolicy(),
+        dataset=source.run.dataset,
+        metrics=EvalMetrics(**source.metrics.model_dump()) if source.metrics else None,
+        preset=source.run.preset,
+        parameters=source.parameters,
+        precision="float32",
+        golden_tolerance=FLOAT32_TOLERANCE,
+        temperature=source.temperature,
+        provenance=Provenance(
+            git_commit=source.git_commit,
+            checkpoint_sha256=source.checkpoint_sha256,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions={"torch": torch.__version__, "onnx": version("onnx"), "onnxruntime": onnxruntime.__version__},
+        ),
+    )
+
+
+def make_golden(model: nn.Module, source: Source, options: Options) -> Golden:
+    """Real pictures, or noise for random weights."""
+    if source.checkpoint is None:
+        size = source.run.model.input_size
+        return noise_golden(model, (size, size), options.golden)
+    return real_golden(model, source, options.data, options.golden)
+
+
+def serving_form(trained: TrainingForm) -> nn.Module:
+    """Return the form that serves."""
+    return trained
+
+
+def pass_gate(model: bytes, trained: nn.Module, golden: Golden, max_batch: int) -> list[Comparison]:
+    """Run the file as the service will, on the CPU, and hold it against torch; prints the table.
+
+    Raises:
+        GateError: it answers otherwise.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / MODEL_FILE
+        path.write_bytes(model)
+        engine = OnnxEngine(path, provider="cpu", max_batch_size=max_batch)
+        comparisons = compare_with_torch(
+            engine, lambda images: reference_logits(trained, images), golden, FLOAT32_TOLERANCE
+        )
+        engine.close()
+    print(TABLE_HEAD, *comparisons, summary(comparisons), sep="\n")
+    require(comparisons)
+    return comparisons
+
+
+def build(source: Source, options: Options) -> Exported:
+    """Translate a source and pass the gate; nothing is written.
+
+    Raises:
+        ExportError: what stood in the way; GateError where the result is not the trained function.
+    """
+    trained = TrainingForm(source.preprocess, source.model, source.temperature).eval()
+    golden = make_golden(trained, source, options)
+    metadata = make_metadata(source, options.name or options.out.resolve().name)
+    forms: list[tuple[str, nn.Module]] = [("as trained", trained)]
+    if not options.plain:
+        forms.append(("folded", serving_form(trained)))
+    image = torch.zeros(1, *metadata.input_size, 3, dtype=torch.uint8)
+    operations = [(name, count_operations(form, image)) for name, form in forms]
+    print("GFLOP a picture: " + ", ".join(f"{name} {count / 1e9:.3f}" for name, count in operations))
+    model = attach(to_onnx(forms[-1][1], metadata.input_size), to_props(metadata))
+    try:
+        comparisons = pass_gate(model, trained, golden, options.max_batch)
+    except (ArtifactError, EngineError) as error:
+        raise ExportError(f"the service's engine can't run the exported model: {error}") from error
+    return Exported(model, golden, metadata, operations, comparisons)
+
+
+def metrics_json(source: Source, exported: Exported) -> str:
+    """Return what `metrics.json` holds: the report of the run, the operations, the gate's result."""
+    content = {
+        "report": source.report.model_dump() if source.report else None,
+        "operations_per_picture": dict(exported.operations),
+        "verification": [asdict(comparison) for comparison in exported.comparisons],
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+def fill(folder: Path, source: Source, exported: Exported) -> None:
+    """Write the files of a version."""
+    (folder / MODEL_FILE).write_bytes(exported.model)
+    save_golden(folder / GOLDEN_FILE, exported.golden)
+    card = write_card(source, exported.metadata, exported.operations, exported.comparisons)
+    (folder / "README.md").write_text(card)
+    (folder / "metrics.json").write_text(metrics_json(source, exported))
+    if source.curves:
+        shutil.copyfile(source.curves, folder / source.curves.name)
+
+
+def check_writable(out: Path) -> None:
+    """Find out before the work, and not after it, that nothing can be written below `out`.
+
+    Raises:
+        ExportError: it can't.
+    """
+    existing = next(path for path in (out, *out.resolve().parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise ExportError(f"{out}: {existing} is no folder that can be written to; name another --out.")
+
+
+def export(source: Source, options: Options) -> Path:
+    """Export to the next version of the model folder; returns the version's folder.
+
+    Raises:
+        ExportError: nothing was written.
+    """
+    check_writable(options.out)
+    exported = build(source, options)
+    try:
+        with new_version(options.out) as (number, folder):
+            fill(folder, source, exported)
+    except ArtifactError as error:
+        raise ExportError(str(error)) from error
+    except OSError as error:
+        raise ExportError(f"{options.out}: can't be written to ({error.strerror}); name another --out.") from error
+    return options.out / str(number)

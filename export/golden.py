@@ -1,0 +1,78 @@
+"""Golden pictures: real ones, from the validation split, with the logits that torch gives for them in float32.
+
+Shape letters: K golden pictures, H and W the input size in pixels, C classes.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from export.errors import ExportError
+from export.source import Source
+from service.artifact import Golden
+from training import cifar, data
+from training.dataset import DataSet
+
+BATCH = 100
+DATA_FOLDER = Path("data")
+
+
+def reference_logits(model: nn.Module, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Run torch in batches: uint8 [K, H, W, 3] -> float32 [K, C]."""
+    pictures = torch.from_numpy(images)
+    with torch.inference_mode():
+        parts = [model(pictures[start : start + BATCH]) for start in range(0, len(pictures), BATCH)]
+    logits: NDArray[np.float32] = torch.cat(parts).numpy()
+    return logits
+
+
+def load_data(source: Source, path: Path | None) -> DataSet:
+    """Load the data set of the run.
+
+    Args:
+        source: what is exported.
+        path: where the data are; None: where they were while training, or CIFAR-100 in `data/`.
+
+    Raises:
+        ExportError: it is not there, or has other classes.
+    """
+    chosen = path or (Path(source.run.data) if source.run.data else DATA_FOLDER)
+    wanted = "golden pictures are real validation pictures, so the data that the run was trained on is needed"
+    if path is None and not chosen.exists():
+        raise ExportError(f"{chosen}: does not exist; {wanted}: name its folder by --data.")
+    if source.run.data is None and cifar.find(chosen) is None:
+        raise ExportError(f"{chosen}: holds no {cifar.FOLDER}; {wanted}: name its folder by --data.")
+    try:
+        loaded = data.load(chosen, input_size=source.run.model.input_size, seed=0)
+    except data.DataError as error:
+        raise ExportError(f"{error} ({wanted}.)") from error
+    if loaded.labels != source.run.labels:
+        raise ExportError(
+            f"{chosen}: has other classes than the run was trained on; name the run's own data by --data."
+        )
+    return loaded
+
+
+def real_golden(model: nn.Module, source: Source, path: Path | None, count: int) -> Golden:
+    """Take `count` validation pictures, evenly spread over the split.
+
+    Args:
+        model: the training form.
+        source: what is exported.
+        path: as in `load_data`.
+        count: K; no more than there are.
+    """
+    split = load_data(source, path).val
+    index = np.linspace(0, len(split) - 1, min(count, len(split))).round().astype(np.int64)
+    images = split.images.numpy()[index]
+    return Golden(images, split.labels.numpy()[index], reference_logits(model, images))
+
+
+def noise_golden(model: nn.Module, input_size: tuple[int, int], count: int) -> Golden:
+    """Make `count` pictures of seeded noise for a model of random weights; the labels are those that torch gives."""
+    images = np.random.default_rng(0).integers(0, 256, (count, *input_size, 3), dtype=np.uint8)
+    logits = reference_logits(model, images)
+    return Golden(images, logits.argmax(axis=1), logits)

@@ -1,0 +1,113 @@
+"""A tiny run as `python -m training` leaves it, made by the project's own writer."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from training import checkpoint
+from training.checkpoint import RunConfig
+from training.config import ModelConfig, TrainConfig
+from training.evaluate import Metrics
+from training.model import Perceiver, count_parameters
+from training.preprocessing import Preprocess
+
+LABELS = ("apple", "bear", "cup", "door")
+SIZE = 8
+TINY = ModelConfig(
+    num_classes=len(LABELS),
+    input_size=SIZE,
+    image_size=SIZE,
+    patch_size=2,
+    patch_overlap=1,
+    dim=16,
+    token_dim=12,
+    num_latents=4,
+    num_blocks=1,
+    cross_heads=2,
+    cross_head_dim=8,
+    self_heads=2,
+    self_head_dim=8,
+    ffn_ratio=2,
+)
+
+
+@pytest.fixture(autouse=True)
+def _seeded_on_one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def perturb(model: nn.Module) -> None:
+    """Give every parameter a value that matters: fresh biases and scales are zeros and ones."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def write_pictures(folder: Path, count: int = 5) -> Path:
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in LABELS:
+            (folder / split / label).mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / label / f"{index}.png")
+    return folder
+
+
+def write_run(folder: Path, data: Path | None, model_config: ModelConfig = TINY, temperature: float = 1.25) -> Path:
+    """A run's folder: best checkpoint, report, metrics, curves."""
+    folder.mkdir()
+    torch.manual_seed(0)
+    model = Perceiver(model_config)
+    perturb(model)
+    preprocess = Preprocess(model_config.image_size, mean=(120.0, 125.0, 110.0), variance=(4000.0, 4100.0, 3900.0))
+    run = RunConfig(
+        preset="compact",
+        data=str(data) if data else None,
+        dataset="things",
+        labels=LABELS,
+        model=model_config,
+        train=TrainConfig(epochs=7, mixup=0.5),
+    )
+    val = Metrics(split="val", n=20, top1=0.5, top5=1.0, loss=1.0, ece=0.1)
+    tensors = checkpoint.prefixed("model", model.state_dict())
+    tensors |= checkpoint.prefixed("preprocess", preprocess.state_dict())
+    header = checkpoint.make_header(run, 2, 10, val, {})
+    checkpoint.save(folder / "best.safetensors", tensors, header)
+    report: dict[str, Any] = {
+        "preset": "compact",
+        "dataset": "things",
+        "parameters": count_parameters(model),
+        "epoch": 2,
+        "temperature": temperature,
+        "checkpoint_sha256": checkpoint.digest(folder / "best.safetensors"),
+        "val": val.model_dump(),
+        "test_uncalibrated": val.model_copy(update={"split": "test", "n": 30, "ece": 0.2}).model_dump(),
+        "test": val.model_copy(update={"split": "test", "n": 30, "top1": 0.4321}).model_dump(),
+    }
+    (folder / "report.json").write_text(json.dumps(report))
+    lines = [{"epoch": epoch, "seconds": 300.0} for epoch in (1, 2, 3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "curves.png").write_bytes(b"curves")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "run", pictures)

@@ -1,0 +1,106 @@
+"""What the user gets wrong is answered in a sentence, and nothing is written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from export.__main__ import main
+from tests.export.conftest import LABELS, write_run
+
+
+def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def test_a_run_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "does not exist" in fails([str(tmp_path / "none"), "--out", str(tmp_path / "out")], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "best.safetensors: no such checkpoint" in fails([str(tmp_path), "--out", str(tmp_path / "out")], capsys)
+
+
+def test_a_damaged_checkpoint(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copy / "best.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "damaged" in fails([str(copy), "--out", str(tmp_path / "out")], capsys)
+
+
+def test_a_report_that_is_none(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "report.json").write_text('{"epoch": "many"}')
+    assert "report.json: is not a report" in fails([str(copy), "--out", str(tmp_path / "out")], capsys)
+
+
+def test_a_report_of_another_checkpoint_gives_no_temperature(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = json.loads((copy / "report.json").read_text())
+    (copy / "report.json").write_text(json.dumps(report | {"checkpoint_sha256": "0" * 64}))
+    out = tmp_path / "out"
+    assert main([str(copy), "--out", str(out), "--golden", "2", "--max-batch", "2"]) == 0
+    assert "about another checkpoint" in capsys.readouterr().out
+    card = (out / "1" / "README.md").read_text()
+    assert "Temperature 1.0000" in card
+    assert "validation, at the end of the epoch" in card
+
+
+def test_data_that_have_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", tmp_path / "gone")
+    assert "name its folder by --data" in fails([str(run), "--out", str(tmp_path / "out")], capsys)
+
+
+def test_no_download_for_golden_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = write_run(tmp_path / "run", None)
+    assert "name its folder by --data" in fails([str(run), "--out", str(tmp_path / "out")], capsys)
+
+
+def test_data_of_other_classes(copy: Path, tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    others = Path(shutil.copytree(pictures, tmp_path / "others"))
+    for split in ("train", "val"):
+        (others / split / LABELS[0]).rename(others / split / "zebra")
+    arguments = [str(copy), "--out", str(tmp_path / "out"), "--data", str(others)]
+    assert "other classes" in fails(arguments, capsys)
+
+
+def test_a_preset_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "there are reference, compact" in fails(["--random", "huge", "--out", str(tmp_path / "out")], capsys)
+
+
+def test_a_folder_that_can_not_be_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    arguments = [str(run), "--out", str(tmp_path / "file" / "out"), "--golden", "2", "--max-batch", "2"]
+    assert "is no folder that can be written to" in fails(arguments, capsys)
+
+
+def test_nothing_to_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "holds no model" in fails(["--verify", str(tmp_path)], capsys)
+
+
+def test_a_damaged_model_is_not_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"no model")
+    assert "golden.npz" in fails(["--verify", str(tmp_path)], capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["run"], ["run", "--random", "compact", "--out", "x"], ["run", "--out", "x", "--golden", "0"]]
+)
+def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage:" in capsys.readouterr().err

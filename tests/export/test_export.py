@@ -1,0 +1,179 @@
+"""The whole way from a run's folder to a version that the service's engine runs, and every way it is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from export import build
+from export.__main__ import main
+from export.serving_model import TrainingForm
+from service.artifact import from_props, list_versions, load_golden
+from service.engine import OnnxEngine, check_golden
+from tests.export.conftest import LABELS, SIZE, TINY
+from training.checkpoint import load_model
+from training.config import PRESETS
+from training.data import load
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Version 1 of a model folder."""
+    out = tmp_path_factory.mktemp("models") / "things"
+    assert main([str(run), "--out", str(out), "--golden", "6", "--max-batch", "5"]) == 0
+    return out / "1"
+
+
+def open_engine(version: Path, max_batch_size: int = 5) -> OnnxEngine:
+    return OnnxEngine(version / "model.onnx", provider="cpu", max_batch_size=max_batch_size, intra_op_threads=1)
+
+
+def files_below(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*"))
+
+
+def test_a_version_holds_what_the_contract_says(exported: Path) -> None:
+    assert {path.name for path in exported.iterdir()} == {
+        "model.onnx",
+        "golden.npz",
+        "README.md",
+        "metrics.json",
+        "curves.png",
+    }
+    assert (exported / "curves.png").read_bytes() == b"curves"
+
+
+def test_metadata_come_back_from_the_file(exported: Path, run: Path) -> None:
+    props = {prop.key: prop.value for prop in onnx.load(exported / "model.onnx").metadata_props}
+    metadata = from_props(props)
+    assert metadata.labels == LABELS
+    assert metadata.name == "things"
+    assert metadata.input_size == (SIZE, SIZE)
+    assert metadata.temperature == 1.25
+    assert metadata.metrics is not None
+    assert (metadata.metrics.split, metadata.metrics.top1) == ("test", 0.4321)
+    assert metadata.provenance.checkpoint_sha256 == json.loads((run / "report.json").read_text())["checkpoint_sha256"]
+    assert props["Image.BitmapPixelFormat"] == "Rgb8"
+    assert open_engine(exported).metadata == metadata
+
+
+def test_the_engine_gives_the_checkpoints_calibrated_logits(exported: Path, run: Path) -> None:
+    model, preprocess, _ = load_model(run)
+    images = np.random.default_rng(1).integers(0, 256, (5, SIZE, SIZE, 3), dtype=np.uint8)
+    with torch.inference_mode():
+        expected = model(preprocess(torch.from_numpy(images))).numpy() / 1.25
+    np.testing.assert_allclose(open_engine(exported).run(images), expected, atol=1e-5)
+
+
+def test_golden_pictures_are_of_the_validation_split(exported: Path, pictures: Path) -> None:
+    golden = load_golden(exported / "golden.npz")
+    split = load(pictures, input_size=SIZE).val
+    known = {image.numpy().tobytes(): int(label) for image, label in zip(split.images, split.labels, strict=True)}
+    assert [known[image.tobytes()] for image in golden.images] == golden.labels.tolist()
+    assert set(golden.labels.tolist()) == set(range(len(LABELS)))
+    check_golden(open_engine(exported), golden)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 17])
+def test_any_batch_gives_what_its_pictures_give_alone(exported: Path, batch: int) -> None:
+    engine = open_engine(exported, 17)
+    images = np.random.default_rng(batch).integers(0, 256, (batch, SIZE, SIZE, 3), dtype=np.uint8)
+    alone = np.concatenate([engine.run(image[None]) for image in images])
+    np.testing.assert_allclose(engine.run(images), alone, atol=1e-5)
+
+
+def test_the_card_tells_what_a_user_must_know(exported: Path) -> None:
+    card = (exported / "README.md").read_text()
+    for words in (
+        "4 classes of things",
+        "43.21%",  # top-1 on the test pictures
+        "epochs 7, mixup 0.5",
+        "in 10 min of training",  # two epochs of the three in metrics.jsonl
+        "uint8 `[batch, 8, 8, 3]`",
+        "--mixup 0.5",
+        "Temperature 1.2500",
+        "0 of 39 labels differ",
+        "![learning curves](curves.png)",
+    ):
+        assert words in card
+
+
+def test_metrics_json_holds_report_and_verification(exported: Path, run: Path) -> None:
+    metrics = json.loads((exported / "metrics.json").read_text())
+    report = json.loads((run / "report.json").read_text())
+    assert report.items() <= metrics["report"].items()
+    assert metrics["verification"][0]["name"] == "golden"
+    assert metrics["verification"][0]["n"] == 6
+
+
+def test_a_second_export_leaves_the_first_version_alone(exported: Path, run: Path) -> None:
+    before = {path: path.read_bytes() for path in exported.iterdir()}
+    assert main([str(run), "--out", str(exported.parent), "--golden", "2", "--max-batch", "2"]) == 0
+    assert [version.number for version in list_versions(exported.parent)][:2] == [1, 2]
+    assert {path: path.read_bytes() for path in exported.iterdir()} == before
+
+
+def test_the_same_checkpoint_gives_the_same_bytes_but_for_the_time(run: Path, tmp_path: Path) -> None:
+    def graph(name: str) -> bytes:
+        assert main([str(run), "--out", str(tmp_path / name), "--name", "x", "--golden", "2", "--max-batch", "2"]) == 0
+        model = onnx.load(tmp_path / name / "1" / "model.onnx")
+        (provenance,) = [prop for prop in model.metadata_props if prop.key == "perceiver.provenance"]
+        provenance.value = json.dumps(json.loads(provenance.value) | {"created": ""})
+        return model.SerializeToString(deterministic=True)
+
+    assert graph("first") == graph("second")
+
+
+def test_the_file_tells_nothing_of_the_machine_that_made_it(exported: Path) -> None:
+    content = (exported / "model.onnx").read_bytes()
+    assert str(Path(build.__file__).parents[1]).encode() not in content
+    assert b"site-packages" not in content
+
+
+def test_verify_passes_on_what_was_written(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in (exported, exported.parent):
+        assert main(["--verify", str(folder), "--provider", "cpu", "--max-batch", "4"]) == 0
+    assert "0 of 36 labels differ" in capsys.readouterr().out
+
+
+def test_verify_refuses_a_version_whose_golden_logits_are_others(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(exported, tmp_path / "1")
+    golden = load_golden(exported / "golden.npz")
+    np.savez(tmp_path / "1" / "golden.npz", images=golden.images, labels=golden.labels, logits=golden.logits + 0.01)
+    assert main(["--verify", str(tmp_path), "--provider", "cpu"]) == 1
+    assert "the gate refuses this model on golden" in capsys.readouterr().err
+
+
+class Wrong(TrainingForm):
+    """A form that differs from the trained one by a hair."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images) + 0.002
+
+
+def test_the_gate_refuses_another_function_and_nothing_is_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build, "serving_form", lambda trained: Wrong(trained.preprocess, trained.model, 1.25).eval())
+    assert main([str(run), "--out", str(tmp_path / "out"), "--golden", "2", "--max-batch", "2"]) == 1
+    assert "largest difference 2.00e-03" in capsys.readouterr().err
+    assert files_below(tmp_path) == []
+
+
+def test_random_weights_need_no_data_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(PRESETS, "tiny", PRESETS["compact"].model_copy(update={"model": TINY}))
+    assert main(["--random", "tiny", "--out", "x", "--golden", "2", "--max-batch", "2"]) == 0
+    assert "random weights" in capsys.readouterr().out
+    card = (tmp_path / "x" / "1" / "README.md").read_text()
+    assert "random weights" in card
+    assert "## Figures" not in card
+    assert open_engine(tmp_path / "x" / "1").metadata.metrics is None
