@@ -1,7 +1,7 @@
 """Augmentation as batched tensor code on the device that holds the pictures.
 
-Everything random is drawn first (`draw`), from torch's global CPU generator, and applied after: the draws of a batch can
-then be cut into the shares of several processes, and a seeded step always sees the same pictures.
+Everything random is drawn first (`draw`, `draw_mix`), from torch's global CPU generator, and applied after: the draws
+of a batch can then be cut into the shares of several processes, and a seeded step always sees the same pictures.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def flip_and_shift(images: Tensor, draws: Draws) -> Tensor:
 
     Args:
         images: uint8 [B, H, W, 3].
-        draws: of the same B.
+        draws: of the same B; shifts are smaller than H and W.
 
     Returns:
-        uint8 [B, H, W, 3].
+        uint8 [B, H, W, 3]: row i shows row ``i + shift`` of the picture, columns likewise, mirrored after the move.
     """
     height, width = images.shape[1:3]
     rows = reflect(torch.arange(height, device=images.device) + draws.shift[:, :1], height)
@@ -80,48 +80,51 @@ def zoom(pixels: Tensor, draws: Draws) -> Tensor:
     return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
-@dataclass(frozen=True)
-class Mix:
-    """How a batch is mixed with itself, rolled by one picture.
+def draw_mix(config: TrainConfig, size: int) -> Tensor | None:
+    """Draw mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) for one batch, or nothing.
 
-    Attributes:
-        share: part of the picture and of the target that stays, 0..1.
-        box: (top, bottom, left, right) as fractions of the side that CutMix replaces; None for mixup.
+    Args:
+        config: alphas of the two and how often a batch is mixed; where both are on, each gets half of these batches.
+        size: height and width of the pixels that will be mixed.
+
+    Returns:
+        float32 [size, size], the neighbour's share in each pixel: one number for mixup, a box of ones for CutMix. A
+        tensor and no number, since `torch.compile` would compile anew for every number.
     """
-
-    share: float
-    box: tuple[float, float, float, float] | None
-
-
-def draw_mix(config: TrainConfig) -> Mix | None:
-    """Draw mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) for one batch, or nothing."""
     methods = [(alpha, cut) for alpha, cut in ((config.mixup, False), (config.cutmix, True)) if alpha > 0]
     if not methods or torch.rand(()).item() >= config.mix_probability:
         return None
     alpha, cut = methods[int(torch.randint(len(methods), ()).item())]
-    share = torch.distributions.Beta(alpha, alpha).sample().item()
+    own_share = torch.distributions.Beta(alpha, alpha).sample().item()
     if not cut:
-        return Mix(share, None)
-    side = (1 - share) ** 0.5
+        return torch.full((size, size), 1 - own_share)
+    side = (1 - own_share) ** 0.5
     top, left = (torch.rand(2) * (1 - side)).tolist()
-    return Mix(share, (top, top + side, left, left + side))
+    weight = torch.zeros(size, size)
+    weight[round(top * size) : round((top + side) * size), round(left * size) : round((left + side) * size)] = 1
+    return weight
 
 
-def apply_mix(pixels: Tensor, mix: Mix) -> tuple[Tensor, float]:
-    """Mix pictures with their neighbours in the batch.
+def mix(pixels: Tensor, weight: Tensor) -> Tensor:
+    """Mix each picture with the one before it in the batch (of this process, where there are several).
 
     Args:
         pixels: float [B, 3, H, W].
-
-    Returns:
-        The pictures and the share of the first target (for CutMix counted in whole pixels).
+        weight: float [H, W], the neighbour's share, of which the mean is its share in the target.
     """
-    other = pixels.roll(1, 0)
-    if mix.box is None:
-        return pixels * mix.share + other * (1 - mix.share), mix.share
-    height, width = pixels.shape[-2:]
-    top, bottom = (round(edge * height) for edge in mix.box[:2])
-    left, right = (round(edge * width) for edge in mix.box[2:])
-    mixed = pixels.clone()
-    mixed[..., top:bottom, left:right] = other[..., top:bottom, left:right]
-    return mixed, 1 - (bottom - top) * (right - left) / (height * width)
+    return pixels.lerp(pixels.roll(1, 0), weight.to(pixels.dtype))
+
+
+def mixed_cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None, smoothing: float) -> Tensor:
+    """Mean cross-entropy of pictures mixed by ``weight``, the targets mixed in the same shares.
+
+    Args:
+        logits: float [B, K].
+        labels: int64 [B].
+        weight: what `mix` took; None where nothing was mixed.
+        smoothing: label smoothing.
+    """
+    own = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    if weight is None:
+        return own
+    return own.lerp(F.cross_entropy(logits, labels.roll(1, 0), label_smoothing=smoothing), weight.mean())

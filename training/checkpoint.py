@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -93,7 +92,7 @@ def save(path: Path, tensors: dict[str, Tensor], header: Header) -> None:
     # Clones, because weights that share storage are refused, and expanded ones are not contiguous.
     held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     save_file(held, partial, metadata={HEADER: header.model_dump_json()})
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], Header]:

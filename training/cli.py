@@ -1,11 +1,14 @@
-"""The command line of ``python -m training``: one flag for each field of the configurations, over a preset."""
+"""The command line of ``python -m training``: one flag for each field of the configurations, over a preset.
+
+Imports no torch: what is wrong with the flags is said at once.
+"""
 
 from __future__ import annotations
 
 import argparse
-import types
+import math
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -13,41 +16,92 @@ from training.config import PRESETS, ModelConfig, Preset, TrainConfig
 
 Config = TypeVar("Config", bound=BaseModel)
 
+DEFAULT_PRESET = "compact"
+
 # The data set decides this, nobody else.
 NOT_FLAGS = {"num_classes"}
+
+USAGE = """python -m training [--preset NAME] [--data DIR] [--out RUN] [flags]
+       python -m training --resume RUN"""
+
+EPILOG = """Exit status: 0 done; 1 failed; 2 something you can put right, said in a sentence; 3 stopped before the end
+by Ctrl-C, SIGTERM, --max-minutes or --max-steps, with a checkpoint to --resume from; 130 interrupted at once."""
+
+
+def positive_int(text: str) -> int:
+    """Parse a whole number from 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
+    return number
+
+
+def positive_float(text: str) -> float:
+    """Parse a finite number above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser, with a group of flags for the run, the recipe and the model."""
     parser = argparse.ArgumentParser(
         prog="python -m training",
+        usage=USAGE,
         description="Train a Perceiver on CIFAR-100 or on a folder of your own pictures.",
+        epilog=EPILOG,
         allow_abbrev=False,
     )
-    run = parser.add_argument_group("run")
-    run.add_argument("--preset", help=f"model and recipe to start from: {', '.join(PRESETS)} (default: compact)")
-    run.add_argument(
-        "--data",
-        type=Path,
-        help="folder with cifar-100-python/, or with a folder of pictures for each class (optionally below train/, val/, "
-        "test/); without it CIFAR-100 is downloaded to data/ once",
-    )
-    run.add_argument("--out", type=Path, help="folder of the run (default: runs/<preset>-<data set>)")
-    run.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder, bit for bit")
-    run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one")
-    run.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's choice)")
-    run.add_argument("--max-minutes", type=float, help="stop cleanly after so many minutes; --resume goes on")
-    run.add_argument("--max-steps", type=int, help="stop cleanly after so many steps of the run; --resume goes on")
+    _add_run(parser.add_argument_group("run"))
     _add_fields(parser.add_argument_group("recipe (default: the preset's)"), TrainConfig)
     _add_fields(parser.add_argument_group("model (default: the preset's)"), ModelConfig)
     return parser
+
+
+def _add_run(group: Any) -> None:
+    group.add_argument(
+        "--preset",
+        metavar="NAME",
+        help=f"model and recipe to start from: {', '.join(PRESETS)} (default: {DEFAULT_PRESET})",
+    )
+    group.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder with cifar-100-python/, or with a folder of pictures for each class (optionally below train/, "
+        "val/, test/); without it CIFAR-100 is downloaded to data/ once",
+    )
+    group.add_argument("--out", type=Path, metavar="RUN", help="folder of the run (default: runs/<preset>-<data set>)")
+    group.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="go on with the run in this folder, bit for bit, as it was configured",
+    )
+    group.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one"
+    )
+    group.add_argument("--threads", type=positive_int, metavar="INT", help="CPU threads of torch (default: its choice)")
+    group.add_argument(
+        "--max-minutes",
+        type=positive_float,
+        metavar="FLOAT",
+        help="stop cleanly after so many minutes; --resume goes on",
+    )
+    group.add_argument(
+        "--max-steps",
+        type=positive_int,
+        metavar="INT",
+        help="stop cleanly after so many steps of the whole run; --resume goes on",
+    )
 
 
 def _add_fields(group: Any, model: type[BaseModel]) -> None:
     for name, field in model.model_fields.items():
         if name in NOT_FLAGS:
             continue
-        flag = "--" + name.replace("_", "-")
+        flag = _flag(name)
         options: dict[str, Any] = {"default": None, "help": (field.description or "").replace("%", "%%")}
         kind = field.annotation
         if kind is bool:
@@ -55,9 +109,11 @@ def _add_fields(group: Any, model: type[BaseModel]) -> None:
         elif get_origin(kind) is Literal:
             group.add_argument(flag, choices=get_args(kind), **options)
         else:
-            if get_origin(kind) in (Union, types.UnionType):
-                kind = get_args(kind)[0]
             group.add_argument(flag, type=kind, metavar=getattr(kind, "__name__", "VALUE").upper(), **options)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
@@ -66,12 +122,17 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name in names and value is not None}
 
 
-def choose_preset(name: str, changes: dict[str, Any]) -> Preset:
-    """A preset with some fields changed.
+def choose_preset(args: argparse.Namespace) -> Preset | None:
+    """The preset with the changes that the flags ask for; None where a run is resumed.
 
     Raises:
         ValueError: no such preset, or values that don't fit; a sentence for the user.
     """
+    changes = overrides(args)
+    if args.resume is not None:
+        _refuse([*changes, *(name for name in ("preset", "out") if getattr(args, name) is not None)])
+        return None
+    name = args.preset or DEFAULT_PRESET
     if name not in PRESETS:
         raise ValueError(f"--preset {name}: there is no such preset; there are {', '.join(PRESETS)}.")
     preset = PRESETS[name]
@@ -79,8 +140,14 @@ def choose_preset(name: str, changes: dict[str, Any]) -> Preset:
         return Preset(model=_changed(preset.model, changes), train=_changed(preset.train, changes))
     except ValidationError as error:
         first = error.errors()[0]
-        flag = "".join("--" + str(part).replace("_", "-") + ": " for part in first["loc"])
+        flag = "".join(f"{_flag(str(part))} {first['input']}: " for part in first["loc"])
         raise ValueError(flag + first["msg"].removeprefix("Value error, ") + ".") from error
+
+
+def _refuse(given: list[str]) -> None:
+    if given:
+        flags = ", ".join(map(_flag, given))
+        raise ValueError(f"--resume goes on with the run as it was configured; leave out {flags}, or start a new run.")
 
 
 def _changed(config: Config, changes: dict[str, Any]) -> Config:

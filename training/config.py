@@ -9,6 +9,7 @@ folder and read it back. Letters used for shapes everywhere in this package:
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -19,7 +20,7 @@ Sharing = Literal["all", "all_but_first_cross", "all_but_first", "none"]
 class ModelConfig(BaseModel):
     """The architecture: everything that decides the shape of the weights and the function they compute."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     num_classes: int = Field(100, ge=2, description="classes to tell apart")
     input_size: int = Field(32, ge=1, description="height and width of the input picture, pixels")
@@ -57,8 +58,8 @@ class ModelConfig(BaseModel):
     )
     residual: Literal["normalised", "plain"] = Field(
         "plain",
-        description="what the two residuals of the cross-attention module add: its layer-normalised input, as the Keras "
-        "example does, or the input itself",
+        description="what the two residuals of the cross-attention module add: its layer-normalised input, as the "
+        "Keras example does, or the input itself",
     )
     self_heads: int = Field(4, ge=1, description="heads of the self-attention")
     self_head_dim: int = Field(32, ge=1, description="channels of a self-attention head")
@@ -76,7 +77,8 @@ class ModelConfig(BaseModel):
     def _check(self) -> Self:
         if self.image_size % self.patch_size:
             raise ValueError(
-                f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}: patches must tile the picture"
+                f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}: "
+                "patches must tile the picture"
             )
         if not self.cross_output and self.cross_heads * self.cross_head_dim != self.dim:
             raise ValueError(
@@ -85,6 +87,11 @@ class ModelConfig(BaseModel):
             )
         if self.latent_init == "grid" and not self.cross_position_bias:
             raise ValueError("latent_init grid sets the initial cross_position_bias: set cross_position_bias as well")
+        side = math.isqrt(self.num_latents)
+        if self.latent_init == "grid" and side**2 != self.num_latents:
+            raise ValueError(
+                f"latent_init grid needs a square number of latents, not {self.num_latents}: try num_latents {side**2}"
+            )
         return self
 
     @property
@@ -101,11 +108,11 @@ class ModelConfig(BaseModel):
 class TrainConfig(BaseModel):
     """The recipe: data order, augmentation, optimiser, schedule, and what the machine may use."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     epochs: int = Field(50, ge=1, description="passes over the training pictures, at most")
     batch_size: int = Field(64, ge=1, description="pictures a step, over all processes")
-    seed: int = Field(0, ge=0, description="seed of weights, order and augmentation")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of weights, order and augmentation")
 
     optimizer: Literal["lamb", "adamw", "muon"] = Field("lamb", description="muon: matrices by Muon, the rest by AdamW")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate (for muon: of the matrices)")
@@ -133,6 +140,7 @@ class TrainConfig(BaseModel):
     cutmix: float = Field(0.0, ge=0, description="alpha of CutMix's Beta distribution; 0: off")
     mix_probability: float = Field(0.5, ge=0, le=1, description="share of the batches that mixup or CutMix changes")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="decay of the weight average that is evaluated; 0: off")
+    best_by: Literal["top1", "loss"] = Field("top1", description="validation figure that chooses the best checkpoint")
 
     precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast type of the forward pass")
     compile: bool = Field(False, description="torch.compile the training step")
@@ -145,6 +153,15 @@ class Preset(BaseModel):
 
     model: ModelConfig
     train: TrainConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.train.crop_padding >= self.model.input_size:
+            raise ValueError(
+                f"crop_padding {self.train.crop_padding} moves pictures of {self.model.input_size} pixels out of "
+                f"sight: at most {self.model.input_size - 1}"
+            )
+        return self
 
 
 PRESETS: dict[str, Preset] = {
@@ -170,7 +187,7 @@ PRESETS: dict[str, Preset] = {
             ffn_dropout=0.2,
             logits_dropout=0.2,
         ),
-        train=TrainConfig(zoom=0.2),
+        train=TrainConfig(zoom=0.2, best_by="loss"),
     ),
     # Small enough for two CPU cores: 8x8 patches every 4 pixels, 64 latents that start on a grid of regions.
     "compact": Preset(

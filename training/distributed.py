@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class PeerFailed(Exception):  # noqa: N818 -- says what happened, elsewhere
+    """Rank 0 failed, and has said why."""
 
 
 @dataclass(frozen=True)
@@ -24,17 +32,44 @@ class World:
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """This process's part of ``count`` pictures; ``count`` is a multiple of the size."""
-        part = count // self.size
+        """This process's part of a batch of ``count`` pictures.
+
+        Raises:
+            ValueError: the processes can't have equal parts.
+        """
+        part, rest = divmod(count, self.size)
+        if rest:
+            raise ValueError(
+                f"a batch of {count} pictures can't be shared by {self.size} processes: "
+                f"make --batch-size a multiple of {self.size}."
+            )
         return slice(self.rank * part, (self.rank + 1) * part)
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value (any picklable object of our own making), everywhere."""
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value (a picklable object of our own making), everywhere."""
         if self.size == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Do ``work`` in rank 0 (which may download, and refuse), and only then in the others.
+
+        Raises:
+            PeerFailed: in the others, when ``work`` has raised in rank 0.
+        """
+        if not self.is_main:
+            if not self.broadcast(False):
+                raise PeerFailed
+            return work()
+        succeeded = False
+        try:
+            result = work()
+            succeeded = True
+            return result
+        finally:
+            self.broadcast(succeeded)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
@@ -44,12 +79,18 @@ class World:
         dist.all_reduce(tensor)
         return tensor.item() > 0
 
-    def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """Mean of a scalar tensor over the processes."""
-        if self.size > 1:
-            dist.all_reduce(value)
-            value /= self.size
-        return value
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean of a tensor over the processes."""
+        if self.size == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / self.size
+
+    def synchronize(self) -> None:
+        """Wait for what the device still has to do."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def join(device: str) -> World:
@@ -59,21 +100,24 @@ def join(device: str) -> World:
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
 
     Raises:
-        ValueError: CUDA was asked for and there is none.
+        ValueError: CUDA was asked for and there is none, or not one for each process.
     """
-    if device == "cuda" and not torch.cuda.is_available():
+    count = torch.cuda.device_count()
+    if device == "cuda" and count == 0:
         raise ValueError("--device cuda: torch sees no CUDA device; use --device cpu, or install torch's CUDA build.")
-    kind = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    where = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
+    where = torch.device("cpu")
+    if count and device != "cpu":
+        if local >= count:
+            raise ValueError(f"torchrun starts more processes than the {count} CUDA devices of this machine.")
+        where = torch.device("cuda", local)
         torch.cuda.set_device(where)
         torch.set_float32_matmul_precision("high")
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-        return World(dist.get_rank(), size, where)
-    return World(0, 1, where)
+    if size == 1:
+        return World(0, 1, where)
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    return World(dist.get_rank(), size, where)
 
 
 def leave(world: World) -> None:

@@ -30,7 +30,7 @@ class Metrics(BaseModel):
 
 @torch.inference_mode()
 def predict_logits(
-    model: nn.Module, preprocess: Preprocess, split: Split, batch_size: int = 500, autocast: torch.dtype | None = None
+    model: nn.Module, preprocess: Preprocess, split: Split, batch_size: int = 128, autocast: torch.dtype | None = None
 ) -> Tensor:
     """Logits of every picture, float32 [N, K], in order, on the split's device.
 
@@ -86,23 +86,22 @@ def measure(logits: Tensor, labels: Tensor, split: str) -> Metrics:
     )
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+def fit_temperature(logits: Tensor, labels: Tensor, largest: float = 10.0) -> float:
     """The temperature that makes ``logits / temperature`` likeliest (Guo et al. 2017, section 4.2).
+
+    The loss is convex in the inverse temperature: bisection finds where its slope changes sign. With few pictures, all
+    classified right (or wrong), it has no minimum; so the temperature stays between ``1 / largest`` and ``largest``.
 
     Args:
         logits: float32 [N, K] of the validation pictures.
         labels: int64 [N].
+        largest: bound of the temperature.
     """
-    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([log_temperature], max_iter=50, line_search_fn="strong_wolfe")
-    logits = logits.double().cpu()
-    labels = labels.cpu()
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(logits / log_temperature.exp(), labels)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return log_temperature.exp().item()
+    logits = logits.double()
+    of_label = logits.gather(1, labels[:, None]).mean()
+    low, high = 1 / largest, largest
+    for _ in range(50):
+        inverse = (low + high) / 2
+        slope = ((logits * inverse).softmax(-1) * logits).sum(-1).mean() - of_label
+        low, high = (low, inverse) if slope > 0 else (inverse, high)
+    return 2 / (low + high)

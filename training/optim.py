@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,19 +20,35 @@ def is_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim == 2 and name.endswith(".weight")
 
 
-def make_lamb(groups: list[dict[str, Any]], rate: float) -> Lamb:
-    """LAMB (You et al. 2020, algorithm 2) as TensorFlow Addons has it, from pytorch_optimizer.
+class CorrectedLamb(Lamb):
+    """LAMB (You et al. 2020, algorithm 2) with bias correction, as TensorFlow Addons has it; the step is the package's.
 
-    The package's defaults are another variant. Set here: the decay is part of the update whose norm the trust ratio takes
-    (``weight_decouple=False``), no clipping of gradients or weight norms, no division of the step by ``1 - beta1^t``.
-    The moments' bias corrections are left out: they scale the whole Adam term, and the trust ratio divides such a factor out
-    again, so that only the weights of the decay and of epsilon beside that term differ in the first steps.
+    The package leaves the bias corrections out. They matter where the trust ratio is 1, as for every bias, which
+    starts at zero: its first step would be 3.2 times as large, and all later ones are in proportion to what it has
+    become. They also say how much the decay weighs beside the Adam term. A moment with decay b, divided by
+    ``1 - b^t``, is the moment with decay ``b (1 - b^(t-1)) / (1 - b^t)`` at step t; so that is set before each step.
+
+    Beside that the package's defaults are another variant. Set here: weight decay as part of the update whose norm the
+    trust ratio takes, no clipping of gradients or weight norms, no division of the step by ``1 - beta1^t``.
+
+    Args:
+        groups: parameters and their ``weight_decay``.
+        lr: learning rate.
     """
-    optimizer = Lamb(
-        groups, lr=rate, betas=(0.9, 0.999), eps=1e-6, weight_decouple=False, max_grad_norm=0.0, adam_debias=True
-    )
-    optimizer.clamp = math.inf
-    return optimizer
+
+    clamp = math.inf
+    uncorrected_betas = (0.9, 0.999)
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float) -> None:
+        betas = self.uncorrected_betas
+        super().__init__(groups, lr, betas, eps=1e-6, weight_decouple=False, max_grad_norm=0.0, adam_debias=True)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            t = group.get("step", 0) + 1
+            group["betas"] = tuple(b * (1 - b ** (t - 1)) / (1 - b**t) for b in self.uncorrected_betas)
+        return super().step(closure)
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
@@ -51,7 +68,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     ]
     fused = next(model.parameters()).device.type == "cuda"
     if config.optimizer == "lamb":
-        return [make_lamb(groups, rate)]
+        return [CorrectedLamb(groups, rate)]
     if config.optimizer == "adamw":
         return [AdamW(groups, lr=rate, betas=(0.9, 0.99), fused=fused)]
     # The classifier's matrix maps to classes, not to features: Muon's authors leave it to AdamW, as embeddings are.
@@ -77,7 +94,7 @@ def schedule_factor(config: TrainConfig, step: int, total_steps: int, steps_per_
         return 1.0
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
-        return (step + 1) / warmup
+        return min((step + 1) / warmup, 1.0)
     progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
     return 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
 

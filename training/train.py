@@ -6,9 +6,8 @@ after any step goes on bit for bit from its weights, its optimiser's state and t
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,31 +16,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from training import augment, checkpoint
-from training.checkpoint import CheckpointError, RunConfig
+from training import augment
+from training.checkpoint import RunConfig
 from training.config import TrainConfig
 from training.dataset import DataSet
 from training.distributed import World
-from training.evaluate import Metrics, fit_temperature, measure, predict_logits
-from training.model import Perceiver, count_parameters
-from training.optim import Plateau, clip_gradients, make_optimizers, schedule_factor, set_learning_rates
-from training.plots import save_curves, save_reliability
+from training.evaluate import Metrics, measure, predict_logits
+from training.optim import clip_gradients, schedule_factor, set_learning_rates
 from training.preprocessing import Preprocess
+from training.report import announce, append_line, forget_lines_after, write_report
+from training.state import initial_state, seed_step
 
-# Processes agree on stopping only so often: the agreement waits for all of them.
-STEPS_BETWEEN_STOP_CHECKS = 20
-
-
-def seed_step(seed: int, *parts: int) -> None:
-    """Seed torch's generators from the run's seed and, say, the step and the process."""
-    text = "/".join(map(str, (seed, *parts)))
-    torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1)
+# To agree on stopping, the CPU waits for the GPU: not at every step.
+CUDA_STEPS_BETWEEN_STOP_CHECKS = 20
 
 
 def epoch_order(seed: int, epoch: int, count: int, batch_size: int) -> Tensor:
@@ -56,7 +47,7 @@ def epoch_order(seed: int, epoch: int, count: int, batch_size: int) -> Tensor:
 
 
 class TrainStep(nn.Module):
-    """Pictures to loss: preprocess, zoom, mix, forward, cross-entropy. What ``torch.compile`` compiles."""
+    """Pictures to loss: augment, preprocess, mix, forward, cross-entropy. What ``torch.compile`` compiles."""
 
     def __init__(self, model: nn.Module, preprocess: Preprocess, config: TrainConfig) -> None:
         super().__init__()
@@ -64,20 +55,15 @@ class TrainStep(nn.Module):
         self.preprocess = preprocess
         self.config = config
 
-    def forward(self, images: Tensor, labels: Tensor, draws: augment.Draws, mix: augment.Mix | None) -> Tensor:
-        """uint8 [B, H, W, 3], int64 [B] -> mean loss, float32 []."""
+    def forward(self, images: Tensor, labels: Tensor, draws: augment.Draws, weight: Tensor | None) -> Tensor:
+        """uint8 [B, H, W, 3], int64 [B], what was drawn -> mean loss, float32 []."""
         pixels = self.preprocess(augment.flip_and_shift(images, draws))
         if self.config.zoom:
             pixels = augment.zoom(pixels, draws)
-        share = 1.0
-        if mix is not None:
-            pixels, share = augment.apply_mix(pixels, mix)
+        if weight is not None:
+            pixels = augment.mix(pixels, weight)
         logits = self.model(pixels).float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
-        if share == 1.0:
-            return loss
-        other = F.cross_entropy(logits, labels.roll(1, 0), label_smoothing=self.config.label_smoothing)
-        return share * loss + (1 - share) * other
+        return augment.mixed_cross_entropy(logits, labels, weight, self.config.label_smoothing)
 
 
 class Trainer:
@@ -85,60 +71,41 @@ class Trainer:
 
     Args:
         run: configuration; ``run.model`` and ``run.train`` are followed to the letter.
-        data: its splits are moved to the device whole.
-        folder: of the run; made if need be.
+        data: its training and validation splits are moved to the device whole.
+        folder: of the run; must exist.
         world: this process.
+
+    Raises:
+        ValueError: the batch can't be shared by the processes.
     """
 
     def __init__(self, run: RunConfig, data: DataSet, folder: Path, world: World) -> None:
-        self.run, self.folder, self.world = run, folder, world
-        self.config = run.train
-        if self.config.batch_size % world.size:
-            raise ValueError(
-                f"batch_size {self.config.batch_size} can't be shared by {world.size} processes; make it a multiple."
-            )
-        self.train_split = data.train.to(world.device)
-        self.val_split = data.val.to(world.device)
+        self.run, self.config, self.folder, self.world = run, run.train, folder, world
+        self.share = world.share(self.config.batch_size)
+        self.train_split, self.val_split = data.train.to(world.device), data.val.to(world.device)
         self.test_split = data.test
-        seed_step(self.config.seed)
-        self.model = Perceiver(run.model)
-        self.preprocess = Preprocess(run.model.image_size)
-        # As the Keras example does, which adapts to all 50,000 pictures before it holds the last tenth out.
-        self.preprocess.fit(data.train.images, data.val.images)
-        self.model.to(world.device)
-        self.preprocess.to(world.device)
-        self.optimizers = make_optimizers(self.model, self.config)
-        self.average = self._make_average()
-        self.plateau = Plateau()
-        self.epoch = self.step = 0
-        self.seconds = 0.0
-        self.best_top1 = -1.0
-        self.loss_sum = torch.zeros((), device=world.device)
-        trained: nn.Module = self.model
-        if world.size > 1:
-            trained = DistributedDataParallel(
-                self.model, device_ids=[world.device] if world.device.index is not None else None
-            )
-        self.train_step: Callable[..., Tensor] = TrainStep(trained, self.preprocess, self.config)
-        if self.config.compile:
-            self.train_step = torch.compile(self.train_step)
+        self.state = initial_state(run, data.train.images, data.val.images, world.device)
         self.steps_per_epoch = math.ceil(len(data.train) / self.config.batch_size)
+        self.train_step = self._make_train_step()
         self.stop_requested = False
 
-    def _make_average(self) -> AveragedModel | None:
-        if not self.config.ema_decay:
-            return None
-        return AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.config.ema_decay))
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """The weights that count: their average where one is kept."""
-        return self.average.module if self.average is not None else self.model
+    def _make_train_step(self) -> Callable[..., Tensor]:
+        model: nn.Module = self.state.model
+        if self.world.size > 1:
+            devices = [self.world.device] if self.world.device.type == "cuda" else None
+            model = DistributedDataParallel(model, device_ids=devices)
+        step = TrainStep(model, self.state.preprocess, self.config)
+        return torch.compile(step) if self.config.compile else step
 
     @property
     def autocast(self) -> torch.dtype | None:
         """Type of the forward pass, None for float32."""
         return torch.bfloat16 if self.config.precision == "bfloat16" else None
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Pictures at once where no gradients are needed, nor the activations that training keeps for them."""
+        return 2 * (self.share.stop - self.share.start)
 
     # ---- steps and epochs
 
@@ -146,118 +113,124 @@ class Trainer:
         """Train on one batch of the whole world's pictures.
 
         Args:
-            indices: int64 [batch_size], the same in every process.
+            indices: int64 [batch_size] on the device, the same in every process.
         """
-        seed_step(self.config.seed, self.step)
-        share = self.world.share(len(indices))
-        draws = augment.draw(self.config, len(indices)).share(share, self.world.device)
-        mix = augment.draw_mix(self.config)
+        state, config, device = self.state, self.config, self.world.device
+        seed_step(config.seed, state.step)
+        draws = augment.draw(config, len(indices)).share(self.share, device)
+        weight = augment.draw_mix(config, self.run.model.image_size)
         # From here on dropout draws, and differs between processes.
-        seed_step(self.config.seed, self.step, self.world.rank)
-        part = indices[share].to(self.world.device, non_blocking=True)
-        total = self.config.epochs * self.steps_per_epoch
-        factor = schedule_factor(self.config, self.step, total, self.steps_per_epoch) * self.plateau.factor
-        set_learning_rates(self.optimizers, factor)
-        with torch.autocast(self.world.device.type, self.autocast) if self.autocast else nullcontext():
-            loss = self.train_step(self.train_split.images[part], self.train_split.labels[part], draws, mix)
+        seed_step(config.seed, state.step, self.world.rank)
+        total = config.epochs * self.steps_per_epoch
+        factor = schedule_factor(config, state.step, total, self.steps_per_epoch) * state.plateau.factor
+        set_learning_rates(state.optimizers, factor)
+        part = indices[self.share]
+        with torch.autocast(device.type, self.autocast) if self.autocast else nullcontext():
+            loss = self.train_step(
+                self.train_split.images[part],
+                self.train_split.labels[part],
+                draws,
+                None if weight is None else weight.to(device, non_blocking=True),
+            )
         loss.backward()
-        clip_gradients(self.model, self.config.clip_norm)
-        for optimizer in self.optimizers:
+        clip_gradients(state.model, config.clip_norm)
+        for optimizer in state.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update_parameters(self.model)
-        self.loss_sum += loss.detach()
-        self.step += 1
+        if state.average is not None:
+            state.average.update_parameters(state.model)
+        state.loss_sum += loss.detach()
+        state.step += 1
 
     def train_epoch(self, should_stop: Callable[[], bool]) -> bool:
         """Train to the end of the current epoch; False when asked to stop before it."""
-        done = self.step - self.epoch * self.steps_per_epoch
-        order = epoch_order(self.config.seed, self.epoch, len(self.train_split), self.config.batch_size)
-        self.model.train()
+        state = self.state
+        done = state.step - state.epoch * self.steps_per_epoch
+        order = epoch_order(self.config.seed, state.epoch, len(self.train_split), self.config.batch_size)
+        state.model.train()
         start = time.perf_counter()
-        pictures = self.config.batch_size
-        title = f"epoch {self.epoch + 1}/{self.config.epochs}"
-        total = len(order) * pictures
-        with tqdm(
-            total=total, initial=done * pictures, desc=title, unit=" pictures", unit_scale=True,
-            disable=not self.world.is_main, mininterval=0.5, leave=False,
-        ) as bar:  # fmt: skip
-            for indices in order[done:]:
+        with self._progress(done) as bar:
+            for indices in order.to(self.world.device)[done:]:
                 self.one_step(indices)
-                bar.update(pictures)
-                if (self.world.size == 1 or self.step % STEPS_BETWEEN_STOP_CHECKS == 0) and self.world.any(
-                    should_stop()
-                ):
+                bar.update(self.config.batch_size)
+                if should_stop():
                     break
-        self.seconds += time.perf_counter() - start
-        return self.step == (self.epoch + 1) * self.steps_per_epoch
+        self.world.synchronize()
+        state.seconds += time.perf_counter() - start
+        return state.step == (state.epoch + 1) * self.steps_per_epoch
 
-    def finish_epoch(self) -> dict[str, Any]:
-        """Validate, move the schedule on, write metrics and checkpoints; returns the epoch's line."""
-        loss = (self.world.mean(self.loss_sum) / self.steps_per_epoch).item()
-        self.loss_sum.zero_()
-        self.epoch += 1
-        val: Metrics | None = None
-        if self.world.is_main:
-            val = self.validate()
-        val = self.world.broadcast(val)
+    def _progress(self, done: int) -> tqdm:  # type: ignore[type-arg]
+        """A bar for the epoch, of which ``done`` steps are done; sparing where nobody watches, as in a log file."""
+        pictures = self.config.batch_size
+        return tqdm(
+            desc=f"epoch {self.state.epoch + 1}/{self.config.epochs}",
+            total=self.steps_per_epoch * pictures,
+            initial=done * pictures,
+            unit=" pictures",
+            unit_scale=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+            leave=False,
+            disable=not self.world.is_main,
+        )
+
+    def finish_epoch(self) -> None:
+        """Validate, move the schedule on, write metrics and checkpoints."""
+        state = self.state
+        train_loss = self._finite_loss() / self.steps_per_epoch
+        state.loss_sum.zero_()
+        state.epoch += 1
+        # One process measures, and the others learn from it whether the run ends.
+        val = self.world.broadcast(self.validate() if self.world.is_main else None)
         assert val is not None
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the training loss became {loss} in epoch {self.epoch}: lower --learning-rate, or set --clip-norm 1."
-            )
-        self.plateau.update(val.loss, self.config)
-        line = {
-            "epoch": self.epoch,
-            "step": self.step,
-            "train_loss": loss,
+        if not math.isfinite(val.loss):
+            raise FloatingPointError(self._diverged("validation", val.loss))
+        is_best = state.is_best(val)
+        state.best_top1 = max(state.best_top1, val.top1)
+        state.plateau.update(val.loss, self.config)
+        seconds, state.seconds = state.seconds, 0.0
+        if self.world.is_main:
+            append_line(self.folder, self._line(train_loss, val, seconds))
+            if is_best:
+                state.save_best(self.folder / "best.safetensors", val)
+            state.save_last(self.folder / "last.safetensors", val)
+
+    def _line(self, train_loss: float, val: Metrics, seconds: float) -> dict[str, float]:
+        return {
+            "epoch": self.state.epoch,
+            "step": self.state.step,
+            "train_loss": train_loss,
             "val_loss": val.loss,
             "val_top1": val.top1,
             "val_top5": val.top5,
-            "learning_rate": self.optimizers[0].param_groups[0]["lr"],
-            "pictures_per_second": self.steps_per_epoch * self.config.batch_size / self.seconds,
-            "seconds": self.seconds,
+            "learning_rate": self.state.optimizers[0].param_groups[0]["lr"],
+            "pictures_per_second": self.steps_per_epoch * self.config.batch_size / seconds,
+            "seconds": seconds,
         }
-        self.seconds = 0.0
-        if self.world.is_main:
-            with (self.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            if val.top1 > self.best_top1:
-                self.best_top1 = val.top1
-                self.save("best", val)
-            self.save("last", val)
-        return line
+
+    def _finite_loss(self) -> float:
+        """The epoch's summed loss, mean of the processes; from now on that of each, so that one can write it down.
+
+        Raises:
+            FloatingPointError: it isn't finite.
+        """
+        self.state.loss_sum = self.world.mean(self.state.loss_sum)
+        loss = self.state.loss_sum.item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(self._diverged("training", loss))
+        return loss
+
+    def _diverged(self, which: str, loss: float) -> str:
+        epoch = math.ceil(self.state.step / self.steps_per_epoch)
+        return f"the {which} loss became {loss} in epoch {epoch}: lower --learning-rate, or set --clip-norm 1."
 
     def validate(self) -> Metrics:
         """Figures of the evaluated weights on the validation pictures."""
-        logits = predict_logits(self.evaluated, self.preprocess, self.val_split, autocast=self.autocast)
+        logits = predict_logits(
+            self.state.evaluated, self.state.preprocess, self.val_split, self.evaluation_batch, self.autocast
+        )
         return measure(logits, self.val_split.labels, "val")
 
-    # ---- checkpoints
-
-    def save(self, name: str, val: Metrics | None = None) -> None:
-        """Write ``best`` (what to use) or ``last`` (what to resume from as well)."""
-        tensors = checkpoint.prefixed("model", self.evaluated.state_dict())
-        tensors |= checkpoint.prefixed("preprocess", self.preprocess.state_dict())
-        state: dict[str, Any] = {}
-        if name == "last":
-            if self.average is not None:
-                tensors |= checkpoint.prefixed("raw", self.model.state_dict())
-                tensors["average.n"] = self.average.n_averaged
-            tensors["loss_sum"] = self.loss_sum
-            state = {
-                "plateau": vars(self.plateau),
-                "best_top1": self.best_top1,
-                "seconds": self.seconds,
-                "optimizers": [],
-            }
-            for i, optimizer in enumerate(self.optimizers):
-                packed, scalars = checkpoint.pack_optimizer(optimizer)
-                tensors |= checkpoint.prefixed(f"optimizer.{i}", packed)
-                state["optimizers"].append(scalars)
-        header = checkpoint.make_header(self.run, self.epoch, self.step, val, state)
-        checkpoint.save(self.folder / f"{name}.safetensors", tensors, header)
+    # ---- the run
 
     def resume(self) -> None:
         """Go back to where ``last`` was written.
@@ -265,35 +238,7 @@ class Trainer:
         Raises:
             CheckpointError: there is none, or it is not this run's.
         """
-        path = self.folder / "last.safetensors"
-        tensors, header = checkpoint.load(path)
-        if header.run != self.run:
-            raise CheckpointError(
-                f"{path}: belongs to another configuration than {self.folder / 'config.json'}; start a new run."
-            )
-        weights = checkpoint.under("model", tensors)
-        checkpoint.load_into(self.preprocess, checkpoint.under("preprocess", tensors), path)
-        if self.average is not None:
-            checkpoint.load_into(self.average.module, weights, path)
-            self.average.n_averaged.copy_(tensors["average.n"])
-            weights = checkpoint.under("raw", tensors)
-        checkpoint.load_into(self.model, weights, path)
-        for i, (optimizer, packed) in enumerate(zip(self.optimizers, header.state["optimizers"], strict=True)):
-            checkpoint.unpack_optimizer(optimizer, checkpoint.under(f"optimizer.{i}", tensors), packed)
-        self.plateau = Plateau(**header.state["plateau"])
-        self.best_top1, self.seconds = header.state["best_top1"], header.state["seconds"]
-        self.loss_sum.copy_(tensors["loss_sum"])
-        self.epoch, self.step = header.epoch, header.step
-        self._forget_lines_after(self.epoch)
-
-    def _forget_lines_after(self, epoch: int) -> None:
-        """Drop lines that were written after the checkpoint, by a run killed between the two."""
-        path = self.folder / "metrics.jsonl"
-        if self.world.is_main and path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["epoch"] <= epoch]
-            path.write_text("".join(line + "\n" for line in kept))
-
-    # ---- the run
+        self.state.load_last(self.folder / "last.safetensors")
 
     def fit(self, deadline: float | None = None, max_steps: int | None = None) -> bool:
         """Train until done or told to stop; writes ``last`` either way.
@@ -304,56 +249,38 @@ class Trainer:
 
         Returns:
             Whether the run came to its end (all epochs, or early stop).
+
+        Raises:
+            FloatingPointError: the loss is no longer finite; a sentence for the user.
         """
 
         def should_stop() -> bool:
-            late = deadline is not None and time.monotonic() >= deadline
-            return self.stop_requested or late or (max_steps is not None and self.step >= max_steps)
+            if max_steps is not None and self.state.step >= max_steps:
+                return True  # in every process: nothing to agree on
+            pause = CUDA_STEPS_BETWEEN_STOP_CHECKS if self.world.device.type == "cuda" else 1
+            if self.world.size > 1 and self.state.step % pause:
+                return False
+            return self.world.any(self.stop_requested or (deadline is not None and time.monotonic() >= deadline))
 
-        with SummaryWriter(str(self.folder / "tensorboard")) if self.world.is_main else nullcontext() as events:
-            while self.epoch < self.config.epochs and not self.plateau.should_stop(self.config):
-                if self.world.any(should_stop()) or not self.train_epoch(should_stop):
+        with self._events() as events:
+            while self.state.epoch < self.config.epochs and not self.state.plateau.should_stop(self.config):
+                if should_stop() or not self.train_epoch(should_stop):
+                    self._finite_loss()
                     if self.world.is_main:
-                        self.save("last")
+                        self.state.save_last(self.folder / "last.safetensors", None)
                     return False
-                line = self.finish_epoch()
+                self.finish_epoch()
                 if events is not None:
-                    self._announce(line, events)
+                    announce(self.folder, events)
         return True
 
-    def _announce(self, line: dict[str, Any], events: SummaryWriter) -> None:
-        for key, value in line.items():
-            if key not in ("epoch", "step"):
-                events.add_scalar(key, value, line["epoch"])
-        save_curves([json.loads(row) for row in (self.folder / "metrics.jsonl").open()], self.folder / "curves.png")
-        tqdm.write(
-            f"epoch {line['epoch']:3d}  train loss {line['train_loss']:.4f}  val loss {line['val_loss']:.4f}  "
-            f"top-1 {line['val_top1']:.2%}  top-5 {line['val_top5']:.2%}  {line['pictures_per_second']:.0f} pictures/s"
-        )
+    def _events(self) -> SummaryWriter | nullcontext[None]:
+        """TensorBoard's events; those of epochs that are trained again are hidden, and their lines dropped."""
+        if not self.world.is_main:
+            return nullcontext()
+        forget_lines_after(self.folder, self.state.epoch)
+        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.state.epoch + 1)
 
     def report(self) -> dict[str, Any]:
-        """Measure ``best`` in float32: temperature on the validation pictures, figures on the test pictures, read once."""
-        path = self.folder / "best.safetensors"
-        model, preprocess, header = checkpoint.load_model(path)
-        model.to(self.world.device)
-        preprocess.to(self.world.device)
-        val_logits = predict_logits(model, preprocess, self.val_split)
-        temperature = fit_temperature(val_logits, self.val_split.labels)
-        result: dict[str, Any] = {
-            "preset": self.run.preset,
-            "dataset": self.run.dataset,
-            "parameters": count_parameters(model),
-            "epoch": header.epoch,
-            "temperature": temperature,
-            "checkpoint_sha256": checkpoint.digest(path),
-            "val": measure(val_logits, self.val_split.labels, "val").model_dump(),
-            "test": None,
-        }
-        if self.test_split is not None:
-            split = self.test_split.to(self.world.device)
-            logits = predict_logits(model, preprocess, split)
-            # Dividing by the temperature changes no order: top-1 and top-5 are those of both.
-            result["test_uncalibrated"] = measure(logits, split.labels, "test").model_dump()
-            result["test"] = measure(logits / temperature, split.labels, "test").model_dump()
-        (self.folder / "report.json").write_text(json.dumps(result, indent=2) + "\n")
-        return result
+        """Measure the best weights, and the test pictures by them; see `training.report.write_report`."""
+        return write_report(self.folder, self.val_split, self.test_split, self.world.device, self.evaluation_batch)
