@@ -1,0 +1,202 @@
+"""One run of ``python -m training``, from its flags to its exit status."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+from pydantic import ValidationError
+
+from training import data
+from training.checkpoint import CheckpointError, RunConfig
+from training.cli import DEFAULT_PRESET
+from training.config import Preset
+from training.dataset import DataError, DataSet
+from training.distributed import PeerFailed, World, join, leave
+from training.model import count_parameters
+from training.train import Trainer
+
+DONE, FAILED, USER_ERROR, STOPPED, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def execute(args: argparse.Namespace, preset: Preset | None) -> int:
+    """Do what the flags ask for; what goes wrong is said on stderr.
+
+    Args:
+        args: of `training.cli.build_parser`.
+        preset: what to train; None to resume.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        world = join(args.device)
+    except ValueError as error:
+        return complain(error, USER_ERROR)
+    try:
+        return start(args, preset, world)
+    except (ValueError, DataError, CheckpointError) as error:
+        return complain(error, USER_ERROR)
+    except PeerFailed:
+        return USER_ERROR
+    except MemoryError as error:
+        return complain(
+            f"too little memory for the data ({error}): use fewer pictures or a lower --input-size.", USER_ERROR
+        )
+    except FloatingPointError as error:
+        return complain(error, FAILED)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return complain(f"{error.filename}: {error.strerror}.", USER_ERROR)
+    finally:
+        leave(world)
+
+
+def complain(problem: object, status: int) -> int:
+    """Say what is wrong; returns ``status``."""
+    print(f"error: {problem}", file=sys.stderr)
+    return status
+
+
+def start(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
+    """Prepare, train, report; returns the exit status."""
+    deadline = time.monotonic() + 60 * args.max_minutes if args.max_minutes is not None else None
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    run, data_set, folder = world.main_first(lambda: prepare(args, preset, world))
+    with memory_explained(run.train.batch_size):
+        trainer = Trainer(run, data_set, folder, world)
+        if preset is None:
+            trainer.resume()
+        elif world.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(run.model_dump_json(indent=2) + "\n")
+        if world.is_main:
+            print(describe(trainer), flush=True)
+        with stop_by_signal(trainer):
+            finished = trainer.fit(deadline, args.max_steps)
+        if not world.is_main:
+            return DONE if finished else STOPPED
+        if not finished:
+            print(f"stopped after step {trainer.state.step}; go on with: python -m training --resume {folder}")
+            return STOPPED
+        report = trainer.report()
+    print(json.dumps({key: report[key] for key in ("epoch", "temperature", "val", "test", "note")}, indent=2))
+    print(f"best checkpoint and report are in {folder}; export: python -m export {folder} --out models/NAME")
+    return DONE
+
+
+def prepare(args: argparse.Namespace, preset: Preset | None, world: World) -> tuple[RunConfig, DataSet, Path]:
+    """Configuration, data and folder of the run that the flags ask for.
+
+    Raises:
+        ValueError, DataError, CheckpointError: a sentence for the user.
+    """
+    if preset is None:
+        run, data_set = resumed(args)
+        folder = args.resume
+    else:
+        world.share(preset.train.batch_size)
+        # Twice, because without --out the folder is named after data that has to be read first.
+        refuse_existing(args.out, world)
+        data_set = data.load(args.data, input_size=preset.model.input_size)
+        folder = args.out or Path("runs") / f"{args.preset or DEFAULT_PRESET}-{data_set.name}"
+        refuse_existing(folder, world)
+        run = RunConfig(
+            preset=args.preset or DEFAULT_PRESET,
+            data=str(args.data) if args.data else None,
+            dataset=data_set.name,
+            labels=data_set.labels,
+            superclasses=data_set.superclasses,
+            superclass_names=data_set.superclass_names,
+            model=preset.model.model_copy(update={"num_classes": len(data_set.labels)}),
+            train=preset.train,
+        )
+    return run, data_set, folder
+
+
+def refuse_existing(folder: Path | None, world: World) -> None:
+    """Raise ValueError when the folder holds a run that can be resumed (or when a file is in its place)."""
+    if folder is None or not world.is_main:
+        return  # of several processes the first may already have begun to write
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder}: is a file; name a folder for the run.")
+    if (folder / "last.safetensors").exists():
+        raise ValueError(f"{folder} holds a run already: go on with it by --resume {folder}, or name another --out.")
+
+
+def resumed(args: argparse.Namespace) -> tuple[RunConfig, DataSet]:
+    """Configuration and data of the run in a folder."""
+    path = args.resume / "config.json"
+    try:
+        run = RunConfig.model_validate_json(path.read_text())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"--resume {args.resume}: is no run; it has no config.json.") from error
+    except ValidationError as error:
+        raise CheckpointError(f"{path} is not of this version of the project: {error.errors()[0]['msg']}.") from error
+    if not (args.resume / "last.safetensors").exists():
+        raise CheckpointError(
+            f"--resume {args.resume}: this run ended before its first checkpoint; "
+            f"start it again with --out {args.resume}."
+        )
+    data_set = data.load(args.data or (Path(run.data) if run.data else None), input_size=run.model.input_size)
+    if data_set.labels != run.labels:
+        raise DataError(
+            f"the data now has other classes than when {args.resume} began; restore it, or start a new run."
+        )
+    return run, data_set
+
+
+def describe(trainer: Trainer) -> str:
+    """One line on what is about to be trained."""
+    run, world = trainer.run, trainer.world
+    return (
+        f"{run.preset}: {count_parameters(trainer.state.model):,} parameters, "
+        f"{run.dataset}: {len(trainer.train_split):,} training and {len(trainer.val_split):,} validation pictures "
+        f"of {len(run.labels)} classes, {world.size} x {world.device.type}, "
+        f"{trainer.steps_per_epoch} steps an epoch, run in {trainer.folder}"
+    )
+
+
+@contextmanager
+def stop_by_signal(trainer: Trainer) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM stop the run cleanly, and a second Ctrl-C at once.
+
+    ``torchrun`` passes on a Ctrl-C that its processes get as well, so there every one counts as the first.
+    """
+
+    def request_stop(_signum: int, _frame: FrameType | None) -> None:
+        trainer.stop_requested = True
+        if trainer.world.size == 1:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def memory_explained(batch_size: int) -> Iterator[None]:
+    """Turn what torch and numpy raise when memory runs out into a ValueError with a sentence for the user."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # On a CPU torch has no class for it, only its allocator's name.
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
+            raise ValueError(
+                f"too little memory for a batch of {batch_size} pictures: start with a lower --batch-size, "
+                "or with --precision bfloat16."
+            ) from error
+        raise

@@ -1,0 +1,164 @@
+"""What moves while a run goes on, and how it is written to a checkpoint and read back."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from training import checkpoint
+from training.checkpoint import CheckpointError, RunConfig
+from training.evaluate import Metrics
+from training.model import Perceiver
+from training.optim import Plateau, make_optimizers
+from training.preprocessing import Preprocess
+
+
+def seed_step(seed: int, *parts: int) -> None:
+    """Seed torch's generators from the run's seed and, say, the step and the process."""
+    text = "/".join(map(str, (seed, *parts)))
+    torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1)
+
+
+@dataclass
+class TrainState:
+    """A run's weights and counters.
+
+    Attributes:
+        run: its configuration.
+        pictures: how many it trains on.
+        model: the weights that are trained.
+        preprocess: before the model.
+        optimizers: of the model.
+        average: moving average of the weights, None where none is kept.
+        loss_sum: float32 [], loss summed over the current epoch's steps.
+        plateau: what the validation losses have led to.
+        epoch: finished epochs.
+        step: finished steps.
+        seconds: spent on the current epoch's steps.
+        best_top1: highest validation top-1 so far.
+    """
+
+    run: RunConfig
+    pictures: int
+    model: Perceiver
+    preprocess: Preprocess
+    optimizers: list[Optimizer]
+    average: AveragedModel | None
+    loss_sum: Tensor
+    plateau: Plateau = field(default_factory=Plateau)
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    best_top1: float = -1.0
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that count: their average where one is kept."""
+        return self.average.module if self.average is not None else self.model
+
+    def is_best(self, val: Metrics) -> bool:
+        """Whether these figures, not yet taken in, are better than all before."""
+        if self.run.train.best_by == "top1":
+            return val.top1 > self.best_top1
+        return self.plateau.best_any is None or val.loss < self.plateau.best_any
+
+    def save_best(self, path: Path, val: Metrics) -> None:
+        """Write what is to be used: the weights that count."""
+        checkpoint.save(path, self._weights(), checkpoint.make_header(self.run, self.epoch, self.step, val, {}))
+
+    def save_last(self, path: Path, val: Metrics | None) -> None:
+        """Write what is to be resumed from: everything.
+
+        Args:
+            path: of the checkpoint.
+            val: figures of these weights; None within an epoch.
+        """
+        tensors = self._weights() | {"loss_sum": self.loss_sum}
+        if self.average is not None:
+            tensors |= checkpoint.prefixed("raw", self.model.state_dict())
+            tensors["average.n"] = self.average.n_averaged
+        packed = [checkpoint.pack_optimizer(optimizer) for optimizer in self.optimizers]
+        for i, (moments, _) in enumerate(packed):
+            tensors |= checkpoint.prefixed(f"optimizer.{i}", moments)
+        state: dict[str, Any] = {
+            "plateau": vars(self.plateau),
+            "best_top1": self.best_top1,
+            "seconds": self.seconds,
+            "pictures": self.pictures,
+            "optimizers": [scalars for _, scalars in packed],
+        }
+        checkpoint.save(path, tensors, checkpoint.make_header(self.run, self.epoch, self.step, val, state))
+
+    def _weights(self) -> dict[str, Tensor]:
+        model = checkpoint.prefixed("model", self.evaluated.state_dict())
+        return model | checkpoint.prefixed("preprocess", self.preprocess.state_dict())
+
+    def load_last(self, path: Path) -> None:
+        """Go back to what `save_last` wrote.
+
+        Raises:
+            CheckpointError: it can't be read, or is not this run's.
+        """
+        tensors, header = checkpoint.load(path)
+        if header.run != self.run:
+            raise CheckpointError(
+                f"{path}: belongs to another configuration (preset {header.run.preset}) than "
+                f"{path.with_name('config.json')} (preset {self.run.preset}); start a new run."
+            )
+        # Checkpoints of the first days don't tell how many.
+        pictures = header.state.get("pictures", self.pictures)
+        if pictures != self.pictures:
+            raise CheckpointError(
+                f"{path}: the run began with {pictures} training pictures, and now there are {self.pictures}; "
+                "restore the data, or start a new run."
+            )
+        self._load_weights(tensors, path)
+        for i, (optimizer, scalars) in enumerate(zip(self.optimizers, header.state["optimizers"], strict=True)):
+            checkpoint.unpack_optimizer(optimizer, checkpoint.under(f"optimizer.{i}", tensors), scalars)
+        self.plateau = Plateau(**header.state["plateau"])
+        self.best_top1, self.seconds = header.state["best_top1"], header.state["seconds"]
+        self.loss_sum.copy_(tensors["loss_sum"])
+        self.epoch, self.step = header.epoch, header.step
+
+    def _load_weights(self, tensors: dict[str, Tensor], path: Path) -> None:
+        weights = checkpoint.under("model", tensors)
+        checkpoint.load_into(self.preprocess, checkpoint.under("preprocess", tensors), path)
+        if self.average is not None:
+            checkpoint.load_into(self.average.module, weights, path)
+            self.average.n_averaged.copy_(tensors["average.n"])
+            weights = checkpoint.under("raw", tensors)
+        checkpoint.load_into(self.model, weights, path)
+
+
+def initial_state(run: RunConfig, train: Tensor, val: Tensor, device: torch.device) -> TrainState:
+    """The state before the first step, from the run's seed.
+
+    Args:
+        run: configuration.
+        train: uint8 [B, H, W, 3], the training pictures.
+        val: uint8 [B, H, W, 3], the validation pictures.
+        device: to hold it.
+    """
+    seed_step(run.train.seed)
+    model = Perceiver(run.model)
+    preprocess = Preprocess(run.model.image_size)
+    # As the Keras example does, which adapts to all 50,000 pictures before it holds the last tenth out.
+    preprocess.fit(train, val)
+    model.to(device)
+    decay = run.train.ema_decay
+    return TrainState(
+        run=run,
+        pictures=len(train),
+        model=model,
+        preprocess=preprocess.to(device),
+        optimizers=make_optimizers(model, run.train),
+        average=AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None,
+        loss_sum=torch.zeros((), device=device),
+    )
