@@ -1,0 +1,131 @@
+"""Pictures a second of a training step, and the fraction of the machine's matrix-product rate that it reaches.
+
+    python -m benchmarks.training_speed compact reference --seconds 20
+
+A step is a real one of `training.train`: augmentation, forward, backward, optimiser, with the preset's recipe, on noise
+pictures of the right size. Operations are counted by torch's FlopCounterMode, forward and backward, two a multiply-add.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.common import BenchmarkError, describe_run, format_table, print_run, run_command, write_csv
+from training.checkpoint import RunConfig
+from training.config import PRESETS
+from training.dataset import DataSet, Split
+from training.distributed import World, join
+from training.train import Trainer
+
+MATRIX = 4096
+
+
+def main() -> int:
+    """Measure the presets that the command line names, in turn."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_speed", description=__doc__)
+    parser.add_argument("presets", nargs="*", default=list(PRESETS), help=f"of {', '.join(PRESETS)} (default: all)")
+    parser.add_argument("--seconds", type=float, default=20, help="time for each preset after warm-up (default: 20)")
+    parser.add_argument("--batch-size", type=int, help="pictures a step (default: the preset's)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's choice)")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="default: the preset's")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the step")
+    parser.add_argument("--csv", type=Path, help="file in benchmarks/results/, or a path")
+    args = parser.parse_args()
+    unknown = [name for name in args.presets if name not in PRESETS]
+    if unknown:
+        raise BenchmarkError(f"there is no preset {', '.join(unknown)}; there are {', '.join(PRESETS)}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    about = describe_run() | {"torch": f"{torch.__version__}, {torch.get_num_threads()} CPU threads"}
+    print_run(about)
+    world = join(args.device)
+    rows = [measure(name, args, world) for name in args.presets]
+    print(format_table(rows))
+    if args.csv:
+        print(f"written to {write_csv(args.csv, rows, about)}")
+    return 0
+
+
+def measure(preset: str, args: argparse.Namespace, world: World) -> dict[str, object]:
+    """Train a preset on noise for a while and say how fast that was."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(preset, args, Path(folder), world)
+        batch = trainer.config.batch_size
+        indices = torch.arange(batch)
+        trainer.model.train()
+        with FlopCounterMode(display=False) as counter:
+            trainer.one_step(indices)
+        for _ in range(2):
+            trainer.one_step(indices)
+        seconds = time_steps(trainer, indices, args.seconds)
+    precision = trainer.config.precision
+    peak = matrix_rate(world.device, torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    gflop = counter.get_total_flops() / batch / 1e9
+    best = batch / min(seconds)
+    return {
+        "preset": preset,
+        "device": world.device.type,
+        "precision": precision,
+        "compiled": str(trainer.config.compile),
+        "batch": batch,
+        "steps": len(seconds),
+        "pictures/s, median": batch / sorted(seconds)[len(seconds) // 2],
+        "pictures/s, best": best,
+        "GFLOP/picture": gflop,
+        "matrix product GFLOP/s": peak,
+        "fraction of it, best": best * gflop / peak,
+    }
+
+
+def make_trainer(preset: str, args: argparse.Namespace, folder: Path, world: World) -> Trainer:
+    """A trainer of the preset on one batch of noise."""
+    chosen = PRESETS[preset]
+    changes = {"batch_size": args.batch_size, "precision": args.precision, "compile": args.compile or None}
+    train = chosen.train.model_copy(update={key: value for key, value in changes.items() if value is not None})
+    size, count = chosen.model.input_size, train.batch_size
+    split = Split(
+        torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8),
+        torch.randint(0, chosen.model.num_classes, (count,)),
+    )
+    labels = tuple(map(str, range(chosen.model.num_classes)))
+    run = RunConfig(preset=preset, data=None, dataset="noise", labels=labels, model=chosen.model, train=train)
+    return Trainer(run, DataSet("noise", labels, split, split, None), folder, world)
+
+
+def time_steps(trainer: Trainer, indices: torch.Tensor, budget: float) -> list[float]:
+    """Seconds of each step, at least three, until the budget is spent."""
+    seconds: list[float] = []
+    while len(seconds) < 3 or sum(seconds) < budget:
+        start = time.perf_counter()
+        trainer.one_step(indices)
+        synchronize(trainer.world.device)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, rounds: int = 8) -> float:
+    """GFLOP/s of a large square matrix product, the best of some rounds."""
+    a, b = (torch.randn(MATRIX, MATRIX, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(rounds):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * MATRIX**3 / best / 1e9
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    run_command(main)
