@@ -90,7 +90,8 @@ class FakeEngine:
         batches: the numbers of the pictures of each run that has begun, in order.
         delay: seconds that each run sleeps.
         fail: called with a batch's numbers; what it returns is raised.
-        runs: acquired once by each test that waits for a run to have begun.
+        runs: released when a run begins: acquire it to wait for that.
+        ended: released when a run ends.
     """
 
     provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
@@ -104,6 +105,7 @@ class FakeEngine:
         self.threads: set[int] = set()
         self.fail: Callable[[list[int]], Exception | None] = lambda numbers: None
         self.runs = threading.Semaphore(0)
+        self.ended = threading.Semaphore(0)
         self.warmed = self.closed = False
         self._permits: threading.Semaphore | None = None
 
@@ -116,14 +118,27 @@ class FakeEngine:
         assert self._permits is not None
         self._permits.release(runs)
 
+    def let_go(self) -> None:
+        """Hold no run any more."""
+        permits, self._permits = self._permits, None
+        if permits is not None:
+            permits.release(1000)
+
     def run(self, images: Images) -> Logits:
         """Answer, after whatever the test has ordered."""
+        try:
+            return self._run(images)
+        finally:
+            self.ended.release()
+
+    def _run(self, images: Images) -> Logits:
         numbers = [int(image[0, 0, 0]) * 256 + int(image[0, 0, 1]) for image in images]
         self.threads.add(threading.get_ident())
         self.batches.append(numbers)
         self.runs.release()
-        if self._permits is not None:
-            self._permits.acquire()
+        permits = self._permits
+        if permits is not None:
+            permits.acquire()
         if self.delay:
             time.sleep(self.delay)
         error = self.fail(numbers)
