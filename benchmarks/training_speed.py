@@ -57,7 +57,7 @@ def measure(preset: str, args: argparse.Namespace, world: World) -> dict[str, ob
         trainer = make_trainer(preset, args, Path(folder), world)
         batch = trainer.config.batch_size
         indices = torch.arange(batch)
-        trainer.model.train()
+        trainer.state.model.train()
         with FlopCounterMode(display=False) as counter:
             trainer.one_step(indices)
         for _ in range(2):
