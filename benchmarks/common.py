@@ -16,7 +16,6 @@ from types import FrameType
 from typing import NoReturn
 
 from service.artifact import MODEL_FILE, ArtifactError, list_versions
-from service.engine import EngineError
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -27,8 +26,11 @@ class BenchmarkError(Exception):
     """A measurement can't be made: one sentence for the user, with what would be right."""
 
 
-def run_command(main: Callable[[], int]) -> NoReturn:
-    """Run a benchmark's main and exit: errors as one sentence, and SIGTERM like Ctrl-C, so that servers are stopped."""
+def run_command(main: Callable[[], int], *errors: type[Exception]) -> NoReturn:
+    """Run a benchmark's main and exit, with `errors` as one sentence.
+
+    SIGTERM ends it like Ctrl-C does, so that a server that it has started is stopped.
+    """
 
     def terminate(number: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + number)
@@ -36,7 +38,7 @@ def run_command(main: Callable[[], int]) -> NoReturn:
     signal.signal(signal.SIGTERM, terminate)
     try:
         sys.exit(main())
-    except (BenchmarkError, EngineError, ArtifactError) as error:
+    except (BenchmarkError, ArtifactError, *errors) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
@@ -63,8 +65,11 @@ def cpu_model() -> str:
         return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in facts:
+        return platform.machine()
+    # Virtual machines often hide the name's last part; family and model still tell the generation.
+    return f"{facts['model name']} (family {facts.get('cpu family', '?')}, model {facts.get('model', '?')})"
 
 
 def usable_cores() -> int:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from benchmarks.common import describe_run, find_model, format_table, print_run, run_command, write_csv
 from benchmarks.matmul import measure_in_subprocess
-from service.engine import Engine, OnnxEngine, choose_file, resolve_provider
+from service.engine import Engine, EngineError, OnnxEngine, choose_file, resolve_provider
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -153,4 +153,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, EngineError)

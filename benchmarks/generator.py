@@ -1,8 +1,8 @@
 """The load: requests at given times (open loop), as fast as answers come (closed loop), or each of a list once.
 
-Several keep-alive connections draw from one sequence of requests; a connection that is free takes the next. In the open
-loop the arrival times are fixed in advance and latency counts from them, whatever the server does: a request that had
-to wait because all connections were busy has waited, and is not left out ("coordinated omission").
+All over keep-alive connections. In the open loop the arrival times are fixed in advance and latency counts from them,
+whatever the server does: a request that had to wait because all connections were busy has waited, and is not left out
+("coordinated omission").
 
 This runs in a process of its own, see `benchmarks.processes`; nothing here knows what a picture is.
 """
@@ -124,48 +124,61 @@ class Generator:
         self._records = Records()
 
     async def connect(self) -> None:
-        """Open all connections, so that the load does not begin with that.
+        """Open the connections of a closed loop, so that the load does not begin with that; of an open loop the first.
 
         Raises:
             DisconnectedError: nobody listens.
         """
-        for client in self._clients:
+        for client in self._clients if self._plan.arrivals is None else self._clients[-1:]:
             await client.connect()
 
     async def run(self, start: float) -> Records:
         """Send from `start` (monotonic clock, seconds) on, and wait for all answers."""
         before = cpu_seconds()
         await sleep_until(start)
-        tickets = self._tickets(start)
-        async with asyncio.TaskGroup() as group:
-            for client in self._clients:
-                group.create_task(self._drive(client, tickets))
+        if self._plan.arrivals is None:
+            await self._closed_loop(self._numbers(start + (self._plan.seconds or 0)))
+        else:
+            await self._open_loop(self._plan.arrivals + start)
         for client in self._clients:
             client.close()
         self._records.cpu_seconds = cpu_seconds() - before
         return self._records
 
-    def _tickets(self, start: float) -> Iterator[tuple[int, float | None]]:
-        """Yield numbers with their scheduled times, None for now."""
-        plan = self._plan
-        if plan.arrivals is not None:
-            for number in range(plan.first, len(plan.arrivals), plan.stride):
-                yield number, start + float(plan.arrivals[number])
-        elif plan.seconds is None:
-            yield from ((number, None) for number in range(plan.first, len(plan.requests), plan.stride))
-        else:
-            for number in itertools.count(plan.first, plan.stride):
-                if time.monotonic() >= start + plan.seconds:
-                    return
-                yield number, None
+    def _numbers(self, end: float) -> Iterator[int]:
+        """Yield the numbers of this process's requests: until `end`, or each of the list once."""
+        if self._plan.seconds is None:
+            yield from range(self._plan.first, len(self._plan.requests), self._plan.stride)
+            return
+        for number in itertools.count(self._plan.first, self._plan.stride):
+            if time.monotonic() >= end:
+                return
+            yield number
 
-    async def _drive(self, client: Client, tickets: Iterator[tuple[int, float | None]]) -> None:
-        for number, scheduled in tickets:
-            if scheduled is None:
-                scheduled = time.monotonic()
-            else:
-                await sleep_until(scheduled)
+    async def _closed_loop(self, numbers: Iterator[int]) -> None:
+        async def drive(client: Client) -> None:
+            for number in numbers:
+                await self._send(client, number, time.monotonic())
+
+        async with asyncio.TaskGroup() as group:
+            for client in self._clients:
+                group.create_task(drive(client))
+
+    async def _open_loop(self, moments: NDArray[np.float64]) -> None:
+        # Last in, first out: no more connections are opened than the load needs.
+        free: asyncio.LifoQueue[Client] = asyncio.LifoQueue()
+        for client in self._clients:
+            free.put_nowait(client)
+
+        async def send(client: Client, number: int, scheduled: float) -> None:
             await self._send(client, number, scheduled)
+            free.put_nowait(client)
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(self._plan.first, len(moments), self._plan.stride):
+                scheduled = float(moments[number])
+                await sleep_until(scheduled)
+                group.create_task(send(await free.get(), number, scheduled))
 
     async def _send(self, client: Client, number: int, scheduled: float) -> None:
         plan, records = self._plan, self._records

@@ -22,7 +22,7 @@ from benchmarks.payloads import Picture, build_requests, generate_pictures
 from benchmarks.processes import run_load
 from benchmarks.server import HOST, Server, parse_settings
 from benchmarks.summary import Summary, summarize
-from service.engine import Engine, OnnxEngine, choose_file, resolve_provider
+from service.engine import Engine, EngineError, OnnxEngine, choose_file, resolve_provider
 from service.images import open_picture, to_array
 
 MAX_PIXELS = 50_000_000
@@ -129,4 +129,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, EngineError)

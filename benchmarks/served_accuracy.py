@@ -21,8 +21,8 @@ from benchmarks.processes import run_load
 from benchmarks.server import HOST, Server, parse_settings
 from benchmarks.summary import error_code
 from service.artifact import ModelMetadata
-from service.engine import choose_file, read_metadata, resolve_provider
-from training.checkpoint import CheckpointError, load_model
+from service.engine import EngineError, choose_file, read_metadata, resolve_provider
+from training.checkpoint import CheckpointError, digest, load_model
 from training.data import DataError, DataSet, Split, load
 from training.evaluate import predict_logits
 
@@ -115,14 +115,28 @@ def equal(a: Figures, b: Figures, n: int) -> bool:
     return all(round(x * n) == round(y * n) for x, y in ((a.top1, b.top1), (a.top5, b.top5)))
 
 
-def torch_logits(run: Path, split: Split) -> NDArray[np.float32]:
+def check_checkpoint(run: Path, metadata: ModelMetadata) -> Path:
+    """Return the checkpoint of a run, which must be the one that the model was exported from.
+
+    Raises:
+        BenchmarkError: there is none, or it is another.
+    """
+    path = run / "best.safetensors" if run.is_dir() else run
+    if not path.is_file():
+        raise BenchmarkError(f"{path}: there is no such checkpoint; --run takes a run's folder or a .safetensors file")
+    if digest(path) != metadata.provenance.checkpoint_sha256:
+        raise BenchmarkError(f"{path}: by its SHA-256 the model was exported from another checkpoint; export it anew")
+    return path
+
+
+def torch_logits(checkpoint: Path, split: Split) -> NDArray[np.float32]:
     """Return what torch says in float32 on the CPU, float32 [N, C].
 
     Raises:
-        BenchmarkError: no usable checkpoint.
+        BenchmarkError: the checkpoint can't be used.
     """
     try:
-        model, preprocess, _ = load_model(run)
+        model, preprocess, _ = load_model(checkpoint)
     except CheckpointError as error:
         raise BenchmarkError(str(error)) from error
     logits: NDArray[np.float32] = predict_logits(model, preprocess, split).numpy()
@@ -166,34 +180,38 @@ def compare_figures(served: Figures, other: Figures, n: int) -> bool:
     return same
 
 
+def judge(answers: NDArray[np.int64], split: Split, checkpoint: Path | None, report: Figures | None) -> bool:
+    """Hold what was served, int64 [N, TOP], against torch and against the report; whether nothing differs."""
+    labels = split.labels.numpy()
+    served = accuracy(answers, labels, "as served")
+    good = True
+    if checkpoint is not None:
+        logits = torch_logits(checkpoint, split)
+        ranked = np.argsort(-logits, axis=1, kind="stable")[:, :TOP]
+        good &= compare_labels(answers[:, 0], logits) == 0
+        good &= compare_figures(served, accuracy(ranked, labels, "torch, float32"), len(split))
+    if report is not None:
+        good &= compare_figures(served, report, len(split))
+    return good
+
+
 def main() -> int:
     """Ask, compare, print; 1 when something differs."""
     args = parse_arguments()
     model = find_model(args.model)
     metadata = read_metadata(choose_file(model.path, resolve_provider("auto")))
+    checkpoint = check_checkpoint(args.run, metadata) if args.run else None
+    report = None if args.limit else reported(args.run, metadata)
+    if checkpoint is None and report is None:
+        raise BenchmarkError("nothing to compare with: give --run, or a model whose metadata have test figures")
     split = load_test_split(args.data, metadata, args.limit)
-    labels = split.labels.numpy()
     print_run(describe_run() | {"model": f"{metadata.name}, version {model.version}, {metadata.precision}"})
     pictures = [encode(pixels, "png", str(number)) for number, pixels in enumerate(split.images.numpy())]
     requests = build_requests(pictures, "raw", host=HOST, path=f"/predict?top_k={min(TOP, len(metadata.labels))}")
     with Server(model, parse_settings(args.setting)) as server:
         answers = ask_service(requests, server, metadata.labels, args.concurrency)
-    served = accuracy(answers, labels, "as served")
-    good = True
-    if args.run is not None:
-        logits = torch_logits(args.run, split)
-        good = compare_labels(answers[:, 0], logits) == 0
-        ranked = np.argsort(-logits, axis=1, kind="stable")[:, :TOP]
-        good &= compare_figures(served, accuracy(ranked, labels, "torch, float32"), len(split))
-    other = None if args.limit else reported(args.run, metadata)
-    if other is not None:
-        good &= compare_figures(served, other, len(split))
-    elif args.run is None:
-        raise BenchmarkError(
-            "there is nothing to compare with: give --run, or a model whose metadata have test figures"
-        )
-    return 0 if good else 1
+    return 0 if judge(answers, split, checkpoint, report) else 1
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, EngineError)
