@@ -10,6 +10,7 @@ import hashlib
 import json
 import subprocess
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -63,13 +64,22 @@ class Header(BaseModel):
     state: dict[str, Any] = Field(default_factory=dict, description="what resuming needs beside tensors")
 
 
+@cache
 def git_commit() -> str | None:
-    """The commit of the source tree that runs, ``-dirty`` behind it when files were changed; None outside git."""
+    """The commit of the source tree, ``-dirty`` behind it when files were changed; None outside git.
+
+    Looked up once: what runs is the tree of then, whatever becomes of it in the hours of a run.
+    """
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603 -- fixed words
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+@cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    return tuple((name, version(name)) for name in ("torch", "numpy", "pytorch_optimizer"))
 
 
 def make_header(run: RunConfig, epoch: int, step: int, val: Metrics | None, state: dict[str, Any]) -> Header:
@@ -81,7 +91,7 @@ def make_header(run: RunConfig, epoch: int, step: int, val: Metrics | None, stat
         val=val,
         git_commit=git_commit(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions={name: version(name) for name in ("torch", "numpy", "pytorch_optimizer")},
+        versions=dict(_versions()),
         state=state,
     )
 

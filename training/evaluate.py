@@ -58,7 +58,8 @@ def calibration_bins(logits: Tensor, labels: Tensor, bins: int = CALIBRATION_BIN
     """
     confidence, predicted = logits.double().softmax(-1).max(-1)
     correct = (predicted == labels).double()
-    index = (confidence * bins).long().clamp(max=bins - 1)
+    # Confidences that are not a number become a huge negative index.
+    index = (confidence * bins).long().clamp(0, bins - 1)
     columns = torch.stack([torch.ones_like(confidence), confidence, correct], dim=1)
     sums = torch.zeros(bins, 3, dtype=torch.float64, device=logits.device).index_add_(0, index, columns)
     counts = sums[:, :1]

@@ -146,6 +146,7 @@ def initial_state(run: RunConfig, train: Tensor, val: Tensor, device: torch.devi
         val: uint8 [B, H, W, 3], the validation pictures.
         device: to hold it.
     """
+    checkpoint.git_commit()  # remembers it
     seed_step(run.train.seed)
     model = Perceiver(run.model)
     preprocess = Preprocess(run.model.image_size)

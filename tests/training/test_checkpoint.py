@@ -1,0 +1,188 @@
+"""Checkpoints: what goes in comes out, nothing in them is a pickle, and what can't be used is told in a sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.optim import Optimizer
+
+from tests.training.tiny import MODEL, run_config
+from training import checkpoint
+from training.checkpoint import CheckpointError, Header
+from training.config import ModelConfig, TrainConfig
+from training.evaluate import Metrics
+from training.model import Perceiver
+from training.optim import make_optimizers, set_learning_rates
+from training.preprocessing import Preprocess
+
+VAL = Metrics(split="val", n=12, top1=1 / 3, top5=1.0, loss=0.1 + 0.2, ece=0.05)
+
+
+def model_of_seed(seed: int, **changes: object) -> Perceiver:
+    torch.manual_seed(seed)
+    return Perceiver(ModelConfig.model_validate(MODEL | changes))
+
+
+def written(path: Path, **changes: object) -> tuple[Perceiver, Preprocess, Header]:
+    """A checkpoint at ``path`` and what it was made of."""
+    run = run_config(changes)
+    model, preprocess = model_of_seed(1, **changes), Preprocess(8, (1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
+    header = checkpoint.make_header(run, 2, 10, VAL, {"plateau": {"factor": 0.2}})
+    tensors = checkpoint.prefixed("model", model.state_dict())
+    checkpoint.save(path, tensors | checkpoint.prefixed("preprocess", preprocess.state_dict()), header)
+    return model, preprocess, header
+
+
+@pytest.mark.parametrize("by_folder", [False, True])
+def test_a_checkpoint_gives_back_model_preprocessing_and_header(tmp_path: Path, by_folder: bool) -> None:
+    path = tmp_path / "best.safetensors"
+    model, preprocess, header = written(path, position="both", cross_position_bias=True)
+    loaded, loaded_preprocess, loaded_header = checkpoint.load_model(tmp_path if by_folder else path)
+    assert loaded_header == header
+    assert not loaded.training
+    images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
+    assert torch.equal(loaded(loaded_preprocess(images)), model.eval()(preprocess(images)))
+
+
+def test_the_file_is_json_and_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "best.safetensors"
+    model, _, header = written(path)
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    listing = json.loads(content[8 : 8 + length])
+    assert Header.model_validate_json(listing.pop("__metadata__")["perceiver"]) == header
+    assert len(content) == 8 + length + max(entry["data_offsets"][1] for entry in listing.values())
+    assert set(listing) == {f"model.{name}" for name in model.state_dict()} | {"preprocess.mean", "preprocess.variance"}
+
+
+def test_the_header_says_where_it_comes_from(tmp_path: Path) -> None:
+    _, _, header = written(tmp_path / "best.safetensors")
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", header.git_commit or "0" * 40)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", header.created)
+    assert header.versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+def test_a_failed_save_leaves_the_last_one_whole(tmp_path: Path) -> None:
+    path = tmp_path / "last.safetensors"
+    _, _, header = written(path)
+    before = path.read_bytes()
+    with pytest.raises(AttributeError):
+        checkpoint.save(path, {"model.latents": None}, header)  # type: ignore[dict-item]
+    assert path.read_bytes() == before
+
+
+def test_the_digest_is_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    assert checkpoint.digest(tmp_path / "file").startswith("ba7816bf8f01cfea")
+
+
+# --- what can't be used
+
+
+def foreign(path: Path) -> None:
+    save_file({"weight": torch.ones(2)}, path)
+
+
+def with_header(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        written(path)
+        tensors, header = checkpoint.load(path)
+        content = json.loads(header.model_dump_json())
+        change(content)
+        save_file(tensors, path, metadata={"perceiver": json.dumps(content)})
+
+    return write
+
+
+def of_another_shape(content: dict[str, object]) -> None:
+    content["run"]["model"]["dim"] = 32  # type: ignore[index]
+
+
+UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda path: None, "no such checkpoint"),
+    "a folder": (lambda path: path.mkdir(), "no such checkpoint"),
+    "empty": (lambda path: path.write_bytes(b""), "damaged or not a safetensors file"),
+    "noise": (lambda path: path.write_bytes(bytes(range(256)) * 9), "damaged or not a safetensors file"),
+    "a pickle": (lambda path: torch.save({"weight": torch.ones(2)}, path), "damaged or not a safetensors file"),
+    "truncated": (
+        lambda path: (written(path), path.write_bytes(path.read_bytes()[:-100])),
+        "damaged or not a safetensors file",
+    ),
+    "foreign": (foreign, "not one that `python -m training` wrote"),
+    "of the future": (with_header(lambda content: content.update(format=2)), r"this version of the project \(format"),
+    "unknown field": (with_header(lambda content: content["run"]["model"].update(wings=2)), r"run\.model\.wings"),  # type: ignore[index]
+    "impossible model": (with_header(lambda content: content["run"]["model"].update(patch_size=3)), "no multiple"),  # type: ignore[index]
+    "other weights": (with_header(of_another_shape), "weights are of another model than its configuration says"),
+}
+
+
+@pytest.mark.parametrize(("write", "message"), UNUSABLE.values(), ids=UNUSABLE.keys())
+def test_what_cannot_be_used_is_told_with_its_path(
+    tmp_path: Path, write: Callable[[Path], object], message: str
+) -> None:
+    path = tmp_path / "some.safetensors"
+    write(path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        checkpoint.load_model(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_run_without_best_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"best\.safetensors: no such checkpoint"):
+        checkpoint.load_model(tmp_path)
+
+
+# --- optimisers
+
+
+def trained(seed: int, config: TrainConfig, steps: int) -> tuple[Perceiver, list[Optimizer]]:
+    model = model_of_seed(seed)
+    optimizers = make_optimizers(model, config)
+    train(model, optimizers, range(steps))
+    return model, optimizers
+
+
+def train(model: Perceiver, optimizers: list[Optimizer], steps: range) -> None:
+    for step in steps:
+        torch.manual_seed(step)
+        set_learning_rates(optimizers, 1 / (step + 1))
+        model(torch.randn(4, 3, 8, 8)).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", ["lamb", "adamw", "muon"])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_an_optimiser_goes_on_exactly_from_its_packed_state(tmp_path: Path, name: str, steps: int) -> None:
+    config = TrainConfig.model_validate({"optimizer": name, "weight_decay": 0.1})
+    model, optimizers = trained(1, config, steps)
+    tensors = checkpoint.prefixed("model", model.state_dict())
+    packed = [checkpoint.pack_optimizer(optimizer) for optimizer in optimizers]
+    for i, (moments, _) in enumerate(packed):
+        tensors |= checkpoint.prefixed(str(i), moments)
+    state = {"optimizers": [scalars for _, scalars in packed]}
+    checkpoint.save(tmp_path / "last", tensors, checkpoint.make_header(run_config(), 0, steps, None, state))
+
+    tensors, header = checkpoint.load(tmp_path / "last")
+    resumed, fresh = trained(2, config, 0)
+    resumed.load_state_dict(checkpoint.under("model", tensors))
+    for i, (optimizer, scalars) in enumerate(zip(fresh, header.state["optimizers"], strict=True)):
+        checkpoint.unpack_optimizer(optimizer, checkpoint.under(str(i), tensors), scalars)
+
+    for one in ((model, optimizers), (resumed, fresh)):
+        train(*one, range(steps, steps + 3))
+    for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for one, other in zip(optimizers, fresh, strict=True):
+        (moments, scalars), (expected_moments, expected_scalars) = map(checkpoint.pack_optimizer, (one, other))
+        assert scalars == expected_scalars
+        assert moments.keys() == expected_moments.keys()
+        assert all(torch.equal(moment, expected_moments[name]) for name, moment in moments.items())

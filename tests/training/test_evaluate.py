@@ -1,0 +1,111 @@
+"""Figures on cases worked by hand; the temperature on logits whose scale is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.training.tiny import MODEL, pictures
+from training.config import ModelConfig
+from training.evaluate import calibration_bins, fit_temperature, measure, predict_logits
+from training.model import Perceiver
+from training.preprocessing import Preprocess
+
+
+def logits_of(*probabilities: list[float]) -> Tensor:
+    return torch.tensor(probabilities).log()
+
+
+def test_top1_and_top5_by_hand() -> None:
+    # Class 0 most likely, then 1 and so on: the label's rank is the label.
+    logits = torch.arange(7.0, 0.0, -1).expand(5, 7)
+    metrics = measure(logits, torch.tensor([0, 1, 4, 5, 6]), "val")
+    assert (metrics.split, metrics.n) == ("val", 5)
+    assert metrics.top1 == pytest.approx(1 / 5)
+    assert metrics.top5 == pytest.approx(3 / 5)
+
+
+@pytest.mark.parametrize("classes", [2, 4, 5])
+def test_of_few_classes_all_are_among_the_first_five(classes: int) -> None:
+    labels = torch.arange(20) % classes
+    metrics = measure(torch.randn(20, classes), labels, "val")
+    assert metrics.top5 == 1
+    assert 0 <= metrics.top1 <= 1
+
+
+def test_loss_by_hand() -> None:
+    metrics = measure(logits_of([0.5, 0.25, 0.25], [0.1, 0.1, 0.8]), torch.tensor([1, 2]), "val")
+    assert metrics.loss == pytest.approx((-math.log(0.25) - math.log(0.8)) / 2, rel=1e-6)
+
+
+def test_calibration_error_by_hand() -> None:
+    # Four pictures with confidence 0.9, of which three are right; one with 0.5, wrong.
+    logits = logits_of(*[[0.9, 0.05, 0.05]] * 4, [0.25, 0.5, 0.25])
+    labels = torch.tensor([0, 0, 0, 1, 0])
+    assert measure(logits, labels, "val").ece == pytest.approx(4 / 5 * 0.15 + 1 / 5 * 0.5, rel=1e-6)
+    bins = calibration_bins(logits, labels)
+    assert bins.shape == (15, 3)
+    torch.testing.assert_close(bins[13], torch.tensor([0.8, 0.9, 0.75], dtype=torch.float64))
+    torch.testing.assert_close(bins[7], torch.tensor([0.2, 0.5, 0.0], dtype=torch.float64))
+    assert not bins[[i for i in range(15) if i not in (7, 13)]].any()
+
+
+def test_confidences_at_both_ends_have_a_bin() -> None:
+    bins = calibration_bins(torch.tensor([[1000.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 0]))
+    assert bins[14].tolist() == [0.5, 1.0, 1.0]
+    assert bins[7].tolist() == [0.5, 0.5, 1.0]
+
+
+def sampled(scale: float) -> tuple[Tensor, Tensor]:
+    """Logits ``scale`` times too large for the frequencies of their labels."""
+    generator = torch.Generator().manual_seed(0)
+    true = 2 * torch.randn(20_000, 10, generator=generator)
+    labels = torch.multinomial(true.softmax(-1), 1, generator=generator)[:, 0]
+    return scale * true, labels
+
+
+@pytest.mark.parametrize("scale", [0.4, 1.0, 2.5])
+def test_temperature_recovers_a_known_scale(scale: float) -> None:
+    logits, labels = sampled(scale)
+    temperature = fit_temperature(logits, labels)
+    assert temperature == pytest.approx(scale, rel=0.03)
+    at = [measure(logits / t, labels, "val") for t in (temperature, 1.01 * temperature, temperature / 1.01)]
+    assert at[0].loss < min(at[1].loss, at[2].loss)
+    assert at[0].ece < 0.02
+
+
+def test_temperature_stays_in_bounds_where_the_loss_has_no_minimum() -> None:
+    logits = torch.tensor([[3.0, 0.0], [0.0, 2.0]])
+    assert fit_temperature(logits, torch.tensor([0, 1])) == pytest.approx(0.1)
+    assert fit_temperature(logits, torch.tensor([1, 0])) == pytest.approx(10)
+
+
+def test_logits_come_in_order_whatever_the_batch_size() -> None:
+    model = Perceiver(ModelConfig.model_validate(MODEL | {"ffn_dropout": 0.5}))
+    preprocess = Preprocess(8)
+    split = pictures(10, 0)
+    expected = model.eval()(preprocess(split.images)).detach()
+    for batch_size in (1, 4, 10, 100):
+        logits = predict_logits(model.train(), preprocess, split, batch_size)
+        torch.testing.assert_close(logits, expected)
+        assert not logits.requires_grad
+        assert model.training
+    assert predict_logits(model.eval(), preprocess, split, 4, torch.bfloat16).dtype == torch.float32
+    assert not model.training
+
+
+def test_autocast_is_used_where_asked_for() -> None:
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, pixels: Tensor) -> Tensor:
+            logits = nn.functional.linear(pixels.flatten(1), torch.ones(3, 192))
+            seen.append(logits.dtype)
+            return logits
+
+    for autocast in (None, torch.bfloat16):
+        predict_logits(Spy(), Preprocess(8), pictures(2, 0), 2, autocast)
+    assert seen == [torch.float32, torch.bfloat16]

@@ -1,0 +1,275 @@
+"""The loop: order of the pictures, repeatability, and a stopped run that goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.training.tiny import ALONE, DROPOUT, data_set, run_config
+from training import checkpoint
+from training.checkpoint import CheckpointError, RunConfig
+from training.report import read_lines
+from training.state import seed_step
+from training.train import Trainer, epoch_order
+
+pytestmark = pytest.mark.usefixtures("without_curves")
+
+# Between them: every optimiser, average, mixing, schedule and precision, and all kinds of dropout.
+RECIPES: dict[str, dict[str, Any]] = {
+    "lamb": {"optimizer": "lamb", "learning_rate": 0.01, "zoom": 0.2, "mixup": 0.2, "plateau_patience": 1},
+    "adamw": {
+        "optimizer": "adamw",
+        "learning_rate": 0.003,
+        "schedule": "cosine",
+        "ema_decay": 0.9,
+        "cutmix": 1.0,
+        "label_smoothing": 0.1,
+    },
+    "muon": {
+        "optimizer": "muon",
+        "learning_rate": 0.02,
+        "schedule": "linear",
+        "warmup_epochs": 0.5,
+        "ema_decay": 0.8,
+        "mixup": 0.4,
+        "cutmix": 1.0,
+        "crop_padding": 2,
+        "clip_norm": 1.0,
+        "precision": "bfloat16",
+        "best_by": "loss",
+    },
+}
+
+
+def trainer_in(folder: Path, run: RunConfig, **sizes: int) -> Trainer:
+    folder.mkdir(exist_ok=True)
+    return Trainer(run, data_set(**sizes), folder, ALONE)
+
+
+def tensors_of(trainer: Trainer, name: str = "last") -> dict[str, torch.Tensor]:
+    return checkpoint.load(trainer.folder / f"{name}.safetensors")[0]
+
+
+def lines_of(trainer: Trainer) -> list[dict[str, float]]:
+    """The epochs' lines without what a clock says."""
+    timed = ("seconds", "pictures_per_second")
+    return [{key: value for key, value in line.items() if key not in timed} for line in read_lines(trainer.folder)]
+
+
+def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def assert_same_run(one: Trainer, other: Trainer) -> None:
+    """Weights, their average, the optimisers' moments, counters, metrics and the best checkpoint."""
+    assert_same_tensors(tensors_of(one), tensors_of(other))
+    assert_same_tensors(tensors_of(one, "best"), tensors_of(other, "best"))
+    headers = [checkpoint.load(trainer.folder / "last.safetensors")[1] for trainer in (one, other)]
+    states = [{**header.state, "seconds": None} for header in headers]
+    assert states[0] == states[1]
+    assert (headers[0].epoch, headers[0].step, headers[0].val) == (headers[1].epoch, headers[1].step, headers[1].val)
+    assert lines_of(one) == lines_of(other)
+
+
+# --- order
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(40, 8), (41, 8), (47, 8), (3, 8), (1, 8), (8, 8), (9, 1), (5, 12)])
+def test_an_epoch_shows_every_picture_before_any_again(count: int, batch_size: int) -> None:
+    order = epoch_order(0, 3, count, batch_size)
+    assert order.shape == (-(-count // batch_size), batch_size)
+    flat = order.flatten()
+    for start in range(0, len(flat), count):
+        part = flat[start : start + count]
+        assert torch.equal(part, flat[: len(part)])
+    assert sorted(flat[:count].tolist()) == list(range(count))
+
+
+def test_order_is_that_of_seed_and_epoch() -> None:
+    assert torch.equal(epoch_order(1, 2, 100, 10), epoch_order(1, 2, 100, 10))
+    assert not torch.equal(epoch_order(1, 2, 100, 10), epoch_order(1, 3, 100, 10))
+    assert not torch.equal(epoch_order(1, 2, 100, 10), epoch_order(2, 2, 100, 10))
+    assert epoch_order(2**32 - 1, 10_000, 5, 5).shape == (1, 5)
+
+
+def test_generators_are_seeded_by_every_part() -> None:
+    def drawn(*parts: int) -> float:
+        seed_step(*parts)
+        return torch.rand(()).item()
+
+    assert drawn(1, 2, 3) == drawn(1, 2, 3)
+    assert len({drawn(1), drawn(1, 0), drawn(0, 1), drawn(1, 1), drawn(1, 1, 0), drawn(11, 0), drawn(1, 10)}) == 7
+
+
+# --- a run
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    run = run_config(DROPOUT, **recipe)
+    whole = trainer_in(tmp_path / "whole", run)
+    assert whole.fit()
+    assert whole.state.step == 15
+    # Before the first step, within an epoch (twice), at an epoch's end.
+    stops = [2, 7, 9, 10]
+    for i, max_steps in enumerate([*stops, None]):
+        stopped = trainer_in(tmp_path / "stopped", run)
+        if i:
+            stopped.resume()
+            assert stopped.state.step == stops[i - 1]
+        assert stopped.fit(max_steps=max_steps) == (max_steps is None)
+    assert_same_run(whole, stopped)
+
+
+def test_a_run_stopped_before_its_first_step_can_go_on(tmp_path: Path) -> None:
+    run = run_config(DROPOUT, **RECIPES["muon"])
+    whole = trainer_in(tmp_path / "whole", run)
+    whole.fit()
+    stopped = trainer_in(tmp_path / "stopped", run)
+    assert not stopped.fit(deadline=0.0)
+    assert stopped.state.step == 0
+    resumed = trainer_in(tmp_path / "stopped", run)
+    resumed.resume()
+    assert resumed.fit()
+    assert_same_run(whole, resumed)
+
+
+def test_a_seed_repeats_a_run_and_another_seed_does_not(tmp_path: Path) -> None:
+    runs = [trainer_in(tmp_path / str(i), run_config(DROPOUT, seed=seed)) for i, seed in enumerate((5, 5, 6))]
+    for trainer in runs:
+        trainer.fit()
+    assert_same_run(runs[0], runs[1])
+    assert lines_of(runs[0]) != lines_of(runs[2])
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
+    first = trainer_in(tmp_path / "run", run_config())
+    first.fit()
+    before = tensors_of(first)
+    again = trainer_in(tmp_path / "run", run_config())
+    again.resume()
+    assert again.fit()
+    assert_same_tensors(before, tensors_of(again))
+    assert len(lines_of(again)) == 3
+
+
+def test_lines_behind_the_checkpoint_are_written_anew(tmp_path: Path) -> None:
+    run = run_config(epochs=2)
+    whole = trainer_in(tmp_path / "whole", run)
+    whole.fit()
+    killed = trainer_in(tmp_path / "killed", run)
+    killed.fit(max_steps=5)
+    # As a run leaves it that is killed between its second line and the checkpoint, and in the middle of a third.
+    with (killed.folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(lines_of(whole)[1]) + '\n{"epoch": 3, "st')
+    resumed = trainer_in(tmp_path / "killed", run)
+    resumed.resume()
+    resumed.fit()
+    assert_same_run(whole, resumed)
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    run = run_config(optimizer="adamw", learning_rate=0.01, epochs=8, early_stop_patience=0)
+    trainer = trainer_in(tmp_path / "run", run)
+    trainer.fit()
+    lines = lines_of(trainer)
+    assert lines[-1]["val_top1"] > 0.8
+    assert lines[-1]["val_loss"] < 0.6 * lines[0]["val_loss"]
+    assert [line["epoch"] for line in lines] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("sizes", [{"train": 5, "val": 1}, {"train": 1, "val": 1}, {"train": 9, "val": 30}])
+def test_tiny_data_sets_train(tmp_path: Path, sizes: dict[str, int]) -> None:
+    trainer = trainer_in(tmp_path / "run", run_config(epochs=2), **sizes)
+    assert trainer.fit()
+    assert trainer.state.step == 2 * trainer.steps_per_epoch
+
+
+def test_the_average_of_the_weights_is_what_is_evaluated_and_saved(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path / "run", run_config(ema_decay=0.5, optimizer="adamw", epochs=1))
+    expected: dict[str, torch.Tensor] = {}
+    for indices in epoch_order(0, 0, 40, 8):
+        trainer.one_step(indices)
+        for name, weight in trainer.state.model.named_parameters():
+            old = expected.get(name, weight)
+            expected[name] = (0.5 * old + 0.5 * weight).detach().clone()
+    trainer.state.seconds = 1.0
+    trainer.finish_epoch()
+    saved = checkpoint.under("model", tensors_of(trainer, "best"))
+    for name, weight in expected.items():
+        torch.testing.assert_close(saved[name], weight)
+    assert not torch.equal(saved["latents"], checkpoint.under("raw", tensors_of(trainer))["latents"])
+
+
+@pytest.mark.parametrize("best_by", ["top1", "loss"])
+def test_the_best_epoch_is_chosen_by_what_the_recipe_says(tmp_path: Path, best_by: str) -> None:
+    run = run_config(optimizer="adamw", learning_rate=0.02, epochs=6, best_by=best_by)
+    trainer = trainer_in(tmp_path / "run", run)
+    trainer.fit()
+    lines = lines_of(trainer)
+    key = {"top1": lambda line: -line["val_top1"], "loss": lambda line: line["val_loss"]}[best_by]
+    _, header = checkpoint.load(trainer.folder / "best.safetensors")
+    assert header.epoch == min(lines, key=key)["epoch"]
+    assert header.val is not None
+    assert header.val.loss == lines[header.epoch - 1]["val_loss"]
+
+
+def test_early_stop_ends_the_run(tmp_path: Path) -> None:
+    run = run_config(learning_rate=1e-9, epochs=50, early_stop_patience=2, flip=False, weight_decay=0)
+    trainer = trainer_in(tmp_path / "run", run)
+    assert trainer.fit()
+    assert trainer.state.epoch < 50
+    losses = [line["val_loss"] for line in lines_of(trainer)]
+    assert min(losses) == losses[-3]
+
+
+# --- what goes wrong
+
+
+@pytest.mark.parametrize("what", ["training", "validation"])
+def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(tmp_path: Path, what: str) -> None:
+    trainer = trainer_in(tmp_path / "run", run_config(optimizer="adamw"))
+    trainer.fit(max_steps=7)
+    before = tensors_of(trainer)
+    broken = trainer.state.model.latents if what == "training" else trainer.state.preprocess.mean
+    with torch.no_grad():
+        broken.fill_(float("nan"))
+    if what == "validation":
+        trainer.state.step = 10
+    message = f"the {what} loss became nan in epoch 2: lower --learning-rate"
+    with pytest.raises(FloatingPointError, match=message):
+        trainer.finish_epoch() if what == "validation" else trainer.fit()
+    assert_same_tensors(before, tensors_of(trainer))
+    assert len(lines_of(trainer)) == 1
+
+
+def test_a_stop_after_the_weights_have_burst_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path / "run", run_config(optimizer="adamw"))
+    trainer.fit(max_steps=7)
+    before = tensors_of(trainer)
+    with torch.no_grad():
+        trainer.state.model.latents.fill_(float("inf"))
+    with pytest.raises(FloatingPointError):
+        trainer.fit(max_steps=8)
+    assert_same_tensors(before, tensors_of(trainer))
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    trainer_in(tmp_path / "one", run_config()).fit(max_steps=1)
+    other = trainer_in(tmp_path / "other", run_config({"dim": 32}))
+    shutil.copy(tmp_path / "one" / "last.safetensors", tmp_path / "other")
+    with pytest.raises(CheckpointError, match="belongs to another configuration"):
+        other.resume()
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
+    trainer_in(tmp_path / "run", run_config()).fit(max_steps=1)
+    with pytest.raises(CheckpointError, match="began with 40 training pictures, and now there are 33"):
+        trainer_in(tmp_path / "run", run_config(), train=33).resume()
