@@ -1,0 +1,33 @@
+"""Exit with 0 if the service in this container says that it is ready, else print why not and exit with 1.
+
+What Docker's HEALTHCHECK runs; the image has no curl. It reads the variables that the service reads.
+"""
+
+import os
+import ssl
+import sys
+import urllib.error
+import urllib.request
+
+
+def problem() -> str:
+    """Return why the service is not ready; "" if it is."""
+    port = os.environ.get("PERCEIVER_PORT") or "8000"
+    tls = os.environ.get("PERCEIVER_TLS_CERT")
+    context = None
+    if tls:  # the certificate names the public host, not this address
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    url = f"{'https' if tls else 'http'}://127.0.0.1:{port}/health/ready"
+    try:
+        urllib.request.urlopen(url, timeout=3, context=context).close()  # noqa: S310 - the scheme is one of two
+    except urllib.error.HTTPError as error:
+        return error.read(1000).decode(errors="replace")
+    except OSError as error:
+        return f"{url}: {error}"
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(problem() or 0)

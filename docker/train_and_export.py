@@ -1,0 +1,42 @@
+"""Train, then export what came out as the next version of the model folder that the service watches.
+
+Arguments go to `python -m training`. The variable RUN names the run's folder; a run that it holds already goes on.
+MODEL_NAME names the model folder, below /models. One process does both, so that signals reach the training.
+"""
+
+import os
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from export.__main__ import main as export
+from training.__main__ import main as train
+
+
+def main(arguments: list[str]) -> int:
+    """Return the exit status: of the training unless it is 0, else of the export."""
+    run = Path(os.environ.get("RUN") or f"runs/{datetime.now(UTC):%Y%m%d-%H%M%S}")
+    folder = Path("/models") / (os.environ.get("MODEL_NAME") or "perceiver-cifar100")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return refuse(folder)
+    if not os.access(folder, os.W_OK | os.X_OK):  # known now, not after hours of training
+        return refuse(folder)
+    where = "--resume" if (run / "config.json").exists() else "--out"
+    # Stopped with a checkpoint counts as a failure here: nothing half-trained is served.
+    return train([where, str(run), *arguments]) or export([str(run), "--out", str(folder)])
+
+
+def refuse(folder: Path) -> int:
+    """Say who may not write, and what to do; return the exit status."""
+    print(
+        f"error: user {os.getuid()} may not write to {folder}. Set RUN_AS_UID and RUN_AS_GID in .env to the owner of "
+        "the models folder on the host, or give the folder to that user.",
+        file=sys.stderr,
+    )
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
