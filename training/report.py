@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def announce(folder: Path, events: SummaryWriter) -> None:
         f"epoch {line['epoch']:3d}  train loss {line['train_loss']:.4f}  val loss {line['val_loss']:.4f}  "
         f"top-1 {line['val_top1']:.2%}  top-5 {line['val_top5']:.2%}  {line['pictures_per_second']:.0f} pictures/s"
     )
+    sys.stdout.flush()  # for whoever reads along in a log file
 
 
 def write_report(folder: Path, val: Split, test: Split | None, device: torch.device, batch_size: int) -> dict[str, Any]:

@@ -1,0 +1,107 @@
+"""Flags: one for each field, refused in a sentence before torch is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from training.__main__ import main
+from training.cli import NOT_FLAGS, build_parser, choose_preset
+from training.config import PRESETS, ModelConfig, Preset, TrainConfig
+
+
+def preset_of(*flags: str) -> Preset:
+    preset = choose_preset(build_parser().parse_args(flags))
+    assert preset is not None
+    return preset
+
+
+def test_without_flags_the_compact_preset_is_trained() -> None:
+    assert preset_of() == PRESETS["compact"]
+    assert preset_of("--preset", "reference") == PRESETS["reference"]
+
+
+def test_flags_change_the_preset() -> None:
+    preset = preset_of(
+        "--preset=reference", "--dim=64", "--no-flip", "--cross-output", "--schedule=cosine", "--zoom=0.1"
+    )
+    reference = PRESETS["reference"]
+    changes = {"flip": False, "schedule": "cosine", "zoom": 0.1}
+    assert preset.train == reference.train.model_copy(update=changes)
+    assert preset.model == reference.model.model_copy(update={"dim": 64, "cross_output": True})
+
+
+def test_every_field_is_a_flag_with_a_help_text() -> None:
+    actions = {action.dest: action for action in build_parser()._actions}
+    for model in (ModelConfig, TrainConfig):
+        for name in set(model.model_fields) - NOT_FLAGS:
+            assert f"--{name.replace('_', '-')}" in actions[name].option_strings
+    assert all(action.help for action in actions.values())
+    assert "num_classes" not in actions
+
+
+def test_help_is_readable(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: python -m training [--preset NAME] [--data DIR] [--out RUN] [flags]\n")
+    assert max(map(len, text.splitlines())) <= 100
+    assert "--resume RUN" in text
+    assert "reference, compact" in text
+    assert "Exit status: 0 done" in text
+
+
+BAD_FLAGS = {
+    "unknown preset": (["--preset", "huge"], "--preset huge: there is no such preset; there are reference, compact."),
+    "out of range": (["--batch-size", "0"], "--batch-size 0: Input should be greater than or equal to 1."),
+    "not finite": (["--learning-rate", "inf"], "--learning-rate inf: Input should be a finite number."),
+    "patches": (["--image-size", "30"], "image_size 30 is no multiple of patch_size 4"),
+    "crop": (["--crop-padding", "32"], "crop_padding 32 moves pictures of 32 pixels out of sight: at most 31"),
+    "resume and a flag": (["--resume", "run", "--dim", "3"], "--resume goes on with the run as it was configured"),
+    "resume and out": (["--resume", "run", "--preset", "compact", "--out", "x"], "leave out --preset, --out, or start"),
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD_FLAGS.values(), ids=BAD_FLAGS.keys())
+def test_flags_that_do_not_fit_are_told_in_a_sentence(
+    capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+UNPARSABLE = {
+    "a word for a number": (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+    "a wrong choice": (["--optimizer", "sgd"], "argument --optimizer: invalid choice: 'sgd'"),
+    "an unknown flag": (["--wings", "2"], "unrecognized arguments: --wings 2"),
+    "no abbreviations": (["--epoch", "2"], "unrecognized arguments: --epoch 2"),
+    "no threads": (["--threads", "0"], "argument --threads: 0 is not a whole number from 1"),
+    "negative minutes": (["--max-minutes", "-1"], "argument --max-minutes: -1 is not a number above 0"),
+    "endless minutes": (["--max-minutes", "nan"], "argument --max-minutes: nan is not a number above 0"),
+    "no steps": (["--max-steps", "0"], "argument --max-steps: 0 is not a whole number from 1"),
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), UNPARSABLE.values(), ids=UNPARSABLE.keys())
+def test_flags_that_cannot_be_read(capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(flags)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_flags_cost_no_import_of_torch() -> None:
+    code = (
+        "import sys; from training.__main__ import main; "
+        "status = main(['--preset', 'huge']); print(status, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout == "2 False\n"

@@ -1,0 +1,95 @@
+"""The report of a run, against figures computed here from its checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.training.tiny import ALONE, data_set, run_config
+from training import checkpoint
+from training.evaluate import Metrics
+from training.report import append_line, forget_lines_after, read_lines
+from training.train import Trainer
+
+FIGURES = ("confusion.png", "reliability.png")
+
+
+def finished(folder: Path, test: int | None) -> Trainer:
+    trainer = Trainer(run_config(optimizer="adamw", learning_rate=0.01), data_set(test=test), folder, ALONE)
+    assert trainer.fit()
+    return trainer
+
+
+@pytest.mark.usefixtures("without_curves")
+def test_the_report_measures_the_best_checkpoint_on_the_test_pictures(tmp_path: Path) -> None:
+    trainer = finished(tmp_path, test=9)
+    report = trainer.report()
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    model, preprocess, header = checkpoint.load_model(tmp_path)
+    assert report["epoch"] == header.epoch
+    assert report["parameters"] == sum(p.numel() for p in model.parameters())
+    assert report["checkpoint_sha256"] == checkpoint.digest(tmp_path / "best.safetensors")
+    assert trainer.test_split is not None
+    images, labels = trainer.test_split.images, trainer.test_split.labels.numpy()
+    logits = model(preprocess(images)).detach().double().numpy()
+    for name, scaled in (("test", logits / report["temperature"]), ("test_uncalibrated", logits)):
+        p = np.exp(scaled) / np.exp(scaled).sum(axis=1, keepdims=True)
+        metrics = Metrics.model_validate(report[name])
+        assert (metrics.split, metrics.n, metrics.top5) == ("test", 9, 1)
+        assert metrics.top1 == pytest.approx((p.argmax(axis=1) == labels).mean())
+        assert metrics.loss == pytest.approx(-np.log(p[np.arange(9), labels]).mean(), rel=1e-4)
+    assert header.val is not None
+    assert report["val_uncalibrated"]["top1"] == header.val.top1
+    assert report["val"]["loss"] <= report["val_uncalibrated"]["loss"]
+    assert "test pictures were read once" in report["note"]
+
+
+@pytest.mark.usefixtures("without_curves")
+def test_without_test_pictures_the_validation_figures_do_and_it_says_so(tmp_path: Path) -> None:
+    report = finished(tmp_path, test=None).report()
+    assert report["test"] is None
+    assert report["test_uncalibrated"] is None
+    assert report["val"]["n"] == 12
+    assert "no test pictures: the validation figures flatter" in report["note"]
+    for name in FIGURES:
+        with Image.open(tmp_path / name) as picture:
+            assert picture.format == "PNG"
+
+
+@pytest.mark.usefixtures("without_curves")
+def test_the_report_lists_the_worst_confusions(tmp_path: Path) -> None:
+    trainer = finished(tmp_path, test=30)
+    report = trainer.report()
+    model, preprocess, _ = checkpoint.load_model(tmp_path)
+    assert trainer.test_split is not None
+    predicted = model(preprocess(trainer.test_split.images)).argmax(-1)
+    mistakes = int((predicted != trainer.test_split.labels).sum())
+    assert sum(pair["count"] for pair in report["most_confused"]) == mistakes
+
+
+def test_lines_are_appended_read_and_forgotten(tmp_path: Path) -> None:
+    assert read_lines(tmp_path) == []
+    lines = [{"epoch": epoch, "train_loss": 0.1 * epoch} for epoch in (1, 2, 3)]
+    for line in lines:
+        append_line(tmp_path, line)
+    assert read_lines(tmp_path) == lines
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 4, "tr')
+    assert read_lines(tmp_path) == lines
+    forget_lines_after(tmp_path, 2)
+    append_line(tmp_path, {"epoch": 3, "train_loss": 7.0})
+    assert read_lines(tmp_path) == [*lines[:2], {"epoch": 3, "train_loss": 7.0}]
+
+
+def test_an_average_of_weights_is_what_the_report_measures(tmp_path: Path, without_curves: None) -> None:
+    trainer = Trainer(run_config(ema_decay=0.9, optimizer="adamw"), data_set(), tmp_path, ALONE)
+    trainer.fit()
+    loaded = checkpoint.load_model(tmp_path / "last.safetensors")[0].state_dict()
+    averaged = trainer.state.evaluated.state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in averaged.items())
+    assert not torch.equal(trainer.state.model.latents, loaded["latents"])
