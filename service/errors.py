@@ -15,6 +15,7 @@
     ├── ReloadDisabled               403  reload_disabled
     ├── NotFound                     404  not_found
     ├── MethodNotAllowed             405  method_not_allowed
+    ├── HeadersTimeout               408  headers_timeout
     ├── BodyTimeout                  408  body_timeout
     ├── TooLarge                     413  too_large
     │   ├── BodyTooLarge             413  body_too_large
@@ -23,6 +24,7 @@
     ├── Unsupported                  415  unsupported
     │   ├── UnsupportedFormat        415  unsupported_format
     │   └── UnsupportedMediaType     415  unsupported_media_type
+    ├── HeadersTooLarge              431  headers_too_large
     ├── ClientDisconnected           499  client_disconnected (never sent: nobody is there to read it)
     ├── InferenceFailed              500  inference_failed
     ├── Unavailable                  503  unavailable         (carries Retry-After)
@@ -137,6 +139,12 @@ class MethodNotAllowed(ServiceError):
     status, code, default = 405, "method_not_allowed", "This path does not take this method."
 
 
+class HeadersTimeout(ServiceError):
+    """The headers came too slowly."""
+
+    status, code, default = 408, "headers_timeout", "The request's headers did not arrive in time."
+
+
 class BodyTimeout(ServiceError):
     """The body came too slowly."""
 
@@ -185,6 +193,12 @@ class UnsupportedMediaType(Unsupported):
 
     code = "unsupported_media_type"
     default = "Send the picture as multipart/form-data, as image/*, as application/octet-stream or as application/json."
+
+
+class HeadersTooLarge(ServiceError):
+    """More bytes of headers than any sensible client sends."""
+
+    status, code, default = 431, "headers_too_large", "The request's headers are too large."
 
 
 class ClientDisconnected(ServiceError):

@@ -97,7 +97,7 @@ def to_array(image: Image.Image, *, size: tuple[int, int], resize: ResizePolicy)
 
     Raises:
         TruncatedImage: the file ends too early or its content is damaged.
-        UnsupportedFormat: a pixel format without a defined range (32-bit integer, floating point) or colour space.
+        UnsupportedFormat: a pixel format without a defined range (32-bit integer, floating point).
     """
     height, width = size
     name = image.format
@@ -196,10 +196,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise UnsupportedFormat("32-bit pixel values have no defined range; send 8 or 16 bits a channel.")
     if image.has_transparency_data:
         return on_white(image)
-    try:
-        return image.convert("RGB")
-    except ValueError as error:
-        raise UnsupportedFormat(f"The colour space {image.mode} is not supported; send RGB, grey or CMYK.") from error
+    return image.convert("RGB")
 
 
 def on_white(image: Image.Image) -> Image.Image:

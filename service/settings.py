@@ -60,6 +60,13 @@ class Settings(BaseSettings):
     device_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], NoDecode, BeforeValidator(split_list)] = Field(
         (0,), min_length=1, description="GPU numbers, separated by commas; each runs its own copy of the model."
     )
+    precision: Literal["auto", "float32", "float16", "int8"] = Field(
+        "auto", description="Which of a version's files runs; auto takes what is best where the model runs."
+    )
+    gpu_memory_limit_bytes: int | None = Field(
+        None, ge=MIB, description="Bytes of GPU memory that onnxruntime may take on each device; unset: all of it."
+    )
+    cuda_graphs: bool = Field(True, description="Capture CUDA graphs at warm-up: faster, and takes more GPU memory.")
     intra_op_threads: int = bounded(
         0, 0, 1024, "CPU threads of one run of the model; 0 leaves the choice to onnxruntime."
     )

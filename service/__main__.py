@@ -1,0 +1,46 @@
+"""python -m service: serve the model. `--help` lists every setting."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from service.command_line import UsageError, load_settings
+
+# Files, sockets and libraries beside the connections.
+SPARE_FILES = 256
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Return the exit status: 0 after a drain, 1 where the service could not start or go on, 2 for wrong settings."""
+    try:
+        settings = load_settings(arguments)
+    except UsageError as error:
+        for problem in error.problems:
+            print(f"python -m service: {problem}", file=sys.stderr)
+        return 2
+
+    from service import logs, server  # after the settings: --help and typing errors are answered at once
+
+    logs.configure(settings)
+    allow_open_files(settings.max_connections + SPARE_FILES)
+    return server.run(settings)
+
+
+def allow_open_files(number: int) -> None:
+    """Raise the soft limit of open files towards what the connections need; the usual 1,024 is too few."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: a thread that hangs in a driver must not keep a failed process from being replaced.
+    os._exit(status)

@@ -1,0 +1,125 @@
+"""create_app(settings): lifespan and wiring, nothing else."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
+from service.middleware import Observe, RequireKey, error_body, error_headers
+from service.predict import PredictEndpoint
+from service.routes import create_router
+from service.schemas import predict_operation, predict_schemas
+from service.settings import Settings
+from service.state import Service
+
+PREDICT = "/predict"
+EXPOSED_HEADERS = ["X-Request-Id", "Server-Timing", "Retry-After"]
+DESCRIPTION = "Send a picture, get its label. Errors are one JSON shape with a stable code."
+
+
+ROUTER_ERRORS: dict[int, type[ServiceError]] = {404: NotFound, 405: MethodNotAllowed}
+
+
+class PerceiverApp(FastAPI):
+    """FastAPI with the layers of this service around it, and with a short way to `/predict`.
+
+    FastAPI's own layers and routing cost as much CPU a request as the decoding of a small picture, and do nothing for
+    a plain ASGI endpoint. Its router still knows the path, for the methods that it does not take.
+    """
+
+    def __init__(self, service: Service) -> None:
+        predict = PredictEndpoint(service)
+        super().__init__(
+            title="Perceiver image classifier",
+            description=DESCRIPTION,
+            version=package_version(),
+            lifespan=lifespan,
+            routes=[Route(PREDICT, predict, methods=["POST"])],
+            exception_handlers={HTTPException: answer_error, ServiceError: answer_error, Exception: answer_error},
+            telemetry={"tracing": False, "metrics": False, "logs": False},
+            redirect_slashes=False,
+            redoc_url=None,
+            swagger_ui_oauth2_redirect_url=None,
+        )
+        self.state.service = service
+        self.include_router(create_router(service))
+        self._predict = predict
+        self._entry = layered(self._dispatch, service)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection's request, or the lifespan."""
+        await self._entry(scope, receive, send)
+
+    async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == PREDICT and scope["method"] == "POST":
+            await self._predict(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI document."""
+        document = super().openapi()
+        document["paths"][PREDICT] = {"post": predict_operation()}
+        document.setdefault("components", {}).setdefault("schemas", {}).update(predict_schemas())
+        return document
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """Return the ASGI application; without settings, they come from the environment."""
+    return PerceiverApp(Service(settings or Settings()))
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Run the service as long as the server runs."""
+    app.state.service.start()
+    try:
+        yield
+    finally:
+        await app.state.service.stop()
+
+
+def layered(app: ASGIApp, service: Service) -> ASGIApp:
+    """Put the layers of every request around an application."""
+    settings = service.settings
+    app = RequireKey(app, settings.client_keys(), settings.administrator_key())
+    app = Observe(app, service)
+    if settings.cors_origins:  # outermost: a browser must be able to read errors too
+        app = CORSMiddleware(
+            app,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
+        )
+    return app
+
+
+async def answer_error(request: Request, exception: Exception) -> Response:
+    """Bring what FastAPI's routes and router raise into the shape of all errors."""
+    headers = {}
+    if isinstance(exception, ServiceError):
+        error = exception
+    elif isinstance(exception, HTTPException):
+        error = ROUTER_ERRORS.get(exception.status_code, BadRequest)()
+        headers = dict(exception.headers or {})
+    else:
+        error = ServiceError()
+    request.app.state.service.metrics.rejected(error.code)
+    headers |= {name.decode(): value.decode() for name, value in error_headers(error)}
+    return Response(error_body(error, request.state.request_id), error.status, headers)
+
+
+def package_version() -> str:
+    """Return the installed version; a checkout that was never installed has none."""
+    try:
+        return version("perceiver-service")
+    except PackageNotFoundError:
+        return "0"

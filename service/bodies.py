@@ -1,0 +1,208 @@
+"""Request bodies to picture files: multipart/form-data, JSON with base64, or the bare bytes of one file.
+
+Only here are bodies read, so only here do their limits stand: bytes are counted while they arrive, pictures while the
+body is parsed. A URL in a body is never fetched.
+"""
+
+import json
+from binascii import a2b_base64
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from service.errors import (
+    BodyTooLarge,
+    ClientDisconnected,
+    InvalidBase64,
+    InvalidForm,
+    InvalidJson,
+    NoPicture,
+    TooManyPictures,
+    UnsupportedMediaType,
+)
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """One picture file as it was sent, and the name its sender gave it."""
+
+    data: bytes
+    filename: str | None = None
+
+
+async def read_body(receive: Receive, *, max_bytes: int, grew: Callable[[int], None] | None = None) -> bytes:
+    """Read a whole request body; the time it may take is the connection's affair, see `service.protocol`.
+
+    Args:
+        receive: the ASGI channel.
+        max_bytes: largest body that is admitted.
+        grew: told the size of each chunk as it comes; may raise to refuse more.
+
+    Raises:
+        BodyTooLarge: at the chunk that exceeds `max_bytes`.
+        ClientDisconnected: the client left before the end, or was cut off.
+    """
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnected()
+        chunk: bytes = message.get("body", b"")
+        size += len(chunk)
+        check_size(size, max_bytes)
+        if grew is not None:
+            grew(len(chunk))
+        chunks.append(chunk)
+        if not message.get("more_body", False):
+            return chunk if len(chunks) == 1 else b"".join(chunks)
+
+
+def check_size(size: int, max_bytes: int) -> None:
+    """Raise BodyTooLarge for a size, announced or counted, above the limit."""
+    if size > max_bytes:
+        raise BodyTooLarge(f"The body is larger than the {max_bytes} bytes that are allowed.")
+
+
+def parse_body(content_type: str, body: bytes, *, max_pictures: int) -> list[Upload]:
+    """Take the picture files out of a body; never empty.
+
+    Args:
+        content_type: the header's value; "" where there is none, which is read as application/octet-stream.
+        body: all of it.
+        max_pictures: most pictures that a request may hold.
+
+    Raises:
+        UnsupportedMediaType, InvalidForm, InvalidJson, InvalidBase64, NoPicture, TooManyPictures
+    """
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type.startswith("image/") or media_type in ("", "application/octet-stream"):
+        uploads = [Upload(body)]
+    elif media_type == "multipart/form-data":
+        uploads = parse_form(content_type, body, max_pictures)
+    elif media_type == "application/json":
+        uploads = parse_json(body, max_pictures)
+    else:
+        raise UnsupportedMediaType()
+    if not all(upload.data for upload in uploads):
+        raise NoPicture("The picture is empty: it has 0 bytes.")
+    return uploads
+
+
+def parse_json(body: bytes, max_pictures: int) -> list[Upload]:
+    """Read {"image": base64} or {"images": [base64, ...]}."""
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise InvalidJson(f"The body is not JSON: {type(error).__name__}.") from error
+    match content:
+        case {"image": str(text), **rest} if not rest:
+            return [Upload(decode_base64(text, "image"))]
+        case {"images": list(texts), **rest} if not rest and all(isinstance(text, str) for text in texts):
+            if not texts:
+                raise NoPicture("The list images is empty.")
+            check_count(len(texts), max_pictures)
+            return [Upload(decode_base64(text, f"images[{i}]")) for i, text in enumerate(texts)]
+    raise InvalidJson()
+
+
+def decode_base64(text: str, where: str) -> bytes:
+    """Decode base64, bare or as a data: URL; line breaks are allowed, other characters are not."""
+    if text.startswith("data:"):
+        head, comma, text = text.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise InvalidBase64(f"{where}: a data: URL must have the form data:image/png;base64,<base64>.")
+    elif text.startswith(("http:", "https:", "file:", "ftp:")):
+        raise InvalidBase64(f"{where} is a URL, and URLs are not fetched; send the picture itself in base64.")
+    try:
+        return a2b_base64("".join(text.split()), strict_mode=True)
+    except ValueError as error:
+        raise InvalidBase64(f"{where} is not valid base64.") from error
+
+
+def check_count(pictures: int, max_pictures: int) -> None:
+    """Raise TooManyPictures above the limit."""
+    if pictures > max_pictures:
+        raise TooManyPictures(f"The request holds more than the {max_pictures} pictures that are allowed.")
+
+
+def parse_form(content_type: str, body: bytes, max_pictures: int) -> list[Upload]:
+    """Read every file of a multipart/form-data body, whatever its field is called."""
+    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    if not boundary:
+        raise InvalidForm("The Content-Type multipart/form-data names no boundary.")
+    form = Form(max_pictures)
+    try:
+        parser = MultipartParser(boundary, form.callbacks())
+        parser.write(body)
+    except FormParserError as error:
+        raise InvalidForm(f"The body is not valid multipart/form-data: {error}.") from error
+    if not form.ended:
+        raise InvalidForm("The form ends before its closing boundary.")
+    if not form.uploads:
+        raise NoPicture("The form holds no file; send one with: curl -F file=@picture.jpg")
+    return form.uploads
+
+
+class Form:
+    """Collects the files of a form from the parser's callbacks.
+
+    Attributes:
+        uploads: the files in their order; a file input that was left empty is none.
+        ended: whether the closing boundary was seen.
+    """
+
+    def __init__(self, max_pictures: int) -> None:
+        self.max_pictures = max_pictures
+        self.uploads: list[Upload] = []
+        self.ended = False
+
+    def callbacks(self) -> Any:
+        """Return what MultipartParser calls; all of the body comes in one write, so no value comes in pieces."""
+        return {
+            "on_part_begin": self._begin,
+            "on_header_field": self._name,
+            "on_header_value": self._value,
+            "on_headers_finished": self._check,
+            "on_part_data": self._data,
+            "on_part_end": self._end,
+            "on_end": self._finish,
+        }
+
+    def _begin(self) -> None:
+        self.headers: dict[bytes, bytes] = {}
+        self.filename: bytes | None = None
+        self.chunks: list[bytes] = []
+
+    def _name(self, data: bytes, start: int, end: int) -> None:
+        self.header = data[start:end].lower()
+
+    def _value(self, data: bytes, start: int, end: int) -> None:
+        self.headers[self.header] = data[start:end]
+
+    def _check(self) -> None:
+        options = parse_options_header(self.headers.get(b"content-disposition"))[1]
+        self.filename = options.get(b"filename")
+        media_type = self.headers.get(b"content-type", b"")
+        if self.filename is None and not media_type.startswith((b"image/", b"application/octet-stream")):
+            field = options.get(b"name", b"").decode("utf-8", "replace")[:40]
+            raise InvalidForm(f"The field {field!r} is not a file; options such as top_k go into the query string.")
+
+    def _data(self, data: bytes, start: int, end: int) -> None:
+        self.chunks.append(data[start:end])
+
+    def _end(self) -> None:
+        data = b"".join(self.chunks)
+        if not data and self.filename == b"":
+            return  # what a browser sends for a file input in which nothing was chosen
+        check_count(len(self.uploads) + 1, self.max_pictures)
+        name = None if self.filename is None else self.filename.decode("utf-8", "replace")
+        self.uploads.append(Upload(data, name))
+
+    def _finish(self) -> None:
+        self.ended = True

@@ -1,0 +1,48 @@
+"""GPU memory and utilisation for Prometheus, read through NVML at each scrape; nothing where no NVIDIA driver is."""
+
+from collections.abc import Iterator
+
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+try:
+    import pynvml
+except ImportError:  # the CPU installation does not have it
+    pynvml = None
+
+
+class GpuCollector(Collector):
+    """One sample a GPU and metric, labelled with the GPU's number as NVML counts."""
+
+    def __init__(self) -> None:
+        self.handles = _handles()
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Read every GPU."""
+        if not self.handles:
+            return
+        used = GaugeMetricFamily("perceiver_gpu_memory_used_bytes", "Memory in use, by all processes.", labels=["gpu"])
+        total = GaugeMetricFamily("perceiver_gpu_memory_total_bytes", "Memory of the GPU.", labels=["gpu"])
+        busy = GaugeMetricFamily(
+            "perceiver_gpu_utilization_ratio", "Share of time in which a kernel ran, 0..1.", labels=["gpu"]
+        )
+        for index, handle in enumerate(self.handles):
+            try:
+                memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+                rates = pynvml.nvmlDeviceGetUtilizationRates(handle)
+            except pynvml.NVMLError:  # a GPU that has fallen off the bus: its samples are absent, and that is the alarm
+                continue
+            used.add_metric([str(index)], memory.used)
+            total.add_metric([str(index)], memory.total)
+            busy.add_metric([str(index)], rates.gpu / 100)
+        yield from (used, total, busy)
+
+
+def _handles() -> list[object]:
+    if pynvml is None:
+        return []
+    try:
+        pynvml.nvmlInit()
+        return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError:  # the library is there and the driver is not
+        return []

@@ -1,0 +1,147 @@
+"""What every request passes: its id, its count, its key, and the one place where errors become HTTP.
+
+Pure ASGI: behind `@app.middleware("http")` a client's disconnect would never be seen.
+"""
+
+import itertools
+import json
+import logging
+import math
+import os
+import re
+from hmac import compare_digest
+from time import perf_counter
+from typing import Final
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import BodyTimeout, ClientDisconnected, ReloadDisabled, ServiceError, Unauthorized, Unavailable
+from service.state import Service
+
+logger = logging.getLogger(__name__)
+access_logger = logging.getLogger("service.access")
+
+# Bounded, because it becomes a header, a log field and an exemplar; OpenMetrics allows an exemplar 128 characters.
+REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}", re.ASCII)
+RELOAD_PATH: Final = "/models/reload"
+KEYED_PATHS: Final = frozenset({"/predict", "/models"})
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class Observe:
+    """The outermost layer: request ids, metrics, the access log, and errors to JSON."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app = app
+        self.service = service
+        self._prefix = os.urandom(6).hex()
+        self._numbers = itertools.count(1)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = perf_counter()
+        request_id = self._request_id(scope["headers"])
+        scope["state"]["request_id"] = request_id
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"].append((b"x-request-id", request_id.encode()))
+                if self.service.draining:
+                    message["headers"].append((b"connection", b"close"))
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except ServiceError as error:
+            self._log(error, request_id)
+            self.service.metrics.rejected(error.code)
+            await send_error(send_with_id, error, request_id)
+        except Exception:
+            logger.exception("request %s failed", request_id, extra={"request_id": request_id})
+            if not status:  # FastAPI has answered for its own routes
+                self.service.metrics.rejected(ServiceError.code)
+                await send_error(send_with_id, ServiceError(), request_id)
+        finally:
+            seconds = perf_counter() - started
+            path = scope["path"]
+            self.service.metrics.request(path, status)
+            if path == "/predict":
+                self.service.metrics.predicted(seconds, request_id)
+            if self.service.settings.access_log:
+                extra = {"request_id": request_id, "status": status, "milliseconds": round(seconds * 1000, 3)}
+                access_logger.info("%s %s %d", scope["method"], path, status, extra=extra)
+
+    def _request_id(self, headers: Headers) -> str:
+        for name, value in headers:
+            if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
+                return value.decode()
+        return f"{self._prefix}-{next(self._numbers)}"
+
+    def _log(self, error: ServiceError, request_id: str) -> None:
+        if error.status == ServiceError.status:
+            logger.error("request %s: %s", request_id, error.message, extra={"request_id": request_id})
+
+
+class RequireKey:
+    """Asks for a key where the settings have one: API keys for predictions and models, the admin key for reloading."""
+
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...], admin_key: str | None) -> None:
+        self.app = app
+        self.keys = [key.encode() for key in keys]
+        self.admin_key = None if admin_key is None else admin_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or raise ReloadDisabled or Unauthorized."""
+        if scope["type"] == "http":
+            if scope["path"] == RELOAD_PATH:
+                if self.admin_key is None:
+                    raise ReloadDisabled()
+                check_key(scope["headers"], [self.admin_key])
+            elif self.keys and scope["path"] in KEYED_PATHS:
+                check_key(scope["headers"], self.keys)
+        await self.app(scope, receive, send)
+
+
+def check_key(headers: Headers, keys: list[bytes]) -> None:
+    """Raise Unauthorized unless the headers hold one of the keys; every key is compared, in constant time."""
+    given = b""
+    for name, value in headers:
+        if name == b"x-api-key":
+            given = value
+        elif name == b"authorization" and value[:7].lower() == b"bearer ":
+            given = value[7:].strip()
+    if not sum(compare_digest(given, key) for key in keys):  # a sum looks at all of them
+        raise Unauthorized()
+
+
+def error_body(error: ServiceError, request_id: str) -> bytes:
+    """Return the JSON of `ErrorResponse`."""
+    return json.dumps({"error": {"code": error.code, "message": error.message, "request_id": request_id}}).encode()
+
+
+def error_headers(error: ServiceError) -> Headers:
+    """Return the headers that belong to an error, the content's own excepted."""
+    headers = [(b"content-type", b"application/json")]
+    if isinstance(error, Unavailable):
+        headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))
+    if isinstance(error, Unauthorized):
+        headers.append((b"www-authenticate", b"Bearer"))
+    if isinstance(error, BodyTimeout):  # the rest of the body may still come, and is no request
+        headers.append((b"connection", b"close"))
+    return headers
+
+
+async def send_error(send: Send, error: ServiceError, request_id: str) -> None:
+    """Answer with an error; a client that has left gets nothing, but is counted."""
+    body = error_body(error, request_id)
+    headers = [*error_headers(error), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    if not isinstance(error, ClientDisconnected):
+        await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,206 @@
+"""`POST /predict`: a body in, labels out. A plain ASGI endpoint, since a FastAPI route function costs twice the CPU.
+
+    admission in bytes -> body -> admission in pictures -> decode -> batcher -> softmax, top k, JSON
+
+A request holds one model from decode to answer, so that input size, labels and version belong together.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from types import TracebackType
+from typing import Final, Self
+from urllib.parse import parse_qsl
+
+import numpy as np
+from starlette.types import Receive, Scope, Send
+
+from service.answers import DEFAULT_TOP_K, AnswerWriter
+from service.batcher import Prediction
+from service.bodies import check_size, read_body
+from service.errors import BadRequest, ClientDisconnected, InvalidTimeout, InvalidTopK, Overloaded
+from service.models import LiveModel
+from service.state import Service
+
+PATIENCE: Final = 0.05
+MAX_DIGITS: Final = 10  # of a number in a header or query; more are no sensible number, and slow to convert
+
+
+@dataclass(slots=True)  # not frozen: that costs a microsecond a field
+class Options:
+    """What the head of a request asks for.
+
+    Attributes:
+        content_length: bytes; None where the length is not announced.
+        timeout: seconds from the body's last byte.
+        top_k: None where the default is wanted.
+    """
+
+    content_type: str
+    content_length: int | None
+    timeout: float
+    top_k: int | None
+
+
+class PredictEndpoint:
+    """The ASGI application behind `POST /predict`."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self._writer: tuple[LiveModel, AnswerWriter] | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; raises ServiceError for everything that is not a prediction."""
+        self.service.in_flight += 1
+        try:
+            body, timing = await self._answer(scope, receive)
+            headers = [
+                (b"content-type", b"application/json"),
+                (b"content-length", b"%d" % len(body)),
+                (b"server-timing", timing),
+            ]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+        finally:
+            self.service.in_flight -= 1
+
+    async def _answer(self, scope: Scope, receive: Receive) -> tuple[bytes, bytes]:
+        """Return the JSON and the Server-Timing header."""
+        started = perf_counter()
+        service, settings = self.service, self.service.settings
+        service.check_ready()
+        options = read_options(scope, settings.request_timeout_ms)
+        self._check_room(options)
+        # Only bytes are counted until the body is here: slow senders must not keep the pictures of quick ones out.
+        with service.admission.admit(pictures=0, bytes=options.content_length or 0) as ticket:
+            body = await read_body(
+                receive,
+                max_bytes=settings.max_body_bytes,
+                grew=None if options.content_length is not None else lambda size: ticket.add(bytes=size),
+            )
+            received = perf_counter()
+            deadline = asyncio.get_running_loop().time() + options.timeout
+            with DisconnectGuard(receive), service.store.lease() as live:
+                writer = self._writer_of(live)
+                top_k = checked_top_k(options.top_k, writer.classes)
+                uploads = await service.decoder.parse(options.content_type, body, deadline)
+                ticket.add(pictures=len(uploads))
+                images = await service.decoder.decode(uploads, live.metadata, deadline)
+                decoded = perf_counter()
+                service.metrics.decode_seconds.observe(decoded - received)
+                predictions = await live.batcher.submit_many(images, deadline=deadline)
+        logits = np.concatenate([prediction.logits for prediction in predictions]).reshape(len(predictions), -1)
+        answer = writer.write(logits, [upload.filename for upload in uploads], top_k)
+        return answer, server_timing(predictions, decoded - received, perf_counter() - started)
+
+    def _check_room(self, options: Options) -> None:
+        """Refuse what will not fit before a large body is sent for nothing."""
+        admission = self.service.admission
+        if admission.pictures >= admission.max_pictures:
+            raise Overloaded(retry_after=admission.retry_after())
+        if options.content_length is not None:
+            check_size(options.content_length, self.service.settings.max_body_bytes)
+
+    def _writer_of(self, live: LiveModel) -> AnswerWriter:
+        if self._writer is None or self._writer[0] is not live:
+            self._writer = (live, AnswerWriter(live.metadata, live.version))
+        return self._writer[1]
+
+
+class DisconnectGuard:
+    """Cancels the work inside when the client leaves, which turns into ClientDisconnected.
+
+    Neither FastAPI nor the server does this: without it, the pictures of clients that gave up would still be run. It
+    begins to look after PATIENCE seconds, since looking takes a task, and most answers are ready before.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._gone = False
+
+    def __enter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._watcher: asyncio.Task[None] | None = None
+        self._timer = task.get_loop().call_later(PATIENCE, self._begin)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self._gone and kind is asyncio.CancelledError:
+            self._task.uncancel()
+            raise ClientDisconnected from error
+
+    def _begin(self) -> None:
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        self._task.cancel()
+
+
+def read_options(scope: Scope, max_timeout_ms: int) -> Options:
+    """Read the headers and the query string of a request.
+
+    Raises:
+        InvalidTimeout, InvalidTopK: not an integer, or below 1.
+        BadRequest: an unknown query parameter, which may be a misspelt one.
+    """
+    headers = dict(scope["headers"])
+    length = headers.get(b"content-length")
+    timeout_ms = max_timeout_ms
+    if (asked := headers.get(b"x-request-timeout-ms")) is not None:
+        timeout_ms = min(max_timeout_ms, positive(asked, InvalidTimeout()))
+    query: bytes = scope["query_string"]
+    return Options(
+        content_type=headers.get(b"content-type", b"").decode("latin-1"),
+        content_length=None if length is None else int(length),
+        timeout=timeout_ms / 1000,
+        top_k=read_top_k(query) if query else None,
+    )
+
+
+def read_top_k(query: bytes) -> int | None:
+    """Read the one parameter that there is."""
+    top_k = None
+    for name, value in parse_qsl(query[:1000], keep_blank_values=True):
+        if name != b"top_k":
+            raise BadRequest(f"There is no query parameter {name.decode('utf-8', 'replace')[:40]!r}; there is top_k.")
+        if top_k is not None:
+            raise InvalidTopK("top_k is given twice.")
+        top_k = positive(value, InvalidTopK())
+    return top_k
+
+
+def positive(text: bytes, otherwise: BadRequest) -> int:
+    """Read an integer of at least 1, or raise."""
+    if not text.isdigit() or len(text) > MAX_DIGITS or int(text) < 1:
+        raise otherwise
+    return int(text)
+
+
+def checked_top_k(top_k: int | None, classes: int) -> int:
+    """Return how many classes to name; the default is 5, or all of fewer."""
+    if top_k is None:
+        return min(DEFAULT_TOP_K, classes)
+    if top_k > classes:
+        raise InvalidTopK(f"top_k is {top_k}, and this model has {classes} classes.")
+    return top_k
+
+
+def server_timing(predictions: Sequence[Prediction], decode: float, total: float) -> bytes:
+    """Return the Server-Timing header, from seconds; of several pictures the longest."""
+    queue = max(prediction.queue_seconds for prediction in predictions)
+    inference = max(prediction.inference_seconds for prediction in predictions)
+    return (
+        f"decode;dur={decode * 1000:.3f}, queue;dur={queue * 1000:.3f}, "
+        f"inference;dur={inference * 1000:.3f}, total;dur={total * 1000:.3f}"
+    ).encode()
