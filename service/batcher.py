@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from time import perf_counter
 from typing import TypeVar
 
 import numpy as np
@@ -135,7 +136,7 @@ class DynamicBatcher:
             return []
         future: asyncio.Future[list[Prediction]] = self._loop.create_future()
         until = math.inf if deadline is None else deadline
-        self._queue.put(Request(images, future, self._loop.time(), until))
+        self._queue.put(Request(images, future, until))
         self._arrived.set()
         self._idle.clear()
         return await future
@@ -180,7 +181,7 @@ class DynamicBatcher:
 
     async def _wait_for_more(self, size: int) -> None:
         with suppress(TimeoutError):
-            async with asyncio.timeout_at(self._queue.oldest + self._delay):
+            async with asyncio.timeout(self._queue.oldest + self._delay - perf_counter()):
                 while self._queue.pictures < size:
                     self._arrived.clear()
                     await self._arrived.wait()
@@ -193,6 +194,7 @@ class DynamicBatcher:
     def _run(self, slot: _Slot, batch: Batch) -> None:
         """Stack and run; in the engine's thread."""
         outcome: Outcome
+        begun = perf_counter()
         try:
             images = np.concatenate(batch.images()).reshape(batch.size, *self._shape)
             outcome = slot.engine.run(images)
@@ -200,9 +202,9 @@ class DynamicBatcher:
                 raise ValueError(f"the engine gave {len(outcome)} answers to {batch.size} pictures")
         except Exception as error:
             outcome = error
-        report(self._loop, self._finish, slot, batch, outcome)
+        report(self._loop, self._finish, slot, batch, outcome, perf_counter() - begun)
 
-    def _finish(self, slot: _Slot, batch: Batch, outcome: Outcome) -> None:
+    def _finish(self, slot: _Slot, batch: Batch, outcome: Outcome, seconds: float) -> None:
         """End the futures of a batch and release its slot; back in the loop's thread."""
         if slot.hung:
             return  # the watchdog has ended them, and the process is to be replaced
@@ -213,16 +215,15 @@ class DynamicBatcher:
             if isinstance(outcome, Exception):
                 self._end_failed(slot, batch, outcome)
             else:
-                self._end_answered(slot, batch, outcome)
+                self._end_answered(slot, batch, outcome, seconds)
         except Exception as error:  # an observer's: every future has ended before it is asked
             logger.exception("an observer failed")
             self._fail(f"an observer failed: {error!r}")
         self._free.put_nowait(slot)
         self._look_whether_idle()
 
-    def _end_answered(self, slot: _Slot, batch: Batch, logits: NDArray[np.float32]) -> None:
+    def _end_answered(self, slot: _Slot, batch: Batch, logits: NDArray[np.float32], seconds: float) -> None:
         slot.failures = 0
-        seconds = self._loop.time() - batch.started
         batch.answer(logits, seconds)
         self._observer.batch(batch.size, seconds)
         for request, start, stop in batch.parts:

@@ -9,6 +9,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Literal
 
 import numpy as np
@@ -26,8 +27,8 @@ class Prediction:
 
     Attributes:
         logits: float32 [C].
-        queue_seconds: from `submit` until its batch was begun.
-        inference_seconds: from then until the logits were back: hand-over, stacking, run.
+        queue_seconds: from `submit` until its batch left the queue.
+        inference_seconds: its batch's time in the engine's thread: stacking the pictures, and the run.
         batch_size: pictures of that batch.
     """
 
@@ -43,8 +44,12 @@ class Request:
     Args:
         images: at least one, each uint8 [H, W, 3].
         future: ends with one `Prediction` a picture, in order, or with the first error.
-        enqueued: loop time.
         deadline: loop time; infinity for none.
+
+    Attributes:
+        enqueued: `perf_counter` at its making; uvloop's loop time counts in whole milliseconds.
+        taken: so many of its pictures are in batches.
+        answers: by number, since two engines may end its parts in any order.
     """
 
     __slots__ = ("answers", "deadline", "enqueued", "future", "images", "taken")
@@ -53,14 +58,13 @@ class Request:
         self,
         images: Sequence[Image],
         future: "asyncio.Future[list[Prediction]]",
-        enqueued: float,
         deadline: float = math.inf,
     ) -> None:
         self.images = images
         self.future = future
-        self.enqueued = enqueued
         self.deadline = deadline
-        self.taken = 0  # so many are in batches
+        self.enqueued = perf_counter()
+        self.taken = 0
         self.answers: dict[int, Prediction] = {}
 
 
@@ -71,14 +75,14 @@ class Batch:
     Attributes:
         parts: (request, its first picture, one after its last).
         size: pictures.
-        started: loop time of the pop.
         dropped: a reason for each picture that left the queue on this occasion without being run.
+        started: `perf_counter` of the pop.
     """
 
-    started: float
     size: int = 0
     parts: list[tuple[Request, int, int]] = field(default_factory=list)
     dropped: list[DropReason] = field(default_factory=list)
+    started: float = field(default_factory=perf_counter)
 
     def images(self) -> list[Image]:
         """List the pictures in the order of the parts."""
@@ -93,8 +97,7 @@ class Batch:
                 request.answers[index] = Prediction(logits[row], queued, seconds, self.size)
                 row += 1
             if len(request.answers) == len(request.images) and not request.future.done():
-                answers = request.answers  # by number: two engines may have ended its parts in any order
-                request.future.set_result([answers[index] for index in range(len(answers))])
+                request.future.set_result([request.answers[index] for index in range(len(request.images))])
 
     def fail(self, error: Callable[[], Exception]) -> None:
         """End the futures that have not ended yet, each with an exception of its own."""
@@ -115,7 +118,7 @@ class FairQueue:
 
     @property
     def oldest(self) -> float:
-        """Loop time at which the request came whose turn it is; the queue must not be empty."""
+        """When the request came whose turn it is, by `perf_counter`; the queue must not be empty."""
         return self._requests[0].enqueued
 
     def put(self, request: Request) -> None:
@@ -124,8 +127,8 @@ class FairQueue:
         self.pictures += len(request.images)
 
     def pop(self, room: int, now: float) -> Batch:
-        """Take up to `room` pictures; drop on the way what was cancelled, has expired, or failed in another part."""
-        batch = Batch(now)
+        """Take up to `room` pictures; drop on the way what was cancelled, failed in part, or has expired at `now`."""
+        batch = Batch()
         turn = max(1, room // 2)
         while batch.size < room and self._requests:
             request = self._requests.popleft()

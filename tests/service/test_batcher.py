@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import uvloop
 
 from service.batcher import DynamicBatcher, Prediction
 from service.errors import DeadlineExceeded, Draining, InferenceFailed, NotReady
@@ -371,6 +372,27 @@ async def test_when_one_engine_has_gone_batches_on_the_others_still_end(start: S
     healthy.let_go()
     assert await numbers([saved]) == [2]
     await draining
+
+
+async def test_a_run_that_ends_in_time_leaves_no_watchdog_behind(start: Start) -> None:
+    batcher = start(FakeEngine(), run_timeout_ms=40)
+    for number in range(5):
+        await batcher.submit(picture(number))
+    await asyncio.sleep(0.06)
+    assert not batcher.failed.is_set()
+
+
+def test_times_are_finer_than_uvloops_clock_of_whole_milliseconds() -> None:
+    async def predict() -> Prediction:
+        batcher = DynamicBatcher([FakeEngine(delay=0.0015)])
+        batcher.start()
+        prediction = await batcher.submit(picture(1))
+        await batcher.close()
+        return prediction
+
+    prediction = uvloop.run(predict())
+    assert 0 < prediction.queue_seconds % 0.001 < 0.000999
+    assert 0 < prediction.inference_seconds % 0.001 < 0.000999
 
 
 @pytest.mark.parametrize("method", ["dropped", "batch", "queued", "failed_batch"])

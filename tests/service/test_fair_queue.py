@@ -22,7 +22,7 @@ class Bench:
         self.queue = FairQueue()
 
     def put(self, *numbers: int, deadline: float = math.inf) -> Request:
-        request = Request([picture(number) for number in numbers], self.loop.create_future(), 0.0, deadline)
+        request = Request([picture(number) for number in numbers], self.loop.create_future(), deadline)
         self.queue.put(request)
         return request
 
@@ -178,6 +178,8 @@ def test_failing_all_spares_those_that_have_ended(bench: Bench) -> None:
 
 def test_predictions_say_how_long_and_with_how_many(bench: Bench) -> None:
     request = bench.put(1, 2)
-    bench.queue.pop(4, 1.5).answer(np.zeros((2, CLASSES), dtype=np.float32), 0.25)
+    batch = bench.queue.pop(4, 1.0)
+    request.enqueued, batch.started = 3.0, 4.5
+    batch.answer(np.zeros((2, CLASSES), dtype=np.float32), 0.25)
     for prediction in request.future.result():
         assert (prediction.queue_seconds, prediction.inference_seconds, prediction.batch_size) == (1.5, 0.25, 2)
