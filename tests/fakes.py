@@ -106,7 +106,8 @@ class FakeEngine:
         self.fail: Callable[[list[int]], Exception | None] = lambda numbers: None
         self.runs = threading.Semaphore(0)
         self.ended = threading.Semaphore(0)
-        self.warmed = self.closed = False
+        self.warmed = False
+        self.closing = threading.Event()
         self._permits: threading.Semaphore | None = None
 
     def hold(self) -> None:
@@ -155,7 +156,12 @@ class FakeEngine:
 
     def close(self) -> None:
         """Remember it."""
-        self.closed = True
+        self.closing.set()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` has been called."""
+        return self.closing.is_set()
 
 
 def tiny_logits(images: Images, version: int) -> Logits:
