@@ -1,0 +1,195 @@
+"""What becomes of requests: the state in one line, traffic and errors, latency."""
+
+from panel import HERE, PICTURES_A_SECOND, RATE, Panel, Query, Row, mean, quantile, rate
+
+NOW = (
+    Panel(
+        title="Ready",
+        kind="stat",
+        unit="short",
+        shows="Whether /health/ready says 200, of the worst instance.",
+        bad="no: predictions are refused with 503.",
+        do="Read the service's log and GET /health/ready; see PerceiverNotReady in docs/operations.md.",
+        queries=(Query(f"min(perceiver_ready{{{HERE}}})", "ready"),),
+        width=3,
+        words=(("0", "no"), ("1", "yes")),
+    ),
+    Panel(
+        title="Model",
+        kind="stat",
+        unit="short",
+        shows="Name and version of the model that serves, where it runs and in which precision.",
+        bad="An older version than the newest in the folder, or cpu on a GPU host.",
+        do="GET /models says which versions were refused and why; PERCEIVER_PROVIDER=cuda never serves without a GPU.",
+        queries=(
+            Query(
+                f"max by (name, version, provider, precision) (perceiver_model_info{{{HERE}}})",
+                "{{name}} {{version}}, {{provider}} {{precision}}",
+            ),
+        ),
+        width=6,
+        names=True,
+    ),
+    Panel(
+        title="Requests",
+        kind="stat",
+        unit="reqps",
+        shows="Requests to /predict, answered with whatever status.",
+        bad="0 where there should be traffic.",
+        do="Ask the load balancer and the clients; a request that arrives is counted here whatever becomes of it.",
+        queries=(Query(rate("perceiver_requests_total", 'route="/predict"'), "requests"),),
+        width=3,
+    ),
+    Panel(
+        title="Pictures",
+        kind="stat",
+        unit=PICTURES_A_SECOND,
+        shows="Pictures that the model has classified.",
+        bad="Near what benchmarks/engine.py measures on this machine: there is no more to be had.",
+        do="Add a GPU or a host, or a model that is cheaper to run.",
+        queries=(Query(rate("perceiver_pictures_total"), "pictures"),),
+        width=3,
+    ),
+    Panel(
+        title="Errors",
+        kind="stat",
+        unit="percentunit",
+        shows="Share of requests to /predict that failed through the service's fault: 5xx but 503, over 5 minutes.",
+        bad="Over the objective (red).",
+        do="See which reasons stand in 'Error answers by reason'; PerceiverErrorRatioHigh in docs/operations.md.",
+        queries=(Query("job:perceiver_errors:ratio_rate5m", "errors"),),
+        width=3,
+        thresholds=(0.005, 0.01),
+    ),
+    Panel(
+        title="p99",
+        kind="stat",
+        unit="s",
+        shows="The time within which 99 of 100 requests to /predict were answered, over 5 minutes.",
+        bad="Over the objective (red).",
+        do="'p99 by stage' says whether decoding, queue or model takes it; PerceiverLatencyHigh in docs/operations.md.",
+        queries=(Query("job:perceiver_request_seconds:p99_5m", "p99"),),
+        width=3,
+        thresholds=(0.125, 0.25),
+    ),
+    Panel(
+        title="Alarms",
+        kind="stat",
+        unit="short",
+        shows="Alarms that are going off now.",
+        bad="Any.",
+        do="Prometheus' page /alerts names them; each has a section of its name in docs/operations.md.",
+        queries=(Query('count(ALERTS{alertstate="firing", alertname=~"Perceiver.*"}) or vector(0)', "alarms"),),
+        width=3,
+        thresholds=(1, 1),
+    ),
+)
+
+TRAFFIC = (
+    Panel(
+        title="Requests by status",
+        kind="timeseries",
+        unit="reqps",
+        shows="Requests to /predict by HTTP status.",
+        bad="5xx: the service's fault, 503 excepted, which says that it is full. 4xx: the clients'.",
+        do="For 5xx and 4xx see 'Error answers by reason'.",
+        queries=(Query(rate("perceiver_requests_total", 'route="/predict"', by="code"), "{{code}}"),),
+        stacked=True,
+    ),
+    Panel(
+        title="Pictures classified",
+        kind="timeseries",
+        unit=PICTURES_A_SECOND,
+        shows="Pictures that have gone through the model; one request may hold several.",
+        bad="A fall while requests stay: pictures wait or are turned away.",
+        do="Compare with queue and rejections.",
+        queries=(Query(rate("perceiver_pictures_total"), "pictures"),),
+    ),
+    Panel(
+        title="Errors and rejections",
+        kind="timeseries",
+        unit="percentunit",
+        shows="Shares of requests to /predict that failed (5xx but 503) and that were turned away (503), and the most "
+        "that the objectives allow.",
+        bad="Above the dashed line of the same kind.",
+        do="PerceiverErrorRatioHigh and PerceiverRejecting in docs/operations.md.",
+        queries=(
+            Query("job:perceiver_errors:ratio_rate5m", "errors"),
+            Query("job:perceiver_rejections:ratio_rate5m", "turned away"),
+            Query("perceiver:objective_errors:ratio", "errors allowed"),
+            Query("perceiver:objective_rejections:ratio", "turning away allowed"),
+        ),
+        dashed=("errors allowed", "turning away allowed"),
+    ),
+    Panel(
+        title="Error answers by reason",
+        kind="timeseries",
+        unit="reqps",
+        shows="Requests answered with an error, by its stable code, whatever the route.",
+        bad="overloaded, deadline_exceeded, inference_failed, internal_error: the service's. All others: a client's.",
+        do="docs/operations.md lists every code; the log has a line for each error that is the service's fault.",
+        queries=(Query(rate("perceiver_rejections_total", by="reason"), "{{reason}}"),),
+        stacked=True,
+    ),
+)
+
+LATENCY = (
+    Panel(
+        title="Latency of a request",
+        kind="timeseries",
+        unit="s",
+        shows="From the headers of POST /predict to its answer, the client's sending of the body included. Dots are "
+        "single requests, with their request id.",
+        bad="p99 above the dashed objective. p50 low and p99 high: large pictures, slow clients, or bursts.",
+        do="'p99 by stage' says where the time goes; PerceiverLatencyHigh in docs/operations.md.",
+        queries=(
+            Query(quantile(0.5, "perceiver_request_seconds"), "p50"),
+            Query(quantile(0.9, "perceiver_request_seconds"), "p90"),
+            Query(quantile(0.99, "perceiver_request_seconds"), "p99", exemplar=True),
+            Query("perceiver:objective_p99:seconds", "objective for p99"),
+        ),
+        dashed=("objective for p99",),
+    ),
+    Panel(
+        title="p99 by stage",
+        kind="timeseries",
+        unit="s",
+        shows="The slowest hundredth of each stage: decoding of a request, a picture's wait, a run of the model.",
+        bad="Queue above inference: more comes than the model can do. Decoding above both: large pictures.",
+        do="Queue: add capacity. Decoding: PERCEIVER_DECODE_THREADS. Inference: another model or GPU.",
+        queries=(
+            Query(quantile(0.99, "perceiver_decode_seconds"), "decode"),
+            Query(quantile(0.99, "perceiver_queue_seconds"), "queue"),
+            Query(quantile(0.99, "perceiver_inference_seconds"), "inference"),
+        ),
+    ),
+    Panel(
+        title="Latency, all requests",
+        kind="heatmap",
+        unit="s",
+        shows="How many requests to /predict took how long; a row is a bucket of the histogram.",
+        bad="A second band above the first: some requests take another way, such as the queue of decoding threads.",
+        do="Compare the times at which it appears with the batch sizes and the queue.",
+        queries=(Query(f"sum by (le) (increase(perceiver_request_seconds_bucket{{{HERE}}}{RATE}))", "{{le}}"),),
+    ),
+    Panel(
+        title="Mean by stage",
+        kind="timeseries",
+        unit="s",
+        shows="Mean time of decoding a request, of a picture's wait, and of a run of the model.",
+        bad="Inference that rises at the same batch size: the GPU is shared, throttled, or another version serves.",
+        do="Look at the GPU's temperature, at its other users, and at the version's marks.",
+        queries=(
+            Query(mean("perceiver_decode_seconds"), "decode"),
+            Query(mean("perceiver_queue_seconds"), "queue"),
+            Query(mean("perceiver_inference_seconds"), "inference"),
+        ),
+        stacked=True,
+    ),
+)
+
+ROWS = (
+    Row("Now", 4, NOW),
+    Row("Traffic", 8, TRAFFIC),
+    Row("Latency", 8, LATENCY),
+)
