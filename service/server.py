@@ -11,6 +11,8 @@ import time
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
+from prometheus_client import disable_created_metrics
 
 from service.app import create_app
 from service.protocol import BoundedConfig, BoundedProtocol
@@ -73,9 +75,9 @@ class Server(uvicorn.Server):
         return self.service.in_flight == 0 or left <= 0
 
 
-def run(settings: Settings) -> int:
-    """Serve until the end; return the process's exit status."""
-    app = create_app(settings)
+def configuration(app: FastAPI, service: Service) -> BoundedConfig:
+    """Return uvicorn's configuration."""
+    settings = service.settings
     config = BoundedConfig(
         app,
         host=settings.host,
@@ -91,7 +93,16 @@ def run(settings: Settings) -> int:
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
     )
-    config.service = app.state.service
+    config.service = service
+    return config
+
+
+def run(settings: Settings) -> int:
+    """Serve until the end; return the process's exit status."""
+    # A second series for each counter and histogram, which nobody queries.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
+    app = create_app(settings)
+    config = configuration(app, app.state.service)
     try:
         config.load()
     except OSError as error:  # ssl.SSLError is one

@@ -8,8 +8,9 @@ from service.admission import Admission
 from service.decoding import Decoder
 from service.errors import Draining, NotReady
 from service.metrics import Metrics
-from service.models import EngineOptions, ModelStore, NoUsableVersionError
+from service.models import EngineOptions, ModelStore, NoUsableVersionError, OpenEngines
 from service.settings import Settings
+from service.versions import open_engines
 
 logger = logging.getLogger(__name__)
 
@@ -19,12 +20,16 @@ Status = Literal["ready", "loading", "draining", "failed"]
 class Service:
     """One service process: settings, models, limits and counts. Belongs to one event loop.
 
+    Args:
+        settings: all of them.
+        open_engines: opens the engines of a version folder; the default opens real ones.
+
     Attributes:
         draining: set when the process was told to stop: nothing new is accepted, what was accepted finishes.
         in_flight: requests to /predict that are being answered.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, open_engines: OpenEngines = open_engines) -> None:
         self.settings = settings
         self.metrics = Metrics()
         self.admission = Admission(settings.max_queue_size, settings.max_queue_bytes)
@@ -35,6 +40,7 @@ class Service:
             pinned_version=settings.model_version,
             poll_seconds=settings.model_poll_s,
             observer=self.metrics,
+            open_engines=open_engines,
         )
         self.draining = False
         self.in_flight = 0
@@ -45,6 +51,7 @@ class Service:
             queue_length=lambda: self.queue_length,
             admitted_pictures=lambda: self.admission.pictures,
             admitted_bytes=lambda: self.admission.bytes,
+            max_queue_size=settings.max_queue_size,
         )
 
     def start(self) -> None:

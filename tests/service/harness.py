@@ -1,0 +1,153 @@
+"""A service that listens on a real socket inside a test's event loop, with an engine that the test holds in its hand.
+
+`FakeEngine` answers [the picture's number, tag, 0, 0, 0], so that a test knows whose answer it has.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import numpy as np
+
+from service.app import PerceiverApp
+from service.artifact import GOLDEN_FILE, MODEL_FILE, Golden, save_golden
+from service.engine import Engine
+from service.server import Server, configuration
+from service.settings import Settings
+from service.state import Service
+from service.versions import EngineOptions
+from tests.fakes import FakeEngine, picture
+from tests.service.pictures import encode
+
+
+@dataclass
+class Running:
+    """A service under test."""
+
+    service: Service
+    server: Server
+    port: int
+    client: httpx.AsyncClient
+    engine: FakeEngine
+    writers: list[asyncio.StreamWriter] = field(default_factory=list)
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A bare connection, closed at the end."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self.writers.append(writer)
+        return reader, writer
+
+    async def predict(self, number: int = 1, **options: object) -> httpx.Response:
+        """Post one picture as a raw body."""
+        return await self.client.post("/predict", content=png(number), headers={"content-type": "image/png"}, **options)
+
+    async def metric(self, line: str) -> float:
+        """The value of a sample, by its name and labels as they stand in the exposition; 0 where it is absent."""
+        text = (await self.client.get("/metrics")).text
+        values = [rest for name, _, rest in (row.rpartition(" ") for row in text.splitlines()) if name == line]
+        return float(values[0]) if values else 0.0
+
+    async def until(self, condition: object, seconds: float = 10) -> None:
+        """Wait until a condition holds."""
+        assert callable(condition)
+        async with asyncio.timeout(seconds):
+            while not condition():  # noqa: ASYNC110 - what is waited for belongs to the code under test
+                await asyncio.sleep(0.002)
+
+
+def png(number: int) -> bytes:
+    """The picture that `FakeEngine` recognises as `number`, as a PNG."""
+    return encode(picture(number), "PNG")
+
+
+def fake_folder(folder: Path, engine: FakeEngine, versions: Sequence[int] = (1,)) -> Path:
+    """A model folder whose golden pictures suit a `FakeEngine`."""
+    images = np.stack([picture(number) for number in (3, 1, 2)])
+    logits = engine.run(images)
+    engine.batches.clear()
+    for version in versions:
+        (folder / str(version)).mkdir(parents=True)
+        (folder / str(version) / MODEL_FILE).write_bytes(b"the fake engine does not read this")
+        save_golden(folder / str(version) / GOLDEN_FILE, Golden(images, logits.argmax(axis=1), logits))
+    return folder
+
+
+@asynccontextmanager
+async def running(folder: Path, engine: FakeEngine | None = None, **settings: object) -> AsyncIterator[Running]:
+    """Serve until the block ends; ready when it begins."""
+    engine = engine or FakeEngine()
+
+    def open_engines(path: Path, options: EngineOptions) -> list[Engine]:
+        return [engine]
+
+    values = {"model_dir": fake_folder(folder, engine), "port": 0, "provider": "cpu", "model_poll_s": 3600}
+    service = Service(Settings.model_validate(values | settings), open_engines=open_engines)
+    async with listening(PerceiverApp(service), engine) as run:
+        await run.until(lambda: service.status == "ready")
+        engine.batches.clear()
+        yield run
+
+
+@asynccontextmanager
+async def listening(app: PerceiverApp, engine: FakeEngine) -> AsyncIterator[Running]:
+    """Serve an app on a free port, ready or not.
+
+    What `Server.serve` does beside this, its main loop and its slow and careful end, is tested on real processes.
+    """
+    service: Service = app.state.service
+    config = configuration(app, service)
+    config.load()
+    server = Server(config)
+    server.lifespan = config.lifespan_class(config)
+    await server.startup()
+    port = server.servers[0].sockets[0].getsockname()[1]
+    scheme = "https" if config.is_ssl else "http"
+    async with httpx.AsyncClient(base_url=f"{scheme}://127.0.0.1:{port}", verify=False, timeout=20) as client:
+        run = Running(service, server, port, client, engine)
+        try:
+            yield run
+        finally:
+            if engine._permits is not None:
+                engine.release(1000)
+            for writer in run.writers:
+                writer.close()
+            await stop(server)
+
+
+async def stop(server: Server) -> None:
+    """Close the sockets, let the requests end, and end the lifespan."""
+    for listener in server.servers:
+        listener.close()
+    for connection in list(server.server_state.connections):
+        connection.transport.close()
+    async with asyncio.timeout(20):
+        await asyncio.gather(*server.server_state.tasks, return_exceptions=True)
+        await server.lifespan.shutdown()
+
+
+def request_head(length: int | None, *headers: str, target: str = "/predict", method: str = "POST") -> bytes:
+    """The head of a raw request."""
+    lines = [f"{method} {target} HTTP/1.1", "Host: test", "Content-Type: image/png", *headers]
+    if length is not None:
+        lines.append(f"Content-Length: {length}")
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+async def read_answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of an answer on a bare connection."""
+    async with asyncio.timeout(20):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        status_line, *lines = head.strip().split("\r\n")
+        headers = dict(line.lower().split(": ", 1) for line in lines)
+        body = await reader.readexactly(int(headers.get("content-length", "0")))
+    return int(status_line.split()[1]), headers, body
+
+
+def error_of(body: bytes) -> str:
+    """The code of an error answer."""
+    code: str = json.loads(body)["error"]["code"]
+    return code

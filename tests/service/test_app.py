@@ -1,0 +1,321 @@
+"""What every request passes, and the routes beside /predict."""
+
+import asyncio
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from service.app import PerceiverApp, create_app
+from service.settings import Settings
+from service.state import Service
+from tests.fakes import FakeEngine, make_model_folder
+from tests.service.harness import error_of, fake_folder, listening, png, running
+
+JSON_ROUTES = ["/health", "/health/live", "/health/ready", "/models", "/openapi.json"]
+
+
+# Request ids
+
+
+@pytest.mark.parametrize("given", ["abc-123", "A.b_C", "x" * 64])
+async def test_a_request_id_comes_back(tmp_path: Path, given: str) -> None:
+    async with running(tmp_path) as run:
+        response = await run.client.get("/health/live", headers={"x-request-id": given})
+        assert response.headers["x-request-id"] == given
+
+
+@pytest.mark.parametrize("given", ["", "x" * 65, "a b", 'a"b', "a\tb", "\u00e4"])
+async def test_an_unfit_request_id_is_replaced(tmp_path: Path, given: str) -> None:
+    async with running(tmp_path) as run:
+        headers = {"x-request-id": given.encode()}
+        ids = [(await run.client.get("/nix", headers=headers)).json()["error"]["request_id"] for _ in range(2)]
+        assert given not in ids
+        assert len(set(ids)) == 2
+
+
+# Methods and paths
+
+
+async def test_unknown_paths_and_methods_have_the_shape_of_all_errors(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        for method, path, status, code in [
+            ("GET", "/", 404, "not_found"),
+            ("GET", "/predict/", 404, "not_found"),
+            ("POST", "/predict/1", 404, "not_found"),
+            ("GET", "/predict", 405, "method_not_allowed"),
+            ("HEAD", "/predict", 405, ""),
+            ("PUT", "/predict", 405, "method_not_allowed"),
+            ("OPTIONS", "/predict", 405, "method_not_allowed"),
+            ("POST", "/health", 405, "method_not_allowed"),
+            ("GET", "/models/reload", 403, "reload_disabled"),
+        ]:
+            response = await run.client.request(method, path)
+            assert response.status_code == status, (method, path)
+            assert method == "HEAD" or error_of(response.content) == code
+            assert response.headers["x-request-id"]
+        assert (await run.client.get("/predict")).headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready"])
+async def test_probes_answer_head_without_a_body(tmp_path: Path, path: str) -> None:
+    async with running(tmp_path) as run:
+        get, head = await run.client.get(path), await run.client.head(path)
+        assert (get.status_code, head.status_code) == (200, 200)
+        assert head.content == b""
+        assert head.headers["content-length"] == get.headers["content-length"]
+
+
+async def test_an_unexpected_error_is_a_500_without_details(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def explode() -> None:
+        raise RuntimeError("secret detail")
+
+    async with running(tmp_path) as run:
+        run.service.check_ready = explode  # type: ignore[method-assign]
+        for response in (await run.predict(), await run.client.get("/health/ready")):
+            assert (response.status_code, error_of(response.content)) == (500, "internal_error")
+            assert "secret" not in response.text
+            assert response.json()["error"]["request_id"] in caplog.text
+        assert "secret detail" in caplog.text
+        assert await run.metric('perceiver_rejections_total{reason="internal_error"}') == 2
+
+
+# Health
+
+
+async def test_health_summarises(tmp_path: Path) -> None:
+    async with running(tmp_path, max_queue_size=64) as run:
+        response = await run.client.get("/health")
+        assert response.status_code == 200
+        assert response.json() == {
+            "status": "ready",
+            "model": "tiny",
+            "version": 1,
+            "provider": "cpu",
+            "queue": {
+                "waiting": 0,
+                "pictures": 0,
+                "max_pictures": 64,
+                "bytes": 0,
+                "max_bytes": run.service.settings.max_queue_bytes,
+            },
+        }
+
+
+async def test_before_the_golden_check_has_passed_nothing_is_ready(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    folder = fake_folder(tmp_path, engine)
+    engine.hold()
+    settings = Settings(model_dir=folder, port=0)
+    app = PerceiverApp(Service(settings, open_engines=lambda path, options: [engine]))
+    async with listening(app, engine) as run:
+        await run.until(lambda: engine.batches)  # the golden pictures are being run
+        assert (await run.client.get("/health/live")).status_code == 200
+        ready, predicted = await run.client.get("/health/ready"), await run.predict()
+        for response in (ready, predicted):
+            assert (response.status_code, error_of(response.content)) == (503, "not_ready")
+            assert int(response.headers["retry-after"]) >= 1
+        health = await run.client.get("/health")
+        assert (health.status_code, health.json()["status"], health.json()["model"]) == (503, "loading", None)
+        assert await run.metric("perceiver_ready") == 0
+        engine.release(10)
+        await run.until(lambda: run.service.status == "ready")
+        assert (await run.client.get("/health/ready")).status_code == 200
+        assert await run.metric("perceiver_ready") == 1
+
+
+async def test_a_model_that_is_refused_fails_the_service_with_the_reason(tmp_path: Path) -> None:
+    make_model_folder(tmp_path, defect="golden_mismatch")
+    app = create_app(Settings(model_dir=tmp_path, port=0, provider="cpu", intra_op_threads=1))
+    async with listening(app, FakeEngine()) as run:
+        await run.until(lambda: run.service.failure)
+        assert "golden" in run.service.failure
+        assert (await run.client.get("/health")).json()["status"] == "failed"
+        assert (await run.client.get("/health/ready")).status_code == 503
+        assert await run.metric('perceiver_model_reloads_total{result="refused"}') == 1
+        assert await run.metric("perceiver_golden_max_abs_difference") > 0
+
+
+async def test_an_engine_that_hangs_fails_the_service(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    async with running(tmp_path, engine, run_timeout_ms=50) as run:
+        engine.hold()
+        response = await run.predict()
+        assert (response.status_code, error_of(response.content)) == (500, "inference_failed")
+        await run.until(lambda: run.service.status == "failed")
+        assert (await run.client.get("/health/ready")).status_code == 503
+        assert error_of((await run.predict()).content) == "not_ready"
+        assert (await run.client.get("/health/live")).status_code == 200
+
+
+async def test_while_draining_what_was_accepted_finishes_and_nothing_new_begins(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    async with running(tmp_path, engine) as run:
+        engine.hold()
+        accepted = asyncio.create_task(run.predict(1))
+        await run.until(lambda: engine.batches == [[1]])
+        run.service.draining = True
+        for response in (await run.client.get("/health/ready"), await run.predict(2)):
+            assert (response.status_code, error_of(response.content)) == (503, "draining")
+            assert response.headers["connection"] == "close"
+        assert (await run.client.get("/health")).json()["status"] == "draining"
+        engine.release()
+        assert (await accepted).status_code == 200
+        assert run.service.in_flight == 0
+
+
+# Models
+
+
+async def test_models_lists_versions_with_metadata(tmp_path: Path) -> None:
+    make_model_folder(tmp_path, 1)
+    make_model_folder(tmp_path, 2)
+    make_model_folder(tmp_path, 3, defect="golden_mismatch")
+    app = create_app(Settings(model_dir=tmp_path, port=0, provider="cpu", intra_op_threads=1, admin_key="root"))
+    async with listening(app, FakeEngine()) as run:
+        await run.until(lambda: run.service.status == "ready")
+        answer = (await run.client.get("/models")).json()
+        assert answer["live"] == 2
+        assert [(entry["version"], entry["state"]) for entry in answer["versions"]] == [
+            (1, "available"),
+            (2, "live"),
+            (3, "refused"),
+        ]
+        assert "golden" in answer["versions"][2]["reason"]
+        assert answer["versions"][1]["metadata"]["labels"][0] == "class 0"
+        make_model_folder(tmp_path, 4)
+        reloaded = await run.client.post("/models/reload", headers={"x-api-key": "root"})
+        assert (reloaded.status_code, reloaded.json()["live"]) == (200, 4)
+        assert (await run.predict()).json()["version"] == 4
+        assert await run.metric('perceiver_model_reloads_total{result="loaded"}') == 2
+        label = 'perceiver_model_info{name="tiny",precision="float32",provider="cpu",version="%d"}'
+        assert [await run.metric(label % version) for version in (2, 4)] == [0, 1]
+
+
+# Keys
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 401),
+        ({"x-api-key": "wrong"}, 401),
+        ({"authorization": "Bearer wrong"}, 401),
+        ({"authorization": "Basic first"}, 401),
+        ({"x-api-key": "first"}, 200),
+        ({"x-api-key": "second"}, 200),
+        ({"authorization": "Bearer second"}, 200),
+        ({"authorization": "bearer first"}, 200),
+        ({"x-api-key": "root"}, 401),
+    ],
+)
+async def test_api_keys(tmp_path: Path, headers: dict[str, str], status: int) -> None:
+    async with running(tmp_path / "m", api_keys="first, second", admin_key="root") as run:
+        predicted = await run.client.post("/predict", content=png(1), headers=headers | {"content-type": "image/png"})
+        listed = await run.client.get("/models", headers=headers)
+        assert (predicted.status_code, listed.status_code) == (status, status)
+        if status == 401:
+            assert error_of(predicted.content) == "unauthorized"
+            assert predicted.headers["www-authenticate"] == "Bearer"
+            assert run.engine.batches == []
+        for path in ("/health", "/health/ready", "/metrics", "/openapi.json"):
+            assert (await run.client.get(path)).status_code == 200
+
+
+async def test_keys_from_files_and_the_admin_key(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("# clients\nfirst\n\n  second  # a friend\n")
+    (tmp_path / "admin").write_text("root\n")
+    files = {"api_keys_file": tmp_path / "keys", "admin_key_file": tmp_path / "admin"}
+    async with running(tmp_path / "m", **files) as run:
+        assert run.service.settings.client_keys() == ("first", "second")
+        assert (await run.client.get("/models", headers={"x-api-key": "second"})).status_code == 200
+        for key, status in (("second", 401), ("root", 200), ("", 401)):
+            response = await run.client.post("/models/reload", headers={"x-api-key": key})
+            assert response.status_code == status
+
+
+# CORS
+
+
+async def test_cors_preflight_and_errors_can_be_read_by_allowed_origins_alone(tmp_path: Path) -> None:
+    async with running(tmp_path, cors_origins="https://example.org", api_keys="key") as run:
+        asking = {"access-control-request-method": "POST", "access-control-request-headers": "x-api-key"}
+        good = await run.client.options("/predict", headers={"origin": "https://example.org"} | asking)
+        assert good.status_code == 200
+        assert good.headers["access-control-allow-origin"] == "https://example.org"
+        bad = await run.client.options("/predict", headers={"origin": "https://evil.example"} | asking)
+        assert bad.status_code == 400
+        refused = await run.client.post("/predict", headers={"origin": "https://example.org"})
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == "https://example.org"
+        assert "X-Request-Id" in refused.headers["access-control-expose-headers"]
+
+
+async def test_without_the_setting_there_are_no_cors_headers(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        response = await run.client.get("/health", headers={"origin": "https://example.org"})
+        assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+# Logs
+
+
+async def test_the_access_log_is_off_unless_set_and_holds_no_content(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with running(tmp_path / "a") as run:
+        await run.predict()
+    assert not [record for record in caplog.records if record.name == "service.access"]
+    async with running(tmp_path / "b", access_log=True, api_keys="hush-hush") as run:
+        await run.client.post("/predict?top_k=2", headers={"x-api-key": "hush-hush", "x-request-id": "abc"})
+    (record,) = [record for record in caplog.records if record.name == "service.access"]
+    assert record.getMessage() == "POST /predict 400"
+    assert (record.request_id, record.status) == ("abc", 400)  # type: ignore[attr-defined]
+    assert "hush-hush" not in caplog.text
+
+
+# OpenAPI
+
+
+async def test_the_openapi_document_is_valid_and_describes_every_status(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        document = (await run.client.get("/openapi.json")).json()
+        operation = document["paths"]["/predict"]["post"]
+        assert set(operation["responses"]) == {"200", "400", "401", "408", "413", "415", "500", "503", "504"}
+        assert set(operation["requestBody"]["content"]) == {
+            "multipart/form-data",
+            "application/json",
+            "image/*",
+            "application/octet-stream",
+        }
+        assert "`truncated_image`" in operation["responses"]["400"]["description"]
+        assert "Retry-After" in operation["responses"]["503"]["headers"]
+        references = set(_references(document))
+        assert references
+        for reference in references:
+            node = document
+            for part in reference.removeprefix("#/").split("/"):
+                node = node[part]
+        paths = {"/predict", "/health", "/health/live", "/health/ready", "/metrics", "/models", "/models/reload"}
+        assert set(document["paths"]) == paths
+        docs = await run.client.get("/docs")
+        assert docs.status_code == 200
+        assert "swagger" in docs.text
+
+
+def _references(node: object) -> list[str]:
+    if isinstance(node, dict):
+        own = [node["$ref"]] if isinstance(node.get("$ref"), str) else []
+        return own + [reference for value in node.values() for reference in _references(value)]
+    return [reference for value in node for reference in _references(value)] if isinstance(node, list) else []
+
+
+async def test_answers_have_the_documented_shape(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        for path in JSON_ROUTES:
+            response = await run.client.get(path)
+            assert response.status_code == 200
+            assert response.headers["content-type"] == "application/json"
+            json.loads(response.content)

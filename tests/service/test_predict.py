@@ -1,0 +1,345 @@
+"""`POST /predict` over real HTTP: every body, every error, and that no error reaches the queue."""
+
+import asyncio
+import base64
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from service.schemas import PredictResponse
+from tests.fakes import HEIGHT, WIDTH, FakeEngine
+from tests.service.harness import Running, error_of, png, read_answer, request_head, running
+from tests.service.pictures import all_files, encode, pixels, png_announcing
+
+IMAGE = {"content-type": "image/png"}
+SMALL = pixels(HEIGHT, WIDTH)
+
+
+def base64_of(number: int) -> str:
+    return base64.b64encode(png(number)).decode()
+
+
+def answered(run: Running) -> list[int]:
+    """The numbers of all pictures that were run."""
+    return [number for batch in run.engine.batches for number in batch]
+
+
+# Bodies
+
+
+async def test_a_raw_body(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        response = await run.predict(7)
+        assert response.status_code == 200
+        assert response.headers["content-type"] == "application/json"
+        answer = PredictResponse.model_validate_json(response.content)
+        assert (answer.model, answer.version) == ("tiny", 1)
+        (picture,) = answer.predictions
+        assert picture.filename is None
+        assert [entry.label for entry in picture.top] == [f"class {index}" for index in range(5)]
+        assert picture.top[0].probability == pytest.approx(1 / (1 + 4 * np.exp(-7)), abs=1e-6)
+        assert answered(run) == [7]
+
+
+async def test_a_form_with_several_files_keeps_their_order_and_names(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        files = [("file", (f"{number}.png", png(number))) for number in (1, 2, 3)]
+        response = await run.client.post("/predict", files=files)
+        answer = PredictResponse.model_validate_json(response.content)
+        assert [picture.filename for picture in answer.predictions] == ["1.png", "2.png", "3.png"]
+        probabilities = [picture.top[0].probability for picture in answer.predictions]
+        assert probabilities == pytest.approx([1 / (1 + 4 * np.exp(-number)) for number in (1, 2, 3)], abs=1e-6)
+
+
+async def test_json_with_one_and_with_several_pictures(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        one = await run.client.post("/predict", json={"image": base64_of(1)})
+        two = await run.client.post("/predict", json={"images": [base64_of(1), base64_of(2)]})
+        assert [len(response.json()["predictions"]) for response in (one, two)] == [1, 2]
+        assert one.json()["predictions"][0] == two.json()["predictions"][0]
+
+
+@pytest.mark.parametrize("name", all_files(SMALL))
+async def test_every_format(tmp_path: Path, name: str) -> None:
+    async with running(tmp_path) as run:
+        response = await run.client.post("/predict", content=all_files(SMALL)[name], headers=IMAGE)
+        assert response.status_code == 200
+
+
+async def test_a_chunked_body(tmp_path: Path) -> None:
+    async def chunks():
+        for byte in png(5):
+            yield bytes([byte])
+
+    async with running(tmp_path) as run:
+        response = await run.client.post("/predict", content=chunks(), headers=IMAGE)
+        assert response.status_code == 200
+        assert answered(run) == [5]
+
+
+@pytest.mark.parametrize("inline", [0, 1_000_000])
+async def test_large_and_small_pictures_give_the_same_answer(tmp_path: Path, inline: int) -> None:
+    body = encode(pixels(200, 300), "JPEG")
+    async with running(tmp_path, inline_decode_bytes=inline, inline_decode_pixels=inline) as run:
+        form = await run.client.post("/predict", files=[("a", ("a.jpg", body)), ("b", ("b.jpg", body))])
+        raw = await run.client.post("/predict", content=body, headers=IMAGE)
+        text = await run.client.post("/predict", json={"image": base64.b64encode(body).decode()})
+        tops = [response.json()["predictions"][-1]["top"] for response in (form, raw, text)]
+        assert tops[0] == tops[1] == tops[2]
+        assert len(set(answered(run))) == 1
+
+
+async def test_small_pictures_with_many_pixels_leave_the_event_loop(tmp_path: Path) -> None:
+    async with running(tmp_path, inline_decode_pixels=100) as run:
+        response = await run.client.post(
+            "/predict", content=encode(np.zeros((50, 50, 3), np.uint8), "PNG"), headers=IMAGE
+        )
+        assert response.status_code == 200
+        assert run.service.decoder._threads._threads
+
+
+# Options
+
+
+@pytest.mark.parametrize(("query", "expected"), [("", 5), ("?top_k=1", 1), ("?top_k=5", 5), ("?top_k=05", 5)])
+async def test_top_k(tmp_path: Path, query: str, expected: int) -> None:
+    async with running(tmp_path) as run:
+        response = await run.client.post(f"/predict{query}", content=png(1), headers=IMAGE)
+        assert len(response.json()["predictions"][0]["top"]) == expected
+
+
+async def test_server_timing_splits_the_time(tmp_path: Path) -> None:
+    async with running(tmp_path, FakeEngine(delay=0.02)) as run:
+        timing = (await run.predict()).headers["server-timing"]
+        durations = {name: float(value) for name, value in (part.split(";dur=") for part in timing.split(", "))}
+        assert list(durations) == ["decode", "queue", "inference", "total"]
+        assert durations["total"] >= durations["inference"] >= 15
+        assert durations["total"] >= durations["decode"] > 0
+
+
+# Errors: (query, headers, body) -> status, code
+
+RAW_ERRORS = [
+    ("?top_k=0", IMAGE, png(1), 400, "invalid_top_k"),
+    ("?top_k=6", IMAGE, png(1), 400, "invalid_top_k"),
+    ("?top_k=-1", IMAGE, png(1), 400, "invalid_top_k"),
+    ("?top_k=two", IMAGE, png(1), 400, "invalid_top_k"),
+    ("?top_k=", IMAGE, png(1), 400, "invalid_top_k"),
+    ("?top_k=1&top_k=2", IMAGE, png(1), 400, "invalid_top_k"),
+    ("?top_k=" + "9" * 5000, IMAGE, png(1), 400, "invalid_top_k"),
+    ("?topk=2", IMAGE, png(1), 400, "bad_request"),
+    ("", IMAGE | {"x-request-timeout-ms": "soon"}, png(1), 400, "invalid_timeout"),
+    ("", IMAGE | {"x-request-timeout-ms": "0"}, png(1), 400, "invalid_timeout"),
+    ("", IMAGE | {"x-request-timeout-ms": "1e3"}, png(1), 400, "invalid_timeout"),
+    ("", IMAGE, b"I am no picture", 400, "not_an_image"),
+    ("", IMAGE, b"", 400, "no_picture"),
+    ("", IMAGE, encode(pixels(99, 99), "PNG")[:-400], 400, "truncated_image"),
+    ("", IMAGE, encode(pixels(300, 300), "BMP")[:-4000], 400, "truncated_image"),
+    ("", IMAGE, b"%PDF-1.7", 415, "unsupported_format"),
+    ("", {"content-type": "text/plain"}, png(1), 415, "unsupported_media_type"),
+    ("", IMAGE, png_announcing(1001, 1000), 413, "too_many_pixels"),
+    ("", IMAGE, bytes(600_000), 413, "body_too_large"),
+    ("", {"content-type": "application/json"}, b"{", 400, "invalid_json"),
+    ("", {"content-type": "application/json"}, b'{"image": "?"}', 400, "invalid_base64"),
+    ("", {"content-type": "application/json"}, b'{"images": ["", "", "", ""]}', 413, "too_many_pictures"),
+    ("", {"content-type": "application/json"}, b'{"images": []}', 400, "no_picture"),
+    ("", {"content-type": "multipart/form-data"}, png(1), 400, "invalid_form"),
+]
+
+
+@pytest.mark.parametrize(
+    ("query", "headers", "body", "status", "code"),
+    RAW_ERRORS,
+    ids=[f"{number}-{case[-1]}" for number, case in enumerate(RAW_ERRORS)],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+async def test_what_is_wrong_is_said_and_never_queued(
+    tmp_path: Path, query: str, headers: dict[str, str], body: bytes, status: int, code: str
+) -> None:
+    limits = {"max_pixels": 1_000_000, "max_body_bytes": 500_000, "max_pictures": 3}
+    async with running(tmp_path, **limits) as run:
+        response = await run.client.post(f"/predict{query}", content=body, headers=headers)
+        assert (response.status_code, error_of(response.content)) == (status, code)
+        error = response.json()["error"]
+        assert set(error) == {"code", "message", "request_id"}
+        assert error["request_id"] == response.headers["x-request-id"]
+        assert answered(run) == []
+        assert (run.service.admission.pictures, run.service.admission.bytes) == (0, 0)
+        assert await run.metric(f'perceiver_rejections_total{{reason="{code}"}}') == 1
+        assert (await run.predict(3)).status_code == 200
+
+
+async def test_of_several_pictures_the_bad_one_is_named(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        files = [("f", ("good.png", png(1))), ("f", ("bad.png", b"nothing"))]
+        response = await run.client.post("/predict", files=files)
+        assert error_of(response.content) == "not_an_image"
+        assert "Picture 2 of 2 ('bad.png')" in response.json()["error"]["message"]
+        assert answered(run) == []
+
+
+async def test_a_failing_batch_is_a_500_and_the_next_one_is_served(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    async with running(tmp_path, engine) as run:
+        engine.fail = lambda numbers: RuntimeError("secret detail") if 13 in numbers else None
+        response = await run.predict(13)
+        assert (response.status_code, error_of(response.content)) == (500, "inference_failed")
+        assert "secret" not in response.text
+        assert (await run.predict(14)).status_code == 200
+
+
+# Admission
+
+
+async def test_a_full_house_is_503_with_retry_after(tmp_path: Path) -> None:
+    engine = FakeEngine(max_batch_size=1)
+    async with running(tmp_path, engine, max_queue_size=2, max_pictures=2) as run:
+        engine.hold()
+        held = [asyncio.create_task(run.predict(number)) for number in (1, 2)]
+        await run.until(lambda: run.service.admission.pictures == 2)
+        response = await run.predict(3)
+        assert (response.status_code, error_of(response.content)) == (503, "overloaded")
+        assert int(response.headers["retry-after"]) >= 1
+        engine.release(2)
+        assert [answer.status_code for answer in await asyncio.gather(*held)] == [200, 200]
+        assert answered(run) == [1, 2]
+
+
+async def test_pictures_of_one_body_are_counted_before_they_are_decoded(tmp_path: Path) -> None:
+    engine = FakeEngine(max_batch_size=1)
+    async with running(tmp_path, engine, max_queue_size=2, max_pictures=2) as run:
+        engine.hold()
+        held = asyncio.create_task(run.predict(1))
+        await run.until(lambda: run.service.admission.pictures == 1)
+        junk = base64.b64encode(b"junk").decode()  # would be 400 if it were decoded first
+        response = await run.client.post("/predict", json={"images": [junk, junk]})
+        assert error_of(response.content) == "overloaded"
+        engine.release()
+        assert (await held).status_code == 200
+
+
+async def test_bytes_in_the_house_are_bounded(tmp_path: Path) -> None:
+    async with running(tmp_path, max_queue_bytes=10_000, max_body_bytes=10_000) as run:
+        _, writer = await run.connect()
+        writer.write(request_head(8_000) + bytes(10))
+        await run.until(lambda: run.service.admission.bytes == 8_000)
+        response = await run.client.post("/predict", content=bytes(3_000), headers=IMAGE)
+        assert error_of(response.content) == "overloaded"
+        writer.close()
+        await run.until(lambda: run.service.admission.bytes == 0)
+        assert (await run.predict()).status_code == 200
+
+
+async def test_slow_senders_do_not_keep_others_out(tmp_path: Path) -> None:
+    async with running(tmp_path, max_queue_size=1, max_pictures=1) as run:
+        reader, writer = await run.connect()
+        body = png(1)
+        writer.write(request_head(len(body)) + body[:20])
+        await run.until(lambda: run.service.in_flight == 1)
+        assert (await run.predict(2)).status_code == 200
+        writer.write(body[20:])
+        assert (await read_answer(reader))[0] == 200
+
+
+# Deadlines
+
+
+async def test_a_picture_whose_deadline_passes_in_the_queue_is_not_run(tmp_path: Path) -> None:
+    engine = FakeEngine(max_batch_size=1)
+    async with running(tmp_path, engine) as run:
+        engine.hold()
+        first = asyncio.create_task(run.predict(1))
+        await run.until(lambda: engine.batches == [[1]])
+        late = asyncio.create_task(
+            run.client.post("/predict", content=png(2), headers=IMAGE | {"x-request-timeout-ms": "30"})
+        )
+        await run.until(lambda: run.service.queue_length == 1)
+        await asyncio.sleep(0.04)
+        engine.release()
+        response = await late
+        assert (response.status_code, error_of(response.content)) == (504, "deadline_exceeded")
+        assert (await first).status_code == 200
+        assert answered(run) == [1]
+        assert await run.metric("perceiver_deadline_misses_total") == 1
+
+
+async def test_the_setting_bounds_what_a_client_asks_for(tmp_path: Path) -> None:
+    engine = FakeEngine(max_batch_size=1)
+    async with running(tmp_path, engine, request_timeout_ms=30) as run:
+        engine.hold()
+        first = asyncio.create_task(run.predict(1))
+        await run.until(lambda: engine.batches == [[1]])
+        late = asyncio.create_task(
+            run.client.post("/predict", content=png(2), headers=IMAGE | {"x-request-timeout-ms": "9999999999"})
+        )
+        await run.until(lambda: run.service.queue_length == 1)
+        await asyncio.sleep(0.04)
+        engine.release()
+        assert (await late).status_code == 504
+        assert (await first).status_code == 200
+
+
+async def test_a_deadline_that_passes_while_no_decoding_thread_is_free(tmp_path: Path) -> None:
+    body = encode(pixels(40, 40), "BMP")
+    async with running(tmp_path, decode_threads=1, inline_decode_bytes=0, request_timeout_ms=50) as run:
+        await run.service.decoder._free.acquire()
+        response = await run.client.post("/predict", content=body, headers=IMAGE)
+        assert error_of(response.content) == "deadline_exceeded"
+        run.service.decoder._free.release()
+        assert answered(run) == []
+        assert (await run.predict()).status_code == 200
+
+
+# Clients that leave
+
+
+async def test_a_client_that_leaves_takes_its_queued_picture_along(tmp_path: Path) -> None:
+    engine = FakeEngine(max_batch_size=1)
+    async with running(tmp_path, engine) as run:
+        engine.hold()
+        first = asyncio.create_task(run.predict(1))
+        await run.until(lambda: engine.batches == [[1]])
+        _, writer = await run.connect()
+        writer.write(request_head(len(png(2))) + png(2))
+        await run.until(lambda: run.service.queue_length == 1)
+        writer.close()
+        await run.until(lambda: run.service.in_flight == 1)
+        engine.release(2)
+        assert (await first).status_code == 200
+        assert (await run.predict(3)).status_code == 200
+        assert answered(run) == [1, 3]
+        assert await run.metric("perceiver_cancellations_total") == 1
+        assert await run.metric('perceiver_requests_total{code="499",route="/predict"}') == 1
+
+
+async def test_a_client_that_leaves_while_its_picture_runs_harms_nobody(tmp_path: Path) -> None:
+    engine = FakeEngine(max_batch_size=2)
+    async with running(tmp_path, engine) as run:
+        engine.hold()
+        _, writer = await run.connect()
+        writer.write(request_head(len(png(1))) + png(1))
+        await run.until(lambda: engine.batches == [[1]])
+        writer.close()
+        await run.until(lambda: run.service.in_flight == 0)
+        engine.release(2)
+        assert (await run.predict(2)).status_code == 200
+
+
+async def test_a_client_that_leaves_while_it_sends(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        _, writer = await run.connect()
+        writer.write(request_head(1000) + b"abc")
+        await run.until(lambda: run.service.in_flight == 1)
+        writer.close()
+        await run.until(lambda: run.service.in_flight == 0)
+        assert run.service.admission.bytes == 0
+        assert answered(run) == []
+
+
+async def test_what_a_client_sends_after_its_request_waits_for_the_answer(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        request = request_head(len(png(1))) + png(1)
+        writer.write(request * 3)
+        assert [(await read_answer(reader))[0] for _ in range(3)] == [200] * 3

@@ -1,0 +1,202 @@
+"""Limits of connections, headers and bodies, over raw sockets."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from service import protocol
+from tests.fakes import FakeEngine
+from tests.service.harness import error_of, png, read_answer, request_head, running
+
+
+async def ended(reader: asyncio.StreamReader) -> bool:
+    """Whether the server closes the connection, with nothing more to say."""
+    async with asyncio.timeout(20):
+        try:
+            return await reader.read() == b""
+        except ConnectionResetError:
+            return True
+
+
+async def test_a_client_that_says_nothing_is_cut_off(tmp_path: Path) -> None:
+    async with running(tmp_path, header_timeout_s=0.1) as run:
+        reader, _ = await run.connect()
+        assert await ended(reader)
+
+
+async def test_headers_that_trickle_are_cut_off(tmp_path: Path) -> None:
+    async with running(tmp_path, header_timeout_s=0.15) as run:
+        reader, writer = await run.connect()
+
+        async def trickle() -> None:
+            for byte in request_head(10) * 100:
+                writer.write(bytes([byte]))
+                await asyncio.sleep(0.01)
+
+        task = asyncio.create_task(trickle())
+        status, headers, body = await read_answer(reader)
+        assert (status, error_of(body), headers["connection"]) == (408, "headers_timeout", "close")
+        assert await ended(reader)
+        task.cancel()
+        assert await run.metric('perceiver_rejections_total{reason="headers_timeout"}') == 1
+
+
+async def test_headers_of_a_second_request_have_their_time_too(tmp_path: Path) -> None:
+    async with running(tmp_path, header_timeout_s=0.15) as run:
+        reader, writer = await run.connect()
+        writer.write(request_head(len(png(1))) + png(1))
+        assert (await read_answer(reader))[0] == 200
+        writer.write(b"POST /predict HT")
+        assert (await read_answer(reader))[0] == 408
+        assert await ended(reader)
+
+
+async def test_line_ends_between_requests_do_not_hold_a_connection(tmp_path: Path) -> None:
+    async with running(tmp_path, header_timeout_s=0.15) as run:
+        reader, writer = await run.connect()
+        writer.write(request_head(len(png(1))) + png(1))
+        assert (await read_answer(reader))[0] == 200
+        writer.write(b"\r\n")
+        assert await ended(reader)
+
+
+async def test_an_idle_connection_outlives_the_header_timeout(tmp_path: Path) -> None:
+    async with running(tmp_path, header_timeout_s=0.1, keep_alive_s=60) as run:
+        reader, writer = await run.connect()
+        for _ in range(2):
+            writer.write(request_head(len(png(1))) + png(1))
+            assert (await read_answer(reader))[0] == 200
+            await asyncio.sleep(0.15)
+
+
+async def test_headers_that_are_too_large(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        writer.write(b"POST /predict HTTP/1.1\r\n")
+        for _ in range(70):
+            writer.write(b"X-Filler: " + b"x" * 1024 + b"\r\n")
+        status, _, body = await read_answer(reader)
+        assert (status, error_of(body)) == (431, "headers_too_large")
+
+
+async def test_what_is_no_http_gets_the_shape_of_all_errors(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        writer.write(b"\x16\x03\x01 I speak TLS\r\n\r\n")
+        status, headers, body = await read_answer(reader)
+        assert (status, error_of(body), headers["connection"]) == (400, "bad_request", "close")
+        assert await ended(reader)
+
+
+async def test_a_body_that_trickles_is_cut_off_however_steadily(tmp_path: Path) -> None:
+    async with running(tmp_path, body_timeout_s=0.2) as run:
+        reader, writer = await run.connect()
+        writer.write(request_head(10_000))
+
+        async def trickle() -> None:
+            while True:
+                writer.write(b"x")
+                await asyncio.sleep(0.01)
+
+        task = asyncio.create_task(trickle())
+        status, headers, body = await read_answer(reader)
+        task.cancel()
+        assert (status, error_of(body), headers["connection"]) == (408, "body_timeout", "close")
+        await run.until(lambda: run.service.in_flight == 0)
+        assert run.service.admission.bytes == 0
+        assert run.engine.batches == []
+
+
+async def test_the_body_timeout_does_not_limit_the_answer(tmp_path: Path) -> None:
+    async with running(tmp_path, FakeEngine(delay=0.3), body_timeout_s=0.1, header_timeout_s=0.1) as run:
+        reader, writer = await run.connect()
+        body = png(1)
+        writer.write(request_head(len(body)) + body[:10])
+        await run.until(lambda: run.service.in_flight == 1)
+        writer.write(body[10:])
+        assert (await read_answer(reader))[0] == 200
+
+
+async def test_an_announced_body_that_is_too_large_is_refused_unread(tmp_path: Path) -> None:
+    async with running(tmp_path, max_body_bytes=2000) as run:
+        reader, writer = await run.connect()
+        writer.write(request_head(2001, "Expect: 100-continue"))
+        status, _, body = await read_answer(reader)
+        assert (status, error_of(body)) == (413, "body_too_large")
+
+
+async def test_a_chunked_body_that_is_too_large_is_refused_while_reading(tmp_path: Path) -> None:
+    async with running(tmp_path, max_body_bytes=2000) as run:
+        reader, writer = await run.connect()
+        writer.write(request_head(None, "Transfer-Encoding: chunked"))
+        chunk = b"%x\r\n%s\r\n" % (1500, bytes(1500))
+        writer.write(chunk)
+        await run.until(lambda: run.service.admission.bytes == 1500)
+        writer.write(chunk)
+        status, _, body = await read_answer(reader)
+        assert (status, error_of(body)) == (413, "body_too_large")
+
+
+async def test_the_client_can_read_an_early_answer_while_it_still_sends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "LINGER_SECONDS", 0.3)
+    async with running(tmp_path, max_body_bytes=2000) as run:
+        reader, writer = await run.connect()
+        writer.write(request_head(100_000_000))
+
+        async def send() -> None:
+            while True:
+                writer.write(bytes(100_000))
+                await writer.drain()
+
+        sending = asyncio.create_task(send())
+        status, _, body = await read_answer(reader)
+        assert (status, error_of(body)) == (413, "body_too_large")
+        with pytest.raises(ConnectionError):
+            await asyncio.wait_for(sending, 20)
+
+
+async def test_a_body_that_ends_after_an_early_answer_leaves_the_connection_usable(tmp_path: Path) -> None:
+    async with running(tmp_path, max_body_bytes=2000) as run:
+        reader, writer = await run.connect()
+        writer.write(request_head(5000) + bytes(4000))
+        assert (await read_answer(reader))[0] == 413
+        writer.write(bytes(1000) + request_head(len(png(1))) + png(1))
+        assert (await read_answer(reader))[0] == 200
+
+
+async def test_100_continue_is_sent_for_a_body_that_is_wanted(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        writer.write(request_head(len(png(1)), "Expect: 100-continue"))
+        async with asyncio.timeout(10):
+            assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(png(1))
+        assert (await read_answer(reader))[0] == 200
+
+
+async def test_one_connection_too_many_is_told_so(tmp_path: Path) -> None:
+    async with running(tmp_path, max_connections=3) as run:
+        await run.predict()  # the client keeps one open
+        kept = [await run.connect() for _ in range(2)]
+        await run.until(lambda: len(run.server.server_state.connections) == 3)
+        reader, _ = await run.connect()
+        status, headers, body = await read_answer(reader)
+        assert (status, error_of(body), headers["retry-after"]) == (503, "unavailable", "1")
+        assert await ended(reader)
+        kept[0][1].close()
+        await run.until(lambda: len(run.server.server_state.connections) == 2)
+        reader, writer = await run.connect()
+        writer.write(request_head(len(png(1))) + png(1))
+        assert (await read_answer(reader))[0] == 200
+
+
+async def test_http_1_0_is_answered_and_closed(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        writer.write(request_head(len(png(1))).replace(b"HTTP/1.1", b"HTTP/1.0") + png(1))
+        status, headers, _ = await read_answer(reader)
+        assert (status, headers["connection"]) == (200, "close")
+        assert await ended(reader)
