@@ -15,6 +15,7 @@ from torch import nn
 
 from export.card import write_card
 from export.errors import ExportError
+from export.fold import fold
 from export.golden import noise_golden, real_golden, reference_logits
 from export.serving_model import TrainingForm, count_operations
 from export.source import Source
@@ -101,11 +102,6 @@ def make_golden(model: nn.Module, source: Source, options: Options) -> Golden:
     return real_golden(model, source, options.data, options.golden)
 
 
-def serving_form(trained: TrainingForm) -> nn.Module:
-    """Return the form that serves."""
-    return trained
-
-
 def pass_gate(model: bytes, trained: nn.Module, golden: Golden, max_batch: int) -> list[Comparison]:
     """Run the file as the service will, on the CPU, and hold it against torch; prints the table.
 
@@ -136,7 +132,7 @@ def build(source: Source, options: Options) -> Exported:
     metadata = make_metadata(source, options.name or options.out.resolve().name)
     forms: list[tuple[str, nn.Module]] = [("as trained", trained)]
     if not options.plain:
-        forms.append(("folded", serving_form(trained)))
+        forms.append(("folded", fold(trained)))
     image = torch.zeros(1, *metadata.input_size, 3, dtype=torch.uint8)
     operations = [(name, count_operations(form, image)) for name, form in forms]
     print("GFLOP a picture: " + ", ".join(f"{name} {count / 1e9:.3f}" for name, count in operations))

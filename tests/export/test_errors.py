@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from export.__main__ import main
+from export.card import figures
+from export.source import load_source
 from tests.export.conftest import LABELS, write_run
 
 
@@ -43,17 +45,23 @@ def test_a_report_that_is_none(copy: Path, tmp_path: Path, capsys: pytest.Captur
     assert "report.json: is not a report" in fails([str(copy), "--out", str(tmp_path / "out")], capsys)
 
 
-def test_a_report_of_another_checkpoint_gives_no_temperature(
-    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_report_of_another_checkpoint_gives_no_temperature(copy: Path) -> None:
     report = json.loads((copy / "report.json").read_text())
     (copy / "report.json").write_text(json.dumps(report | {"checkpoint_sha256": "0" * 64}))
-    out = tmp_path / "out"
-    assert main([str(copy), "--out", str(out), "--golden", "2", "--max-batch", "2"]) == 0
-    assert "about another checkpoint" in capsys.readouterr().out
-    card = (out / "1" / "README.md").read_text()
-    assert "Temperature 1.0000" in card
-    assert "validation, at the end of the epoch" in card
+    source = load_source(copy)
+    assert "about another checkpoint" in source.notes[0]
+    assert source.temperature == 1.0
+    assert source.metrics is not None
+    assert source.metrics.split == "val"
+    assert "Temperature 1.0000" in figures(source)
+    assert "test" not in figures(source)
+
+
+def test_a_run_without_a_report_says_so(copy: Path) -> None:
+    (copy / "report.json").unlink()
+    source = load_source(copy)
+    assert "there is no" in source.notes[0]
+    assert source.temperature == 1.0
 
 
 def test_data_that_have_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
