@@ -9,14 +9,13 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from export.__main__ import main as export
-from training.__main__ import main as train
+MODELS = Path("/models")
 
 
 def main(arguments: list[str]) -> int:
     """Return the exit status: of the training unless it is 0, else of the export."""
     run = Path(os.environ.get("RUN") or f"runs/{datetime.now(UTC):%Y%m%d-%H%M%S}")
-    folder = Path("/models") / (os.environ.get("MODEL_NAME") or "perceiver-cifar100")
+    folder = MODELS / (os.environ.get("MODEL_NAME") or "perceiver-cifar100")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -26,6 +25,20 @@ def main(arguments: list[str]) -> int:
     where = "--resume" if (run / "config.json").exists() else "--out"
     # Stopped with a checkpoint counts as a failure here: nothing half-trained is served.
     return train([where, str(run), *arguments]) or export([str(run), "--out", str(folder)])
+
+
+def train(arguments: list[str]) -> int:
+    """Run `python -m training`, in this process; return its exit status."""
+    from training.__main__ import main  # here and below: torch takes seconds to import
+
+    return main(arguments)
+
+
+def export(arguments: list[str]) -> int:
+    """Run `python -m export`, in this process; return its exit status."""
+    from export.__main__ import main
+
+    return main(arguments)
 
 
 def refuse(folder: Path) -> int:

@@ -1,0 +1,137 @@
+"""The scripts that run in the containers."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests.docker.files import DOCKER
+
+HEALTHCHECK = [sys.executable, "-IS", DOCKER / "healthcheck.py"]
+START = DOCKER / "grafana" / "start.sh"
+
+
+@contextmanager
+def answering(status: int, body: bytes) -> Iterator[int]:
+    """A server that answers everything so; yields its port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            found = status if self.path == "/health/ready" else 404
+            self.send_response(found)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def check_health(port: int) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(HEALTHCHECK, env={"PERCEIVER_PORT": str(port)}, capture_output=True, text=True, timeout=20)
+
+
+def test_healthcheck_passes_when_ready():
+    with answering(200, b"{}") as port:
+        run = check_health(port)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_healthcheck_fails_with_the_services_words():
+    with answering(503, b'{"status": "loading"}') as port:
+        run = check_health(port)
+    assert run.returncode == 1
+    assert '{"status": "loading"}' in run.stderr
+
+
+def test_healthcheck_fails_when_nobody_listens():
+    with answering(200, b"") as port:
+        pass
+    run = check_health(port)
+    assert run.returncode == 1
+    assert "refused" in run.stderr
+
+
+def start_grafana(tmp_path: Path, password: str) -> str:
+    """The password that Grafana would get."""
+    stub = tmp_path / "run.sh"
+    stub.write_text('#!/bin/sh\necho "password=$GF_SECURITY_ADMIN_PASSWORD $*"\n')
+    stub.chmod(0o755)
+    environment = {"GF_PATHS_DATA": str(tmp_path), "GRAFANA_RUN": str(stub), "PATH": "/usr/bin:/bin"}
+    environment["GF_SECURITY_ADMIN_PASSWORD"] = password
+    run = subprocess.run(["/bin/sh", START, "--flag"], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1].endswith(" --flag")
+    return run.stdout.splitlines()[-1].removeprefix("password=").removesuffix(" --flag")
+
+
+def test_grafana_takes_the_password_that_is_set(tmp_path: Path):
+    assert start_grafana(tmp_path, "chosen") == "chosen"
+    assert not (tmp_path / "admin-password").exists()
+
+
+def test_grafana_gets_a_password_of_its_own_once(tmp_path: Path):
+    made_up = start_grafana(tmp_path, "")
+    assert len(made_up) == 24
+    assert start_grafana(tmp_path, "") == made_up
+    assert (tmp_path / "admin-password").stat().st_mode & 0o777 == 0o600
+    other = tmp_path / "other"
+    other.mkdir()
+    assert start_grafana(other, "") != made_up
+
+
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The script with a training and an export that only take note."""
+    import train_and_export as script
+
+    calls: list[list[str]] = []
+    monkeypatch.setattr(script, "train", lambda arguments: calls.append(["train", *arguments]) or script.status)
+    monkeypatch.setattr(script, "export", lambda arguments: calls.append(["export", *arguments]) or 0)
+    monkeypatch.setattr(script, "status", 0, raising=False)
+    monkeypatch.setattr(script, "MODELS", tmp_path / "models")
+    monkeypatch.setattr(script, "calls", calls, raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RUN", "runs/night")
+    return script
+
+
+def test_training_is_followed_by_the_export(training, tmp_path: Path):
+    assert training.main(["--preset", "compact"]) == 0
+    assert training.calls == [
+        ["train", "--out", "runs/night", "--preset", "compact"],
+        ["export", "runs/night", "--out", str(tmp_path / "models" / "perceiver-cifar100")],
+    ]
+
+
+def test_training_goes_on_where_the_run_has_begun(training):
+    Path("runs/night").mkdir(parents=True)
+    Path("runs/night/config.json").touch()
+    assert training.main([]) == 0
+    assert training.calls[0] == ["train", "--resume", "runs/night"]
+
+
+def test_stopped_training_is_not_exported(training, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(training, "status", 3)
+    assert training.main([]) == 3
+    assert len(training.calls) == 1
+
+
+def test_models_that_nobody_may_write_are_told_before_the_training(training, tmp_path: Path, capsys):
+    (tmp_path / "models").touch()  # no folder: not even root can write below it
+    assert training.main([]) == 2
+    assert training.calls == []
+    assert "RUN_AS_UID" in capsys.readouterr().err
