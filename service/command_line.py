@@ -42,8 +42,10 @@ def load_settings(arguments: Sequence[str], environment: Mapping[str, str] = os.
     except SettingsError as error:
         problems.append(flag_problem(str(error)))
     except ValidationError as error:
-        first = {details["loc"][:1]: details for details in reversed(error.errors())}  # one sentence a setting
-        problems.extend(value_problem(details) for details in first.values())
+        first: dict[tuple[int | str, ...], ErrorDetails] = {}  # one sentence a setting
+        for details in error.errors():
+            first.setdefault(details["loc"][:1], details)
+        problems.extend(map(value_problem, first.values()))
     if problems:
         raise UsageError(problems)
     return settings

@@ -87,6 +87,9 @@ class Metrics:
         self.admitted_bytes = Gauge(
             "perceiver_admitted_bytes", "Bytes of the request bodies of these.", registry=registry
         )
+        self.max_queue_size = Gauge(
+            "perceiver_max_queue_size", "Pictures that may be accepted and not yet answered.", registry=registry
+        )
         self._request_counters: dict[tuple[str, int], Counter] = {}  # labels() looks its arguments over each time
         for result in ("loaded", "refused"):
             self.reloads.labels(result)
@@ -158,8 +161,10 @@ class Metrics:
         queue_length: Callable[[], int],
         admitted_pictures: Callable[[], int],
         admitted_bytes: Callable[[], int],
+        max_queue_size: int,
     ) -> None:
-        """Say where the gauges read their values at each scrape."""
+        """Say where the gauges read their values at each scrape; `max_queue_size` stays as it is."""
+        self.max_queue_size.set(max_queue_size)
         self.ready.set_function(ready)
         self.queue_length.set_function(queue_length)
         self.admitted_pictures.set_function(admitted_pictures)
