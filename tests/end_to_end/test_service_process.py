@@ -1,0 +1,180 @@
+"""The service as it is started in production: a process, signals, exit statuses, real HTTP, a real engine."""
+
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.end_to_end.process import ROOT, Process, make_slow_model, on_model, started
+from tests.fakes import HEIGHT, WIDTH, make_model_folder, tiny_logits
+from tests.service.harness import png, request_head
+from tests.service.pictures import encode, pixels
+
+IMAGE = {"content-type": "image/png"}
+
+
+def post(client: httpx.Client, number: int = 1, **headers: str) -> httpx.Response:
+    return client.post("/predict", content=png(number), headers=IMAGE | headers)
+
+
+def test_a_picture_in_a_label_out(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m")
+    picture = pixels(HEIGHT, WIDTH)
+    with started(tmp_path, *on_model(tmp_path / "m")) as process, process.ready() as client:
+        response = client.post("/predict", files={"file": ("a.png", encode(picture, "PNG"))})
+        top = response.json()["predictions"][0]["top"]
+        logits = tiny_logits(picture[None], 1)[0].astype(np.float64)
+        expected = np.exp(logits) / np.exp(logits).sum()
+        assert [entry["index"] for entry in top] == np.argsort(-expected).tolist()
+        assert [entry["probability"] for entry in top] == pytest.approx(np.sort(expected)[::-1], abs=1e-5)
+        timing = dict(part.split(";dur=") for part in response.headers["server-timing"].split(", "))
+        assert float(timing["inference"]) > 0
+        assert "perceiver_ready 1.0" in client.get("/metrics").text
+        process.signal()
+        assert process.exit_status() == 0
+
+
+def test_sigterm_finishes_what_was_accepted_while_probes_say_503(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m")
+    with started(tmp_path, *on_model(tmp_path / "m")) as process, process.ready() as client:
+        address = (client.base_url.host, client.base_url.port)
+        with socket.create_connection(address) as half, socket.create_connection(address) as idle:
+            half.settimeout(30)
+            idle.settimeout(30)
+            body = png(1)
+            half.sendall(request_head(len(body)) + body[:30])
+            process.wait(lambda: f"perceiver_admitted_bytes {len(body)}.0" in client.get("/metrics").text)
+            process.signal()
+            process.wait(lambda: "draining: 1 requests" in process.stderr)
+            assert client.get("/health/ready").status_code == 503
+            refused = post(client)
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "draining"
+            assert client.get("/health/live").status_code == 200
+            half.sendall(body[30:])
+            assert half.recv(100).startswith(b"HTTP/1.1 200")
+            assert idle.recv(1) == b""
+        assert process.exit_status() == 0
+
+
+def test_a_drain_does_not_wait_longer_than_it_may(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m")
+    with (
+        started(tmp_path, *on_model(tmp_path / "m", "--drain-timeout-s", "0.3")) as process,
+        process.ready() as client,
+        socket.create_connection((client.base_url.host, client.base_url.port)) as half,
+    ):
+        half.sendall(request_head(1000) + b"abc")
+        process.wait(lambda: "perceiver_admitted_bytes 1000.0" in client.get("/metrics").text)
+        process.signal()
+        assert process.exit_status() == 0
+        half.settimeout(10)
+        half.recv(10_000)  # whatever it says, it does not hang
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_idle_service_stops_at_once(tmp_path: Path, number: int) -> None:
+    make_model_folder(tmp_path / "m")
+    with started(tmp_path, *on_model(tmp_path / "m", "--log-format", "json")) as process, process.ready():
+        process.signal(number)
+        assert process.exit_status() == 0
+        assert "Traceback" not in process.stderr
+        assert all(line.startswith("{") for line in process.stderr.splitlines())
+
+
+def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m")
+    with (
+        started(tmp_path, *on_model(tmp_path / "m", "--drain-timeout-s", "600")) as process,
+        process.ready() as client,
+        socket.create_connection((client.base_url.host, client.base_url.port)) as half,
+    ):
+        half.sendall(request_head(1000) + b"abc")
+        process.wait(lambda: "perceiver_admitted_bytes 1000.0" in client.get("/metrics").text)
+        process.signal(signal.SIGINT)
+        process.wait(lambda: "draining: 1 requests" in process.stderr)
+        process.signal(signal.SIGINT)
+        assert process.exit_status() != 0
+
+
+def test_a_hung_engine_ends_the_process(tmp_path: Path) -> None:
+    make_slow_model(tmp_path / "m", steps=10**9)
+    slow, quick = np.full((HEIGHT, WIDTH, 3), 255, np.uint8), np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    arguments = on_model(tmp_path / "m", "--run-timeout-ms", "300")
+    with started(tmp_path, *arguments) as process, process.ready() as client:
+        assert client.post("/predict", content=encode(quick, "PNG"), headers=IMAGE).status_code == 200
+        failed = client.post("/predict", content=encode(slow, "PNG"), headers=IMAGE)
+        assert (failed.status_code, failed.json()["error"]["code"]) == (500, "inference_failed")
+        assert process.exit_status() == 1
+        assert "CRITICAL" in process.stderr
+
+
+def test_a_new_version_is_served_without_a_restart(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m", 1)
+    with started(tmp_path, *on_model(tmp_path / "m", "--model-poll-s", "0.1")) as process, process.ready() as client:
+        assert post(client).json()["version"] == 1
+        make_model_folder(tmp_path / "m", 2)
+        process.wait(lambda: post(client).json()["version"] == 2)
+
+
+# What keeps it from starting: a sentence and a status, no traceback
+
+
+def refused(process: Process, status: int, *said: str) -> None:
+    assert process.exit_status() == status
+    assert "Traceback" not in process.stderr
+    for words in said:
+        assert words in process.stderr
+
+
+def test_a_missing_model_folder(tmp_path: Path) -> None:
+    with started(tmp_path, *on_model(tmp_path / "nowhere")) as process:
+        refused(process, 1, "nowhere", "no model version")
+
+
+@pytest.mark.parametrize("defect", ["golden_mismatch", "corrupt_onnx", "no_metadata"])
+def test_a_model_that_is_refused(tmp_path: Path, defect: str) -> None:
+    make_model_folder(tmp_path / "m", defect=defect)  # type: ignore[arg-type]
+    with started(tmp_path, *on_model(tmp_path / "m")) as process:
+        refused(process, 1, "version 1: ")
+
+
+def test_a_provider_that_is_not_there(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m")
+    with started(tmp_path, "--model-dir", str(tmp_path / "m"), "--provider", "tensorrt") as process:
+        refused(process, 1, "tensorrt")
+
+
+def test_a_port_in_use(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with started(tmp_path, *on_model(tmp_path / "m", "--port", port)) as process:
+            refused(process, 1, "address already in use", port)
+
+
+def test_tls_files_that_are_none(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m")
+    (tmp_path / "junk.pem").write_text("junk")
+    junk = str(tmp_path / "junk.pem")
+    with started(tmp_path, *on_model(tmp_path / "m", "--tls-cert", junk, "--tls-key", junk)) as process:
+        refused(process, 1, "TLS files can't be used")
+
+
+def test_wrong_settings(tmp_path: Path) -> None:
+    with started(tmp_path, "--max-batch-size", "0", PERCEIVER_PROT="1") as process:
+        refused(process, 2, "PERCEIVER_MAX_BATCH_SIZE (--max-batch-size)", "PERCEIVER_PROT", "did you mean")
+        assert len(process.stderr.splitlines()) == 2
+
+
+def test_help_needs_no_model() -> None:
+    command = [sys.executable, "-m", "service", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0
+    assert "--max-queue-size" in done.stdout
+    assert done.stderr == ""
