@@ -37,6 +37,7 @@ Defect = Literal[
     "float_input",
     "input_name",
     "output_name",
+    "two_outputs",
     "fixed_batch",
     "no_metadata",
     "broken_metadata",
@@ -209,6 +210,10 @@ def tiny_model(version: int, defect: Defect | None, props: dict[str, str]) -> on
     batch = 2 if defect == "fixed_batch" else "batch"
     dtype = TensorProto.FLOAT if defect == "float_input" else TensorProto.UINT8
     inputs = HEIGHT * WIDTH * 3
+    outputs = [
+        helper.make_tensor_value_info(logits, TensorProto.FLOAT, [batch, CLASSES]),
+        helper.make_tensor_value_info("flat", TensorProto.FLOAT, [batch, inputs]),
+    ]
     graph = helper.make_graph(
         [
             helper.make_node("Cast", [images], ["float"], to=TensorProto.FLOAT),
@@ -217,7 +222,7 @@ def tiny_model(version: int, defect: Defect | None, props: dict[str, str]) -> on
         ],
         "tiny",
         [helper.make_tensor_value_info(images, dtype, [batch, HEIGHT, WIDTH, 3])],
-        [helper.make_tensor_value_info(logits, TensorProto.FLOAT, [batch, CLASSES])],
+        outputs if defect == "two_outputs" else outputs[:1],
         [
             numpy_helper.from_array(_weights(inputs, version), "weights"),
             numpy_helper.from_array(np.array([-1, inputs], dtype=np.int64), "shape"),

@@ -85,6 +85,14 @@ def test_retry_after_is_what_is_here_over_the_measured_rate(clock: Clock) -> Non
     assert refused.value.retry_after == pytest.approx(100 / 20)
 
 
+def test_the_first_seconds_rate_counts_before_that_second_is_over(clock: Clock) -> None:
+    admission = Admission(100, 0, clock=clock)
+    ticket, _ = enter(admission, 10), enter(admission, 80)
+    clock.now += 0.5
+    leave(ticket)  # 20 a second so far
+    assert admission.retry_after() == pytest.approx(80 / 20)
+
+
 def test_before_anything_is_measured_it_is_a_second(clock: Clock) -> None:
     admission = Admission(1, 0, clock=clock)
     enter(admission)

@@ -103,6 +103,7 @@ def test_a_run_repeats_bit_for_bit_and_black_and_white_are_no_exception(folder: 
         ("float_input", r"must be images tensor\(uint8\).* is images tensor\(float\)"),
         ("input_name", "must be images .* is pixels"),
         ("output_name", "must be logits .* is scores"),
+        ("two_outputs", "only output must be logits"),
         ("fixed_batch", "of any batch"),
         ("too_few_labels", r"\['batch', 2\] of any batch, and is .*\['batch', 5\]"),
         ("other_size", "of any batch"),

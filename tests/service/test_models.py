@@ -27,6 +27,7 @@ REASONS: dict[Defect, str] = {
     "float_input": "must be images tensor(uint8)",
     "input_name": "must be images",
     "output_name": "must be logits",
+    "two_outputs": "the graph's only output must be logits",
     "fixed_batch": "of any batch",
     "no_metadata": "there is no perceiver.* entry",
     "broken_metadata": "perceiver.labels must be JSON",
@@ -358,6 +359,19 @@ async def test_without_a_change_nothing_is_loaded_again(make: Make, tmp_path: Pa
     assert store.live is live
 
 
+async def test_a_version_that_is_being_loaded_is_not_loaded_twice(make: Make, tmp_path: Path) -> None:
+    make_model_folder(tmp_path, 1)
+    opener = Opener()
+    opener.may_open.clear()
+    store = make(open_engines=opener)
+    reloads = [asyncio.create_task(store.reload()) for _ in range(3)]
+    done, _ = await asyncio.wait(reloads, timeout=0.05)
+    assert not done
+    opener.may_open.set()
+    await asyncio.gather(*reloads)
+    assert opener.opened == [1]
+
+
 async def test_a_broken_version_that_nobody_tried_is_found_out(make: Make, tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1, defect="broken_metadata")
     make_model_folder(tmp_path, 2)
@@ -403,6 +417,22 @@ async def test_a_request_keeps_its_model_from_decode_to_answer(make: Make, tmp_p
         with store.lease() as new:
             assert (await new.batcher.submit(picture(5))).logits[:2].tolist() == [5, 2]
     assert await asyncio.to_thread(opener.engines[1].closing.wait, 5)
+
+
+async def test_what_was_queued_without_a_lease_is_answered_all_the_same(make: Make, tmp_path: Path) -> None:
+    make_model_folder(tmp_path, 1)
+    opener = FakeOpener()
+    store = make(open_engines=opener)
+    await store.load()
+    opener.engines[1].hold()
+    batcher = store.lease().batcher
+    queued = [asyncio.create_task(batcher.submit(picture(number))) for number in range(6)]
+    await asyncio.sleep(0)
+    make_model_folder(tmp_path, 2)
+    await store.reload()
+    await asyncio.sleep(0)
+    opener.engines[1].let_go()
+    assert [(await task).logits[:2].tolist() for task in queued] == [[number, 1] for number in range(6)]
 
 
 async def test_fifty_swaps_under_load_fail_no_request_and_mix_no_answers(make: Make, tmp_path: Path) -> None:
