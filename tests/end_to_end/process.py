@@ -70,14 +70,6 @@ class Process:
             time.sleep(0.02)
         raise TimeoutError(self.stderr)
 
-    def open_files(self) -> int:
-        return len(list(Path(f"/proc/{self.popen.pid}/fd").iterdir()))
-
-    def memory(self) -> int:
-        """Resident bytes."""
-        pages = int(Path(f"/proc/{self.popen.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-
 
 @contextmanager
 def started(tmp_path: Path, *arguments: str, **environment: str) -> Iterator[Process]:

@@ -1,0 +1,69 @@
+"""The service that is misused, and how to tell whether it is well afterwards."""
+
+import time
+from dataclasses import dataclass
+from typing import Self
+
+import httpx
+
+from tests.chaos.client import PICTURES
+from tests.end_to_end.process import Process
+
+# Small limits, so that small misdeeds exceed them.
+LIMITS = (
+    "--max-body-bytes=2000000",
+    "--max-pixels=4000000",
+    "--header-timeout-s=0.3",
+    "--body-timeout-s=1",
+    "--decode-threads=2",
+    "--max-queue-size=256",
+)
+MEMORY_GROWTH = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Vitals:
+    """What must be as before: open files, memory within bounds, nothing left in the house, and an answer."""
+
+    open_files: int
+    memory: int
+    answer: bytes
+
+    @classmethod
+    def of(cls, process: Process, client: httpx.Client) -> Self:
+        """Look, when the connections of others are closed."""
+        process.wait(lambda: "perceiver_admitted_bytes 0.0" in client.get("/metrics").text)
+        files = [-1, -2]
+        while files[-1] != files[-2]:
+            time.sleep(0.3)
+            files.append(sample(client, "process_open_fds"))
+        return cls(files[-1], sample(client, "process_resident_memory_bytes"), predict(client))
+
+    def complaints(self, process: Process, client: httpx.Client) -> list[str]:
+        """What is not as it was."""
+        now = Vitals.of(process, client)
+        found = []
+        if now.open_files > self.open_files:
+            found.append(f"{now.open_files} files are open, and {self.open_files} were")
+        if now.memory > self.memory + MEMORY_GROWTH:
+            found.append(f"{now.memory >> 20} MiB are in use, and {self.memory >> 20} were")
+        if now.answer != self.answer:
+            found.append(f"the answer to the same picture was {self.answer!r} and is {now.answer!r}")
+        wanted = {"perceiver_ready": 1, "perceiver_admitted_pictures": 0, "perceiver_queue_length": 0}
+        found += [f"{name} is not {value}" for name, value in wanted.items() if sample(client, name) != value]
+        if "Traceback" in process.stderr:
+            found.append(process.stderr[-3000:])
+        return found
+
+
+def sample(client: httpx.Client, name: str) -> int:
+    """The value of a metric without labels; 0 where the platform does not have it, as macOS the process's own."""
+    lines = client.get("/metrics").text.splitlines()
+    return int(next((float(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0))
+
+
+def predict(client: httpx.Client) -> bytes:
+    """The answer to a normal request."""
+    response = client.post("/predict", content=PICTURES["PNG"], headers={"content-type": "image/png"})
+    assert response.status_code == 200, response.text
+    return response.content
