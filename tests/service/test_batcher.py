@@ -261,10 +261,15 @@ async def test_what_expires_in_the_queue_never_runs(start: Start) -> None:
 
 
 async def test_what_has_begun_in_time_is_answered_late(start: Start) -> None:
-    engine = FakeEngine(delay=0.05)
-    deadline = asyncio.get_running_loop().time() + 0.02
-    assert int((await start(engine).submit(picture(1), deadline=deadline)).logits[0]) == 1
-    assert asyncio.get_running_loop().time() > deadline
+    engine = FakeEngine()
+    engine.hold()
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + 0.3
+    (task,) = await submitted(start(engine), 1, deadline=deadline)
+    await begun(engine)
+    await asyncio.sleep(deadline - loop.time() + 0.01)
+    engine.release()
+    assert await numbers([task]) == [1]
 
 
 # Failures
@@ -336,12 +341,12 @@ async def test_failures_that_are_not_in_a_row_do_not(start: Start) -> None:
 
 async def test_an_engine_that_hangs_is_found_out(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     notes = Notes()
-    engine, batcher, first = await holding(start, observer=notes, run_timeout_ms=50)
+    engine, batcher, first = await holding(start, observer=notes, run_timeout_ms=300)
     queued = await submitted(batcher, 1, 2)
     await asyncio.wait_for(batcher.failed.wait(), 5)
     outcomes = await asyncio.gather(first, *queued, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [InferenceFailed] * 3
-    assert "did not end within 0.05 s" in batcher.failure
+    assert "did not end within 0.3 s" in batcher.failure
     assert batcher.failure in caplog.text
     assert notes.failed_batches == [1]
     with pytest.raises(NotReady):
@@ -375,10 +380,10 @@ async def test_when_one_engine_has_gone_batches_on_the_others_still_end(start: S
 
 
 async def test_a_run_that_ends_in_time_leaves_no_watchdog_behind(start: Start) -> None:
-    batcher = start(FakeEngine(), run_timeout_ms=40)
+    batcher = start(FakeEngine(), run_timeout_ms=250)
     for number in range(5):
         await batcher.submit(picture(number))
-    await asyncio.sleep(0.06)
+    await asyncio.sleep(0.3)
     assert not batcher.failed.is_set()
 
 
