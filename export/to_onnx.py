@@ -14,6 +14,8 @@ from torch import nn
 from export.errors import ExportError
 from service.artifact import INPUT_NAME, OUTPUT_NAME
 
+# The first that has Gelu, and the last for which every onnxruntime with CUDA has kernels for all operators used here:
+# of opsets above, some have none for Conv or Reshape on CUDA, and would run those on the CPU without a word.
 OPSET = 20
 # Largest constant that is computed at export, in elements: every weight's transpose, no picture's tensor.
 FOLDED_ELEMENTS = 1 << 24
