@@ -15,7 +15,7 @@ from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
 from service.middleware import Observe, RequireKey, error_body, error_headers
 from service.predict import PredictEndpoint
 from service.routes import create_router
-from service.schemas import predict_operation, predict_schemas
+from service.schemas import SECURITY, SECURITY_SCHEMES, predict_operation, predict_schemas
 from service.settings import Settings
 from service.state import Service
 
@@ -66,8 +66,17 @@ class PerceiverApp(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """Return the OpenAPI document."""
         document = super().openapi()
-        document["paths"][PREDICT] = {"post": predict_operation()}
-        document.setdefault("components", {}).setdefault("schemas", {}).update(predict_schemas())
+        service: Service = self.state.service
+        live = service.store.live
+        operation = predict_operation(None if live is None else len(live.metadata.labels))
+        document["paths"][PREDICT] = {"post": operation}
+        components = document.setdefault("components", {})
+        components.setdefault("schemas", {}).update(predict_schemas())
+        components["securitySchemes"] = SECURITY_SCHEMES
+        if service.settings.client_keys():
+            operation["security"] = document["paths"]["/models"]["get"]["security"] = SECURITY
+        if service.settings.administrator_key():
+            document["paths"]["/models/reload"]["post"]["security"] = SECURITY
         return document
 
 

@@ -20,9 +20,11 @@ from service.errors import (
     InvalidForm,
     InvalidJson,
     NoPicture,
+    NotAnImage,
     TooManyPictures,
     UnsupportedMediaType,
 )
+from service.images import sniff
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
@@ -168,7 +170,6 @@ class Form:
             "on_part_begin": self._begin,
             "on_header_field": self._name,
             "on_header_value": self._value,
-            "on_headers_finished": self._check,
             "on_part_data": self._data,
             "on_part_end": self._end,
             "on_end": self._finish,
@@ -176,7 +177,6 @@ class Form:
 
     def _begin(self) -> None:
         self.headers: dict[bytes, bytes] = {}
-        self.filename: bytes | None = None
         self.chunks: list[bytes] = []
 
     def _name(self, data: bytes, start: int, end: int) -> None:
@@ -185,24 +185,30 @@ class Form:
     def _value(self, data: bytes, start: int, end: int) -> None:
         self.headers[self.header] = data[start:end]
 
-    def _check(self) -> None:
-        options = parse_options_header(self.headers.get(b"content-disposition"))[1]
-        self.filename = options.get(b"filename")
-        media_type = self.headers.get(b"content-type", b"")
-        if self.filename is None and not media_type.startswith((b"image/", b"application/octet-stream")):
-            field = options.get(b"name", b"").decode("utf-8", "replace")[:40]
-            raise InvalidForm(f"The field {field!r} is not a file; options such as top_k go into the query string.")
-
     def _data(self, data: bytes, start: int, end: int) -> None:
         self.chunks.append(data[start:end])
 
     def _end(self) -> None:
+        options = parse_options_header(self.headers.get(b"content-disposition"))[1]
+        filename = options.get(b"filename")
         data = b"".join(self.chunks)
-        if not data and self.filename == b"":
+        if not data and filename == b"":
             return  # what a browser sends for a file input in which nothing was chosen
+        if filename is None and not self._holds_picture(data):
+            field = options.get(b"name", b"").decode("utf-8", "replace")[:40]
+            raise InvalidForm(f"The field {field!r} is not a file; options such as top_k go into the query string.")
         check_count(len(self.uploads) + 1, self.max_pictures)
-        name = None if self.filename is None else self.filename.decode("utf-8", "replace")
-        self.uploads.append(Upload(data, name))
+        self.uploads.append(Upload(data, None if filename is None else filename.decode("utf-8", "replace")))
+
+    def _holds_picture(self, data: bytes) -> bool:
+        """Whether a part without a file name is a picture all the same, as from `curl -F 'file=<picture.jpg'`."""
+        if self.headers.get(b"content-type", b"").startswith((b"image/", b"application/octet-stream")):
+            return True
+        try:
+            sniff(data)
+        except NotAnImage:
+            return False
+        return True
 
     def _finish(self) -> None:
         self.ended = True

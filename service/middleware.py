@@ -23,8 +23,8 @@ access_logger = logging.getLogger("service.access")
 
 # Bounded, because it becomes a header, a log field and an exemplar; OpenMetrics allows an exemplar 128 characters.
 REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}", re.ASCII)
-RELOAD_PATH: Final = "/models/reload"
-KEYED_PATHS: Final = frozenset({"/predict", "/models"})
+RELOAD: Final = ("POST", "/models/reload")
+KEYED: Final = frozenset({("POST", "/predict"), ("GET", "/models")})
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -100,24 +100,23 @@ class RequireKey:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or raise ReloadDisabled or Unauthorized."""
         if scope["type"] == "http":
-            if scope["path"] == RELOAD_PATH:
+            asked = (scope["method"], scope["path"])
+            if asked == RELOAD:
                 if self.admin_key is None:
                     raise ReloadDisabled()
                 check_key(scope["headers"], [self.admin_key])
-            elif self.keys and scope["path"] in KEYED_PATHS:
+            elif self.keys and asked in KEYED:
                 check_key(scope["headers"], self.keys)
         await self.app(scope, receive, send)
 
 
 def check_key(headers: Headers, keys: list[bytes]) -> None:
     """Raise Unauthorized unless the headers hold one of the keys; every key is compared, in constant time."""
-    given = b""
-    for name, value in headers:
-        if name == b"x-api-key":
-            given = value
-        elif name == b"authorization" and value[:7].lower() == b"bearer ":
-            given = value[7:].strip()
-    if not sum(compare_digest(given, key) for key in keys):  # a sum looks at all of them
+    given = [value for name, value in headers if name == b"x-api-key"]
+    given += [
+        value[7:].strip() for name, value in headers if name == b"authorization" and value[:7].lower() == b"bearer "
+    ]
+    if not sum(compare_digest(one, key) for one in given for key in keys):  # a sum looks at all of them
         raise Unauthorized()
 
 

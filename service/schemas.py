@@ -124,16 +124,25 @@ PREDICT_ERRORS: tuple[type[errors.ServiceError], ...] = (
     errors.DeadlineExceeded,
 )
 
+# Declared for an operation where the settings hold a key for it.
+SECURITY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+SECURITY: list[dict[str, list[str]]] = [{"bearer": []}, {"header": []}]
+
 SCHEMA_PATH = "#/components/schemas/{model}"
 BASE64 = {"type": "string", "contentEncoding": "base64", "description": "Bare, or as a data: URL."}
 BINARY = {"schema": {"type": "string", "format": "binary"}}
+FILES = {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
 BODIES: dict[str, Any] = {
     "multipart/form-data": {
         "schema": {
             "type": "object",
             "description": "One or several files, under any field name.",
-            "properties": {"file": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}},
+            "properties": {"file": FILES},
             "required": ["file"],
+            "additionalProperties": FILES,
         }
     },
     "application/json": {
@@ -170,8 +179,8 @@ def error_responses(kinds: Iterable[type[errors.ServiceError]]) -> dict[int | st
     return described
 
 
-def predict_operation() -> dict[str, Any]:
-    """Return the OpenAPI operation object of `POST /predict`."""
+def predict_operation(classes: int | None) -> dict[str, Any]:
+    """Return the OpenAPI operation object of `POST /predict`; `classes` is the live model's number, if there is one."""
     responses: dict[str, Any] = {
         "200": {
             "description": "The most probable classes of each picture.",
@@ -194,20 +203,21 @@ def predict_operation() -> dict[str, Any]:
         "summary": "Classify one or several pictures",
         "description": "JPEG, PNG, WebP, BMP, GIF (first frame) or TIFF, in any of the bodies below.",
         "operationId": "predict",
-        "parameters": predict_parameters(),
+        "parameters": predict_parameters(classes),
         "requestBody": {"required": True, "content": BODIES},
         "responses": responses,
     }
 
 
-def predict_parameters() -> list[dict[str, Any]]:
+def predict_parameters(classes: int | None) -> list[dict[str, Any]]:
     """Return the OpenAPI parameters of `POST /predict`."""
+    most = {} if classes is None else {"maximum": classes}
     return [
         {
             "name": "top_k",
             "in": "query",
             "description": "Classes a picture, 1 to the number of classes.",
-            "schema": {"type": "integer", "minimum": 1, "default": 5},
+            "schema": {"type": "integer", "minimum": 1, "default": 5} | most,
         },
         {
             "name": "X-Request-Timeout-Ms",

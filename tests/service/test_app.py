@@ -49,7 +49,8 @@ async def test_unknown_paths_and_methods_have_the_shape_of_all_errors(tmp_path: 
             ("PUT", "/predict", 405, "method_not_allowed"),
             ("OPTIONS", "/predict", 405, "method_not_allowed"),
             ("POST", "/health", 405, "method_not_allowed"),
-            ("GET", "/models/reload", 403, "reload_disabled"),
+            ("GET", "/models/reload", 405, "method_not_allowed"),
+            ("POST", "/models/reload", 403, "reload_disabled"),
         ]:
             response = await run.client.request(method, path)
             assert response.status_code == status, (method, path)
@@ -300,6 +301,8 @@ async def test_the_openapi_document_is_valid_and_describes_every_status(tmp_path
                 node = node[part]
         paths = {"/predict", "/health", "/health/live", "/health/ready", "/metrics", "/models", "/models/reload"}
         assert set(document["paths"]) == paths
+        assert operation["parameters"][0]["schema"]["maximum"] == 5
+        assert not any("security" in entry for path in document["paths"].values() for entry in path.values())
         docs = await run.client.get("/docs")
         assert docs.status_code == 200
         assert "swagger" in docs.text
@@ -310,6 +313,13 @@ def _references(node: object) -> list[str]:
         own = [node["$ref"]] if isinstance(node.get("$ref"), str) else []
         return own + [reference for value in node.values() for reference in _references(value)]
     return [reference for value in node for reference in _references(value)] if isinstance(node, list) else []
+
+
+async def test_the_openapi_document_says_what_needs_a_key(tmp_path: Path) -> None:
+    async with running(tmp_path, api_keys="a", admin_key="b") as run:
+        paths = (await run.client.get("/openapi.json")).json()["paths"]
+        keyed = {path for path, entry in paths.items() if any("security" in operation for operation in entry.values())}
+        assert keyed == {"/predict", "/models", "/models/reload"}
 
 
 async def test_answers_have_the_documented_shape(tmp_path: Path) -> None:

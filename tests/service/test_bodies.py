@@ -71,6 +71,10 @@ def test_a_part_without_a_filename_is_a_picture_if_it_says_so() -> None:
     assert parse(FORM, body) == [Upload(DATA, None)]
 
 
+def test_a_part_without_a_filename_is_a_picture_if_it_begins_like_one() -> None:
+    assert parse(FORM, form(('Content-Disposition: form-data; name="file"', DATA))) == [Upload(DATA, None)]
+
+
 def test_file_names_are_utf8_and_quoted() -> None:
     body = form((file_part("file", 'ä \\"b\\".png'), DATA))
     assert parse(FORM, body)[0].filename == 'ä "b".png'
