@@ -8,7 +8,7 @@ BATCHES = (
         kind="heatmap",
         unit=PICTURES,
         shows="How many runs of the model had how many pictures; a row is a bucket of the histogram.",
-        bad="All at PERCEIVER_MAX_BATCH_SIZE: the model is the limit. (All at 1 is good: nobody waits for others.)",
+        bad="All at PERCEIVER_MAX_BATCH_SIZE: the model is the limit. All at 1 is good: nobody waits for others.",
         do="At the limit: a larger PERCEIVER_MAX_BATCH_SIZE if the GPU's memory allows it, else more GPUs.",
         queries=(Query(f"sum by (le) (increase(perceiver_batch_size_bucket{{{HERE}}}{RATE}))", "{{le}}"),),
     ),

@@ -178,13 +178,16 @@ def test_prometheus_scrapes_what_runs():
     port = container_port("service")
     assert f"EXPOSE {port}\n" in dockerfile
     assert f"PERCEIVER_PORT={port} " in dockerfile
-    here = {"localhost": "prometheus"}
-    for job in prometheus_config()["scrape_configs"]:
-        for target in [target for group in job.get("static_configs", []) for target in group["targets"]]:
-            host, _, port = target.partition(":")
-            assert container_port(here.get(host, host)) == int(port)
-        for lookup in job.get("dns_sd_configs", []):
-            assert set(lookup["names"]) <= set(SERVICES)
+    targets = [
+        target for job in prometheus_config()["scrape_configs"] for target in job["static_configs"][0]["targets"]
+    ]
+    assert targets == [
+        f"service:{port}",
+        f"localhost:{container_port('prometheus')}",
+        f"grafana:{container_port('grafana')}",
+        "dcgm-exporter:9400",  # the port of NVIDIA's image
+    ]
+    assert {target.partition(":")[0] for target in targets} - {"localhost"} <= set(SERVICES)
 
 
 def test_prometheus_finds_its_configuration():

@@ -1,0 +1,89 @@
+"""Scrape configuration, rules and alarms, by Prometheus' own tool; and the runbooks that they point to."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.docker.files import DOCKER, ROOT, RULES, Yaml, alerts
+
+PROMETHEUS = DOCKER / "prometheus"
+UNIT_TESTS = PROMETHEUS / "tests" / "alerts.yml"
+NAMES = [alert["alert"] for alert in alerts()]
+
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool is not installed; it is in Debian's package prometheus"
+)
+
+
+def promtool(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True)
+
+
+@needs_promtool
+def test_configuration():
+    run = promtool("check", "config", PROMETHEUS / "prometheus.yml")
+    assert run.returncode == 0, run.stderr
+
+
+@needs_promtool
+def test_rules():
+    run = promtool("check", "rules", "--lint=all", "--lint-fatal", *RULES)
+    assert run.returncode == 0, run.stderr
+
+
+@needs_promtool
+def test_alarms_go_off_and_stay_silent():
+    run = promtool("test", "rules", UNIT_TESTS)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def mutated(folder: Path, name: str, **changes: object) -> Path:
+    """The unit tests of one alarm, over rules in which it is changed."""
+    for path in RULES:
+        document = yaml.safe_load(path.read_text())
+        for rule in (rule for group in document["groups"] for rule in group["rules"]):
+            if rule.get("alert") == name:
+                rule.update(changes)
+        (folder / path.name).write_text(yaml.safe_dump(document))
+    tests: Yaml = yaml.safe_load(UNIT_TESTS.read_text())
+    tests["rule_files"] = [path.name for path in RULES]
+    tests["tests"] = [
+        test for test in tests["tests"] if any(case["alertname"] == name for case in test["alert_rule_test"])
+    ]
+    (folder / "tests.yml").write_text(yaml.safe_dump(tests))
+    return folder / "tests.yml"
+
+
+@needs_promtool
+@pytest.mark.parametrize("name", NAMES)
+def test_unit_tests_notice_an_alarm_that_never_goes_off(name: str, tmp_path: Path):
+    run = promtool("test", "rules", mutated(tmp_path, name, expr="vector(0) > 1"))
+    assert f"alertname: {name}" in run.stdout + run.stderr
+    assert run.returncode != 0
+
+
+@needs_promtool
+@pytest.mark.parametrize("name", NAMES)
+def test_unit_tests_notice_an_alarm_that_always_goes_off(name: str, tmp_path: Path):
+    run = promtool("test", "rules", mutated(tmp_path, name, expr="vector(1)", **{"for": "0s"}))
+    assert f"alertname: {name}" in run.stdout + run.stderr
+    assert run.returncode != 0
+
+
+@pytest.mark.parametrize("alert", alerts(), ids=NAMES)
+def test_every_alarm_says_how_urgent_it_is_and_what_to_do(alert: Yaml):
+    assert alert["labels"]["severity"] in ("critical", "warning")
+    assert set(alert["annotations"]) == {"summary", "description", "runbook_url"}
+    path, _, anchor = alert["annotations"]["runbook_url"].partition("#")
+    assert anchor == alert["alert"].lower()
+    headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), re.MULTILINE)
+    assert alert["alert"] in headings
+
+
+def test_every_runbook_has_its_alarm():
+    runbooks = re.findall(r"^#+ (Perceiver\w+)$", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+    assert sorted(runbooks) == sorted(NAMES)
