@@ -158,7 +158,7 @@ def read_options(scope: Scope, max_timeout_ms: int) -> Options:
     length = headers.get(b"content-length")
     timeout_ms = max_timeout_ms
     if (asked := headers.get(b"x-request-timeout-ms")) is not None:
-        timeout_ms = min(max_timeout_ms, positive(asked, InvalidTimeout()))
+        timeout_ms = min(max_timeout_ms, positive(asked.decode("latin-1"), InvalidTimeout()))
     query: bytes = scope["query_string"]
     return Options(
         content_type=headers.get(b"content-type", b"").decode("latin-1"),
@@ -171,18 +171,18 @@ def read_options(scope: Scope, max_timeout_ms: int) -> Options:
 def read_top_k(query: bytes) -> int | None:
     """Read the one parameter that there is."""
     top_k = None
-    for name, value in parse_qsl(query[:1000], keep_blank_values=True):
-        if name != b"top_k":
-            raise BadRequest(f"There is no query parameter {name.decode('utf-8', 'replace')[:40]!r}; there is top_k.")
+    for name, value in parse_qsl(query[:1000].decode("latin-1"), keep_blank_values=True):
+        if name != "top_k":
+            raise BadRequest(f"There is no query parameter {name[:40]!r}; there is top_k.")
         if top_k is not None:
             raise InvalidTopK("top_k is given twice.")
         top_k = positive(value, InvalidTopK())
     return top_k
 
 
-def positive(text: bytes, otherwise: BadRequest) -> int:
+def positive(text: str, otherwise: BadRequest) -> int:
     """Read an integer of at least 1, or raise."""
-    if not text.isdigit() or len(text) > MAX_DIGITS or int(text) < 1:
+    if not (text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS and int(text) >= 1):
         raise otherwise
     return int(text)
 

@@ -132,7 +132,13 @@ SECURITY_SCHEMES = {
 SECURITY: list[dict[str, list[str]]] = [{"bearer": []}, {"header": []}]
 
 SCHEMA_PATH = "#/components/schemas/{model}"
-BASE64 = {"type": "string", "contentEncoding": "base64", "description": "Bare, or as a data: URL."}
+BASE64 = {
+    "type": "string",
+    "contentEncoding": "base64",
+    "contentMediaType": "image/*",
+    "minLength": 4,
+    "description": "Bare, or as a data: URL.",
+}
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 FILES = {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
 BODIES: dict[str, Any] = {

@@ -200,3 +200,11 @@ async def test_http_1_0_is_answered_and_closed(tmp_path: Path) -> None:
         status, headers, _ = await read_answer(reader)
         assert (status, headers["connection"]) == (200, "close")
         assert await ended(reader)
+
+
+@pytest.mark.parametrize("query", [b"?top_k=\xff", b"?\xff=1", b"?top_k=1;2", b"?&&&=", b"?top_k=%"])
+async def test_a_query_of_any_bytes_is_no_server_error(tmp_path: Path, query: bytes) -> None:
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        writer.write(request_head(len(png(1))).replace(b"/predict", b"/predict" + query) + png(1))
+        assert (await read_answer(reader))[0] == 400
