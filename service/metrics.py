@@ -60,10 +60,14 @@ class Metrics:
             "perceiver_rejections", "Requests answered with an error, by its code.", ["reason"], registry=registry
         )
         self.deadline_misses = Counter(
-            "perceiver_deadline_misses", "Pictures dropped unrun because their deadline had passed.", registry=registry
+            "perceiver_deadline_misses",
+            "Pictures dropped from the queue because their deadline had passed.",
+            registry=registry,
         )
         self.cancellations = Counter(
-            "perceiver_cancellations", "Pictures dropped unrun because their client had left.", registry=registry
+            "perceiver_cancellations",
+            "Pictures dropped from the queue because their client had left.",
+            registry=registry,
         )
         self.model_info = Gauge(
             "perceiver_model_info",

@@ -140,13 +140,13 @@ BASE64 = {
     "description": "Bare, or as a data: URL.",
 }
 BINARY = {"schema": {"type": "string", "format": "binary"}}
-FILES = {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
+FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
 BODIES: dict[str, Any] = {
     "multipart/form-data": {
         "schema": {
             "type": "object",
             "description": "One or several files, under any field name.",
-            "properties": {"file": FILES},
+            "properties": {"file": FILES | {"minItems": 1}},
             "required": ["file"],
             "additionalProperties": FILES,
         }
