@@ -19,6 +19,12 @@ from training.plots import most_confused, save_confusion, save_curves, save_reli
 
 Line = dict[str, float]
 
+# What to think of a report's figures, by the split that they are of.
+NOTES = {
+    "test": "checkpoint and temperature were chosen by the validation pictures; the test pictures were read once",
+    "val": "no test pictures: the validation figures flatter, since checkpoint and temperature were chosen by them",
+}
+
 
 def read_lines(folder: Path) -> list[Line]:
     """The epochs of ``metrics.jsonl``; one that a killed run left unfinished is not among them."""
@@ -80,6 +86,7 @@ def write_report(folder: Path, val: Split, test: Split | None, device: torch.dev
     splits = {"val": val.to(device)} | ({} if test is None else {"test": test.to(device)})
     logits = {name: predict_logits(model, preprocess, split, batch_size) for name, split in splits.items()}
     temperature = fit_temperature(logits["val"], splits["val"].labels)
+    shown = "val" if test is None else "test"
     result: dict[str, Any] = {
         "preset": header.run.preset,
         "dataset": header.run.dataset,
@@ -87,21 +94,15 @@ def write_report(folder: Path, val: Split, test: Split | None, device: torch.dev
         "epoch": header.epoch,
         "temperature": temperature,
         "checkpoint_sha256": checkpoint.digest(path),
+        "note": NOTES[shown],
         "test": None,
         "test_uncalibrated": None,
     }
     for name, split in splits.items():
         result[name] = measure(logits[name] / temperature, split.labels, name).model_dump()
         result[f"{name}_uncalibrated"] = measure(logits[name], split.labels, name).model_dump()
-    shown = "val" if test is None else "test"
-    result["note"] = (
-        "no test pictures: the validation figures flatter, since checkpoint and temperature were chosen by them"
-        if test is None
-        else "checkpoint and temperature were chosen by the validation pictures; the test pictures were read once"
-    )
-    result["most_confused"] = draw_mistakes(
-        folder, logits[shown] / temperature, splits[shown].labels, header.run.labels
-    )
+    calibrated, targets = logits[shown] / temperature, splits[shown].labels
+    result["most_confused"] = draw_mistakes(folder, calibrated, targets, header.run.labels)
     (folder / "report.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
 

@@ -159,7 +159,7 @@ class Trainer:
         state.seconds += time.perf_counter() - start
         return state.step == (state.epoch + 1) * self.steps_per_epoch
 
-    def _progress(self, done: int) -> tqdm:  # type: ignore[type-arg]
+    def _progress(self, done: int) -> tqdm:
         """A bar for the epoch, of which ``done`` steps are done; sparing where nobody watches, as in a log file."""
         pictures = self.config.batch_size
         return tqdm(
