@@ -1,5 +1,6 @@
 """The service as it is started in production: a process, signals, exit statuses, real HTTP, a real engine."""
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -156,6 +157,22 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         port = str(taken.getsockname()[1])
         with started(tmp_path, *on_model(tmp_path / "m", "--port", port)) as process:
             refused(process, 1, "address already in use", port)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with the openssl command")
+def test_https(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m")
+    certificate, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    making = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
+    subprocess.run([*making, "-out", certificate, "-keyout", key], check=True, capture_output=True)
+    with (
+        started(tmp_path, *on_model(tmp_path / "m", "--tls-cert", certificate, "--tls-key", key)) as process,
+        process.ready() as client,
+    ):
+        assert client.base_url.scheme == "https"
+        assert post(client).status_code == 200
+        process.signal()
+        assert process.exit_status() == 0
 
 
 def test_tls_files_that_are_none(tmp_path: Path) -> None:

@@ -270,7 +270,7 @@ async def test_a_picture_whose_deadline_passes_in_the_queue_is_not_run(tmp_path:
 
 async def test_the_setting_bounds_what_a_client_asks_for(tmp_path: Path) -> None:
     engine = FakeEngine(max_batch_size=1)
-    async with running(tmp_path, engine, request_timeout_ms=30) as run:
+    async with running(tmp_path, engine, request_timeout_ms=500) as run:
         engine.hold()
         first = asyncio.create_task(run.predict(1))
         await run.until(lambda: engine.batches == [[1]])
@@ -278,7 +278,7 @@ async def test_the_setting_bounds_what_a_client_asks_for(tmp_path: Path) -> None
             run.client.post("/predict", content=png(2), headers=IMAGE | {"x-request-timeout-ms": "9999999999"})
         )
         await run.until(lambda: run.service.queue_length == 1)
-        await asyncio.sleep(0.04)
+        await asyncio.sleep(0.55)
         engine.release()
         assert (await late).status_code == 504
         assert (await first).status_code == 200
@@ -286,9 +286,10 @@ async def test_the_setting_bounds_what_a_client_asks_for(tmp_path: Path) -> None
 
 async def test_a_deadline_that_passes_while_no_decoding_thread_is_free(tmp_path: Path) -> None:
     body = encode(pixels(40, 40), "BMP")
-    async with running(tmp_path, decode_threads=1, inline_decode_bytes=0, request_timeout_ms=50) as run:
+    async with running(tmp_path, decode_threads=1, inline_decode_bytes=0) as run:
         await run.service.decoder._free.acquire()
-        response = await run.client.post("/predict", content=body, headers=IMAGE)
+        headers = IMAGE | {"x-request-timeout-ms": "50"}
+        response = await run.client.post("/predict", content=body, headers=headers)
         assert error_of(response.content) == "deadline_exceeded"
         run.service.decoder._free.release()
         assert answered(run) == []
