@@ -14,6 +14,8 @@ MODELS = Path("/models")
 
 def main(arguments: list[str]) -> int:
     """Return the exit status: of the training unless it is 0, else of the export."""
+    if {"-h", "--help"} & set(arguments):
+        return train(["--help"])
     run = Path(os.environ.get("RUN") or f"runs/{datetime.now(UTC):%Y%m%d-%H%M%S}")
     folder = MODELS / (os.environ.get("MODEL_NAME") or "perceiver-cifar100")
     try:

@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -18,6 +19,8 @@ from tests.docker import stack
 from tests.docker.files import Yaml, alerts, rules
 from tests.docker.test_dashboard import JSON, PANELS
 from tests.fakes import make_model_folder
+
+import render  # isort: skip - files.py has put its folder on the path
 
 pytestmark = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="prometheus is not installed; it is a package of Debian's"
@@ -163,3 +166,11 @@ def test_exemplars_carry_request_ids(monitored: stack.Prometheus):
     )
     assert all(exemplar["labels"]["request_id"] for found in series for exemplar in found["exemplars"])
     assert series
+
+
+def test_picture_of_the_dashboard(monitored: stack.Prometheus, tmp_path: Path):
+    assert monitored.at is not None
+    figure = render.picture(render.Window(monitored.url, monitored.at, 60), "a test")
+    drawn = [axes.get_title(loc="left") for axes in figure.axes]
+    assert drawn[: len(PANELS) - len(GPU_PANELS)] == [panel.title for panel in PANELS if not panel.needs_gpu]
+    figure.savefig(tmp_path / "dashboard.png")

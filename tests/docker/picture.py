@@ -1,0 +1,99 @@
+"""A real load run for docs/dashboard.png: python -m tests.docker.picture MODEL_FOLDER
+
+Starts the service and a Prometheus with the shipped configuration, sends a load that rises above what the machine can
+do and falls again, puts a new version and a broken one into the folder meanwhile, and draws the dashboard from that
+Prometheus.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import aiohttp
+
+from benchmarks.payloads import generate_pictures
+from tests.docker import stack
+from tests.docker.files import DOCKER
+
+SCRAPE_S = 2
+
+
+async def send(session: aiohttp.ClientSession, url: str, body: bytes) -> None:
+    """One request, whose answer nobody reads; a client that has no patience leaves."""
+    try:
+        async with session.post(url, data=body, headers={"Content-Type": "image/jpeg"}) as answer:
+            await answer.read()
+    except TimeoutError:
+        pass
+
+
+async def load(url: str, seconds: float, peak: float) -> None:
+    """Poisson arrivals whose rate climbs to `peak` a second in the middle and falls; one in fifty is no picture."""
+    rng = random.Random(0)
+    bodies = [picture.data for size in (64, 200, 500) for picture in generate_pictures(8, size, "jpeg")]
+    begin = time.monotonic()
+    patience = aiohttp.ClientTimeout(total=4)
+    async with (
+        aiohttp.ClientSession(timeout=patience, connector=aiohttp.TCPConnector(limit=0)) as session,
+        asyncio.TaskGroup() as tasks,
+    ):
+        while (now := (time.monotonic() - begin) / seconds) < 1:
+            rate = peak * max(0.08, 1 - abs(2.6 * (now - 0.45)))
+            body = rng.choice(bodies) if rng.random() > 0.02 else b"no picture"
+            tasks.create_task(send(session, url, body))
+            await asyncio.sleep(rng.expovariate(rate))
+
+
+async def change_versions(versions: Path, served: Path, seconds: float) -> None:
+    """A new version after a quarter of the time, a broken one after four fifths."""
+    await asyncio.sleep(seconds / 4)
+    shutil.copytree(versions, served / ".2-writing")
+    (served / ".2-writing").rename(served / "2")
+    await asyncio.sleep(seconds * 0.55)
+    shutil.copytree(versions, served / ".3-writing")
+    (served / ".3-writing" / "model.onnx").write_bytes(b"half of a model")
+    (served / ".3-writing").rename(served / "3")
+
+
+async def both(url: str, version: Path, served: Path, seconds: float, peak: float) -> None:
+    await asyncio.gather(load(url, seconds, peak), change_versions(version, served, seconds))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path, help="model folder; its version 1 is served")
+    parser.add_argument("--minutes", type=float, default=6)
+    parser.add_argument("--peak", type=float, default=120, help="requests a second in the middle")
+    parser.add_argument("--out", type=Path, default=Path("docs/dashboard.png"))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder, served = Path(name), Path(name) / "models"
+        shutil.copytree(args.model / "1", served / "1")
+        seconds = args.minutes * 60
+        with (
+            stack.service(served, folder, provider="cpu", max_queue_size=64) as port,
+            stack.prometheus(folder, port, SCRAPE_S) as server,
+        ):
+            time.sleep(10 * SCRAPE_S)
+            asyncio.run(both(f"http://127.0.0.1:{port}/predict", args.model / "1", served, seconds, args.peak))
+            time.sleep(2 * SCRAPE_S)
+            caption = (
+                f"{args.model.name} on {os.cpu_count()} cores ({platform.machine()}), shared with other work, no GPU; "
+                f"up to {args.peak:g} requests a second; dotted: a version, an alarm"
+            )
+            command = [sys.executable, DOCKER / "grafana" / "render.py", "--url", server.url, "--caption", caption]
+            subprocess.run([*command, "--minutes", str(args.minutes + 0.4), "--out", args.out], check=True)
+
+
+if __name__ == "__main__":
+    main()
