@@ -42,14 +42,14 @@ def test_loss_by_hand() -> None:
 
 
 def test_calibration_error_by_hand() -> None:
-    # Four pictures with confidence 0.9, of which three are right; one with 0.5, wrong.
+    # Four pictures with confidence 0.9, of which three are right: too confident. One with 0.5, right: too little.
     logits = logits_of(*[[0.9, 0.05, 0.05]] * 4, [0.25, 0.5, 0.25])
-    labels = torch.tensor([0, 0, 0, 1, 0])
+    labels = torch.tensor([0, 0, 0, 1, 1])
     assert measure(logits, labels, "val").ece == pytest.approx(4 / 5 * 0.15 + 1 / 5 * 0.5, rel=1e-6)
     bins = calibration_bins(logits, labels)
     assert bins.shape == (15, 3)
     torch.testing.assert_close(bins[13], torch.tensor([0.8, 0.9, 0.75], dtype=torch.float64))
-    torch.testing.assert_close(bins[7], torch.tensor([0.2, 0.5, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(bins[7], torch.tensor([0.2, 0.5, 1.0], dtype=torch.float64))
     assert not bins[[i for i in range(15) if i not in (7, 13)]].any()
 
 

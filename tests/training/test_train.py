@@ -221,6 +221,17 @@ def test_the_best_epoch_is_chosen_by_what_the_recipe_says(tmp_path: Path, best_b
     assert header.val.loss == lines[header.epoch - 1]["val_loss"]
 
 
+def test_the_training_loss_is_the_mean_of_the_epoch(tmp_path: Path) -> None:
+    # Weights that rest and pictures as they are: every epoch has the loss of all pictures.
+    run = run_config(learning_rate=1e-12, weight_decay=0, flip=False)
+    trainer = trainer_in(tmp_path / "run", run)
+    with torch.no_grad():
+        logits = trainer.state.model(trainer.state.preprocess(trainer.train_split.images))
+    expected = torch.nn.functional.cross_entropy(logits, trainer.train_split.labels).item()
+    trainer.fit()
+    assert [line["train_loss"] for line in lines_of(trainer)] == pytest.approx([expected] * 3, rel=1e-5)
+
+
 def test_early_stop_ends_the_run(tmp_path: Path) -> None:
     run = run_config(learning_rate=1e-9, epochs=50, early_stop_patience=2, flip=False, weight_decay=0)
     trainer = trainer_in(tmp_path / "run", run)
