@@ -1,0 +1,103 @@
+"""Write docs/reference.md: every setting, error code and metric of the service, from the code that has them.
+
+Run where the project is installed, in the environment that `make test` makes: python docs/write_reference.py
+"""
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+from service import errors
+from service.metrics import Metrics
+from service.settings import Settings
+
+TARGET = Path(__file__).parent / "reference.md"
+# Classes whose docstring speaks to programmers.
+WHEN = {errors.ServiceError: "A fault of this program; the log has the traceback under the request's id."}
+# Defaults that depend on the machine.
+DEFAULTS = {"decode_threads": "cores, at most 4"}
+
+HEAD = """\
+# Reference: settings, answers, metrics
+
+Written by `python docs/write_reference.py` from the code; a test holds the two together.
+
+## Settings
+
+Each is the environment variable and the flag of `python -m service`; the flag wins, an empty variable counts as unset. A value
+outside its bounds, an unknown flag and a misspelt `PERCEIVER_` variable stop the start with a sentence and status 2.
+
+| variable | flag | default | what it does |
+|---|---|---|---|
+"""
+
+ERRORS = """
+## Answers that are not a prediction
+
+One shape, `{"error": {"code", "message", "request_id"}}`; compare with the code, which stays. 503 carries `Retry-After` in
+seconds. None of the 4xx reaches the queue.
+
+| status | code | when |
+|---|---|---|
+"""
+
+METRICS = """
+## Metrics
+
+`GET /metrics`, Prometheus text, or OpenMetrics (with request ids as exemplars on `perceiver_request_seconds`) where the client accepts
+it. Times are in seconds. Counters end in `_total`. Those of the process and of Python's collector are `prometheus_client`'s own; on
+a host with an NVIDIA driver come GPU memory and utilisation through NVML (`service/gpu.py`).
+
+| metric | type | labels | what it is |
+|---|---|---|---|
+"""
+
+
+def settings() -> Iterator[str]:
+    """A row for each setting."""
+    for name, field in Settings.model_fields.items():
+        default = DEFAULTS.get(name, show(field.default))
+        text = (field.description or "").replace("|", "\\|")
+        yield f"| `PERCEIVER_{name.upper()}` | `--{name.replace('_', '-')}` | {default} | {text} |"
+
+
+def show(value: object) -> str:
+    """A default as a user would write it."""
+    if value is None or value == ():
+        return "unset"
+    if isinstance(value, tuple):
+        return f"`{','.join(map(str, value))}`"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{value.as_posix() if isinstance(value, Path) else value}`"
+
+
+def answers() -> Iterator[str]:
+    """A row for each error class, by status and code."""
+    classes = [
+        kind for kind in vars(errors).values() if inspect.isclass(kind) and issubclass(kind, errors.ServiceError)
+    ]
+    for kind in sorted(classes, key=lambda kind: (kind.status, kind.code)):
+        when = WHEN.get(kind) or " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
+        yield f"| {kind.status} | `{kind.code}` | {when} |"
+
+
+def metrics() -> Iterator[str]:
+    """A row for each metric of our own, those of a GPU included."""
+    for collector in vars(Metrics()).values():
+        if not hasattr(collector, "describe"):
+            continue
+        labels = ", ".join(f"`{label}`" for label in getattr(collector, "_labelnames", ()))
+        for family in collector.describe():
+            if family.name.startswith("perceiver_"):
+                yield f"| `{family.name}` | {family.type} | {labels} | {family.documentation} |"
+
+
+def page() -> str:
+    """The whole page."""
+    parts = (HEAD, settings(), ERRORS, answers(), METRICS, metrics())
+    return "".join(part if isinstance(part, str) else "".join(f"{row}\n" for row in part) for part in parts)
+
+
+if __name__ == "__main__":
+    TARGET.write_text(page(), encoding="utf-8")
