@@ -24,8 +24,9 @@ Written by `python docs/write_reference.py` from the code; a test holds the two 
 
 ## Settings
 
-Each is the environment variable and the flag of `python -m service`; the flag wins, an empty variable counts as unset. A value
-outside its bounds, an unknown flag and a misspelt `PERCEIVER_` variable stop the start with a sentence and status 2.
+Each is the environment variable and the flag of `python -m service`; the flag wins, an empty variable counts as unset.
+A value outside its bounds, an unknown flag and a misspelt `PERCEIVER_` variable stop the start with a sentence and
+status 2.
 
 | variable | flag | default | what it does |
 |---|---|---|---|
@@ -34,8 +35,8 @@ outside its bounds, an unknown flag and a misspelt `PERCEIVER_` variable stop th
 ERRORS = """
 ## Answers that are not a prediction
 
-One shape, `{"error": {"code", "message", "request_id"}}`; compare with the code, which stays. 503 carries `Retry-After` in
-seconds. None of the 4xx reaches the queue.
+One shape, `{"error": {"code", "message", "request_id"}}`; compare with the code, which stays. 503 carries `Retry-After`
+in seconds. None of the 4xx reaches the queue.
 
 | status | code | when |
 |---|---|---|
@@ -44,9 +45,10 @@ seconds. None of the 4xx reaches the queue.
 METRICS = """
 ## Metrics
 
-`GET /metrics`, Prometheus text, or OpenMetrics (with request ids as exemplars on `perceiver_request_seconds`) where the client accepts
-it. Times are in seconds. Counters end in `_total`. Those of the process and of Python's collector are `prometheus_client`'s own; on
-a host with an NVIDIA driver come GPU memory and utilisation through NVML (`service/gpu.py`).
+`GET /metrics`, Prometheus text, or OpenMetrics (with request ids as exemplars on `perceiver_request_seconds`) where the
+client accepts it. Times are in seconds. Counters end in `_total`. Those of the process and of Python's collector are
+`prometheus_client`'s own; on a host with an NVIDIA driver come GPU memory and utilisation through NVML
+(`service/gpu.py`).
 
 | metric | type | labels | what it is |
 |---|---|---|---|
