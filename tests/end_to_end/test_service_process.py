@@ -81,7 +81,8 @@ def test_a_drain_does_not_wait_longer_than_it_may(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_idle_service_stops_at_once(tmp_path: Path, number: int) -> None:
     make_model_folder(tmp_path / "m")
-    with started(tmp_path, *on_model(tmp_path / "m", "--log-format", "json")) as process, process.ready():
+    arguments = on_model(tmp_path / "m", "--log-format", "json", "--drain-timeout-s", "600")
+    with started(tmp_path, *arguments) as process, process.ready():
         process.signal(number)
         assert process.exit_status() == 0
         assert "Traceback" not in process.stderr

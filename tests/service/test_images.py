@@ -285,6 +285,22 @@ def test_webp_pixels_are_counted_in_each_of_its_variants(lossless: bool, alpha: 
         open_picture(data, max_pixels=599)
 
 
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        b"VP8X\x0a\0\0\0\0\0\0\0\xe7\x03\0\xe8\x03\0",
+        b"VP8L\x0a\0\0\0\x2f" + (1000 - 1 | 1001 - 1 << 14).to_bytes(4, "little") + b"\0",
+        b"VP8 \x0a\0\0\0\0\0\0\x9d\x01\x2a\xe8\x03\xe9\x03",
+    ],
+)
+def test_webp_pixels_are_counted_before_its_decoder_is_made(chunk: bytes) -> None:
+    data = b"RIFF\x16\0\0\0WEBP" + chunk  # which can't be opened: only its header is there
+    with pytest.raises(TooManyPixels, match="1000 x 1001"):
+        open_picture(data, max_pixels=1_000_999)
+    with pytest.raises(TruncatedImage):
+        open_picture(data, max_pixels=1_001_000)
+
+
 def test_a_tiff_with_gigantic_tiles_is_refused() -> None:
     entries = {256: 32, 257: 32, 258: 8, 259: 5, 262: 1, 277: 1, 322: 60_000, 323: 60_000, 324: 8, 325: 100}
     directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
