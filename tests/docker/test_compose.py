@@ -203,12 +203,14 @@ def test_prometheus_finds_its_configuration():
 def test_grafana_finds_its_configuration():
     environment = SERVICES["grafana"]["environment"]
     assert on_the_host("grafana", SERVICES["grafana"]["entrypoint"][1]).is_file()
-    provisioning = on_the_host("grafana", environment["GF_PATHS_PROVISIONING"])
-    (provider,) = yaml.safe_load((provisioning / "dashboards" / "perceiver.yml").read_text())["providers"]
+    provisioning = "/etc/grafana/provisioning"
+    found = on_the_host("grafana", f"{provisioning}/dashboards/perceiver.yml")
+    (provider,) = yaml.safe_load(found.read_text())["providers"]
     home = on_the_host("grafana", environment["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
     assert home.is_file()
     assert on_the_host("grafana", provider["options"]["path"]) == home.parent
-    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
+    found = on_the_host("grafana", f"{provisioning}/datasources/prometheus.yml")
+    (source,) = yaml.safe_load(found.read_text())["datasources"]
     assert source["url"] == f"http://prometheus:{container_port('prometheus')}"
     assert source["jsonData"]["timeInterval"] == prometheus_config()["global"]["scrape_interval"]
     assert filled_in(environment["GF_AUTH_ANONYMOUS_ENABLED"]) == "false"
