@@ -97,7 +97,7 @@ def draw_series(axes: Axes, panel: Panel, window: Window) -> None:
     for name, values in limits.items():
         axes.plot(window.minutes, values, label=name, color=GREY, linewidth=1.1, linestyle="--")
     if panel.unit != "sci":
-        axes.set_ylim(0, 1.15 * axes.dataLim.y1 if axes.dataLim.y1 > 0 else 1)
+        axes.set_ylim(0, 1.3 * axes.dataLim.y1 if axes.dataLim.y1 > 0 else 1)
     axes.legend(fontsize=6.5, loc="upper left", ncols=2, frameon=False)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: in_unit(value, panel.unit)))
     axes.yaxis.set_major_locator(MaxNLocator(4))
@@ -212,11 +212,12 @@ def main() -> None:
     """Draw, and say where to."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", default="http://localhost:9090", help="of the Prometheus")
-    parser.add_argument("--minutes", type=float, default=60, help="how far back from now")
+    parser.add_argument("--minutes", type=float, default=60, help="how many")
+    parser.add_argument("--end", type=float, default=time.time(), help="until when, Unix time; default: now")
     parser.add_argument("--out", type=Path, default=Path("dashboard.png"))
     parser.add_argument("--caption", default="", help="what was run, and where")
     args: Any = parser.parse_args()
-    window = Window(args.url, time.time(), args.minutes * 60)
+    window = Window(args.url, args.end, args.minutes * 60)
     picture(window, f"minutes; {args.caption}" if args.caption else "minutes").savefig(args.out, dpi=110)
     print(f"written: {args.out}")
 

@@ -87,12 +87,15 @@ def main() -> None:
             time.sleep(10 * SCRAPE_S)
             asyncio.run(both(f"http://127.0.0.1:{port}/predict", args.model / "1", served, seconds, args.peak))
             time.sleep(2 * SCRAPE_S)
+            end = time.time()
             caption = (
                 f"{args.model.name} on {os.cpu_count()} cores ({platform.machine()}), shared with other work, no GPU; "
                 f"up to {args.peak:g} requests a second; dotted: a version, an alarm"
             )
             command = [sys.executable, DOCKER / "grafana" / "render.py", "--url", server.url, "--caption", caption]
-            subprocess.run([*command, "--minutes", str(args.minutes + 0.4), "--out", args.out], check=True)
+            subprocess.run(
+                [*command, "--end", str(end), "--minutes", str(args.minutes + 0.4), "--out", args.out], check=True
+            )
 
 
 if __name__ == "__main__":
