@@ -48,7 +48,7 @@ def tensors_of(run: Path) -> dict[str, torch.Tensor]:
 def test_a_run_leaves_its_folder(tmp_path: Path, pictures: Path) -> None:
     run = tmp_path / "runs" / "tiny"
     flags = command(*RECIPE, "--data", pictures, "--out", run)
-    done = subprocess.run(flags, capture_output=True, text=True, env=environment(), timeout=120)
+    done = subprocess.run(flags, capture_output=True, text=True, env=environment(), timeout=240)
     assert done.returncode == 0, done.stderr
     config = json.loads((run / "config.json").read_text())
     assert (config["preset"], config["labels"], config["train"]["epochs"]) == ("compact", ["ant", "bee", "cat"], 2)
@@ -87,7 +87,7 @@ def test_ctrl_c_stops_with_a_checkpoint(
         while not process.stdout.readline().startswith("epoch   1"):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        output, error = process.communicate(timeout=60)
+        output, error = process.communicate(timeout=240)
     assert process.returncode == 3
     assert f"go on with: python -m training --resume {run}" in output
     assert "Traceback" not in error
