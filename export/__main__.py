@@ -25,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m export",
         description="Export a trained run to a model folder that the service can serve. Nothing is written unless the "
         "exported model, run by the service's engine, answers as torch does.",
+        epilog="Exit status: 0 done, 1 the gate refused, 2 wrong usage or nothing that could be exported.",
         allow_abbrev=False,
     )
     what = parser.add_argument_group("what (one of them)")

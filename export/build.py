@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnxruntime
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from export.card import write_card
@@ -129,7 +130,11 @@ def build(source: Source, options: Options) -> Exported:
     """
     trained = TrainingForm(source.preprocess, source.model, source.temperature).eval()
     golden = make_golden(trained, source, options)
-    metadata = make_metadata(source, options.name or options.out.resolve().name)
+    try:
+        metadata = make_metadata(source, options.out.resolve().name if options.name is None else options.name)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ExportError(f"the model can't be described: {first['loc'][0]}: {first['msg']}.") from error
     forms: list[tuple[str, nn.Module]] = [("as trained", trained)]
     if not options.plain:
         forms.append(("folded", fold(trained)))

@@ -11,6 +11,9 @@ from export.verify import Comparison, summary
 from service.artifact import ModelMetadata
 from training.config import PRESETS
 
+CIFAR100 = "cifar100"  # the data set that is downloaded where none is named
+SPLIT_NAMES = {"val": "validation"}
+
 
 def non_defaults(config: BaseModel) -> dict[str, Any]:
     """Return the fields of a configuration that are not at their default."""
@@ -27,7 +30,7 @@ def training_command(source: Source) -> str:
     """Return the command that trains the model again: the preset and every flag that differs from it."""
     run = source.run
     words = ["python -m training", f"--preset {run.preset}"]
-    if run.data:
+    if run.data and run.dataset != CIFAR100:
         words.append("--data DATA")  # where it was on the trainer's machine is nobody else's matter
     preset = PRESETS.get(run.preset)
     changes = (changed_fields(run.model, preset.model) | changed_fields(run.train, preset.train)) if preset else {}
@@ -121,8 +124,8 @@ def limits(source: Source, metadata: ModelMetadata) -> str:
         "nothing about people, and nothing that can hurt anyone.",
     ]
     if metadata.metrics is not None:
-        share = f"{1 - metadata.metrics.top1:.1%}"
-        lines.insert(0, f"Its first answer is wrong for {share} of the {metadata.metrics.split} pictures.")
+        share, split = f"{1 - metadata.metrics.top1:.1%}", metadata.metrics.split
+        lines.insert(0, f"Its first answer is wrong for {share} of the {SPLIT_NAMES.get(split, split)} pictures.")
     return "## What it is not for\n\n" + "\n".join(map(bullet, lines))
 
 

@@ -7,8 +7,8 @@ The algebra is exact; only rounding differs. Each attention is folded where that
 - Values. A row of weights sums to one, so sum_j p_j (Wv x_j + bv) = Wv (sum_j p_j x_j) + bv: project afterwards.
 - Self-attention likewise: each head's Wq and Wk become one matrix, its Wv and Wo another.
 - The first iteration's latents are constant, so its queries are, and what its residual adds.
-- Keys, values and layer norm of the tokens are computed once for all iterations; the norms' scales and shifts go into
-  the matrices.
+- Keys, values and layer norm of the tokens are computed once for all iterations; that norm's scale and shift, and those
+  of a norm before the head, go into the matrices behind them.
 - Everything from the pixels to the tokens is affine in the picture: one matrix, and a constant for each token that
   holds mean, bias, position and what the padding adds.
 - The mean over the latents commutes with the last feed-forward layer's output, and with the scale of a norm.
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from export.attention import Dense, Merged, Projected, Uses, Weights, fold_attention
 from export.serving_model import TrainingForm
+from export.tokens import Tokens
 from training.config import ModelConfig
 from training.model import NORM_EPSILON, Block, CrossAttention, Perceiver, SelfAttention, Transformer
 from training.model import FeedForward as TrainedFeedForward
@@ -72,47 +73,6 @@ class FeedForward(nn.Module):
 def mean_rows(rows: Tensor, count: int) -> Tensor:
     """[R, C] with `count` rows a picture -> [B, C]."""
     return rows.view(-1, count, rows.shape[1]).mean(1)
-
-
-def interpolation(size: int, target: int) -> Tensor:
-    """Linear interpolation with half-pixel centres as a matrix, float64 [target, size].
-
-    As a matrix, since ONNX's Resize wants the batch's size as a number, and so a graph's branch that computes it.
-    """
-    identity = torch.eye(size, dtype=torch.float64)[None]
-    return F.interpolate(identity, size=target, mode="linear", align_corners=False)[0].T.contiguous()
-
-
-class Tokens(nn.Module):
-    """Stored pixels to layer-normed tokens, without that norm's scale and shift."""
-
-    weight: Tensor
-    constant: Tensor
-    resize: Tensor | None
-
-    def __init__(self, form: TrainingForm) -> None:
-        super().__init__()
-        tokens, preprocess = form.model.tokens, form.preprocess
-        config = form.model.config
-        self.stride, self.overlap = config.patch_size, config.patch_overlap
-        kernel = tokens.kernel
-        weight = tokens.patch_projection.weight[:, : 3 * kernel**2].reshape(-1, kernel, kernel, 3)
-        self.register_buffer("weight", (weight / preprocess.variance.sqrt()).permute(0, 3, 1, 2).contiguous())
-        # The map is affine, so what a black picture gives is the constant of each token.
-        black = torch.zeros(1, config.input_size, config.input_size, 3, dtype=torch.uint8)
-        self.register_buffer("constant", tokens(preprocess(black))[0])
-        self.register_buffer("resize", None)
-        if config.input_size != config.image_size:
-            self.resize = interpolation(config.input_size, config.image_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """uint8 [B, H, W, 3] -> [R, T]."""
-        pixels = images.to(self.weight.dtype).permute(0, 3, 1, 2)
-        if self.resize is not None:
-            pixels = self.resize @ pixels @ self.resize.T
-        patches = F.conv2d(pixels, self.weight, stride=self.stride, padding=self.overlap)
-        tokens = patches.flatten(2).transpose(1, 2) + self.constant
-        return F.layer_norm(tokens, tokens.shape[-1:], eps=NORM_EPSILON).flatten(0, 1)
 
 
 def heads_of(layer: nn.Linear, heads: int) -> Tensor:

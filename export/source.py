@@ -130,8 +130,11 @@ def training_seconds(path: Path, epoch: int) -> float | None:
     """Sum the seconds of the epochs up to `epoch`, None where the file does not tell all of them."""
     if not path.is_file():
         return None
-    lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
-    seconds = [float(line["seconds"]) for line in lines if line["epoch"] <= epoch]
+    try:
+        lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
+        seconds = [float(line["seconds"]) for line in lines if line["epoch"] <= epoch]
+    except (ValueError, KeyError):  # a line that was cut off; only the card would have used it
+        return None
     return sum(seconds) if seconds and len(seconds) == epoch else None
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from export.__main__ import main
 from export.card import figures
-from export.source import load_source
+from export.source import load_source, training_seconds
 from tests.export.conftest import LABELS, write_run
 
 
@@ -93,6 +93,18 @@ def test_a_folder_that_can_not_be_written(run: Path, tmp_path: Path, capsys: pyt
     (tmp_path / "file").write_text("")
     arguments = [str(run), "--out", str(tmp_path / "file" / "out"), "--golden", "2", "--max-batch", "2"]
     assert "is no folder that can be written to" in fails(arguments, capsys)
+
+
+def test_a_model_without_a_name(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "name:" in fails([str(run), "--out", str(tmp_path / "out"), "--name", ""], capsys)
+
+
+def test_a_metrics_file_that_was_cut_off_tells_no_time(copy: Path) -> None:
+    path = copy / "metrics.jsonl"
+    assert training_seconds(path, 2) == 600
+    assert training_seconds(path, 4) is None
+    path.write_text(path.read_text()[:-5])
+    assert training_seconds(path, 2) is None
 
 
 def test_nothing_to_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,6 +94,7 @@ def test_the_card_tells_what_a_user_must_know(exported: Path) -> None:
         "epochs 7, mixup 0.5",
         "in 10 min of training",  # two epochs of the three in metrics.jsonl
         "uint8 `[batch, 8, 8, 3]`",
+        "--preset compact --data DATA",
         "--mixup 0.5",
         "Temperature 1.2500",
         "0 of 39 labels differ",
