@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from service.artifact import ModelMetadata
 from service.bodies import Upload, parse_body
@@ -34,10 +35,10 @@ class Decoder:
 
     async def parse(self, content_type: str, body: bytes, deadline: float) -> list[Upload]:
         """Take the picture files out of a body; see `bodies.parse_body`. DeadlineExceeded where it waits too long."""
-        parse = partial(parse_body, content_type, body, max_pictures=self.settings.max_pictures)
+        most = self.settings.max_pictures
         if len(body) <= self.settings.inline_decode_bytes or content_type.startswith("image/"):
-            return parse()
-        return await self._in_thread(parse, deadline)
+            return parse_body(content_type, body, max_pictures=most)
+        return await self._in_thread(partial(parse_body, content_type, body, max_pictures=most), deadline)
 
     async def decode(
         self, uploads: Sequence[Upload], metadata: ModelMetadata, deadline: float
@@ -48,15 +49,20 @@ class Decoder:
             ServiceError: as `images` raises it for the first bad picture; of several pictures it names the one.
             DeadlineExceeded: no thread was free before the deadline, on the clock of `loop.time()`.
         """
-        opened = partial(open_picture, max_pixels=self.settings.max_pixels)
-        shaped = partial(to_array, size=metadata.input_size, resize=metadata.resize)
-        if sum(len(upload.data) for upload in uploads) > self.settings.inline_decode_bytes:
-            return await self._in_thread(lambda: each(uploads, lambda i: shaped(opened(uploads[i].data))), deadline)
-        images = each(uploads, lambda i: opened(uploads[i].data))
-        work = partial(each, uploads, lambda i: shaped(images[i]))
-        if sum(image.width * image.height for image in images) <= self.settings.inline_decode_pixels:
-            return work()
-        return await self._in_thread(work, deadline)
+        settings = self.settings
+
+        def opened(index: int) -> Image.Image:
+            return open_picture(uploads[index].data, max_pixels=settings.max_pixels)
+
+        def shaped(index: int) -> NDArray[np.uint8]:
+            return to_array(images[index] or opened(index), size=metadata.input_size, resize=metadata.resize)
+
+        images: Sequence[Image.Image | None] = [None] * len(uploads)
+        if sum([len(upload.data) for upload in uploads]) <= settings.inline_decode_bytes:
+            images = headers = each(uploads, opened)
+            if sum([image.width * image.height for image in headers]) <= settings.inline_decode_pixels:
+                return each(uploads, shaped)
+        return await self._in_thread(lambda: each(uploads, shaped), deadline)
 
     def close(self) -> None:
         """Let the threads end."""

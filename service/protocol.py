@@ -15,6 +15,7 @@ from uvicorn.server import ServerState
 from service.errors import BadRequest, BodyTimeout, HeadersTimeout, HeadersTooLarge, ServiceError, Unavailable
 from service.middleware import error_body, error_headers
 from service.state import Service
+from service.transport import JoiningTransport
 
 MAX_HEADER_BYTES: Final = 64 * 1024
 # After an answer that came before the end of the body (413, 503), the rest is read and thrown away for this long, so
@@ -49,7 +50,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the connection, and give it its time for the first request's headers."""
-        super().connection_made(transport)
+        self._joining = JoiningTransport(transport)
+        super().connection_made(self._joining)
         if len(self.connections) > self.service.settings.max_connections:
             self.refuse(Unavailable("Too many connections are open."))
         else:
@@ -75,6 +77,12 @@ class BoundedProtocol(HttpToolsProtocol):
             settings = self.service.settings
             self._start_timer(settings.body_timeout_s if in_body else settings.header_timeout_s)
 
+    def shutdown(self) -> None:
+        """Close an idle connection; under TLS without waiting half a minute for the client to close its half."""
+        super().shutdown()
+        if self.scheme == "https" and self.transport.is_closing():
+            self.transport.abort()
+
     # The parser's callbacks
 
     def on_message_begin(self) -> None:
@@ -96,6 +104,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Linger where the answer came before the end of the body."""
+        self._joining.flush()
         super().on_response_complete()
         if self.cycle.response_complete and self.cycle.more_body:
             self._start_timer(LINGER_SECONDS)
