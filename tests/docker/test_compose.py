@@ -113,11 +113,10 @@ def test_what_is_mounted_exists(name: str):
         if mount["type"] == "volume":
             assert mount["source"] in compose()["volumes"]
         else:
-            assert (ROOT / mount["source"]).is_dir() or mount["source"] == "./models"  # has a test of its own
+            assert (ROOT / mount["source"]).is_dir()
             assert mount["bind"]["create_host_path"] is False  # a typing error must not make an empty folder
 
 
-@pytest.mark.skipif(not (ROOT / "models").exists(), reason="no model is shipped yet")
 def test_served_model_exists():
     folder = filled_in(SERVICES["service"]["environment"]["PERCEIVER_MODEL_DIR"])
     assert list(on_the_host("service", folder).glob("[1-9]*/model.onnx"))
