@@ -7,7 +7,9 @@ every other request wait.
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
+from threading import Event
 from typing import TypeVar
 
 import numpy as np
@@ -16,12 +18,13 @@ from PIL import Image
 
 from service.artifact import ModelMetadata
 from service.bodies import Upload, parse_body
-from service.errors import DeadlineExceeded, ServiceError
+from service.errors import DeadlineExceeded, ServiceError, TooManyPixels
 from service.images import open_picture, to_array
 from service.settings import Settings
 from service.worker import report
 
 T = TypeVar("T")
+Pixels = NDArray[np.uint8]
 
 
 class Decoder:
@@ -38,11 +41,9 @@ class Decoder:
         most = self.settings.max_pictures
         if len(body) <= self.settings.inline_decode_bytes or content_type.startswith("image/"):
             return parse_body(content_type, body, max_pictures=most)
-        return await self._in_thread(partial(parse_body, content_type, body, max_pictures=most), deadline)
+        return await self._in_thread(lambda _: parse_body(content_type, body, max_pictures=most), deadline)
 
-    async def decode(
-        self, uploads: Sequence[Upload], metadata: ModelMetadata, deadline: float
-    ) -> list[NDArray[np.uint8]]:
+    async def decode(self, uploads: Sequence[Upload], metadata: ModelMetadata, deadline: float) -> list[Pixels]:
         """Decode every picture of a request to uint8 [H, W, 3] at the model's input size.
 
         Raises:
@@ -50,35 +51,67 @@ class Decoder:
             DeadlineExceeded: no thread was free before the deadline, on the clock of `loop.time()`.
         """
         settings = self.settings
-
-        def opened(index: int) -> Image.Image:
-            return open_picture(uploads[index].data, max_pixels=settings.max_pixels)
-
-        def shaped(index: int) -> NDArray[np.uint8]:
-            return to_array(images[index] or opened(index), size=metadata.input_size, resize=metadata.resize)
-
-        images: Sequence[Image.Image | None] = [None] * len(uploads)
         if sum([len(upload.data) for upload in uploads]) <= settings.inline_decode_bytes:
-            images = headers = each(uploads, opened)
-            if sum([image.width * image.height for image in headers]) <= settings.inline_decode_pixels:
-                return each(uploads, shaped)
-        return await self._in_thread(lambda: each(uploads, shaped), deadline)
+            with suppress(TooManyPixels):  # for the event loop; the thread will see whether for the service too
+                headers = Headers(settings.max_pixels, settings.inline_decode_pixels)
+                images = each(uploads, lambda index: headers.open(uploads[index].data))
+                return each(uploads, lambda index: shaped(images[index], metadata))
+        return await self._in_thread(partial(decode_all, uploads, metadata, settings), deadline)
 
     def close(self) -> None:
         """Let the threads end."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _in_thread(self, function: Callable[[], T], deadline: float) -> T:
+    async def _in_thread(self, function: Callable[[Event], T], deadline: float) -> T:
+        """Call a function with an event that says when nobody waits for it any more."""
         loop = asyncio.get_running_loop()
+        abandoned = Event()
         try:
             async with asyncio.timeout_at(deadline):
                 await self._free.acquire()
-                work = self._threads.submit(function)
+                work = self._threads.submit(function, abandoned)
                 # When the thread is free, not when nobody waits any more: it can't be interrupted.
                 work.add_done_callback(lambda _: report(loop, self._free.release))
                 return await asyncio.wrap_future(work)
         except TimeoutError as error:
             raise DeadlineExceeded("The deadline passed before the picture was decoded.") from error
+        finally:
+            abandoned.set()
+
+
+class Headers:
+    """Opens the pictures of one request and counts their pixels together, since small files can hold very many."""
+
+    def __init__(self, max_pixels: int, max_total: int) -> None:
+        self._max_pixels = max_pixels
+        self._left = self._max_total = max_total
+
+    def open(self, data: bytes) -> Image.Image:
+        """Open a picture; see `images.open_picture`."""
+        image = open_picture(data, max_pixels=self._max_pixels)
+        self._left -= image.width * image.height
+        if self._left < 0:
+            raise TooManyPixels(f"The pictures of a request may have {self._max_total} pixels together, and have more.")
+        return image
+
+
+def decode_all(
+    uploads: Sequence[Upload], metadata: ModelMetadata, settings: Settings, abandoned: Event
+) -> list[Pixels]:
+    """Decode one picture after the other, so that only one is in memory at its full size."""
+    headers = Headers(settings.max_pixels, settings.max_request_pixels)
+
+    def decode_one(index: int) -> Pixels:
+        if abandoned.is_set():
+            raise DeadlineExceeded
+        return shaped(headers.open(uploads[index].data), metadata)
+
+    return each(uploads, decode_one)
+
+
+def shaped(image: Image.Image, metadata: ModelMetadata) -> Pixels:
+    """Decode an opened picture to what a model takes."""
+    return to_array(image, size=metadata.input_size, resize=metadata.resize)
 
 
 def each(uploads: Sequence[Upload], function: Callable[[int], T]) -> list[T]:

@@ -118,6 +118,9 @@ class Settings(BaseSettings):
         "Width times height of one picture, read from its header before decoding; more: 413. A decoding "
         "thread needs up to 12 bytes a pixel.",
     )
+    max_request_pixels: int = bounded(
+        400_000_000, 1, 1_000_000_000_000, "Pixels of all pictures of one request together; more: 413."
+    )
     max_pictures: int = bounded(64, 1, 10_000, "Pictures in one request; more: 413.")
     inline_decode_bytes: int = bounded(
         32 * 1024,
@@ -180,6 +183,8 @@ class Settings(BaseSettings):
             raise ValueError("max_pictures must not exceed max_queue_size, or a full request could never be accepted")
         if self.max_body_bytes > self.max_queue_bytes:
             raise ValueError("max_body_bytes must not exceed max_queue_bytes, or a full body could never be accepted")
+        if self.max_pixels > self.max_request_pixels:
+            raise ValueError("max_pixels must not exceed max_request_pixels, which counts the same picture")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key go together; only one of them is set")
         return self

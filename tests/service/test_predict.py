@@ -2,13 +2,18 @@
 
 import asyncio
 import base64
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from service.bodies import Upload
+from service.decoding import decode_all
+from service.errors import DeadlineExceeded
 from service.schemas import PredictResponse
-from tests.fakes import HEIGHT, WIDTH, FakeEngine
+from service.settings import Settings
+from tests.fakes import HEIGHT, WIDTH, FakeEngine, tiny_metadata
 from tests.service.harness import Running, error_of, png, read_answer, request_head, running
 from tests.service.pictures import all_files, encode, pixels, png_announcing
 
@@ -181,6 +186,26 @@ async def test_of_several_pictures_the_bad_one_is_named(tmp_path: Path) -> None:
         assert error_of(response.content) == "not_an_image"
         assert "Picture 2 of 2 ('bad.png')" in response.json()["error"]["message"]
         assert answered(run) == []
+
+
+@pytest.mark.parametrize("inline", [0, 100_000])
+async def test_the_pixels_of_all_pictures_of_a_request_are_bounded(tmp_path: Path, inline: int) -> None:
+    flat = base64.b64encode(encode(np.zeros((300, 300, 3), np.uint8), "WEBP", lossless=True)).decode()
+    limits = {"max_pixels": 100_000, "max_request_pixels": 300_000, "inline_decode_bytes": inline}
+    async with running(tmp_path, FakeEngine(), **limits) as run:
+        assert (await run.client.post("/predict", json={"images": [flat] * 3})).status_code == 200
+        response = await run.client.post("/predict", json={"images": [flat] * 4})
+        assert (response.status_code, error_of(response.content)) == (413, "too_many_pixels")
+        assert "Picture 4 of 4" in response.json()["error"]["message"]
+        assert "300000 pixels together" in response.json()["error"]["message"]
+
+
+async def test_decoding_stops_between_two_pictures_when_nobody_waits_any_more() -> None:
+    done = threading.Event()
+    done.set()
+    with pytest.raises(DeadlineExceeded):
+        decode_all([Upload(png(1))], tiny_metadata(), Settings(), done)
+    assert len(decode_all([Upload(png(1))], tiny_metadata(), Settings(), threading.Event())) == 1
 
 
 async def test_a_failing_batch_is_a_500_and_the_next_one_is_served(tmp_path: Path) -> None:

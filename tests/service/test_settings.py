@@ -103,6 +103,7 @@ def test_every_number_has_its_bounds_in_its_description() -> None:
         (["--cors-origins", "https://example.org/app"], "without a path"),
         (["--max-pictures", "2000"], "max_pictures must not exceed max_queue_size"),
         (["--max-queue-bytes", "2000"], "max_body_bytes must not exceed max_queue_bytes"),
+        (["--max-request-pixels", "9"], "max_pixels must not exceed max_request_pixels"),
         (["--tls-cert", "/nowhere.pem"], "tls_cert and tls_key go together"),
         (["--tls-cert", "/nowhere.pem", "--tls-key", "/nowhere.key"], "tls_cert: there is no file /nowhere.pem"),
         (["--api-keys-file", "/nowhere"], "api_keys_file: there is no file /nowhere"),
