@@ -31,6 +31,11 @@ class World:
         """Whether this process writes files and shows progress."""
         return self.rank == 0
 
+    @property
+    def hardware(self) -> str:
+        """The kind of device: a GPU's name, or cpu."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
     def share(self, count: int) -> slice:
         """This process's part of a batch of ``count`` pictures.
 

@@ -1,10 +1,14 @@
-"""Loss, top-1, top-5 and calibration of a model on a split."""
+"""What logits are worth: loss, top-1, top-5, calibration, superclasses, confusions, confidence."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,6 +30,44 @@ class Metrics(BaseModel):
     top5: float = Field(description="share whose label is among the five most likely classes")
     loss: float = Field(description="mean cross-entropy, nats")
     ece: float = Field(description=f"expected calibration error over {CALIBRATION_BINS} equal bins of confidence")
+
+
+@dataclass(frozen=True)
+class ConfusedPair:
+    """Pictures of one class that were taken for another.
+
+    count: pictures of ``true`` that were predicted as ``predicted``.
+    share: ``count`` over all pictures of ``true``, 0..1.
+    """
+
+    true: str
+    predicted: str
+    count: int
+    share: float
+
+
+class SuperclassMetrics(BaseModel):
+    """How good logits are on the pictures of one superclass; fractions between 0 and 1."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    n: int = Field(ge=1, description="pictures")
+    top1: float = Field(description="share whose most likely class is the label")
+    top5: float = Field(description="share whose label is among the five most likely classes")
+    superclass_top1: float = Field(description="share whose most likely class is of the right superclass")
+
+
+class Confidence(BaseModel):
+    """How sure a model is of its first answer on some pictures; fractions between 0 and 1."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pictures: str = Field(description="what they are")
+    n: int = Field(ge=1, description="pictures")
+    mean: float = Field(description="mean probability of the most likely class")
+    above_half: float = Field(description="share whose most likely class has a probability above 0.5")
+    top1: float | None = Field(description="share whose most likely class is the label; None where there is no label")
 
 
 @torch.inference_mode()
@@ -85,6 +127,68 @@ def measure(logits: Tensor, labels: Tensor, split: str) -> Metrics:
         loss=F.cross_entropy(logits.double(), labels).item(),
         ece=(share * (confidence - accuracy).abs()).sum().item(),
     )
+
+
+def measure_superclasses(
+    logits: Tensor, labels: Tensor, superclasses: Sequence[int], names: Sequence[str]
+) -> list[SuperclassMetrics]:
+    """The figures of each superclass that has pictures, in the order of the names.
+
+    Args:
+        logits: float32 [N, K].
+        labels: int64 [N].
+        superclasses: of each of the K classes, an index into ``names``.
+        names: of the superclasses.
+    """
+    of_class = torch.tensor(superclasses, device=logits.device)
+    ranked = logits.topk(min(5, logits.shape[1]), dim=-1).indices
+    right = ranked == labels[:, None]
+    columns = torch.stack([right[:, 0], right.any(-1), of_class[ranked[:, 0]] == of_class[labels]], dim=1).double()
+    result = []
+    for index, name in enumerate(names):
+        members = columns[of_class[labels] == index]
+        if len(members):
+            top1, top5, superclass_top1 = members.mean(0).tolist()
+            result.append(
+                SuperclassMetrics(name=name, n=len(members), top1=top1, top5=top5, superclass_top1=superclass_top1)
+            )
+    return result
+
+
+def measure_confidence(logits: Tensor, labels: Tensor | None, pictures: str) -> Confidence:
+    """How sure calibrated logits are.
+
+    Args:
+        logits: float32 [N, K].
+        labels: int64 [N]; None where no class is right.
+        pictures: what they are.
+    """
+    confidence, predicted = logits.double().softmax(-1).max(-1)
+    return Confidence(
+        pictures=pictures,
+        n=len(logits),
+        mean=confidence.mean().item(),
+        above_half=(confidence > 0.5).double().mean().item(),
+        top1=None if labels is None else (predicted == labels).double().mean().item(),
+    )
+
+
+def most_confused(
+    targets: ArrayLike, predictions: ArrayLike, labels: Sequence[str], limit: int = 20
+) -> list[ConfusedPair]:
+    """Return the at most ``limit`` ordered pairs of classes confused most often, worst first.
+
+    targets, predictions: int64 [N], indices into ``labels``. Of pairs with equal shares the earlier classes come first.
+    """
+    matrix = np.zeros((len(labels), len(labels)), np.int64)
+    np.add.at(matrix, (np.asarray(targets), np.asarray(predictions)), 1)
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    np.fill_diagonal(share, 0)
+    order = np.argsort(-share, axis=None, kind="stable")[:limit]
+    pairs = zip(*np.unravel_index(order, share.shape), strict=True)
+    return [
+        ConfusedPair(labels[i], labels[j], int(matrix[i, j]), float(share[i, j])) for i, j in pairs if share[i, j] > 0
+    ]
 
 
 def fit_temperature(logits: Tensor, labels: Tensor, largest: float = 10.0) -> float:

@@ -1,52 +1,21 @@
-"""Figures of a run, drawn without a display: learning curves, the worst confusions, the reliability diagram."""
+"""Figures of a run, drawn without a display: learning curves, confusions, reliability, pictures of another kind."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
+
+from training.evaluate import ConfusedPair
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8A8A8A"
 _DPI = 130
-
-
-@dataclass(frozen=True)
-class ConfusedPair:
-    """Pictures of one class that were taken for another.
-
-    count: pictures of ``true`` that were predicted as ``predicted``.
-    share: ``count`` over all pictures of ``true``, 0..1.
-    """
-
-    true: str
-    predicted: str
-    count: int
-    share: float
-
-
-def most_confused(
-    targets: ArrayLike, predictions: ArrayLike, labels: Sequence[str], limit: int = 20
-) -> list[ConfusedPair]:
-    """Return the at most ``limit`` ordered pairs of classes confused most often, worst first.
-
-    targets, predictions: int64 [N], indices into ``labels``. Of pairs with equal shares the earlier classes come first.
-    """
-    matrix = np.zeros((len(labels), len(labels)), np.int64)
-    np.add.at(matrix, (np.asarray(targets), np.asarray(predictions)), 1)
-    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    np.fill_diagonal(share, 0)
-    order = np.argsort(-share, axis=None, kind="stable")[:limit]
-    pairs = zip(*np.unravel_index(order, share.shape), strict=True)
-    return [
-        ConfusedPair(labels[i], labels[j], int(matrix[i, j]), float(share[i, j])) for i, j in pairs if share[i, j] > 0
-    ]
 
 
 def _style(axes: Axes, title: str, x_label: str, y_label: str) -> None:
@@ -129,28 +98,54 @@ def save_confusion(pairs: Sequence[ConfusedPair], path: Path) -> None:
     figure.savefig(path)
 
 
-def save_reliability(bins: ArrayLike, path: Path) -> None:
-    """Draw the reliability diagram into ``path`` (PNG): accuracy against confidence, and where the confidences lie.
+def save_reliability(before: ArrayLike, after: ArrayLike, path: Path) -> None:
+    """Draw the reliability diagrams before and after temperature scaling into ``path`` (PNG), side by side.
 
-    bins: float64 [bins, 3], share of the pictures, mean confidence and accuracy in equal bins of confidence, zeros
-        where a bin is empty, as `training.evaluate.calibration_bins` returns them.
+    before, after: float64 [bins, 3], share of the pictures, mean confidence and accuracy in equal bins of confidence,
+        zeros where a bin is empty, as `training.evaluate.calibration_bins` returns them.
     """
-    share, confidence, accuracy = np.asarray(bins, dtype=np.float64).T
+    figure = Figure(figsize=(11, 6.4), dpi=_DPI, layout="constrained")
+    grid = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 1))
+    for column, (name, bins) in enumerate((("before", before), ("after", after))):
+        _draw_reliability(grid[0, column], grid[1, column], np.asarray(bins, dtype=np.float64), name)
+    grid[0, 0].legend(frameon=False, loc="upper left")
+    grid[0, 0].set_ylabel("accuracy")
+    grid[1, 0].set_ylabel("share")
+    figure.savefig(path)
+
+
+def _draw_reliability(top: Axes, bottom: Axes, bins: NDArray[np.float64], name: str) -> None:
+    """Draw accuracy against confidence, and below it where the confidences lie."""
+    share, confidence, accuracy = bins.T
     edges = np.linspace(0, 1, len(share) + 1)
     width = edges[1] - edges[0]
     filled = share > 0
     error = float((share * np.abs(confidence - accuracy)).sum())
-    figure = Figure(figsize=(6.2, 7.2), dpi=_DPI, layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     top.bar(edges[:-1][filled], accuracy[filled], width, align="edge", color=BLUE, edgecolor="white", label="accuracy")
     top.plot(confidence[filled], accuracy[filled], color=ORANGE, marker="o", markersize=4, label="at mean confidence")
     top.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1.2, label="perfectly calibrated")
-    _style(top, f"Reliability: expected calibration error {error:.2%}", "", "accuracy")
-    top.legend(frameon=False, loc="upper left")
+    _style(top, f"Reliability {name} temperature scaling: ECE {error:.2%}", "", "")
     bottom.bar(edges[:-1], share, width, align="edge", color=GREY, edgecolor="white")
-    _style(bottom, "Pictures", "confidence: probability of the most likely class", "share")
+    _style(bottom, "Pictures", "confidence: probability of the most likely class", "")
     top.set_ylim(0, 1)
     for axis in (top.xaxis, top.yaxis, bottom.yaxis):
         axis.set_major_formatter(PercentFormatter(1, decimals=0))
     bottom.set_xlim(0, 1)
+
+
+def save_answers(rows: Mapping[str, Sequence[tuple[NDArray[np.uint8], str]]], path: Path) -> None:
+    """Draw pictures, each with what the model answers below it, a row of each kind, into ``path`` (PNG).
+
+    rows: for each kind, pictures (uint8 [H, W, 3]) and the words below them.
+    """
+    columns = max(map(len, rows.values()))
+    figure = Figure(figsize=(1.6 * columns + 1.2, 1.75 * len(rows)), dpi=_DPI, layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for line, (kind, answers) in zip(grid, rows.items(), strict=True):
+        line[0].text(-0.12, 0.5, kind, transform=line[0].transAxes, ha="right", va="center", fontweight="bold")
+        for axes, (picture, words) in zip(line, answers, strict=False):
+            axes.imshow(picture, interpolation="nearest")
+            axes.text(0.5, -0.06, words, transform=axes.transAxes, ha="center", va="top", fontsize=8)
     figure.savefig(path)

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from training import checkpoint
+from training import checkpoint, figures
+from training.checkpoint import RunConfig
 from training.dataset import Split
-from training.evaluate import calibration_bins, fit_temperature, measure, predict_logits
+from training.evaluate import (
+    Confidence,
+    ConfusedPair,
+    SuperclassMetrics,
+    calibration_bins,
+    fit_temperature,
+    measure,
+    measure_confidence,
+    measure_superclasses,
+    most_confused,
+    predict_logits,
+)
+from training.figures import Report
+from training.lines import MACHINE, read_lines
 from training.model import count_parameters
-from training.plots import most_confused, save_confusion, save_curves, save_reliability
+from training.out_of_distribution import ALTERED, COUNT, out_of_distribution
+from training.plots import save_answers, save_confusion, save_curves, save_reliability
 
-Line = dict[str, float]
+SPLITS = {"test": "test pictures", "val": "validation pictures"}
+DRAWN = 6  # pictures of each kind
 
 # What to think of a report's figures, by the split that they are of.
 NOTES = {
@@ -26,35 +42,15 @@ NOTES = {
 }
 
 
-def read_lines(folder: Path) -> list[Line]:
-    """The epochs of ``metrics.jsonl``; one that a killed run left unfinished is not among them."""
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
-def append_line(folder: Path, line: Line) -> None:
-    """Add an epoch to ``metrics.jsonl``."""
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def forget_lines_after(folder: Path, epoch: int) -> None:
-    """Drop epochs that were written after the checkpoint, by a run killed between the two."""
-    kept = [line for line in read_lines(folder) if line["epoch"] <= epoch]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
-
-
 def announce(folder: Path, events: SummaryWriter) -> None:
     """Show the last epoch of ``metrics.jsonl`` on the terminal, in TensorBoard's events and in ``curves.png``."""
     lines = read_lines(folder)
     line = lines[-1]
     for key, value in line.items():
-        if key not in ("epoch", "step"):
+        if key not in ("epoch", "step", *MACHINE):
             events.add_scalar(key, value, int(line["epoch"]))
     events.flush()
-    save_curves(lines, folder / "curves.png")
+    save_curves(lines, folder / figures.CURVES)
     tqdm.write(
         f"epoch {line['epoch']:3d}  train loss {line['train_loss']:.4f}  val loss {line['val_loss']:.4f}  "
         f"top-1 {line['val_top1']:.2%}  top-5 {line['val_top5']:.2%}  {line['pictures_per_second']:.0f} pictures/s"
@@ -62,11 +58,11 @@ def announce(folder: Path, events: SummaryWriter) -> None:
     sys.stdout.flush()  # for whoever reads along in a log file
 
 
-def write_report(folder: Path, val: Split, test: Split | None, device: torch.device, batch_size: int) -> dict[str, Any]:
-    """Measure ``best`` in float32 and write ``report.json``, ``confusion.png`` and ``reliability.png``.
+def write_report(folder: Path, val: Split, test: Split | None, device: torch.device, batch_size: int) -> Report:
+    """Measure ``best`` in float32 and write ``report.json`` and its pictures (`training.figures.PICTURES`).
 
-    The temperature is fitted to the validation pictures; ``val`` and ``test`` are figures at that temperature, those
-    called uncalibrated at temperature 1 (top-1 and top-5 are the same). The test pictures are read here, once.
+    The temperature is fitted to the validation pictures. The test pictures are read here, in one pass that all their
+    figures come from.
 
     Args:
         folder: of the run.
@@ -74,51 +70,86 @@ def write_report(folder: Path, val: Split, test: Split | None, device: torch.dev
         test: test pictures; None where the data has none, so that the validation figures have to do.
         device: to compute on.
         batch_size: pictures at once.
-
-    Returns:
-        What ``report.json`` holds.
     """
     path = folder / "best.safetensors"
     model, preprocess, header = checkpoint.load_model(path)
     model.to(device)
     preprocess.to(device)
     torch.set_float32_matmul_precision("highest")
-    splits = {"val": val.to(device)} | ({} if test is None else {"test": test.to(device)})
-    logits = {name: predict_logits(model, preprocess, split, batch_size) for name, split in splits.items()}
-    temperature = fit_temperature(logits["val"], splits["val"].labels)
+
+    def logits_of(split: Split) -> Tensor:
+        return predict_logits(model, preprocess, split.to(device), batch_size).cpu()
+
+    logits = {"val": logits_of(val)} | ({} if test is None else {"test": logits_of(test)})
+    labels = {"val": val.labels.cpu()} | ({} if test is None else {"test": test.labels.cpu()})
+    temperature = fit_temperature(logits["val"], labels["val"])
+    metrics = {name: measure(logits[name] / temperature, labels[name], name) for name in logits}
+    uncalibrated = {f"{name}_uncalibrated": measure(logits[name], labels[name], name) for name in logits}
     shown = "val" if test is None else "test"
-    result: dict[str, Any] = {
-        "preset": header.run.preset,
-        "dataset": header.run.dataset,
-        "parameters": count_parameters(model),
-        "epoch": header.epoch,
-        "temperature": temperature,
-        "checkpoint_sha256": checkpoint.digest(path),
-        "note": NOTES[shown],
-        "test": None,
-        "test_uncalibrated": None,
-    }
-    for name, split in splits.items():
-        result[name] = measure(logits[name] / temperature, split.labels, name).model_dump()
-        result[f"{name}_uncalibrated"] = measure(logits[name], split.labels, name).model_dump()
-    calibrated, targets = logits[shown] / temperature, splits[shown].labels
-    result["most_confused"] = draw_mistakes(folder, calibrated, targets, header.run.labels)
-    (folder / "report.json").write_text(json.dumps(result, indent=2) + "\n")
-    return result
+    strange = draw_strangers(folder, header.run.labels, val, lambda split: logits_of(split) / temperature)
+    report = Report(
+        preset=header.run.preset,
+        dataset=header.run.dataset,
+        parameters=count_parameters(model),
+        epoch=header.epoch,
+        temperature=temperature,
+        checkpoint_sha256=checkpoint.digest(path),
+        note=NOTES[shown],
+        **metrics,
+        **uncalibrated,
+        most_confused=draw_mistakes(folder, logits[shown], temperature, labels[shown], header.run.labels),
+        superclasses=figures_by_superclass(logits[shown], labels[shown], header.run),
+        confidence=(measure_confidence(logits[shown] / temperature, labels[shown], SPLITS[shown]), *strange),
+    )
+    (folder / figures.FILE).write_text(report.model_dump_json(indent=2) + "\n")
+    return report
+
+
+def figures_by_superclass(logits: Tensor, labels: Tensor, run: RunConfig) -> tuple[SuperclassMetrics, ...]:
+    """The figures of each superclass; none where the data set has no superclasses."""
+    if run.superclasses is None or run.superclass_names is None:
+        return ()
+    return tuple(measure_superclasses(logits, labels, run.superclasses, run.superclass_names))
 
 
 def draw_mistakes(
-    folder: Path, logits: torch.Tensor, targets: torch.Tensor, labels: tuple[str, ...]
-) -> list[dict[str, Any]]:
-    """Draw the worst confusions and the reliability diagram; returns the confusions.
+    folder: Path, logits: Tensor, temperature: float, targets: Tensor, labels: Sequence[str]
+) -> tuple[ConfusedPair, ...]:
+    """Draw the worst confusions and the reliability diagrams; returns the confusions.
 
     Args:
         folder: of the run.
         logits: float32 [N, K].
+        temperature: of the second diagram.
         targets: int64 [N].
         labels: names of the K classes.
     """
-    save_reliability(calibration_bins(logits, targets).cpu(), folder / "reliability.png")
-    pairs = most_confused(targets.cpu(), logits.argmax(-1).cpu(), labels)
+    before, after = (calibration_bins(scaled, targets) for scaled in (logits, logits / temperature))
+    save_reliability(before, after, folder / "reliability.png")
+    pairs = most_confused(targets, logits.argmax(-1), labels)
     save_confusion(pairs, folder / "confusion.png")
-    return [vars(pair) for pair in pairs]
+    return tuple(pairs)
+
+
+def draw_strangers(
+    folder: Path, labels: Sequence[str], val: Split, answer: Callable[[Split], Tensor]
+) -> list[Confidence]:
+    """Ask about pictures out of distribution and draw some with the answers; returns how sure those were.
+
+    Args:
+        folder: of the run.
+        labels: names of the K classes.
+        val: validation pictures; an even choice of them is turned and cropped.
+        answer: calibrated logits, float32 [N, K] on the CPU.
+    """
+    chosen = torch.linspace(0, len(val) - 1, min(COUNT, len(val))).round().long()
+    result, rows = [], {}
+    for kind, images in out_of_distribution(val.images.cpu()[chosen].numpy()).items():
+        targets = val.labels.cpu()[chosen] if kind in ALTERED else torch.zeros(len(images), dtype=torch.int64)
+        logits = answer(Split(torch.from_numpy(images), targets))
+        result.append(measure_confidence(logits, targets if kind in ALTERED else None, kind))
+        sure, first = logits.softmax(-1).max(-1)
+        words = [f"{labels[i]} {p:.0%}" for i, p in zip(first.tolist(), sure.tolist(), strict=True)]
+        rows[kind] = list(zip(images, words, strict=True))[:DRAWN]
+    save_answers(rows, folder / "out_of_distribution.png")
+    return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 import time
@@ -90,7 +89,7 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
             print(f"stopped after step {trainer.state.step}; go on with: python -m training --resume {folder}")
             return STOPPED
         report = trainer.report()
-    print(json.dumps({key: report[key] for key in ("epoch", "temperature", "val", "test", "note")}, indent=2))
+    print(report.model_dump_json(include={"epoch", "temperature", "val", "test", "note"}, indent=2))
     print(f"best checkpoint and report are in {folder}; export: python -m export {folder} --out models/NAME")
     return DONE
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +25,11 @@ from training.config import TrainConfig
 from training.dataset import DataSet
 from training.distributed import World
 from training.evaluate import Metrics, measure, predict_logits
+from training.figures import Report
+from training.lines import Line, append_line, forget_lines_after
 from training.optim import clip_gradients, schedule_factor, set_learning_rates
 from training.preprocessing import Preprocess
-from training.report import announce, append_line, forget_lines_after, write_report
+from training.report import announce, write_report
 from training.state import initial_state, seed_step
 
 # To agree on stopping, the CPU waits for the GPU: not at every step.
@@ -194,7 +195,7 @@ class Trainer:
                 state.save_best(self.folder / "best.safetensors", val)
             state.save_last(self.folder / "last.safetensors", val)
 
-    def _line(self, train_loss: float, val: Metrics, seconds: float) -> dict[str, float]:
+    def _line(self, train_loss: float, val: Metrics, seconds: float) -> Line:
         return {
             "epoch": self.state.epoch,
             "step": self.state.step,
@@ -205,6 +206,9 @@ class Trainer:
             "learning_rate": self.state.optimizers[0].param_groups[0]["lr"],
             "pictures_per_second": self.steps_per_epoch * self.config.batch_size / seconds,
             "seconds": seconds,
+            "device": self.world.hardware,
+            "processes": self.world.size,
+            "threads": torch.get_num_threads(),
         }
 
     def _finite_loss(self) -> float:
@@ -281,6 +285,6 @@ class Trainer:
         forget_lines_after(self.folder, self.state.epoch)
         return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.state.epoch + 1)
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Report:
         """Measure the best weights, and the test pictures by them; see `training.report.write_report`."""
         return write_report(self.folder, self.val_split, self.test_split, self.world.device, self.evaluation_batch)

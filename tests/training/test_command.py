@@ -19,7 +19,8 @@ from PIL import Image
 from tests.training.tiny import FLAGS, write_pictures
 from training import checkpoint
 from training.__main__ import main
-from training.report import read_lines
+from training.figures import CURVES, PICTURES
+from training.lines import read_lines
 from training.train import Trainer
 
 RECIPE = [*FLAGS, "--epochs=2", "--batch-size=8", "--threads=1", "--device=cpu"]
@@ -55,9 +56,10 @@ def test_a_run_leaves_its_folder(tmp_path: Path, pictures: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
     assert {"train_loss", "val_loss", "val_top1", "val_top5", "learning_rate", "pictures_per_second"} <= lines[0].keys()
+    assert (lines[0]["device"], lines[0]["processes"], lines[0]["threads"]) == ("cpu", 1, 1)
     (events,) = (run / "tensorboard").iterdir()
     assert b"val_top1" in events.read_bytes()
-    for name in ("curves.png", "confusion.png", "reliability.png"):
+    for name in (CURVES, *PICTURES):
         with Image.open(run / name) as picture:
             assert picture.format == "PNG"
     assert checkpoint.load(run / "last.safetensors")[1].epoch == 2
@@ -95,6 +97,18 @@ def test_ctrl_c_stops_with_a_checkpoint(
     assert 3 <= step < 3000
     assert main(["--resume", str(run), "--max-steps", str(step + 1), "--threads=1"]) == 3
     assert checkpoint.load(run / "last.safetensors")[1].step == step + 1
+
+
+@pytest.mark.usefixtures("without_curves")
+def test_resuming_a_finished_run_writes_its_report_again(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for name in ("report.json", *PICTURES):
+        (run / name).unlink()
+    assert main(["--resume", str(run), "--threads=1"]) == 0
+    assert (run / "report.json").read_bytes() == (whole / "report.json").read_bytes()
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert all((run / name).is_file() for name in PICTURES)
 
 
 # --- stops, at steps that are chosen

@@ -17,7 +17,7 @@ from tests.training import two_processes
 from tests.training.tiny import ALONE, write_pictures
 from training import checkpoint
 from training.distributed import World, join
-from training.report import read_lines
+from training.lines import read_lines
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from tests.training.tiny import MODEL, pictures
 from training.config import ModelConfig
-from training.evaluate import calibration_bins, fit_temperature, measure, predict_logits
+from training.evaluate import (
+    ConfusedPair,
+    calibration_bins,
+    fit_temperature,
+    measure,
+    measure_confidence,
+    measure_superclasses,
+    most_confused,
+    predict_logits,
+)
 from training.model import Perceiver
 from training.preprocessing import Preprocess
 
@@ -109,3 +118,53 @@ def test_autocast_is_used_where_asked_for() -> None:
     for autocast in (None, torch.bfloat16):
         predict_logits(Spy(), Preprocess(8), pictures(2, 0), 2, autocast)
     assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_most_confused_counts_ordered_pairs() -> None:
+    targets = [0, 0, 0, 0, 1, 1, 2, 2, 2]
+    predictions = [0, 1, 1, 2, 0, 1, 2, 2, 2]
+    assert most_confused(targets, predictions, ["ant", "bee", "cat"]) == [
+        ConfusedPair("ant", "bee", 2, 0.5),
+        ConfusedPair("bee", "ant", 1, 0.5),
+        ConfusedPair("ant", "cat", 1, 0.25),
+    ]
+    assert len(most_confused(targets, predictions, ["ant", "bee", "cat"], limit=2)) == 2
+
+
+def test_nothing_is_confused_where_all_is_right() -> None:
+    assert most_confused(torch.arange(3), torch.arange(3), ["ant", "bee", "cat"]) == []
+
+
+def test_superclasses_by_hand() -> None:
+    # Classes 0 and 2 are insects, 1 and 3 plants; the third superclass has no class.
+    predicted = torch.tensor([0, 2, 1, 1, 0])
+    logits = nn.functional.one_hot(predicted, 4).float()
+    insects, plants = measure_superclasses(
+        logits, torch.tensor([0, 0, 0, 1, 3]), (1, 0, 1, 0), ("plants", "insects", "fish")
+    )[::-1]
+    assert (insects.name, insects.n, plants.name, plants.n) == ("insects", 3, "plants", 2)
+    assert insects.top1 == pytest.approx(1 / 3)
+    assert insects.superclass_top1 == pytest.approx(2 / 3)
+    assert (plants.top1, plants.superclass_top1) == (0.5, 0.5)
+    assert insects.top5 == plants.top5 == 1
+
+
+def test_superclasses_sum_up_to_the_whole() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(200, 12, generator=generator)
+    labels = torch.randint(12, (200,), generator=generator)
+    parts = measure_superclasses(logits, labels, [i % 3 for i in range(12)], ["a", "b", "c"])
+    whole = measure(logits, labels, "val")
+    for name in ("top1", "top5"):
+        assert sum(part.n * getattr(part, name) for part in parts) / 200 == pytest.approx(getattr(whole, name))
+    assert all(part.top1 <= part.superclass_top1 for part in parts)
+
+
+def test_confidence_by_hand() -> None:
+    logits = logits_of([0.9, 0.1, 0.0], [0.4, 0.3, 0.3], [0.1, 0.3, 0.6])
+    confidence = measure_confidence(logits, torch.tensor([0, 1, 1]), "noise")
+    assert (confidence.pictures, confidence.n) == ("noise", 3)
+    assert confidence.mean == pytest.approx((0.9 + 0.4 + 0.6) / 3, rel=1e-6)
+    assert confidence.above_half == pytest.approx(2 / 3)
+    assert confidence.top1 == pytest.approx(1 / 3)
+    assert measure_confidence(logits, None, "noise").top1 is None

@@ -12,8 +12,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from training.evaluate import calibration_bins
-from training.plots import ConfusedPair, most_confused, save_confusion, save_curves, save_reliability
+from training.evaluate import ConfusedPair, calibration_bins
+from training.plots import save_answers, save_confusion, save_curves, save_reliability
 
 
 @pytest.fixture
@@ -77,21 +77,6 @@ def test_no_curves_without_an_epoch(tmp_path: Path) -> None:
     assert not (tmp_path / "curves.png").exists()
 
 
-def test_most_confused_counts_ordered_pairs() -> None:
-    targets = [0, 0, 0, 0, 1, 1, 2, 2, 2]
-    predictions = [0, 1, 1, 2, 0, 1, 2, 2, 2]
-    assert most_confused(targets, predictions, ["ant", "bee", "cat"]) == [
-        ConfusedPair("ant", "bee", 2, 0.5),
-        ConfusedPair("bee", "ant", 1, 0.5),
-        ConfusedPair("ant", "cat", 1, 0.25),
-    ]
-    assert len(most_confused(targets, predictions, ["ant", "bee", "cat"], limit=2)) == 2
-
-
-def test_nothing_is_confused_where_all_is_right() -> None:
-    assert most_confused(torch.arange(3), torch.arange(3), ["ant", "bee", "cat"]) == []
-
-
 @pytest.mark.parametrize("count", [0, 1, 20])
 def test_confusion_has_a_bar_for_each_pair(tmp_path: Path, figures: list[Figure], count: int) -> None:
     pairs = [ConfusedPair(f"oak_tree {i}", "maple_tree", 20 - i, (20 - i) / 100) for i in range(count)]
@@ -102,20 +87,35 @@ def test_confusion_has_a_bar_for_each_pair(tmp_path: Path, figures: list[Figure]
     assert [text.get_text() for text in axes.get_yticklabels()] == [f"{p.true}  →  {p.predicted}" for p in pairs]
 
 
-def test_reliability_shows_the_bins_of_the_evaluation(tmp_path: Path, figures: list[Figure]) -> None:
+def test_reliability_shows_the_bins_before_and_after(tmp_path: Path, figures: list[Figure]) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(500, 10, generator=generator) * 2
     labels = torch.randint(10, (500,), generator=generator)
-    bins = calibration_bins(logits, labels)
-    save_reliability(bins, tmp_path / "reliability.png")
+    both = [calibration_bins(logits / temperature, labels) for temperature in (1, 3)]
+    save_reliability(*both, tmp_path / "reliability.png")
     assert_picture(tmp_path / "reliability.png")
-    top, bottom = figures[0].axes
-    filled = bins[:, 0] > 0
-    assert 0 < filled.sum() < len(bins)
-    assert [bar.get_height() for bar in top.patches] == bins[filled, 2].tolist()
-    assert [bar.get_height() for bar in bottom.patches] == bins[:, 0].tolist()
-    error = (bins[:, 0] * (bins[:, 1] - bins[:, 2]).abs()).sum().item()
-    assert f"{error:.2%}" in top.get_title(loc="left")
+    top, bottom = figures[0].axes[:2], figures[0].axes[2:]
+    for column, (name, bins) in enumerate(zip(("before", "after"), both, strict=True)):
+        filled = bins[:, 0] > 0
+        assert 0 < filled.sum() < len(bins)
+        assert [bar.get_height() for bar in top[column].patches] == bins[filled, 2].tolist()
+        assert [bar.get_height() for bar in bottom[column].patches] == bins[:, 0].tolist()
+        error = (bins[:, 0] * (bins[:, 1] - bins[:, 2]).abs()).sum().item()
+        title = top[column].get_title(loc="left")
+        assert name in title
+        assert f"{error:.2%}" in title
+
+
+def test_answers_stand_below_their_pictures(tmp_path: Path, figures: list[Figure]) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    rows = {"noise": [(pictures[0], "ant 90%"), (pictures[1], "bee 40%")], "text": [(pictures[2], "cat 50%")]}
+    save_answers(rows, tmp_path / "answers.png")
+    assert_picture(tmp_path / "answers.png")
+    shown = [(axes.images[0].get_array(), axes.texts[-1].get_text()) for axes in figures[0].axes if axes.images]
+    assert [words for _, words in shown] == ["ant 90%", "bee 40%", "cat 50%"]
+    for (image, _), picture in zip(shown, pictures, strict=True):
+        np.testing.assert_array_equal(image, picture)
+    assert [figures[0].axes[i].texts[0].get_text() for i in (0, 2)] == ["noise", "text"]
 
 
 def test_drawing_needs_no_display() -> None:

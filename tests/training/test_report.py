@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +11,15 @@ from PIL import Image
 
 from tests.training.tiny import ALONE, data_set, run_config
 from training import checkpoint
-from training.evaluate import Metrics
-from training.report import append_line, forget_lines_after, read_lines
+from training.dataset import Split
+from training.evaluate import predict_logits
+from training.figures import PICTURES, Report
+from training.lines import append_line, forget_lines_after, read_lines
 from training.train import Trainer
-
-FIGURES = ("confusion.png", "reliability.png")
 
 
 def finished(folder: Path, test: int | None) -> Trainer:
+    folder.mkdir(exist_ok=True)
     trainer = Trainer(run_config(optimizer="adamw", learning_rate=0.01), data_set(test=test), folder, ALONE)
     assert trainer.fit()
     return trainer
@@ -29,34 +29,34 @@ def finished(folder: Path, test: int | None) -> Trainer:
 def test_the_report_measures_the_best_checkpoint_on_the_test_pictures(tmp_path: Path) -> None:
     trainer = finished(tmp_path, test=9)
     report = trainer.report()
-    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert Report.model_validate_json((tmp_path / "report.json").read_text()) == report
     model, preprocess, header = checkpoint.load_model(tmp_path)
-    assert report["epoch"] == header.epoch
-    assert report["parameters"] == sum(p.numel() for p in model.parameters())
-    assert report["checkpoint_sha256"] == checkpoint.digest(tmp_path / "best.safetensors")
+    assert report.epoch == header.epoch
+    assert report.parameters == sum(p.numel() for p in model.parameters())
+    assert report.checkpoint_sha256 == checkpoint.digest(tmp_path / "best.safetensors")
     assert trainer.test_split is not None
     images, labels = trainer.test_split.images, trainer.test_split.labels.numpy()
     logits = model(preprocess(images)).detach().double().numpy()
-    for name, scaled in (("test", logits / report["temperature"]), ("test_uncalibrated", logits)):
+    for name, scaled in (("test", logits / report.temperature), ("test_uncalibrated", logits)):
         p = np.exp(scaled) / np.exp(scaled).sum(axis=1, keepdims=True)
-        metrics = Metrics.model_validate(report[name])
+        metrics = getattr(report, name)
         assert (metrics.split, metrics.n, metrics.top5) == ("test", 9, 1)
         assert metrics.top1 == pytest.approx((p.argmax(axis=1) == labels).mean())
         assert metrics.loss == pytest.approx(-np.log(p[np.arange(9), labels]).mean(), rel=1e-4)
     assert header.val is not None
-    assert report["val_uncalibrated"]["top1"] == header.val.top1
-    assert report["val"]["loss"] <= report["val_uncalibrated"]["loss"]
-    assert "test pictures were read once" in report["note"]
+    assert report.val_uncalibrated.top1 == header.val.top1
+    assert report.val.loss <= report.val_uncalibrated.loss
+    assert "test pictures were read once" in report.note
 
 
 @pytest.mark.usefixtures("without_curves")
 def test_without_test_pictures_the_validation_figures_do_and_it_says_so(tmp_path: Path) -> None:
     report = finished(tmp_path, test=None).report()
-    assert report["test"] is None
-    assert report["test_uncalibrated"] is None
-    assert report["val"]["n"] == 12
-    assert "no test pictures: the validation figures flatter" in report["note"]
-    for name in FIGURES:
+    assert report.test is None
+    assert report.test_uncalibrated is None
+    assert report.val.n == 12
+    assert "no test pictures: the validation figures flatter" in report.note
+    for name in PICTURES:
         with Image.open(tmp_path / name) as picture:
             assert picture.format == "PNG"
 
@@ -69,7 +69,57 @@ def test_the_report_lists_the_worst_confusions(tmp_path: Path) -> None:
     assert trainer.test_split is not None
     predicted = model(preprocess(trainer.test_split.images)).argmax(-1)
     mistakes = int((predicted != trainer.test_split.labels).sum())
-    assert sum(pair["count"] for pair in report["most_confused"]) == mistakes
+    assert sum(pair.count for pair in report.most_confused) == mistakes
+
+
+@pytest.mark.usefixtures("without_curves")
+def test_the_test_pictures_are_read_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = finished(tmp_path, test=9)
+    passes = []
+
+    def spy(model: object, preprocess: object, split: Split, batch_size: int) -> torch.Tensor:
+        passes.append(split.images)
+        return predict_logits(model, preprocess, split, batch_size)
+
+    monkeypatch.setattr("training.report.predict_logits", spy)
+    trainer.report()
+    assert trainer.test_split is not None
+    held = {image.numpy().tobytes() for image in trainer.test_split.images}
+    seen = [sum(image.numpy().tobytes() in held for image in images) for images in passes]
+    assert sorted(seen)[-2:] == [0, 9]
+
+
+@pytest.mark.usefixtures("without_curves")
+def test_the_report_tells_superclasses_where_the_data_has_them(tmp_path: Path) -> None:
+    groups = {"superclasses": (0, 1, 0), "superclass_names": ("mammals and ants", "bees")}
+    run = run_config(optimizer="adamw", learning_rate=0.01).model_copy(update=groups)
+    trainer = Trainer(run, data_set(test=9), tmp_path, ALONE)
+    trainer.fit()
+    report = trainer.report()
+    assert [(part.name, part.n) for part in report.superclasses] == [("mammals and ants", 6), ("bees", 3)]
+    assert report.test is not None
+    assert sum(part.n * part.top1 for part in report.superclasses) / 9 == pytest.approx(report.test.top1)
+    assert finished(tmp_path / "plain", test=9).report().superclasses == ()
+
+
+@pytest.mark.usefixtures("without_curves")
+def test_the_report_tells_how_sure_the_model_is_of_what_it_does_not_know(tmp_path: Path) -> None:
+    trainer = finished(tmp_path, test=9)
+    report = trainer.report()
+    known, *strange = report.confidence
+    assert report.test is not None
+    assert (known.pictures, known.n, known.top1) == ("test pictures", 9, report.test.top1)
+    assert [(each.pictures, each.n) for each in strange] == [
+        ("noise", 64),
+        ("one colour", 64),
+        ("stripes", 64),
+        ("text", 64),
+        ("upside down", 12),
+        ("enlarged corner", 12),
+    ]
+    assert [each.top1 is None for each in strange] == [True] * 4 + [False] * 2
+    # Seeded: a second report says the same.
+    assert trainer.report() == report
 
 
 def test_lines_are_appended_read_and_forgotten(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from tests.training.tiny import ALONE, DROPOUT, data_set, run_config
 from training import checkpoint
 from training.checkpoint import CheckpointError, RunConfig
-from training.report import read_lines
+from training.lines import read_lines
 from training.state import seed_step
 from training.train import Trainer, epoch_order
 

@@ -1,0 +1,33 @@
+"""``metrics.jsonl`` of a run: a line of JSON for each epoch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+FILE = "metrics.jsonl"
+# What tells of the machine and not of the model: no curve is drawn of it.
+MACHINE = ("device", "processes", "threads")
+
+Line = dict[str, Any]
+
+
+def read_lines(folder: Path) -> list[Line]:
+    """The epochs of a run; one that a killed run left unfinished is not among them."""
+    path = folder / FILE
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def append_line(folder: Path, line: Line) -> None:
+    """Add an epoch."""
+    with (folder / FILE).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def forget_lines_after(folder: Path, epoch: int) -> None:
+    """Drop epochs that were written after the checkpoint, by a run killed between the two."""
+    kept = [line for line in read_lines(folder) if line["epoch"] <= epoch]
+    (folder / FILE).write_text("".join(json.dumps(line) + "\n" for line in kept))
