@@ -150,9 +150,10 @@ def build(source: Source, options: Options) -> Exported:
 
 
 def metrics_json(source: Source, exported: Exported) -> str:
-    """Return what `metrics.json` holds: the report of the run, the operations, the gate's result."""
+    """Return what `metrics.json` holds: the run's report and epochs, the operations, the gate's result."""
     content = {
-        "report": source.report.model_dump() if source.report else None,
+        "report": source.report.model_dump(mode="json") if source.report else None,
+        "epochs": source.lines,
         "operations_per_picture": dict(exported.operations),
         "verification": [asdict(comparison) for comparison in exported.comparisons],
     }
@@ -166,8 +167,8 @@ def fill(folder: Path, source: Source, exported: Exported) -> None:
     card = write_card(source, exported.metadata, exported.operations, exported.comparisons)
     (folder / "README.md").write_text(card)
     (folder / "metrics.json").write_text(metrics_json(source, exported))
-    if source.curves:
-        shutil.copyfile(source.curves, folder / source.curves.name)
+    for path in source.pictures:
+        shutil.copyfile(path, folder / path.name)
 
 
 def check_writable(out: Path) -> None:

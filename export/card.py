@@ -1,65 +1,16 @@
 """The model card: README.md of a version folder, written from metadata, report and the gate's result."""
 
-import textwrap
 from collections.abc import Sequence
-from typing import Any
 
-from pydantic import BaseModel
-
+from export.failures import failures
+from export.making import CIFAR100, making
+from export.markdown import bullet, paragraph, picture, table
 from export.source import Source
 from export.verify import Comparison, summary
 from service.artifact import ModelMetadata
-from training.config import PRESETS
+from training.figures import CURVES, PICTURES
 
-CIFAR100 = "cifar100"  # the data set that is downloaded where none is named
 SPLIT_NAMES = {"val": "validation"}
-
-
-def non_defaults(config: BaseModel) -> dict[str, Any]:
-    """Return the fields of a configuration that are not at their default."""
-    fields = type(config).model_fields
-    return {name: value for name, value in config if value != fields[name].default}
-
-
-def changed_fields(config: BaseModel, base: BaseModel) -> dict[str, Any]:
-    """Return the fields of a configuration that differ from another."""
-    return {name: value for name, value in config if value != getattr(base, name)}
-
-
-def training_command(source: Source) -> str:
-    """Return the command that trains the model again: the preset and every flag that differs from it."""
-    run = source.run
-    words = ["python -m training", f"--preset {run.preset}"]
-    if run.data and run.dataset != CIFAR100:
-        words.append("--data DATA")  # where it was on the trainer's machine is nobody else's matter
-    preset = PRESETS.get(run.preset)
-    changes = (changed_fields(run.model, preset.model) | changed_fields(run.train, preset.train)) if preset else {}
-    changes.pop("num_classes", None)  # the data decide it
-    for name, value in changes.items():
-        flag = name.replace("_", "-")
-        words.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}")
-    return " ".join(words)
-
-
-def duration(seconds: float) -> str:
-    """Return "1 h 23 min", "23 min" or "45 s"."""
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def bullet(text: str) -> str:
-    """Return an item of a Markdown list, wrapped."""
-    return textwrap.fill(
-        text, 116, initial_indent="- ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-    )
 
 
 def title(source: Source, metadata: ModelMetadata, operations: int) -> str:
@@ -92,8 +43,29 @@ def figures(source: Source) -> str:
     words = (
         f"Loss in nats; ECE: expected calibration error, 15 bins. Temperature {source.temperature:.4f}, in the graph."
     )
-    curves = "\n\n![learning curves](curves.png)" if source.curves else ""
-    return f"## Figures\n\n{table(('pictures', 'n', 'top-1', 'top-5', 'loss', 'ECE'), cells)}\n\n{words}{curves}"
+    parts = ["## Figures", table(("pictures", "n", "top-1", "top-5", "loss", "ECE"), cells), words]
+    captions = {CURVES: "learning curves", "reliability.png": PICTURES["reliability.png"]}
+    parts += [picture(captions[path.name], path.name) for path in source.pictures if path.name in captions]
+    return "\n\n".join(parts)
+
+
+def data(source: Source, metadata: ModelMetadata) -> str:
+    """Say what it was trained, chosen and tested on; nothing for random weights."""
+    if source.checkpoint is None:
+        return ""
+    words = f"The pictures of `{metadata.dataset}`"
+    if metadata.dataset == CIFAR100:
+        words = (
+            "CIFAR-100 (Krizhevsky 2009), fine labels: photographs of 32 x 32 pixels found on the web, of 100 classes "
+            "in 20 superclasses, as many of each"
+        )
+    report = source.report
+    if report is not None and report.training_pictures is not None:
+        words += f". {report.training_pictures:,} trained it, {report.val.n:,} others chose checkpoint and temperature"
+        words += (
+            f", {report.test.n:,} more were read once to test it" if report.test else ", and there were none to test it"
+        )
+    return f"## Data\n\n{paragraph(words + '. Nothing else was used: no other pictures, no pretrained weights.')}"
 
 
 def contract(metadata: ModelMetadata) -> str:
@@ -129,30 +101,6 @@ def limits(source: Source, metadata: ModelMetadata) -> str:
     return "## What it is not for\n\n" + "\n".join(map(bullet, lines))
 
 
-def making(source: Source, metadata: ModelMetadata) -> str:
-    """Say where the weights come from and what it takes to make them again."""
-    command = f"python -m export --random {metadata.preset}"
-    words = "Random weights:"
-    if source.checkpoint is not None:
-        command = training_command(source)
-        took = f", in {duration(source.training_seconds)} of training" if source.training_seconds else ""
-        words = f"The weights of epoch {source.epoch}{took}. Train it again by:"
-    settings = [
-        bullet(f"{name}: {', '.join(f'{key} {value}' for key, value in non_defaults(config).items())}.")
-        for name, config in (("Model", source.run.model), ("Recipe", source.run.train))
-    ]
-    versions = ", ".join(f"{name} {version}" for name, version in metadata.provenance.versions.items())
-    return "\n".join(
-        [
-            f"## How it was made\n\n{words}\n\n    {command}\n",
-            *settings,
-            f"- Trained by the source tree of commit `{source.git_commit or 'unknown'}`.",
-            f"- Checkpoint's SHA-256: `{metadata.provenance.checkpoint_sha256}`.",
-            f"- Exported {metadata.provenance.created} with {versions}.",
-        ]
-    )
-
-
 def verification(operations: Sequence[tuple[str, int]], comparisons: Sequence[Comparison]) -> str:
     """Tell the gate's result and the operations of each form."""
     counts = ", ".join(f"{count / 1e9:.3g} {name}" for name, count in operations)
@@ -183,7 +131,9 @@ def write_card(
         title(source, metadata, operations[-1][1]),
         figures(source),
         contract(metadata),
+        data(source, metadata),
         limits(source, metadata),
+        failures(source),
         making(source, metadata),
         verification(operations, comparisons),
     ]

@@ -1,34 +1,35 @@
 """What is exported: a checkpoint with its report, or a preset with random weights."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from export.errors import ExportError
 from training.checkpoint import CheckpointError, RunConfig, digest, git_commit, load_model
 from training.config import PRESETS
 from training.evaluate import Metrics
+from training.figures import CURVES, PICTURES, Report
+from training.figures import FILE as REPORT_FILE
+from training.lines import MACHINE, Line, read_lines
 from training.model import Perceiver, count_parameters
 from training.preprocessing import Preprocess
 
 RANDOM_CLASSES = 100
 
 
-class Report(BaseModel):
-    """What the exporter reads of a run's `report.json`; what else stands there is kept for `metrics.json`."""
+@dataclass(frozen=True)
+class Machine:
+    """What trained some epochs: a kind of device ("cpu", or a GPU's name), processes, CPU threads of each."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    device: str
+    processes: int
+    threads: int
 
-    epoch: int
-    temperature: float = Field(default=1.0, gt=0)
-    checkpoint_sha256: str
-    val: Metrics
-    test: Metrics | None = None
-    test_uncalibrated: Metrics | None = None
+    def __str__(self) -> str:
+        threads = f" of {self.threads} thread{'s' * (self.threads > 1)}" if self.device == "cpu" else ""
+        return f"{self.device}, {self.processes} process{'es' * (self.processes > 1)}{threads}"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Source:
         checkpoint_sha256: of the file; of nothing but zeros for random weights.
         git_commit: of the source tree that trained, None where it is not known.
         epoch: after how many epochs the weights were taken.
-        training_seconds: None where `metrics.jsonl` does not say.
+        lines: of `metrics.jsonl`, an epoch each; none where it can't be read.
         notes: sentences that the user should read.
     """
 
@@ -60,14 +61,29 @@ class Source:
     checkpoint_sha256: str
     git_commit: str | None
     epoch: int
-    training_seconds: float | None
+    lines: tuple[Line, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
-    def curves(self) -> Path | None:
-        """The picture of the run's learning curves, None where there is none."""
-        path = self.checkpoint.parent / "curves.png" if self.checkpoint else None
-        return path if path and path.is_file() else None
+    def pictures(self) -> list[Path]:
+        """What was drawn of the run; of the report's pictures only those of these weights."""
+        if self.checkpoint is None:
+            return []
+        names = [CURVES, *(PICTURES if self.report else ())]
+        return [path for path in map(self.checkpoint.with_name, names) if path.is_file()]
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Of all epochs' steps, None where some epoch does not say."""
+        seconds = [line["seconds"] for line in self.lines if "seconds" in line]
+        return sum(seconds) if len(seconds) == len(self.lines) >= max(self.epoch, 1) else None
+
+    @property
+    def machines(self) -> list[Machine]:
+        """What trained it, in order of time; nothing where some epoch does not say."""
+        if not all(name in line for line in self.lines for name in MACHINE):
+            return []
+        return list(dict.fromkeys(Machine(*(line[name] for name in MACHINE)) for line in self.lines))
 
     @property
     def parameters(self) -> int:
@@ -89,7 +105,7 @@ def load_source(path: Path) -> Source:
     except CheckpointError as error:
         raise ExportError(str(error)) from error
     sha256 = digest(checkpoint)
-    report, notes = read_report(checkpoint.parent / "report.json", sha256)
+    report, notes = read_report(checkpoint.parent / REPORT_FILE, sha256)
     return Source(
         model=model,
         preprocess=preprocess,
@@ -101,7 +117,7 @@ def load_source(path: Path) -> Source:
         checkpoint_sha256=sha256,
         git_commit=header.git_commit,
         epoch=header.epoch,
-        training_seconds=training_seconds(checkpoint.parent / "metrics.jsonl", header.epoch),
+        lines=epochs_of(checkpoint.parent),
         notes=notes,
     )
 
@@ -126,16 +142,13 @@ def read_report(path: Path, sha256: str) -> tuple[Report | None, tuple[str, ...]
     return report, ()
 
 
-def training_seconds(path: Path, epoch: int) -> float | None:
-    """Sum the seconds of the epochs up to `epoch`, None where the file does not tell all of them."""
-    if not path.is_file():
-        return None
+def epochs_of(folder: Path) -> tuple[Line, ...]:
+    """Read `metrics.jsonl`; nothing where it is damaged, since only the card uses it."""
     try:
-        lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
-        seconds = [float(line["seconds"]) for line in lines if line["epoch"] <= epoch]
-    except (ValueError, KeyError):  # a line that was cut off; only the card would have used it
-        return None
-    return sum(seconds) if seconds and len(seconds) == epoch else None
+        lines = read_lines(folder)
+    except ValueError:
+        return ()
+    return tuple(lines) if all("epoch" in line for line in lines) else ()
 
 
 def random_source(preset: str, seed: int = 0) -> Source:
@@ -163,6 +176,5 @@ def random_source(preset: str, seed: int = 0) -> Source:
         checkpoint_sha256="0" * 64,
         git_commit=git_commit(),
         epoch=0,
-        training_seconds=None,
         notes=("random weights: for measurements of speed, not for answers.",),
     )

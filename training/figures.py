@@ -28,6 +28,7 @@ class Report(BaseModel):
     preset: str
     dataset: str
     parameters: int
+    training_pictures: int | None = None
     epoch: int = Field(description="the checkpoint's")
     temperature: float = Field(gt=0, description="fitted to the validation pictures; logits are divided by it")
     checkpoint_sha256: str

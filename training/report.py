@@ -58,7 +58,9 @@ def announce(folder: Path, events: SummaryWriter) -> None:
     sys.stdout.flush()  # for whoever reads along in a log file
 
 
-def write_report(folder: Path, val: Split, test: Split | None, device: torch.device, batch_size: int) -> Report:
+def write_report(
+    folder: Path, train: Split, val: Split, test: Split | None, device: torch.device, batch_size: int
+) -> Report:
     """Measure ``best`` in float32 and write ``report.json`` and its pictures (`training.figures.PICTURES`).
 
     The temperature is fitted to the validation pictures. The test pictures are read here, in one pass that all their
@@ -66,6 +68,7 @@ def write_report(folder: Path, val: Split, test: Split | None, device: torch.dev
 
     Args:
         folder: of the run.
+        train: training pictures, which are only counted.
         val: validation pictures.
         test: test pictures; None where the data has none, so that the validation figures have to do.
         device: to compute on.
@@ -91,6 +94,7 @@ def write_report(folder: Path, val: Split, test: Split | None, device: torch.dev
         preset=header.run.preset,
         dataset=header.run.dataset,
         parameters=count_parameters(model),
+        training_pictures=len(train),
         epoch=header.epoch,
         temperature=temperature,
         checkpoint_sha256=checkpoint.digest(path),

@@ -287,4 +287,5 @@ class Trainer:
 
     def report(self) -> Report:
         """Measure the best weights, and the test pictures by them; see `training.report.write_report`."""
-        return write_report(self.folder, self.val_split, self.test_split, self.world.device, self.evaluation_batch)
+        splits = (self.train_split, self.val_split, self.test_split)
+        return write_report(self.folder, *splits, self.world.device, self.evaluation_batch)

@@ -1,9 +1,7 @@
 """A tiny run as `python -m training` leaves it, made by the project's own writer."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +12,9 @@ from torch import nn
 from training import checkpoint
 from training.checkpoint import RunConfig
 from training.config import ModelConfig, TrainConfig
-from training.evaluate import Metrics
+from training.evaluate import Confidence, ConfusedPair, Metrics, SuperclassMetrics
+from training.figures import CURVES, PICTURES, Report
+from training.lines import Line, append_line
 from training.model import Perceiver, count_parameters
 from training.preprocessing import Preprocess
 
@@ -65,8 +65,21 @@ def write_pictures(folder: Path, count: int = 5) -> Path:
     return folder
 
 
+def superclass(name: str, n: int, top1: float) -> SuperclassMetrics:
+    return SuperclassMetrics(name=name, n=n, top1=top1, top5=0.9, superclass_top1=top1 + 0.3)
+
+
+def confidence(pictures: str, n: int, mean: float) -> Confidence:
+    return Confidence(pictures=pictures, n=n, mean=mean, above_half=mean / 2, top1=None)
+
+
+def epoch_line(epoch: int) -> Line:
+    figures = {"train_loss": 4.0 / epoch, "val_loss": 3.0 / epoch, "val_top1": 0.1 * epoch, "val_top5": 0.2 * epoch}
+    return {"epoch": epoch, **figures, "seconds": 300.0, "device": "cpu", "processes": 2, "threads": 1}
+
+
 def write_run(folder: Path, data: Path | None, model_config: ModelConfig = TINY, temperature: float = 1.25) -> Path:
-    """A run's folder: best checkpoint, report, metrics, curves."""
+    """A run's folder: best checkpoint, report, metrics, pictures."""
     folder.mkdir()
     torch.manual_seed(0)
     model = Perceiver(model_config)
@@ -85,21 +98,29 @@ def write_run(folder: Path, data: Path | None, model_config: ModelConfig = TINY,
     tensors |= checkpoint.prefixed("preprocess", preprocess.state_dict())
     header = checkpoint.make_header(run, 2, 10, val, {})
     checkpoint.save(folder / "best.safetensors", tensors, header)
-    report: dict[str, Any] = {
-        "preset": "compact",
-        "dataset": "things",
-        "parameters": count_parameters(model),
-        "epoch": 2,
-        "temperature": temperature,
-        "checkpoint_sha256": checkpoint.digest(folder / "best.safetensors"),
-        "val": val.model_dump(),
-        "test_uncalibrated": val.model_copy(update={"split": "test", "n": 30, "ece": 0.2}).model_dump(),
-        "test": val.model_copy(update={"split": "test", "n": 30, "top1": 0.4321}).model_dump(),
-    }
-    (folder / "report.json").write_text(json.dumps(report))
-    lines = [{"epoch": epoch, "seconds": 300.0} for epoch in (1, 2, 3)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "curves.png").write_bytes(b"curves")
+    test = val.model_copy(update={"split": "test", "n": 30, "top1": 0.4321})
+    report = Report(
+        preset="compact",
+        dataset="things",
+        parameters=count_parameters(model),
+        training_pictures=40,
+        epoch=2,
+        temperature=temperature,
+        checkpoint_sha256=checkpoint.digest(folder / "best.safetensors"),
+        note="a note",
+        val=val,
+        val_uncalibrated=val,
+        test=test,
+        test_uncalibrated=test.model_copy(update={"ece": 0.2}),
+        most_confused=(ConfusedPair("bear", "cup", 3, 0.25),),
+        superclasses=(superclass("poor", 10, 0.2), superclass("good", 20, 0.5)),
+        confidence=(confidence("test pictures", 30, 0.6), confidence("noise", 10, 0.3), confidence("text", 30, 0.7)),
+    )
+    (folder / "report.json").write_text(report.model_dump_json())
+    for epoch in (1, 2, 3):
+        append_line(folder, epoch_line(epoch))
+    for name in (CURVES, *PICTURES):
+        (folder / name).write_bytes(name.encode())
     return folder
 
 

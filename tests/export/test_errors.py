@@ -8,7 +8,8 @@ import pytest
 
 from export.__main__ import main
 from export.card import figures
-from export.source import load_source, training_seconds
+from export.making import first_epochs, origin, training_command
+from export.source import Source, load_source
 from tests.export.conftest import LABELS, write_run
 
 
@@ -99,12 +100,36 @@ def test_a_model_without_a_name(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert "name:" in fails([str(run), "--out", str(tmp_path / "out"), "--name", ""], capsys)
 
 
-def test_a_metrics_file_that_was_cut_off_tells_no_time(copy: Path) -> None:
-    path = copy / "metrics.jsonl"
-    assert training_seconds(path, 2) == 600
-    assert training_seconds(path, 4) is None
-    path.write_text(path.read_text()[:-5])
-    assert training_seconds(path, 2) is None
+def told(run: Path, content: str) -> Source:
+    (run / "metrics.jsonl").write_text(content)
+    return load_source(run)
+
+
+def test_of_a_metrics_file_what_is_whole_is_told(copy: Path) -> None:
+    content = (copy / "metrics.jsonl").read_text()
+    assert load_source(copy).training_seconds == 900
+    assert told(copy, content[:-5]).training_seconds == 600  # the last epoch was cut off
+    first = content.splitlines(keepends=True)[0]
+    for damaged in (first, "", "no JSON\n", '{"seconds": 3}\n' * 3):  # epoch 2, of which the weights are, is missing
+        source = told(copy, damaged)
+        assert source.training_seconds is None
+        assert origin(source) == "The weights of epoch 2."
+
+
+def test_a_run_of_the_first_days_names_no_machine(copy: Path) -> None:
+    lines = [{"epoch": epoch, "seconds": 30.0} for epoch in (1, 2)]
+    source = told(copy, "".join(json.dumps(line) + "\n" for line in lines))
+    assert origin(source) == "The weights of epoch 2 of 2. All 2 epochs took 60 s of training."
+    assert training_command(source).startswith("python -m training --preset compact")
+    assert first_epochs(source) == ""
+
+
+def test_a_run_that_changed_machines_names_both(copy: Path) -> None:
+    lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    lines[2] |= {"device": "Some GPU", "processes": 1, "threads": 8}
+    source = told(copy, "".join(json.dumps(line) + "\n" for line in lines))
+    assert "on cpu, 2 processes of 1 thread and then Some GPU, 1 process." in origin(source)
+    assert training_command(source).startswith("python -m training --preset compact")
 
 
 def test_nothing_to_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

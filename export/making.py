@@ -1,0 +1,104 @@
+"""The card's section on how a model was made, and what it takes to make it again."""
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from export.markdown import bullet, duration, paragraph, table
+from export.source import Source
+from service.artifact import ModelMetadata
+from training.config import PRESETS
+
+CIFAR100 = "cifar100"  # the data set that is downloaded where none is named
+FIRST_EPOCHS = (1, 2, 5)
+
+
+def non_defaults(config: BaseModel) -> dict[str, Any]:
+    """Return the fields of a configuration that are not at their default."""
+    fields = type(config).model_fields
+    return {name: value for name, value in config if value != fields[name].default}
+
+
+def changed_fields(config: BaseModel, base: BaseModel) -> dict[str, Any]:
+    """Return the fields of a configuration that differ from another."""
+    return {name: value for name, value in config if value != getattr(base, name)}
+
+
+def training_command(source: Source) -> str:
+    """Return the command that trains the model again: processes, preset and every flag that differs from it."""
+    run = source.run
+    words = ["python", "-m training", f"--preset {run.preset}"]
+    machines = source.machines
+    if len(machines) == 1 and machines[0].processes > 1:
+        words[0] = f"torchrun --standalone --nproc-per-node {machines[0].processes}"
+        if machines[0].device == "cpu":
+            words.append(f"--threads {machines[0].threads}")
+    if run.data and run.dataset != CIFAR100:
+        words.append("--data DATA")  # where it was on the trainer's machine is nobody else's matter
+    preset = PRESETS.get(run.preset)
+    changes = (changed_fields(run.model, preset.model) | changed_fields(run.train, preset.train)) if preset else {}
+    changes.pop("num_classes", None)  # the data decide it
+    for name, value in changes.items():
+        flag = name.replace("_", "-")
+        words.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}")
+    return " ".join(words)
+
+
+def origin(source: Source) -> str:
+    """Tell the epoch of the weights, and how long the whole run took on what."""
+    epochs = len(source.lines)
+    of_all = f" of {epochs}" if epochs >= source.epoch else ""
+    words = f"The weights of epoch {source.epoch}{of_all}."
+    if source.training_seconds is not None:
+        machines = " and then ".join(map(str, source.machines))
+        where = f" on {machines}" if machines else ""
+        words += f" All {epochs} epochs took {duration(source.training_seconds)} of training{where}."
+    return words
+
+
+def first_epochs(source: Source) -> str:
+    """Tell the beginning of the recorded curve, which the command must follow; nothing where it is not known."""
+    names = ("train_loss", "val_loss", "val_top1", "val_top5")
+    chosen = [line for line in source.lines if line["epoch"] in FIRST_EPOCHS and all(name in line for name in names)]
+    if not chosen:
+        return ""
+    rows = [
+        (
+            f"{line['epoch']}",
+            f"{line['train_loss']:.3f}",
+            f"{line['val_loss']:.3f}",
+            f"{line['val_top1']:.1%}",
+            f"{line['val_top5']:.1%}",
+        )
+        for line in chosen
+    ]
+    words = paragraph(
+        "Its first epochs were these, by validation pictures; a new run should come close to them, and gives them bit for "
+        "bit only on the same device with as many processes and threads. `metrics.json` has every epoch."
+    )
+    return f"{words}\n\n{table(('epoch', 'training loss', 'validation loss', 'top-1', 'top-5'), rows)}\n"
+
+
+def making(source: Source, metadata: ModelMetadata) -> str:
+    """Say where the weights come from and what it takes to make them again."""
+    command = f"python -m export --random {metadata.preset}"
+    words = "Random weights:"
+    if source.checkpoint is not None:
+        command = training_command(source)
+        words = f"{paragraph(origin(source))} Train it again by:"
+    settings = [
+        bullet(f"{name}: {', '.join(f'{key} {value}' for key, value in non_defaults(config).items())}.")
+        for name, config in (("Model", source.run.model), ("Recipe", source.run.train))
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in metadata.provenance.versions.items())
+    beginning = first_epochs(source)
+    return "\n".join(
+        [
+            f"## How it was made\n\n{words}\n\n    {command}\n",
+            *([beginning] if beginning else []),
+            *settings,
+            f"- Trained by the source tree of commit `{source.git_commit or 'unknown'}`.",
+            f"- Checkpoint's SHA-256: `{metadata.provenance.checkpoint_sha256}`.",
+            f"- Exported {metadata.provenance.created} with {versions}.",
+        ]
+    )
