@@ -73,8 +73,8 @@ def first_epochs(source: Source) -> str:
         for line in chosen
     ]
     words = paragraph(
-        "Its first epochs were these, by validation pictures; a new run should come close to them, and gives them bit for "
-        "bit only on the same device with as many processes and threads. `metrics.json` has every epoch."
+        "Its first epochs were these, by validation pictures; a new run should come close to them, and gives them bit "
+        "for bit only on the same device with as many processes and threads. `metrics.json` has every epoch."
     )
     return f"{words}\n\n{table(('epoch', 'training loss', 'validation loss', 'top-1', 'top-5'), rows)}\n"
 

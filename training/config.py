@@ -126,7 +126,9 @@ class TrainConfig(BaseModel):
     schedule: Literal["plateau", "cosine", "linear"] = Field(
         "plateau", description="plateau: divide by 5 when validation loss rests; cosine and linear: warm up, then to 0"
     )
-    warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up (cosine and linear)")
+    warmup_epochs: float = Field(
+        0.0, ge=0, description="epochs of linear warm-up (cosine and linear), at most half of them"
+    )
     plateau_factor: float = Field(0.2, gt=0, lt=1, description="what the plateau schedule multiplies with")
     plateau_patience: int = Field(3, ge=1, description="epochs without improvement before it does")
     plateau_threshold: float = Field(1e-4, ge=0, description="least fall of the validation loss that counts")

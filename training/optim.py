@@ -92,7 +92,8 @@ def schedule_factor(config: TrainConfig, step: int, total_steps: int, steps_per_
     """
     if config.schedule == "plateau":
         return 1.0
-    warmup = config.warmup_epochs * steps_per_epoch
+    # At most half of the run, which would else end before it had its peak rate.
+    warmup = min(config.warmup_epochs * steps_per_epoch, total_steps / 2)
     if step < warmup:
         return min((step + 1) / warmup, 1.0)
     progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)

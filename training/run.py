@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 import time
@@ -22,6 +23,9 @@ from training.dataset import DataError, DataSet
 from training.distributed import PeerFailed, World, join, leave
 from training.model import count_parameters
 from training.train import Trainer
+
+# Below so many steps, a preset's batch is halved, but not below this size.
+STEPS_OF_FEW, SMALLEST_BATCH = 4, 8
 
 DONE, FAILED, USER_ERROR, STOPPED, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -80,7 +84,9 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.json").write_text(run.model_dump_json(indent=2) + "\n")
         if world.is_main:
-            print(describe(trainer), flush=True)
+            print(
+                describe(trainer), *(f"note: {note}" for note in notes_on(run, data_set, preset)), sep="\n", flush=True
+            )
         with stop_by_signal(trainer):
             finished = trainer.fit(deadline, args.max_steps)
         if not world.is_main:
@@ -110,6 +116,9 @@ def prepare(args: argparse.Namespace, preset: Preset | None, world: World) -> tu
         data_set = data.load(args.data, input_size=preset.model.input_size)
         folder = args.out or Path("runs") / f"{args.preset or DEFAULT_PRESET}-{data_set.name}"
         refuse_existing(folder, world)
+        train = preset.train
+        if args.batch_size is None:
+            train = train.model_copy(update={"batch_size": batch_for_few(train.batch_size, len(data_set.train), world)})
         run = RunConfig(
             preset=args.preset or DEFAULT_PRESET,
             data=str(args.data) if args.data else None,
@@ -118,9 +127,40 @@ def prepare(args: argparse.Namespace, preset: Preset | None, world: World) -> tu
             superclasses=data_set.superclasses,
             superclass_names=data_set.superclass_names,
             model=preset.model.model_copy(update={"num_classes": len(data_set.labels)}),
-            train=preset.train,
+            train=train,
         )
     return run, data_set, folder
+
+
+def batch_for_few(batch_size: int, pictures: int, world: World) -> int:
+    """Halve a preset's batch until an epoch has `STEPS_OF_FEW` steps: of few pictures, one step an epoch learns little.
+
+    Args:
+        batch_size: the preset's.
+        pictures: how many there are to train on.
+        world: its processes share the batch.
+    """
+    while (
+        math.ceil(pictures / batch_size) < STEPS_OF_FEW
+        and batch_size >= 2 * SMALLEST_BATCH
+        and batch_size % (2 * world.size) == 0
+    ):
+        batch_size //= 2
+    return batch_size
+
+
+def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterator[str]:
+    """What a user should know of few pictures."""
+    if preset is not None and run.train.batch_size != preset.train.batch_size:
+        yield (
+            f"{len(data_set.train)} training pictures are few: a step takes {run.train.batch_size} of them and not the "
+            f"preset's {preset.train.batch_size}, so that an epoch has more steps (--batch-size decides otherwise)."
+        )
+    seen = set(data_set.val.labels.tolist())
+    unseen = [label for index, label in enumerate(run.labels) if index not in seen]
+    if unseen:
+        shown = ", ".join(unseen[:5]) + (f" and {len(unseen) - 5} more" if len(unseen) > 5 else "")
+        yield f"no validation picture of {shown}: no figure tells how well that is known; a class needs two pictures."
 
 
 def refuse_existing(folder: Path | None, world: World) -> None:

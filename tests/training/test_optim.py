@@ -185,6 +185,15 @@ def test_factors_stay_between_nothing_and_one(schedule: str, warmup: float) -> N
     assert found[peak:] == sorted(found[peak:], reverse=True)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_warm_up_as_long_as_the_run_takes_half_of_it(schedule: str) -> None:
+    for warmup in (1, 2, 50):
+        found = factors(4, 2, schedule=schedule, warmup_epochs=warmup)
+        assert found[:4] == [0.25, 0.5, 0.75, 1.0]
+        assert found == factors(4, 2, schedule=schedule, warmup_epochs=1)
+        assert found[-1] < 0.3
+
+
 def test_plateau_leaves_the_steps_alone() -> None:
     assert set(factors(4, 3, schedule="plateau", warmup_epochs=1)) == {1.0}
 

@@ -1,0 +1,51 @@
+"""A preset on a handful of pictures: what becomes of its batch, and what the user is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.data_sets import write_folder
+from tests.training.tiny import FLAGS
+from training import checkpoint
+from training.__main__ import main
+from training.distributed import World
+from training.run import batch_for_few
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "pictures", "processes", "expected"),
+    [
+        (256, 45_000, 2, 256),
+        (256, 769, 1, 256),  # four steps, the last filled up
+        (256, 768, 1, 128),
+        (256, 145, 1, 32),
+        (256, 145, 8, 32),
+        (256, 2, 1, 8),  # no smaller
+        (48, 2, 8, 24),  # each process still has as many
+        (9, 2, 1, 9),
+    ],
+)
+def test_the_batch_of_few_pictures(batch_size: int, pictures: int, processes: int, expected: int) -> None:
+    assert batch_for_few(batch_size, pictures, World(0, processes, torch.device("cpu"))) == expected
+
+
+@pytest.mark.usefixtures("without_curves")
+def test_few_pictures_are_told_and_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # A class of two pictures, and one of one, which cannot be validated; warm-up as long as the run.
+    data = write_folder(tmp_path / "data", {"ant": 6, "bee": 2, "cow": 1})
+    flags = [*FLAGS, "--epochs=1", "--threads=1", "--device=cpu", "--data", str(data)]
+    assert main([*flags, "--out", str(tmp_path / "run")]) == 0
+    output = capsys.readouterr().out
+    assert "note: 7 training pictures are few: a step takes 8 of them and not the preset's 256" in output
+    assert "note: no validation picture of cow: no figure tells how well that is known" in output
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["batch_size"] == 8
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (report["val"]["n"], report["training_pictures"], report["test"]) == (2, 7, None)
+    # Who names a batch gets it, larger than the data as it may be.
+    assert main([*flags, "--out", str(tmp_path / "named"), "--batch-size=20"]) == 0
+    assert "are few" not in capsys.readouterr().out
+    assert checkpoint.load(tmp_path / "named" / "last.safetensors")[1].step == 1
