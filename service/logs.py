@@ -4,6 +4,7 @@ import json
 import logging
 import logging.config
 import time
+import warnings
 from typing import Final
 
 from service.settings import Settings
@@ -53,12 +54,14 @@ def configure(settings: Settings) -> None:
             "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "chosen"}},
             "root": {"level": level, "handlers": ["stderr"]},
             "loggers": {
-                # Their debug records hold pieces of bodies and of picture files.
-                "PIL": {"level": "WARNING"},
-                "python_multipart": {"level": "WARNING"},
-                # It warns of each malformed request; a scanner must not fill the disk.
+                # Their debug records hold pieces of bodies and of picture files, and their warnings are of what a
+                # client has sent: it is told so by its answer, and must not be able to fill the disk.
+                "PIL": {"level": "CRITICAL"},
+                "python_multipart": {"level": "CRITICAL"},
                 "uvicorn": {"level": "ERROR"},
             },
         }
     )
     logging.captureWarnings(True)
+    # Python remembers every different text that it has warned of, and Pillow's hold numbers out of the files.
+    warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -59,6 +60,18 @@ def test_the_level_is_obeyed_and_libraries_stay_quiet(capsys: pytest.CaptureFixt
     logs.configure(Settings(log_level="error"))
     logging.getLogger("service.x").warning("no")
     assert capsys.readouterr() == ("", "")
+
+
+def test_what_a_client_has_sent_wrong_does_not_fill_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        logs.configure(Settings(log_level="debug"))
+        logging.getLogger("PIL.TiffImagePlugin").error("More samples per pixel than can be decoded: 9")
+        logging.getLogger("python_multipart.multipart").warning("Found invalid character 9 in header at 9")
+        warnings.warn_explicit("Corrupt EXIF data", UserWarning, "TiffImagePlugin.py", 9, "PIL.TiffImagePlugin")
+        assert capsys.readouterr().err == ""
+        warnings.warn_explicit("of our own", UserWarning, "images.py", 9, "service.images", registry={})
+        assert "of our own" in capsys.readouterr().err
 
 
 def test_nothing_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
