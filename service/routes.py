@@ -4,12 +4,20 @@ from fastapi import APIRouter, Request, Response
 
 from service import errors
 from service.models import VersionStatus
-from service.schemas import HealthResponse, ModelsResponse, QueueState, StatusResponse, VersionResponse, error_responses
+from service.schemas import (
+    CONNECTION_ERRORS,
+    HealthResponse,
+    ModelsResponse,
+    QueueState,
+    StatusResponse,
+    VersionResponse,
+    error_responses,
+)
 from service.state import Service
 
-NOT_READY = error_responses([errors.NotReady, errors.Draining])
+NOT_READY = error_responses([errors.Unavailable, errors.NotReady, errors.Draining])
 KEYED = error_responses([errors.Unauthorized])
-FAILED = error_responses([errors.ServiceError])
+FAILED = error_responses([*CONNECTION_ERRORS, errors.ServiceError])
 
 
 def create_router(service: Service) -> APIRouter:

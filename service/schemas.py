@@ -98,9 +98,17 @@ class ModelsResponse(Schema):
     versions: list[VersionResponse]
 
 
+# What any route can answer before it is reached: see `service.protocol`.
+CONNECTION_ERRORS: tuple[type[errors.ServiceError], ...] = (
+    errors.BadRequest,
+    errors.HeadersTimeout,
+    errors.HeadersTooLarge,
+    errors.Unavailable,
+)
+
 # The errors that each status of /predict can mean.
 PREDICT_ERRORS: tuple[type[errors.ServiceError], ...] = (
-    errors.BadRequest,
+    *CONNECTION_ERRORS,
     errors.InvalidTopK,
     errors.InvalidTimeout,
     errors.InvalidJson,
@@ -140,14 +148,14 @@ BASE64 = {
     "description": "Bare, or as a data: URL.",
 }
 BINARY = {"schema": {"type": "string", "format": "binary"}}
-FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
+FILES = {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
 BODIES: dict[str, Any] = {
     "multipart/form-data": {
         "schema": {
             "type": "object",
             "description": "One or several files, under any field name.",
-            "properties": {"file": FILES | {"minItems": 1}},
-            "required": ["file"],
+            "properties": {"file": FILES},
+            "minProperties": 1,
             "additionalProperties": FILES,
         }
     },

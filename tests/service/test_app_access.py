@@ -101,7 +101,7 @@ async def test_the_openapi_document_is_valid_and_describes_every_status(tmp_path
     async with running(tmp_path) as run:
         document = (await run.client.get("/openapi.json")).json()
         operation = document["paths"]["/predict"]["post"]
-        assert set(operation["responses"]) == {"200", "400", "401", "408", "413", "415", "500", "503", "504"}
+        assert set(operation["responses"]) == {*("200", "400", "401", "408", "413", "415", "431", "500", "503", "504")}
         assert set(operation["requestBody"]["content"]) == {
             "multipart/form-data",
             "application/json",
