@@ -12,7 +12,7 @@ DEV   := .venv
 SERVE := .venv-serve-$(RUNTIME)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format train export bench clean
+.PHONY: help serve test chaos lint format train export bench clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ serve: $(SERVE)/.installed ## Serve the shipped model on 127.0.0.1:8000 (PORT=, 
 
 test: $(DEV)/.installed ## Run every test
 	$(DEV)/bin/python -m pytest $(ARGS)
+
+chaos: $(DEV)/.installed ## Misuse and overload a real service (ARGS="fuzz" or "openapi" for more)
+	$(DEV)/bin/python -m tests.chaos $(ARGS)
 
 lint: $(DEV)/.installed ## Check style and types
 	$(DEV)/bin/ruff check .

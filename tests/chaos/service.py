@@ -19,15 +19,18 @@ LIMITS = (
     "--max-queue-size=256",
 )
 MEMORY_GROWTH = 64 * 1024 * 1024
+AT_REST = {"perceiver_ready": 1, "perceiver_admitted_pictures": 0, "perceiver_queue_length": 0}
 
 
 @dataclass(frozen=True)
 class Vitals:
-    """What must be as before: open files, memory within bounds, nothing left in the house, and an answer."""
+    """What must be as before: open files, memory (bytes) within bounds, nothing left in the house, and an answer."""
 
     open_files: int
     memory: int
     answer: bytes
+    at_rest: dict[str, int]
+    traceback: str
 
     @classmethod
     def of(cls, process: Process, client: httpx.Client) -> Self:
@@ -37,11 +40,19 @@ class Vitals:
         while files[-1] != files[-2]:
             time.sleep(0.3)
             files.append(sample(client, "process_open_fds"))
-        return cls(files[-1], sample(client, "process_resident_memory_bytes"), predict(client))
+        return cls(
+            open_files=files[-1],
+            memory=sample(client, "process_resident_memory_bytes"),
+            answer=predict(client),
+            at_rest={name: sample(client, name) for name in AT_REST},
+            traceback=process.stderr[-3000:] if "Traceback" in process.stderr else "",
+        )
 
-    def complaints(self, process: Process, client: httpx.Client) -> list[str]:
+    def __str__(self) -> str:
+        return f"{self.open_files} files open, {self.memory / 2**20:.1f} MiB resident"
+
+    def complaints(self, now: "Vitals") -> list[str]:
         """What is not as it was."""
-        now = Vitals.of(process, client)
         found = []
         if now.open_files > self.open_files:
             found.append(f"{now.open_files} files are open, and {self.open_files} were")
@@ -49,11 +60,8 @@ class Vitals:
             found.append(f"{now.memory >> 20} MiB are in use, and {self.memory >> 20} were")
         if now.answer != self.answer:
             found.append(f"the answer to the same picture was {self.answer!r} and is {now.answer!r}")
-        wanted = {"perceiver_ready": 1, "perceiver_admitted_pictures": 0, "perceiver_queue_length": 0}
-        found += [f"{name} is not {value}" for name, value in wanted.items() if sample(client, name) != value]
-        if "Traceback" in process.stderr:
-            found.append(process.stderr[-3000:])
-        return found
+        found += [f"{name} is {now.at_rest[name]}" for name, value in AT_REST.items() if now.at_rest[name] != value]
+        return [*found, now.traceback] if now.traceback else found
 
 
 def sample(client: httpx.Client, name: str) -> int:

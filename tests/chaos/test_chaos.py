@@ -1,4 +1,4 @@
-"""A bounded run of the chaos client; `python -m tests.chaos` sends 10,000."""
+"""A bounded run of the chaos client; `python -m tests.chaos misuse` sends 10,000."""
 
 import asyncio
 from pathlib import Path
@@ -19,6 +19,6 @@ def test_the_service_survives_misuse_and_is_as_it_was(tmp_path: Path) -> None:
         assert report.surprises == []
         assert {kind for kind, _ in report.answers} == set(MISDEEDS)
         assert sum(count for (_, status), count in report.answers.items() if status == 200) > 50
-        assert before.complaints(process, client) == []
+        assert before.complaints(Vitals.of(process, client)) == []
         process.signal()
         assert process.exit_status() == 0

@@ -26,12 +26,12 @@ SECONDS = 60
 class Process:
     """The process, and what it wrote to stderr."""
 
-    def __init__(self, arguments: tuple[str, ...], environment: dict[str, str], log: Path) -> None:
+    def __init__(self, module: str, arguments: tuple[str, ...], environment: dict[str, str], log: Path) -> None:
         self.log = log
         clean = {name: value for name, value in os.environ.items() if not name.startswith("PERCEIVER_")}
         with log.open("wb") as stderr:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", "service", *arguments],
+                [sys.executable, "-m", module, *arguments],
                 cwd=ROOT,
                 env=clean | environment,
                 stdout=subprocess.DEVNULL,
@@ -72,9 +72,12 @@ class Process:
 
 
 @contextmanager
-def started(tmp_path: Path, *arguments: str, **environment: str) -> Iterator[Process]:
-    """Start the service on a free port; whatever happens, it is gone at the end."""
-    process = Process(("--port", "0", *arguments), environment, tmp_path / f"stderr-{time.monotonic_ns()}")
+def started(tmp_path: Path, *arguments: str, module: str = "service", **environment: str) -> Iterator[Process]:
+    """Start the service on a free port; whatever happens, it is gone at the end.
+
+    `module` may be one that starts the service with something changed in it.
+    """
+    process = Process(module, ("--port", "0", *arguments), environment, tmp_path / f"stderr-{time.monotonic_ns()}")
     try:
         yield process
     finally:

@@ -1,0 +1,114 @@
+"""Real files and bodies to mutate, and what the decoder and the parser owe to whatever becomes of them."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+
+from service.artifact import ResizePolicy
+from service.bodies import Upload, parse_body
+from service.errors import ServiceError
+from service.images import open_picture, to_array
+from tests.service.pictures import all_files, encode, pixels
+
+T = TypeVar("T")
+Edit = tuple[str, int, bytes]
+MAX_PIXELS = 100_000
+MAX_PICTURES = 3
+SIZE = (8, 6)
+POLICIES = [ResizePolicy(crop="center", filter="bicubic"), ResizePolicy(crop="none", filter="box")]
+
+FORM = (
+    b"--b\r\nContent-Disposition: form-data; name=f; filename=x\r\nContent-Type: image/png\r\n\r\ndata\r\n"
+    b'--b\r\nContent-Disposition: form-data; name="g"; filename="y"\r\n\r\nmore\r\n--b--\r\n'
+)
+BODIES: dict[str, tuple[str, bytes]] = {
+    "form": ("multipart/form-data; boundary=b", FORM),
+    "JSON, images": (
+        "application/json",
+        json.dumps({"images": ["aGVsbG8=", "data:image/png;base64,aGVsbG8="]}).encode(),
+    ),
+    "JSON, image": ("application/json", b'{"image": "aGVsbG8="}'),
+    "raw": ("image/png", b"data"),
+}
+
+
+def variants() -> dict[str, bytes]:
+    """Small files of each format and pixel format, with metadata."""
+    array = pixels(9, 13)
+    image = Image.fromarray(array)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rgba = image.copy()
+    rgba.putalpha(128)
+    grey16 = Image.fromarray(np.arange(100, dtype=np.uint16).reshape(10, 10))
+    return all_files(array) | {
+        "JPEG exif": encode(image, "JPEG", exif=exif),
+        "PNG exif": encode(image, "PNG", exif=exif),
+        "WEBP exif": encode(image, "WEBP", exif=exif),
+        "TIFF exif": encode(image, "TIFF", exif=exif),
+        "PNG alpha": encode(rgba, "PNG"),
+        "WEBP alpha": encode(rgba, "WEBP"),
+        "PNG 16 bits": encode(grey16, "PNG"),
+        "TIFF 16 bits": encode(grey16, "TIFF"),
+        "JPEG CMYK": encode(image.convert("CMYK"), "JPEG"),
+        "TIFF group 4": encode(image.convert("1"), "TIFF", compression="group4"),
+        "PNG palette": encode(image.quantize(8), "PNG"),
+        "GIF frames": encode(image.quantize(8), "GIF", save_all=True, append_images=[image.quantize(4)]),
+    }
+
+
+def mutate(data: bytes, edits: list[Edit]) -> bytes:
+    """Apply edits one after another; a position beyond the end begins anew."""
+    for kind, position, content in edits:
+        at = position % (len(data) + 1)
+        match kind:
+            case "replace":
+                data = data[:at] + content + data[at + len(content) :]
+            case "insert":
+                data = data[:at] + content + data[at:]
+            case "delete":
+                data = data[:at] + data[at + len(content) :]
+            case "cut":
+                data = data[:at]
+    return data
+
+
+def outcome(function: Callable[[], T]) -> T | ServiceError:
+    """What a function returns, or the error of the hierarchy that it raises; any other one is a failure."""
+    try:
+        return function()
+    except ServiceError as error:
+        return error
+
+
+def decode(data: bytes) -> str:
+    """Decode as the service does: an array of the right shape ("picture") or an error with a 4xx (its code)."""
+    for policy in POLICIES:
+        result = outcome(partial(open_picture, data, max_pixels=MAX_PIXELS))
+        if isinstance(result, Image.Image):
+            assert result.width * result.height <= MAX_PIXELS
+            result = outcome(partial(to_array, result, size=SIZE, resize=policy))
+        if isinstance(result, ServiceError):
+            return refused(result)
+        assert (result.shape, result.dtype) == ((*SIZE, 3), np.uint8)
+    return "picture"
+
+
+def parse(content_type: bytes, body: bytes) -> str:
+    """Parse as the service does: one to three uploads with data ("uploads") or an error with a 4xx (its code)."""
+    result = outcome(lambda: parse_body(content_type.decode("latin-1"), body, max_pictures=MAX_PICTURES))
+    if isinstance(result, ServiceError):
+        return refused(result)
+    assert 1 <= len(result) <= MAX_PICTURES
+    assert all(isinstance(upload, Upload) and upload.data for upload in result)
+    return "uploads"
+
+
+def refused(error: ServiceError) -> str:
+    assert 400 <= error.status < 500
+    assert error.message.isprintable()
+    return error.code
