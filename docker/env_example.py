@@ -49,7 +49,7 @@ HEAD = """\
 #PROMETHEUS_RETENTION=30d
 #PROMETHEUS_RETENTION_SIZE=10GB
 
-# Written into the images' labels and tags.
+# Written into the images' labels and tags; the revision also into the checkpoints that are trained there.
 #VERSION=local
 #REVISION=unknown
 

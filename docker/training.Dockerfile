@@ -49,6 +49,8 @@ STOPSIGNAL SIGTERM
 ENTRYPOINT ["python", "train_and_export.py"]
 ARG VERSION=unknown
 ARG REVISION=unknown
+# There is no git in here: checkpoints and model cards name this commit.
+ENV REVISION=${REVISION}
 LABEL org.opencontainers.image.title="perceiver-training" \
       org.opencontainers.image.description="Trains a Perceiver image classifier and exports it for the service" \
       org.opencontainers.image.version="${VERSION}" \

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 from datetime import UTC, datetime
 from functools import cache
@@ -66,7 +67,9 @@ class Header(BaseModel):
 
 @cache
 def git_commit() -> str | None:
-    """The commit of the source tree, ``-dirty`` behind it when files were changed; None outside git.
+    """The commit of the source tree, ``-dirty`` behind it when files were changed; None where nobody knows it.
+
+    Outside git, as in a container, the environment variable ``REVISION`` tells it, with which the image was built.
 
     Looked up once: what runs is the tree of then, whatever becomes of it in the hours of a run.
     """
@@ -74,7 +77,8 @@ def git_commit() -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603 -- fixed words
     except (OSError, subprocess.CalledProcessError):
-        return None
+        revision = os.environ.get("REVISION", "")
+        return revision if revision not in ("", "unknown") else None
 
 
 @cache

@@ -86,6 +86,12 @@ def test_last_stage_does_not_run_as_root_and_is_told_to_stop(path: Path):
     assert "org.opencontainers.image.revision" in stage
 
 
+def test_training_knows_the_revision_that_it_was_built_from():
+    stage = last_stage(DOCKER / "training.Dockerfile")
+    assert "ARG REVISION=unknown\n" in stage
+    assert "\nENV REVISION=${REVISION}\n" in stage.split("ARG REVISION=unknown\n")[1]
+
+
 def test_last_stage_of_the_service_installs_nothing():
     stage = last_stage(DOCKER / "service.Dockerfile")
     assert "RUN" not in stage

@@ -69,6 +69,17 @@ def test_the_header_says_where_it_comes_from(tmp_path: Path) -> None:
     assert header.versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
 
+@pytest.mark.parametrize(("revision", "told"), [("0123abc", "0123abc"), ("unknown", None), ("", None), (None, None)])
+def test_without_git_the_environment_tells_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str | None, told: str | None
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # where no git is
+    monkeypatch.delenv("REVISION", raising=False)
+    if revision is not None:
+        monkeypatch.setenv("REVISION", revision)
+    assert checkpoint.git_commit.__wrapped__() == told
+
+
 def test_a_failed_save_leaves_the_last_one_whole(tmp_path: Path) -> None:
     path = tmp_path / "last.safetensors"
     _, _, header = written(path)
