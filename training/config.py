@@ -63,6 +63,11 @@ class ModelConfig(BaseModel):
     )
     self_heads: int = Field(4, ge=1, description="heads of the self-attention")
     self_head_dim: int = Field(32, ge=1, description="channels of a self-attention head")
+    attention_fans: Literal["matrix", "kernel"] = Field(
+        "matrix",
+        description="fans of the self-attention's initial values (Glorot uniform): matrix: those of dense layers; "
+        "kernel: those of kernels [dim, heads, size] and [heads, size, dim] taken for convolutions, as Keras had it",
+    )
     ffn_ratio: float = Field(4.0, gt=0, description="hidden channels of a feed-forward layer over `dim`")
     bias: bool = Field(True, description="biases in the attention projections")
     head_hidden: bool = Field(True, description="a hidden layer of `dim` channels with GELU before the logits")
@@ -184,6 +189,7 @@ PRESETS: dict[str, Preset] = {
             residual="normalised",
             self_heads=8,
             self_head_dim=256,
+            attention_fans="kernel",
             ffn_ratio=1.0,
             attention_dropout=0.1,
             ffn_dropout=0.2,

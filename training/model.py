@@ -177,6 +177,18 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(config.dim, inner, bias=config.bias)
         self.output = nn.Linear(inner, config.dim, bias=config.bias)
 
+    def reset_as_kernels(self) -> None:
+        """Glorot uniform by the fans that Keras counted before its pull request 22789 (2026).
+
+        It took kernels of three axes, here [dim, heads, size] and [heads, size, dim], for [field, in, out].
+        """
+        dim = self.output.out_features
+        bound = (6 / (dim * self.heads + dim * self.head_dim)) ** 0.5
+        for layer in (self.query, self.key, self.value):
+            nn.init.uniform_(layer.weight, -bound, bound)
+        bound = (6 / (self.heads * self.head_dim + self.heads * dim)) ** 0.5
+        nn.init.uniform_(self.output.weight, -bound, bound)
+
     def forward(self, x: Tensor) -> Tensor:
         """float [B, N, C] -> float [B, N, C]."""
         q, k, v = (split_heads(layer(x), self.heads) for layer in (self.query, self.key, self.value))
@@ -256,13 +268,17 @@ class Perceiver(nn.Module):
     def reset_parameters(self) -> None:
         """Glorot uniform for dense layers, zero biases, uniform +-0.05 positions, normal latents, as the Keras example.
 
-        With ``latent_init`` grid the cross-attentions' position biases are set to `grid_position_bias`.
+        With ``attention_fans`` kernel the self-attention's values are `SelfAttention.reset_as_kernels`; with
+        ``latent_init`` grid the cross-attentions' position biases are set to `grid_position_bias`.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if self.config.attention_fans == "kernel":
+            for block in (block for transformer in self.transformers for block in transformer):
+                block.attention.reset_as_kernels()
         if self.tokens.position_embedding is not None:
             nn.init.uniform_(self.tokens.position_embedding, -0.05, 0.05)
         nn.init.normal_(self.latents, std=self.config.latent_std)

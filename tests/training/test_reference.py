@@ -239,12 +239,29 @@ def assert_uniform(values: Tensor, bound: float) -> None:
     assert (values.abs() < bound / 2).double().mean() == pytest.approx(0.5, abs=sampling)
 
 
+def glorot(shape: tuple[int, ...]) -> float:
+    """The bound of Keras' Glorot uniform for a kernel, by its rule of 2021: all but the last two axes are a field."""
+    field = math.prod(shape[:-2])
+    return math.sqrt(6 / (field * shape[-2] + field * shape[-1]))
+
+
 def test_dense_layers_start_glorot_uniform_without_bias(initial: Perceiver) -> None:
-    dense_layers = [module for module in initial.modules() if isinstance(module, nn.Linear)]
+    dense_layers = {name: module for name, module in initial.named_modules() if isinstance(module, nn.Linear)}
     assert len(dense_layers) == 1 + 5 + 4 * 6 + 2  # patch, cross-attention, blocks, head
-    for layer in dense_layers:
-        assert_uniform(layer.weight.detach(), math.sqrt(6 / (layer.in_features + layer.out_features)))
+    for name, layer in dense_layers.items():
+        kernel: tuple[int, ...] = (layer.in_features, layer.out_features)
+        if ".attention." in name:  # Keras' multi-head attention: 256 channels, 8 heads of 256
+            kernel = (8, 256, 256) if name.endswith("output") else (256, 8, 256)
+        assert_uniform(layer.weight.detach(), glorot(kernel))
         assert not layer.bias.any()
+    assert glorot((256, 8, 256)) == pytest.approx(0.0094, rel=0.01)
+    assert glorot((8, 256, 256)) == pytest.approx(0.0383, rel=0.01)
+
+
+def test_other_presets_start_all_dense_layers_alike() -> None:
+    config = REFERENCE.model_copy(update={"attention_fans": "matrix"})
+    for layer in Perceiver(config).transformers[0][0].attention.children():
+        assert_uniform(layer.weight.detach(), math.sqrt(6 / (256 + 2048)))
 
 
 def test_layer_norms_start_at_one_and_zero(initial: Perceiver) -> None:
