@@ -87,7 +87,7 @@ class VersionResponse(Schema):
 
     version: int
     state: str = Field(description="live, available, refused, ...")
-    reason: str | None = Field(description="Why it is refused.")
+    reason: str | None = Field(description="Why it is refused; the log has it with the full paths.")
     metadata: ModelMetadata | None = Field(description="null where the file can't be read.")
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 # Name, size and time of change (ns) of each file: one of them must differ before a refused version is tried again.
 Fingerprint = tuple[tuple[str, int, int], ...]
+
+# A folder or more and a name; what ends it also separates words in the messages of libraries.
+ABSOLUTE_PATH = re.compile(r"(?<![\w./])(?:/[^\s/:,;'\"()]+)+/([^\s/:,;'\"()]+)")
 
 
 class NoUsableVersionError(Exception):
@@ -59,7 +63,7 @@ class VersionStatus:
 
     Attributes:
         state: an "available" version is lower than the live one, or not the pinned one.
-        reason: why it was refused; "" otherwise.
+        reason: why it was refused, in words for any client, see `without_folders`; "" otherwise.
         metadata: None where it can't be read.
     """
 
@@ -108,7 +112,10 @@ class LiveModel:
 
 @dataclass
 class Seen:
-    """A version folder as it was when last looked at, and what became of it."""
+    """A version folder as it was when last looked at, and what became of it.
+
+    `reason` says why it was refused with every path in full: it is for the log.
+    """
 
     version: ModelVersion
     fingerprint: Fingerprint
@@ -120,7 +127,8 @@ class Seen:
         """Say it in the words of `GET /models`."""
         state: Literal["live", "available", "refused"]
         state = "live" if self.serving else "refused" if self.reason else "available"
-        return VersionStatus(self.version.number, state, self.reason, self.metadata)
+        reason = without_folders(self.reason, self.version.path.parent)
+        return VersionStatus(self.version.number, state, reason, self.metadata)
 
     def describe(self, options: EngineOptions, provider: Provider) -> None:
         """Read the metadata of a version that nobody has tried to load, or note why that fails."""
@@ -129,6 +137,16 @@ class Seen:
                 self.metadata = read_metadata(choose_file(self.version.path, provider, options.precision))
             except (ArtifactError, EngineError) as error:
                 self.reason = str(error)
+
+
+def without_folders(reason: str, model_folder: Path) -> str:
+    """Leave out where things lie on this machine: `GET /models` may be open to all.
+
+    A file of the model folder keeps its path within it, any other file (a library's, a source's) its name alone.
+    """
+    for folder in (model_folder.resolve(), model_folder.absolute(), model_folder):
+        reason = re.sub(rf"(?<![\w./-]){re.escape(str(folder))}/", "", reason)
+    return ABSOLUTE_PATH.sub(r"\1", reason)
 
 
 def scan(folder: Path) -> list[tuple[ModelVersion, Fingerprint]]:

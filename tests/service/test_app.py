@@ -168,6 +168,7 @@ async def test_models_lists_versions_with_metadata(tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1)
     make_model_folder(tmp_path, 2)
     make_model_folder(tmp_path, 3, defect="golden_mismatch")
+    make_model_folder(tmp_path, 5, defect="corrupt_onnx")
     app = create_app(Settings(model_dir=tmp_path, port=0, provider="cpu", intra_op_threads=1, admin_key="root"))
     async with listening(app, FakeEngine()) as run:
         await run.until(lambda: run.service.status == "ready")
@@ -177,8 +178,10 @@ async def test_models_lists_versions_with_metadata(tmp_path: Path) -> None:
             (1, "available"),
             (2, "live"),
             (3, "refused"),
+            (5, "refused"),
         ]
         assert "golden" in answer["versions"][2]["reason"]
+        assert str(tmp_path) not in str(answer)
         assert answer["versions"][1]["metadata"]["labels"][0] == "class 0"
         make_model_folder(tmp_path, 4)
         reloaded = await run.client.post("/models/reload", headers={"x-api-key": "root"})

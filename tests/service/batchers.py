@@ -1,0 +1,72 @@
+"""What the batcher's tests share: an observer that writes everything down, and ways to fill a queue."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from typing import Literal
+
+from service.batcher import DynamicBatcher, Prediction
+from tests.fakes import FakeEngine, picture
+
+
+class Notes:
+    """An observer that writes everything down, and raises where it is told to."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.waits: list[float] = []
+        self.drops: Counter[str] = Counter()
+        self.failed_batches: list[int] = []
+        self.broken: set[str] = set()
+
+    def _note(self, method: str) -> None:
+        if method in self.broken:
+            raise RuntimeError(f"the observer is broken in {method}")
+
+    def batch(self, size: int, seconds: float) -> None:
+        self._note("batch")
+        self.batches.append(size)
+
+    def queued(self, seconds: float) -> None:
+        self._note("queued")
+        self.waits.append(seconds)
+
+    def dropped(self, reason: Literal["cancelled", "deadline"]) -> None:
+        self._note("dropped")
+        self.drops[reason] += 1
+
+    def failed_batch(self, size: int) -> None:
+        self._note("failed_batch")
+        self.failed_batches.append(size)
+
+
+Start = Callable[..., DynamicBatcher]
+
+
+async def begun(engine: FakeEngine, runs: int = 1) -> None:
+    """Wait until `engine` has begun so many more runs."""
+    for _ in range(runs):
+        assert await asyncio.to_thread(engine.runs.acquire, timeout=5)
+
+
+async def submitted(
+    batcher: DynamicBatcher, *numbers: int, deadline: float | None = None
+) -> list[asyncio.Task[Prediction]]:
+    """Put pictures into the queue, one request each, and return their tasks."""
+    tasks = [asyncio.create_task(batcher.submit(picture(number), deadline=deadline)) for number in numbers]
+    await asyncio.sleep(0)  # every task runs up to its wait
+    return tasks
+
+
+async def numbers(tasks: list[asyncio.Task[Prediction]]) -> list[int]:
+    return [int(prediction.logits[0]) for prediction in await asyncio.gather(*tasks)]
+
+
+async def holding(start: Start, **options: object) -> tuple[FakeEngine, DynamicBatcher, asyncio.Task[Prediction]]:
+    """An engine that runs picture 0 until it is released, and so lets the queue fill."""
+    engine = FakeEngine(max_batch_size=4)
+    engine.hold()
+    batcher = start(engine, **options)
+    (first,) = await submitted(batcher, 0)
+    await begun(engine)
+    return engine, batcher, first

@@ -1,0 +1,43 @@
+"""Batchers and model stores that are closed when their test is over."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from service.batcher import DynamicBatcher
+from service.models import ModelStore
+from tests.fakes import FakeEngine
+from tests.service.batchers import Start
+from tests.service.stores import OPTIONS, Make
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[Start]:
+    """Start batchers; at the end let their engines go and close them."""
+    started: list[tuple[DynamicBatcher, tuple[FakeEngine, ...]]] = []
+
+    def start(*engines: FakeEngine, **options: object) -> DynamicBatcher:
+        batcher = DynamicBatcher(engines, **options)
+        batcher.start()
+        started.append((batcher, engines))
+        return batcher
+
+    yield start
+    for batcher, engines in started:
+        for engine in engines:
+            engine.let_go()
+        await batcher.close()
+
+
+@pytest.fixture
+async def make(tmp_path: Path) -> AsyncIterator[Make]:
+    stores: list[ModelStore] = []
+
+    def make(**arguments: object) -> ModelStore:
+        stores.append(ModelStore(tmp_path, OPTIONS, **arguments))
+        return stores[-1]
+
+    yield make
+    for store in stores:
+        await store.close()

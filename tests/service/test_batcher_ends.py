@@ -1,0 +1,120 @@
+"""Pictures that are cancelled or late, and batchers that drain and close."""
+
+import asyncio
+
+import pytest
+
+from service.batcher import DynamicBatcher
+from service.errors import DeadlineExceeded, Draining, NotReady
+from tests.fakes import FakeEngine, picture
+from tests.service.batchers import Notes, Start, begun, holding, numbers, submitted
+
+# Cancellation and deadlines
+
+
+async def test_what_is_cancelled_while_queued_never_runs(start: Start) -> None:
+    notes = Notes()
+    engine, batcher, first = await holding(start, observer=notes)
+    gone, stays = await submitted(batcher, 1, 2)
+    gone.cancel()
+    engine.release(2)
+    assert await numbers([first, stays]) == [0, 2]
+    assert engine.batches == [[0], [2]]
+    assert gone.cancelled()
+    assert notes.drops == {"cancelled": 1}
+
+
+async def test_a_queue_of_nothing_but_the_cancelled_is_emptied(start: Start) -> None:
+    notes = Notes()
+    engine, batcher, first = await holding(start, observer=notes)
+    for task in await submitted(batcher, 1, 2, 3):
+        task.cancel()
+    engine.let_go()
+    await first
+    await batcher.drain()
+    assert engine.batches == [[0]]
+    assert notes.drops == {"cancelled": 3}
+    assert batcher.queue_length == 0
+
+
+async def test_what_is_cancelled_while_it_runs_harms_nobody(start: Start) -> None:
+    engine, batcher, first = await holding(start)
+    gone, stays = await submitted(batcher, 1, 2)
+    engine.release()
+    await begun(engine)
+    gone.cancel()
+    engine.let_go()
+    assert await numbers([first, stays]) == [0, 2]
+    assert gone.cancelled()
+    assert int((await batcher.submit(picture(3))).logits[0]) == 3
+
+
+async def test_what_expires_in_the_queue_never_runs(start: Start) -> None:
+    notes = Notes()
+    engine, batcher, first = await holding(start, observer=notes)
+    now = asyncio.get_running_loop().time()
+    (late,) = await submitted(batcher, 1, deadline=now)
+    (patient,) = await submitted(batcher, 2, deadline=now + 60)
+    engine.release(2)
+    with pytest.raises(DeadlineExceeded):
+        await late
+    assert await numbers([first, patient]) == [0, 2]
+    assert engine.batches == [[0], [2]]
+    assert notes.drops == {"deadline": 1}
+
+
+async def test_what_has_begun_in_time_is_answered_late(start: Start) -> None:
+    engine = FakeEngine()
+    engine.hold()
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + 0.3
+    (task,) = await submitted(start(engine), 1, deadline=deadline)
+    await begun(engine)
+    await asyncio.sleep(deadline - loop.time() + 0.01)
+    engine.release()
+    assert await numbers([task]) == [1]
+
+
+# The end
+
+
+async def test_before_the_start_nothing_is_accepted() -> None:
+    batcher = DynamicBatcher([FakeEngine()])
+    with pytest.raises(NotReady):
+        await batcher.submit(picture(1))
+    await batcher.close()
+
+
+async def test_draining_answers_all_that_is_here_and_refuses_what_comes(start: Start) -> None:
+    engine, batcher, first = await holding(start)
+    tasks = await submitted(batcher, *range(1, 8))
+    draining = asyncio.create_task(batcher.drain())
+    await asyncio.sleep(0)
+    with pytest.raises(Draining):
+        await batcher.submit(picture(9))
+    assert not draining.done()
+    engine.let_go()
+    await draining
+    assert all(task.done() for task in [first, *tasks])
+    assert await numbers([first, *tasks]) == list(range(8))
+
+
+async def test_draining_an_idle_batcher_ends_at_once(start: Start) -> None:
+    batcher = start(FakeEngine())
+    await batcher.drain()
+    await batcher.drain()
+
+
+async def test_closing_ends_what_runs_and_refuses_what_waits(start: Start) -> None:
+    engine, batcher, first = await holding(start)
+    queued = await submitted(batcher, 1, 2)
+    closing = asyncio.create_task(batcher.close())
+    outcomes = await asyncio.gather(*queued, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [Draining] * 2
+    assert not engine.closed
+    engine.let_go()
+    await closing
+    assert engine.closed
+    assert await numbers([first]) == [0]
+    assert not batcher.failed.is_set()
+    await batcher.close()

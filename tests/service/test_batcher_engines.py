@@ -1,0 +1,80 @@
+"""Several engines, and the thread of each."""
+
+import asyncio
+
+import pytest
+
+from service.batcher import DynamicBatcher
+from service.worker import EngineThread
+from tests.fakes import FakeEngine, picture, tiny_images
+from tests.service.batchers import Start, begun, numbers, submitted
+
+
+async def test_engines_run_at_the_same_time_and_share_one_queue(start: Start) -> None:
+    engines = [FakeEngine(max_batch_size=2, tag=tag) for tag in range(3)]
+    for engine in engines:
+        engine.hold()
+    batcher = start(*engines)
+    tasks = []
+    for number, engine in enumerate(engines):
+        tasks += await submitted(batcher, number)
+        await begun(engine)  # all three run, none has ended
+    tasks += await submitted(batcher, 3, 4)
+    engines[1].release(2)  # the one that is free takes what waits
+    await begun(engines[1])
+    assert engines[1].batches == [[1], [3, 4]]
+    for engine in engines:
+        engine.let_go()
+    assert await numbers(tasks) == [0, 1, 2, 3, 4]
+
+
+async def test_each_engine_has_one_thread_of_its_own_for_warm_up_and_runs() -> None:
+    engines = [FakeEngine(), FakeEngine()]
+    batcher = DynamicBatcher(engines)
+    assert await batcher.on_each_engine(lambda engine: engine.warm_up()) == [None, None]
+    batcher.start()
+    await asyncio.gather(*(batcher.submit(picture(number)) for number in range(64)))
+    await batcher.drain()
+    await batcher.close()
+    assert [len(engine.threads) for engine in engines] == [1, 1]
+    assert engines[0].threads != engines[1].threads
+    assert all(engine.warmed and engine.closed for engine in engines)
+
+
+async def test_an_error_in_an_engines_thread_comes_back() -> None:
+    def fails(engine: object) -> None:
+        raise RuntimeError("the golden pictures differ")
+
+    batcher = DynamicBatcher([FakeEngine()])
+    with pytest.raises(RuntimeError, match="golden"):
+        await batcher.on_each_engine(fails)
+    await batcher.close()
+
+
+async def test_whoever_stops_waiting_for_an_engines_thread_breaks_nothing() -> None:
+    engine = FakeEngine()
+    engine.hold()
+    thread = EngineThread("test")
+    waiting = asyncio.create_task(thread.call(lambda: engine.run(tiny_images(1))))
+    await begun(engine)
+    waiting.cancel()
+    engine.let_go()
+    assert await thread.call(lambda: 42) == 42
+    thread.stop()
+
+
+def test_a_batch_that_ends_after_the_event_loop_is_dropped_in_silence(recwarn: pytest.WarningsRecorder) -> None:
+    engine = FakeEngine()
+    engine.hold()
+    thread = EngineThread("test")
+
+    async def leave() -> None:
+        task = asyncio.create_task(thread.call(lambda: engine.run(tiny_images(1))))
+        await begun(engine)
+        task.cancel()
+
+    asyncio.run(leave())
+    engine.let_go()
+    assert engine.ended.acquire(timeout=5)
+    thread.stop()
+    assert not recwarn.list

@@ -1,0 +1,143 @@
+"""One version takes over from another while requests are under way."""
+
+import asyncio
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from service.models import EngineOptions, ModelStore
+from tests.fakes import make_model_folder, picture, tiny_images, tiny_logits
+from tests.service.stores import FakeOpener, Make, Opener, assert_serves
+
+
+async def test_loading_happens_beside_the_event_loop(make: Make, tmp_path: Path) -> None:
+    make_model_folder(tmp_path, 1)
+    opener = Opener()
+    store = make(open_engines=opener)
+    await store.load()
+    opener.may_open.clear()
+    make_model_folder(tmp_path, 2)
+    reloading = asyncio.create_task(store.reload())
+    while opener.opened != [1, 2]:
+        await assert_serves(store, 1)
+    await assert_serves(store, 1)
+    assert not reloading.done()
+    assert opener.thread != threading.get_ident()
+    opener.may_open.set()
+    await reloading
+    await assert_serves(store, 2)
+
+
+async def test_a_request_keeps_its_model_from_decode_to_answer(make: Make, tmp_path: Path) -> None:
+    make_model_folder(tmp_path, 1)
+    opener = FakeOpener()
+    store = make(open_engines=opener)
+    await store.load()
+    with store.lease() as first, store.lease() as second:
+        make_model_folder(tmp_path, 2)
+        await store.reload()
+        assert first is second is not store.live
+        await asyncio.sleep(0.02)  # time enough for a batcher to be closed too early
+        assert not opener.engines[1].closed
+        assert (await first.batcher.submit(picture(5))).logits[:2].tolist() == [5, 1]
+        with store.lease() as new:
+            assert (await new.batcher.submit(picture(5))).logits[:2].tolist() == [5, 2]
+    assert await asyncio.to_thread(opener.engines[1].closing.wait, 5)
+
+
+async def test_what_was_queued_without_a_lease_is_answered_all_the_same(make: Make, tmp_path: Path) -> None:
+    make_model_folder(tmp_path, 1)
+    opener = FakeOpener()
+    store = make(open_engines=opener)
+    await store.load()
+    opener.engines[1].hold()
+    batcher = store.lease().batcher
+    queued = [asyncio.create_task(batcher.submit(picture(number))) for number in range(6)]
+    await asyncio.sleep(0)
+    make_model_folder(tmp_path, 2)
+    await store.reload()
+    await asyncio.sleep(0)
+    opener.engines[1].let_go()
+    assert [(await task).logits[:2].tolist() for task in queued] == [[number, 1] for number in range(6)]
+
+
+async def test_fifty_swaps_under_load_fail_no_request_and_mix_no_answers(make: Make, tmp_path: Path) -> None:
+    make_model_folder(tmp_path, 1)
+    hidden, shown = tmp_path / ".2", tmp_path / "2"
+    make_model_folder(tmp_path, 2).rename(hidden)
+    store = make()
+    await store.load()
+    expected = {version: tiny_logits(tiny_images(50, seed=7), version) for version in (1, 2)}
+    images = tiny_images(50, seed=7)
+    answers = {1: 0, 2: 0}
+    answered = asyncio.Event()  # by the version that is live
+    stop = False
+
+    async def client(index: int) -> None:
+        while not stop:
+            index = (index + 1) % 50
+            with store.lease() as live:
+                await asyncio.sleep(0)  # a decode, during which the model may be swapped
+                prediction = await live.batcher.submit(images[index])
+            np.testing.assert_allclose(prediction.logits, expected[live.version][index], atol=1e-4)
+            answers[live.version] += 1
+            if live is store.live:
+                answered.set()
+
+    clients = [asyncio.create_task(client(index)) for index in range(8)]
+    for swap in range(50):
+        hidden.rename(shown) if swap % 2 == 0 else shown.rename(hidden)
+        await store.reload()
+        assert store.live is not None
+        assert store.live.version == 2 - swap % 2
+        answered.clear()
+        await asyncio.wait_for(answered.wait(), 5)
+    stop = True
+    await asyncio.gather(*clients)
+    assert min(answers.values()) >= 25
+
+
+async def test_closing_answers_what_is_queued_in_the_old_model_too(make: Make, tmp_path: Path) -> None:
+    make_model_folder(tmp_path, 1)
+    opener = FakeOpener()
+    store = make(open_engines=opener)
+    await store.load()
+    opener.engines[1].hold()
+    lease = store.lease()
+    with lease:
+        old = [asyncio.create_task(lease.batcher.submit(picture(number))) for number in range(9)]
+        await asyncio.sleep(0)
+        make_model_folder(tmp_path, 2)
+        await store.reload()
+        new = asyncio.create_task(store.lease().batcher.submit(picture(9)))
+        await asyncio.sleep(0)
+        closing = asyncio.create_task(store.close())
+        await new
+        assert not any(task.done() for task in old)
+        opener.engines[1].let_go()
+        await closing
+    predictions = [await task for task in [*old, new]]
+    assert [prediction.logits[:2].tolist() for prediction in predictions] == [
+        *([number, 1] for number in range(9)),
+        [9, 2],
+    ]
+    assert opener.engines[1].closed
+    assert opener.engines[2].closed
+
+
+async def test_an_engine_that_hangs_fails_the_store(tmp_path: Path) -> None:
+    make_model_folder(tmp_path, 3)
+    opener = FakeOpener()
+    options = EngineOptions(provider="cpu", run_timeout_ms=20)
+    store = ModelStore(tmp_path, options, open_engines=opener)
+    await store.load()
+    opener.engines[3].hold()
+    with store.lease() as live:
+        lost = asyncio.create_task(live.batcher.submit(picture(1)))
+    await asyncio.wait_for(store.failed.wait(), 5)
+    assert store.failure.startswith("version 3: engine-0: a batch of 1 did not end")
+    await asyncio.wait([lost])
+    assert lost.exception() is not None
+    await store.close()
+    opener.engines[3].let_go()

@@ -1,0 +1,124 @@
+"""The model store looks at its folder again: versions that come, go and change."""
+
+import asyncio
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from service.artifact import MODEL_FILE
+from service.models import VersionStatus
+from tests.fakes import make_model_folder, tiny_images, tiny_logits
+from tests.service.stores import Make, Notes, Opener, answer, assert_serves, lines
+
+
+async def test_a_half_written_folder_is_not_seen(make: Make, tmp_path: Path) -> None:
+    make_model_folder(tmp_path, 1)
+    store = make()
+    await store.load()
+    half = tmp_path / ".2-abc"
+    half.mkdir()
+    (half / MODEL_FILE).write_bytes(b"half")
+    (tmp_path / "notes").mkdir()
+    assert [status.number for status in await store.reload()] == [1]
+
+
+async def test_watching_finds_a_new_version_and_outlives_trouble(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model_folder(tmp_path, 1)
+    notes = Notes()
+    store = make(poll_seconds=0.01, observer=notes)
+    await store.load()
+    troubled = asyncio.Event()
+
+    async def trouble() -> list[VersionStatus]:
+        monkeypatch.undo()
+        troubled.set()
+        raise OSError("the network drive is away")
+
+    monkeypatch.setattr(store, "reload", trouble)
+    watching = asyncio.create_task(store.watch())
+    await asyncio.wait_for(troubled.wait(), 5)
+    notes.swapped.clear()
+    make_model_folder(tmp_path, 2)
+    await asyncio.wait_for(notes.swapped.wait(), 5)
+    watching.cancel()
+    await asyncio.wait([watching])
+    assert "the network drive is away" in caplog.text
+    await assert_serves(store, 2)
+
+
+async def test_deleting_the_highest_version_rolls_back(make: Make, tmp_path: Path) -> None:
+    for version in (1, 2):
+        make_model_folder(tmp_path, version)
+    store = make()
+    await store.load()
+    await assert_serves(store, 2)
+    shutil.rmtree(tmp_path / "2")
+    await store.reload()
+    await assert_serves(store, 1)
+    assert lines(store) == [(1, "live")]
+
+
+@pytest.mark.parametrize("broken_left", [True, False])
+async def test_a_version_whose_folder_is_gone_goes_on_if_nothing_else_passes(
+    broken_left: bool, make: Make, tmp_path: Path
+) -> None:
+    if broken_left:
+        make_model_folder(tmp_path, 1, defect="golden_mismatch")
+    make_model_folder(tmp_path, 2)
+    store = make()
+    await store.load()
+    shutil.rmtree(tmp_path / "2")
+    await store.reload()
+    await assert_serves(store, 2)
+    assert lines(store) == [(1, "refused"), (2, "live")][not broken_left :]
+
+
+async def test_a_version_that_is_replaced_in_place_is_loaded_anew(make: Make, tmp_path: Path) -> None:
+    path = make_model_folder(tmp_path, 1)
+    store = make()
+    await store.load()
+    other = make_model_folder(tmp_path / "elsewhere", 2)
+    shutil.rmtree(path)
+    other.rename(path)
+    await store.reload()
+    version, logits = await answer(store)
+    assert version == 1
+    np.testing.assert_allclose(logits, tiny_logits(tiny_images(1), 2)[0], atol=1e-4)
+
+
+async def test_without_a_change_nothing_is_loaded_again(make: Make, tmp_path: Path) -> None:
+    for version in (1, 2):
+        make_model_folder(tmp_path, version)
+    opener = Opener()
+    store = make(open_engines=opener)
+    await store.load()
+    live = store.live
+    await asyncio.gather(*(store.reload() for _ in range(5)))
+    assert opener.opened == [2]
+    assert store.live is live
+
+
+async def test_a_version_that_is_being_loaded_is_not_loaded_twice(make: Make, tmp_path: Path) -> None:
+    make_model_folder(tmp_path, 1)
+    opener = Opener()
+    opener.may_open.clear()
+    store = make(open_engines=opener)
+    reloads = [asyncio.create_task(store.reload()) for _ in range(3)]
+    done, _ = await asyncio.wait(reloads, timeout=0.05)
+    assert not done
+    opener.may_open.set()
+    await asyncio.gather(*reloads)
+    assert opener.opened == [1]
+
+
+async def test_a_broken_version_that_nobody_tried_is_found_out(make: Make, tmp_path: Path) -> None:
+    make_model_folder(tmp_path, 1, defect="broken_metadata")
+    make_model_folder(tmp_path, 2)
+    store = make()
+    await store.load()
+    assert lines(store) == [(1, "refused"), (2, "live")]
+    assert "must be JSON" in store.versions()[0].reason

@@ -1,0 +1,92 @@
+"""Engines for the devices of a version, and how its faults are told."""
+
+from pathlib import Path
+
+import pytest
+
+from service import versions as versions_module
+from service.engine import EngineError
+from service.models import EngineOptions
+from service.versions import open_engines, without_folders
+from tests.fakes import FakeEngine, make_model_folder
+
+
+class DeviceEngine(FakeEngine):
+    """An engine on a device that may not be there."""
+
+    made: list["DeviceEngine"] = []  # noqa: RUF012 - emptied by each test
+
+    def __init__(self, path: Path, *, provider: str, device_id: int, **options: object) -> None:
+        super().__init__()
+        if device_id == 7:
+            raise EngineError("CUDA device 7 can't be opened")
+        self.device_id = device_id
+        self.options = options
+        self.made.append(self)
+
+
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch) -> list[DeviceEngine]:
+    monkeypatch.setattr(versions_module, "resolve_provider", lambda choice, device_id: "cuda")
+    monkeypatch.setattr(versions_module, "OnnxEngine", DeviceEngine)
+    DeviceEngine.made.clear()
+    return DeviceEngine.made
+
+
+def test_each_gpu_gets_an_engine(devices: list[DeviceEngine], tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path)
+    options = EngineOptions(device_ids=(0, 2), max_batch_size=16, gpu_memory_limit_bytes=2**30, cuda_graphs=False)
+    assert [engine.device_id for engine in devices] == []
+    assert open_engines(folder, options) == devices
+    assert [engine.device_id for engine in devices] == [0, 2]
+    assert devices[0].options == {
+        "max_batch_size": 16,
+        "intra_op_threads": 0,
+        "buckets": None,
+        "gpu_memory_limit_bytes": 2**30,
+        "cuda_graphs": False,
+    }
+
+
+def test_if_one_gpu_fails_the_engines_on_the_others_are_closed(devices: list[DeviceEngine], tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="CUDA device 7"):
+        open_engines(make_model_folder(tmp_path), EngineOptions(device_ids=(0, 1, 7)))
+    assert [engine.closed for engine in devices] == [True, True]
+
+
+def test_a_cpu_has_one_engine(tmp_path: Path) -> None:
+    (engine,) = open_engines(make_model_folder(tmp_path), EngineOptions(provider="cpu", device_ids=(0, 1)))
+    assert engine.provider == "cpu"
+
+
+# What a client may read
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        ("/srv/my models/2/model.onnx: can't be read", "2/model.onnx: can't be read"),
+        ("Load model from /srv/my models/2/model.onnx failed", "Load model from 2/model.onnx failed"),
+        ("/onnxruntime_src/core/graph/model.cc:169 Model::Model(x)", "model.cc:169 Model::Model(x)"),
+        (
+            "Failed to load library (/opt/venv/lib/libcudnn.so.9), '/etc/x'",
+            "Failed to load library (libcudnn.so.9), 'x'",
+        ),
+        (
+            "2/golden.npz: 3/4 of them, see https://host/docs/page",
+            "2/golden.npz: 3/4 of them, see https://host/docs/page",
+        ),
+    ],
+)
+def test_a_reason_tells_nothing_of_the_machine(reason: str, told: str) -> None:
+    assert without_folders(reason, Path("/srv/my models")) == told
+
+
+def test_nor_where_the_model_folder_is_a_relative_path_or_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "link", tmp_path / "real", Path("link")):
+        assert without_folders(f"{folder}/2/x: no; {tmp_path}/real/2/y: no", Path("link")) == "2/x: no; 2/y: no"
