@@ -1,18 +1,22 @@
 """python -m tests.chaos.slow_service: the service, on a device whose every run takes CHAOS_RUN_MS milliseconds.
 
-What it can do at most then depends on the device and not on the cores, as with a GPU.
+What it can do at most then depends on the device and not on the cores, as with a GPU. A batch with the picture POISON
+in it raises.
 """
 
 import os
 import runpy
 import time
 
+import numpy as np
+
 from service import versions
-from service.engine import OnnxEngine
-from tests.fakes import Images, Logits
+from service.engine import EngineError, OnnxEngine
+from tests.fakes import HEIGHT, WIDTH, Images, Logits
 
 MODULE = "tests.chaos.slow_service"
 VARIABLE = "CHAOS_RUN_MS"
+POISON = np.full((HEIGHT, WIDTH, 3), (255, 0, 255), np.uint8)
 
 
 class SlowEngine(OnnxEngine):
@@ -20,6 +24,8 @@ class SlowEngine(OnnxEngine):
 
     def run(self, images: Images) -> Logits:
         time.sleep(float(os.environ[VARIABLE]) / 1000)
+        if any(np.array_equal(image, POISON) for image in images):
+            raise EngineError("the device says no")
         return super().run(images)
 
 
