@@ -1,5 +1,6 @@
 """What only a real NVIDIA GPU can show: `pytest -m gpu`."""
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +12,15 @@ import pytest
 from service.artifact import GOLDEN_FILE, load_golden
 from service.cuda import page_locked_zeros
 from service.engine import EngineError, OnnxEngine, check_golden
-from service.session import why_no_cuda
+from service.models import EngineOptions, ModelStore
+from service.runners import default_buckets
+from service.session import SessionSpec, open_session, why_no_cuda
+from service.versions import open_engines
 from tests.fakes import make_model_folder, tiny_images, tiny_logits
+from tests.service.gpu_models import make_half_folder, make_hungry_folder
+
+SHIPPED = Path(__file__).parents[2] / "models" / "perceiver-cifar100" / "1"
+MIB = 1 << 20
 
 NO_CUDA = why_no_cuda()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NO_CUDA is not None, reason=f"no CUDA: {NO_CUDA}")]
@@ -34,6 +42,11 @@ def test_auto_takes_the_gpu(folder: Path) -> None:
     assert OnnxEngine(folder / "model.onnx", provider="auto").provider == "cuda"
 
 
+def test_onnxruntime_itself_says_that_it_runs_on_cuda(folder: Path) -> None:
+    for spec in (SessionSpec(provider="cuda"), SessionSpec(provider="cuda", cuda_graphs=False)):
+        assert open_session(folder / "model.onnx", spec).get_providers()[0] == "CUDAExecutionProvider"
+
+
 def test_every_batch_size_gives_the_same_as_numpy_captured_or_not(cuda_engine: OnnxEngine) -> None:
     cuda_engine.warm_up()
     for seed in range(3):
@@ -47,6 +60,92 @@ def test_golden_pictures(graphs: bool, folder: Path) -> None:
     engine = OnnxEngine(folder / "model.onnx", provider="cuda", max_batch_size=4, cuda_graphs=graphs)
     engine.warm_up()
     check_golden(engine, load_golden(folder / GOLDEN_FILE))
+
+
+def test_the_shipped_model_gives_its_golden_logits() -> None:
+    engine = OnnxEngine(SHIPPED / "model.onnx", provider="cuda", max_batch_size=8)
+    engine.warm_up()
+    check_golden(engine, load_golden(SHIPPED / GOLDEN_FILE))
+
+
+def test_the_captured_graph_of_each_bucket_gives_the_logits_of_plain_kernels(caplog: pytest.LogCaptureFixture) -> None:
+    engines = [
+        OnnxEngine(SHIPPED / "model.onnx", provider="cuda", max_batch_size=16, cuda_graphs=graphs)
+        for graphs in (True, False)
+    ]
+    pictures = load_golden(SHIPPED / GOLDEN_FILE).images
+    for engine in engines:
+        engine.warm_up()
+    assert "no CUDA graphs" not in caplog.text
+    for size in default_buckets(16):
+        for turn in range(3):  # what is replayed must read the pictures of this run, not those of the capture
+            images = np.resize(np.roll(pictures, turn + 1, axis=0), (size, *pictures.shape[1:]))
+            captured, plain = (engine.run(images) for engine in engines)
+            np.testing.assert_allclose(captured, plain, atol=1e-4)
+
+
+def test_the_float16_file_runs_where_there_is_one(tmp_path: Path) -> None:
+    version = make_half_folder(tmp_path)
+    (half,) = open_engines(version, EngineOptions(provider="auto", max_batch_size=4))
+    assert (half.provider, half.metadata.precision) == ("cuda", "float16")
+    half.warm_up()
+    check_golden(half, load_golden(version / GOLDEN_FILE))
+    (single,) = open_engines(version, EngineOptions(provider="auto", precision="float32"))
+    assert single.metadata.precision == "float32"
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_batch_that_the_device_has_no_memory_for_is_run_in_smaller_ones(warm: bool, tmp_path: Path) -> None:
+    """64 pictures need 1.5 GiB at once, and 1 GiB is allowed."""
+    version = make_hungry_folder(tmp_path, 24 * MIB)
+    engine = OnnxEngine(
+        version / "model.onnx",
+        provider="cuda",
+        max_batch_size=64,
+        gpu_memory_limit_bytes=1024 * MIB,
+        cuda_graphs=False,
+    )
+    images = tiny_images(64)
+    if warm:
+        engine.warm_up()
+    else:
+        np.testing.assert_allclose(engine.run(images), tiny_logits(images, 1), atol=1e-3)
+    assert engine.max_batch_size == 32
+    np.testing.assert_allclose(engine.run(images[:32]), tiny_logits(images[:32], 1), atol=1e-3)
+
+
+async def test_swaps_under_load_fail_no_request_and_mix_no_answers(tmp_path: Path) -> None:
+    make_model_folder(tmp_path, 1)
+    hidden, shown = tmp_path / ".2", tmp_path / "2"
+    make_model_folder(tmp_path, 2).rename(hidden)
+    store = ModelStore(tmp_path, EngineOptions(provider="cuda", max_batch_size=4))
+    await store.load()
+    images = tiny_images(50, seed=7)
+    expected = {version: tiny_logits(images, version) for version in (1, 2)}
+    answers = {1: 0, 2: 0}
+    stop = False
+
+    async def client(index: int) -> None:
+        while not stop:
+            index = (index + 1) % 50
+            with store.lease() as live:
+                assert live.provider == "cuda"
+                prediction = await live.batcher.submit(images[index])
+            np.testing.assert_allclose(prediction.logits, expected[live.version][index], atol=1e-3)
+            answers[live.version] += 1
+
+    clients = [asyncio.create_task(client(index)) for index in range(8)]
+    for swap in range(10):
+        hidden.rename(shown) if swap % 2 == 0 else shown.rename(hidden)
+        await store.reload()
+        assert store.live is not None
+        assert store.live.version == 2 - swap % 2
+        before = sum(answers.values())
+        while sum(answers.values()) < before + 20:  # noqa: ASYNC110 - the clients are the code under test
+            await asyncio.sleep(0.001)
+    stop = True
+    await asyncio.gather(*clients)
+    await store.close()
 
 
 def test_host_buffers_are_page_locked(caplog: pytest.LogCaptureFixture) -> None:
