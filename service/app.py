@@ -68,7 +68,8 @@ class PerceiverApp(FastAPI):
         document = super().openapi()
         service: Service = self.state.service
         live = service.store.live
-        operation = predict_operation(None if live is None else len(live.metadata.labels))
+        classes = None if live is None else len(live.metadata.labels)
+        operation = predict_operation(classes, service.settings.max_pictures)
         document["paths"][PREDICT] = {"post": operation}
         components = document.setdefault("components", {})
         components.setdefault("schemas", {}).update(predict_schemas())

@@ -148,38 +148,6 @@ BASE64 = {
     "description": "Bare, or as a data: URL.",
 }
 BINARY = {"schema": {"type": "string", "format": "binary"}}
-FILES = {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
-BODIES: dict[str, Any] = {
-    "multipart/form-data": {
-        "schema": {
-            "type": "object",
-            "description": "One or several files, under any field name.",
-            "properties": {"file": FILES},
-            "minProperties": 1,
-            "additionalProperties": FILES,
-        }
-    },
-    "application/json": {
-        "schema": {
-            "oneOf": [
-                {
-                    "type": "object",
-                    "properties": {"image": BASE64},
-                    "required": ["image"],
-                    "additionalProperties": False,
-                },
-                {
-                    "type": "object",
-                    "properties": {"images": {"type": "array", "minItems": 1, "items": BASE64}},
-                    "required": ["images"],
-                    "additionalProperties": False,
-                },
-            ]
-        }
-    },
-    "image/*": BINARY,
-    "application/octet-stream": BINARY,
-}
 
 
 def error_responses(kinds: Iterable[type[errors.ServiceError]]) -> dict[int | str, dict[str, Any]]:
@@ -193,7 +161,39 @@ def error_responses(kinds: Iterable[type[errors.ServiceError]]) -> dict[int | st
     return described
 
 
-def predict_operation(classes: int | None) -> dict[str, Any]:
+def predict_bodies(max_pictures: int) -> dict[str, Any]:
+    """Return the OpenAPI content of a request to `POST /predict`."""
+    several = {"type": "array", "minItems": 1, "maxItems": max_pictures}
+    files = several | {"items": {"type": "string", "format": "binary"}}
+    return {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "description": f"One or several files, under any field names; {max_pictures} at most together.",
+                "properties": {"file": files},
+                "minProperties": 1,
+                "additionalProperties": files,
+            }
+        },
+        "application/json": {
+            "schema": {
+                "oneOf": [
+                    {
+                        "type": "object",
+                        "properties": {name: schema},
+                        "required": [name],
+                        "additionalProperties": False,
+                    }
+                    for name, schema in {"image": BASE64, "images": several | {"items": BASE64}}.items()
+                ]
+            }
+        },
+        "image/*": BINARY,
+        "application/octet-stream": BINARY,
+    }
+
+
+def predict_operation(classes: int | None, max_pictures: int) -> dict[str, Any]:
     """Return the OpenAPI operation object of `POST /predict`; `classes` is the live model's number, if there is one."""
     responses: dict[str, Any] = {
         "200": {
@@ -218,7 +218,7 @@ def predict_operation(classes: int | None) -> dict[str, Any]:
         "description": "JPEG, PNG, WebP, BMP, GIF (first frame) or TIFF, in any of the bodies below.",
         "operationId": "predict",
         "parameters": predict_parameters(classes),
-        "requestBody": {"required": True, "content": BODIES},
+        "requestBody": {"required": True, "content": predict_bodies(max_pictures)},
         "responses": responses,
     }
 
