@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.config import TrainConfig
+from training.trivial_augment import OPERATIONS
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,15 @@ class Draws:
         flip: bool [B].
         shift: int64 [B, 2], rows and columns, pixels.
         zoom: float32 [B, 2], height and width; above 1 shows more than the picture, below 1 less.
+        operation: int64 [B], of `training.trivial_augment.OPERATIONS`.
+        strength: float32 [B], -1..1, of the operation.
     """
 
     flip: Tensor
     shift: Tensor
     zoom: Tensor
+    operation: Tensor
+    strength: Tensor
 
     def share(self, part: slice, device: torch.device) -> Draws:
         """The draws of some of the pictures, on ``device``."""
@@ -39,7 +44,12 @@ def draw(config: TrainConfig, count: int) -> Draws:
     flip = torch.rand(count) < (0.5 if config.flip else 0.0)
     shift = torch.randint(-config.crop_padding, config.crop_padding + 1, (count, 2))
     zoom = 1 + (torch.rand(count, 2) * 2 - 1) * config.zoom
-    return Draws(flip, shift, zoom)
+    operation, strength = torch.zeros(count, dtype=torch.int64), torch.zeros(count)
+    # Drawn only where it is used: runs without it keep their sequence.
+    if config.trivial_augment:
+        operation = torch.randint(len(OPERATIONS), (count,))
+        strength = (torch.rand(count) * 2 - 1) * config.trivial_augment
+    return Draws(flip, shift, zoom, operation, strength)
 
 
 def flip_and_shift(images: Tensor, draws: Draws) -> Tensor:

@@ -143,6 +143,9 @@ class TrainConfig(BaseModel):
     flip: bool = Field(True, description="mirror left and right with probability 0.5")
     zoom: float = Field(0.0, ge=0, lt=1, description="zoom height and width independently by up to this share")
     crop_padding: int = Field(0, ge=0, description="random shift by up to so many pixels, edges reflected")
+    trivial_augment: float = Field(
+        0.0, ge=0, le=1, description="strength of TrivialAugment, one operation a picture; 1: the paper's; 0: off"
+    )
     mixup: float = Field(0.0, ge=0, description="alpha of mixup's Beta distribution; 0: off")
     cutmix: float = Field(0.0, ge=0, description="alpha of CutMix's Beta distribution; 0: off")
     mix_probability: float = Field(0.5, ge=0, le=1, description="share of the batches that mixup or CutMix changes")
@@ -228,6 +231,51 @@ PRESETS: dict[str, Preset] = {
             crop_padding=4,
             cutmix=1.0,
             precision="bfloat16",
+        ),
+    ),
+    # For a GPU: four untied iterations of 144 latents over 256 overlapping patches, and all augmentation there is.
+    # Chosen by reasoning; nobody has trained it to its end yet (docs/experiments.md).
+    "accurate": Preset(
+        model=ModelConfig(
+            patch_size=2,
+            patch_overlap=2,
+            dim=256,
+            token_dim=256,
+            num_latents=144,
+            num_iterations=4,
+            num_blocks=2,
+            ffn_ratio=3.0,
+            sharing="none",
+            cross_heads=8,
+            cross_head_dim=32,
+            cross_position_bias=True,
+            latent_init="grid",
+            self_heads=8,
+            head_hidden=False,
+            head_norm=True,
+            drop_path=0.1,
+        ),
+        train=TrainConfig(
+            epochs=300,
+            batch_size=256,
+            optimizer="muon",
+            learning_rate=0.02,
+            adamw_learning_rate=0.002,
+            weight_decay=0.02,
+            decay_all=False,
+            clip_norm=1.0,
+            schedule="linear",
+            warmup_epochs=5,
+            early_stop_patience=0,
+            label_smoothing=0.1,
+            crop_padding=4,
+            trivial_augment=0.5,
+            mixup=0.8,
+            cutmix=1.0,
+            mix_probability=0.8,
+            ema_decay=0.999,
+            precision="bfloat16",
+            compile=True,
         ),
     ),
 }

@@ -31,6 +31,7 @@ from training.optim import clip_gradients, schedule_factor, set_learning_rates
 from training.preprocessing import Preprocess
 from training.report import announce, write_report
 from training.state import initial_state, seed_step
+from training.trivial_augment import trivial_augment
 
 # To agree on stopping, the CPU waits for the GPU: not at every step.
 CUDA_STEPS_BETWEEN_STOP_CHECKS = 20
@@ -58,7 +59,10 @@ class TrainStep(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor, draws: augment.Draws, weight: Tensor | None) -> Tensor:
         """uint8 [B, H, W, 3], int64 [B], what was drawn -> mean loss, float32 []."""
-        pixels = self.preprocess(augment.flip_and_shift(images, draws))
+        images = augment.flip_and_shift(images, draws)
+        if self.config.trivial_augment:
+            images = trivial_augment(images, draws.operation, draws.strength)
+        pixels = self.preprocess(images)
         if self.config.zoom:
             pixels = augment.zoom(pixels, draws)
         if weight is not None:

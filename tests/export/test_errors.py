@@ -87,7 +87,8 @@ def test_data_of_other_classes(copy: Path, tmp_path: Path, pictures: Path, capsy
 
 
 def test_a_preset_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "there are reference, compact" in fails(["--random", "huge", "--out", str(tmp_path / "out")], capsys)
+    error = fails(["--random", "huge", "--out", str(tmp_path / "out")], capsys)
+    assert "there are reference, compact, accurate" in error
 
 
 def test_a_folder_that_can_not_be_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,8 @@ def draws_of(count: int, **changes: Tensor) -> Draws:
         "flip": torch.zeros(count, dtype=torch.bool),
         "shift": torch.zeros(count, 2, dtype=torch.int64),
         "zoom": torch.ones(count, 2),
+        "operation": torch.zeros(count, dtype=torch.int64),
+        "strength": torch.zeros(count),
     }
     return Draws(**(nothing | changes))
 

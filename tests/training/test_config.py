@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from training.config import PRESETS, ModelConfig, Preset, TrainConfig
+from training.model import Perceiver, count_parameters
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -23,6 +24,12 @@ def test_the_reference_trains_as_the_example_does() -> None:
     assert (train.early_stop_patience, train.best_by) == (15, "loss")
     assert (train.flip, train.zoom, train.label_smoothing, train.crop_padding) == (True, 0.2, 0, 0)
     assert (train.mixup, train.cutmix, train.ema_decay, train.clip_norm) == (0, 0, 0, 0)
+
+
+def test_no_preset_is_larger_than_ten_million_parameters() -> None:
+    counts = {name: count_parameters(Perceiver(preset.model)) for name, preset in PRESETS.items()}
+    assert counts["reference"] == 9_697_637
+    assert max(counts.values()) < 10_000_000
 
 
 REFUSED: list[tuple[type[ModelConfig | TrainConfig], dict[str, Any], str]] = [

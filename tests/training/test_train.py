@@ -13,6 +13,7 @@ import torch
 from tests.training.tiny import ALONE, DROPOUT, data_set, run_config
 from training import checkpoint
 from training.checkpoint import CheckpointError, RunConfig
+from training.config import PRESETS
 from training.lines import read_lines
 from training.state import seed_step
 from training.train import Trainer, epoch_order
@@ -284,3 +285,13 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
     trainer_in(tmp_path / "run", run_config()).fit(max_steps=1)
     with pytest.raises(CheckpointError, match="began with 40 training pictures, and now there are 33"):
         trainer_in(tmp_path / "run", run_config(), train=33).resume()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_presets_recipe_trains(name: str, tmp_path: Path, without_curves: None) -> None:
+    changes = {"epochs": 2, "batch_size": 8, "compile": False, "crop_padding": min(PRESETS[name].train.crop_padding, 7)}
+    recipe = PRESETS[name].train.model_dump() | changes
+    trainer = Trainer(run_config(**recipe), data_set(), tmp_path, ALONE)
+    before = trainer.state.model.latents.detach().clone()
+    assert trainer.fit()
+    assert not torch.equal(trainer.state.model.latents, before)
