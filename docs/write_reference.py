@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from service import errors
+from service.gpu import GpuCollector
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -47,8 +48,7 @@ METRICS = """
 
 `GET /metrics`, Prometheus text, or OpenMetrics (with request ids as exemplars on `perceiver_request_seconds`) where the
 client accepts it. Times are in seconds. Counters end in `_total`. Those of the process and of Python's collector are
-`prometheus_client`'s own; on a host with an NVIDIA driver come GPU memory and utilisation through NVML
-(`service/gpu.py`).
+`prometheus_client`'s own; those that begin with `perceiver_gpu_` are there on a host with an NVIDIA driver (NVML).
 
 | metric | type | labels | what it is |
 |---|---|---|---|
@@ -86,13 +86,18 @@ def answers() -> Iterator[str]:
 
 def metrics() -> Iterator[str]:
     """A row for each metric of our own, those of a GPU included."""
-    for collector in vars(Metrics()).values():
+    for collector in [*vars(Metrics()).values(), GpuCollector()]:
         if not hasattr(collector, "describe"):
             continue
-        labels = ", ".join(f"`{label}`" for label in getattr(collector, "_labelnames", ()))
         for family in collector.describe():
+            labels = ", ".join(f"`{label}`" for label in getattr(family, "_labelnames", collector_labels(collector)))
             if family.name.startswith("perceiver_"):
                 yield f"| `{family.name}` | {family.type} | {labels} | {family.documentation} |"
+
+
+def collector_labels(collector: object) -> tuple[str, ...]:
+    """The labels of a metric of our own; those of families that are made at each scrape stand in the family."""
+    return getattr(collector, "_labelnames", ())
 
 
 def page() -> str:

@@ -17,15 +17,20 @@ class GpuCollector(Collector):
     def __init__(self) -> None:
         self.handles = _handles()
 
+    def describe(self) -> list[GaugeMetricFamily]:
+        """Return the metrics without samples, whether there is a GPU or not."""
+        described = {
+            "perceiver_gpu_memory_used_bytes": "Bytes in use on the GPU, by all processes.",
+            "perceiver_gpu_memory_total_bytes": "Bytes of memory that the GPU has.",
+            "perceiver_gpu_utilization_ratio": "Share of time in which a kernel ran, 0..1.",
+        }
+        return [GaugeMetricFamily(name, text, labels=["gpu"]) for name, text in described.items()]
+
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Read every GPU."""
         if not self.handles:
             return
-        used = GaugeMetricFamily("perceiver_gpu_memory_used_bytes", "Memory in use, by all processes.", labels=["gpu"])
-        total = GaugeMetricFamily("perceiver_gpu_memory_total_bytes", "Memory of the GPU.", labels=["gpu"])
-        busy = GaugeMetricFamily(
-            "perceiver_gpu_utilization_ratio", "Share of time in which a kernel ran, 0..1.", labels=["gpu"]
-        )
+        used, total, busy = self.describe()
         for index, handle in enumerate(self.handles):
             try:
                 memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
