@@ -1,6 +1,7 @@
 """Pictures a second of a training step, and the fraction of the machine's matrix-product rate that it reaches.
 
     python -m benchmarks.training_speed compact reference --seconds 20
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.training_speed compact --threads 1
 
 A step is a real one of `training.train`: augmentation, forward, backward, optimiser, with the preset's recipe, on noise
 pictures of the right size. Operations are counted by torch's FlopCounterMode, forward and backward, two a multiply-add.
@@ -18,7 +19,7 @@ from benchmarks.common import BenchmarkError, describe_run, format_table, print_
 from training.checkpoint import RunConfig
 from training.config import PRESETS
 from training.dataset import DataSet, Split
-from training.distributed import World, join
+from training.distributed import World, join, leave
 from training.train import Trainer
 
 MATRIX = 4096
@@ -42,12 +43,17 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     about = describe_run() | {"torch": f"{torch.__version__}, {torch.get_num_threads()} CPU threads"}
-    print_run(about)
     world = join(args.device)
-    rows = [measure(name, args, world) for name in args.presets]
-    print(format_table(rows))
-    if args.csv:
-        print(f"written to {write_csv(args.csv, rows, about)}")
+    try:
+        if world.is_main:
+            print_run(about)
+        rows = [measure(name, args, world) for name in args.presets]
+        if world.is_main:
+            print(format_table(rows))
+            if args.csv:
+                print(f"written to {write_csv(args.csv, rows, about)}")
+    finally:
+        leave(world)
     return 0
 
 
@@ -56,7 +62,7 @@ def measure(preset: str, args: argparse.Namespace, world: World) -> dict[str, ob
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(preset, args, Path(folder), world)
         batch = trainer.config.batch_size
-        indices = torch.arange(batch)
+        indices = torch.arange(batch, device=world.device)
         trainer.state.model.train()
         with FlopCounterMode(display=False) as counter:
             trainer.one_step(indices)
@@ -64,12 +70,16 @@ def measure(preset: str, args: argparse.Namespace, world: World) -> dict[str, ob
             trainer.one_step(indices)
         seconds = time_steps(trainer, indices, args.seconds)
     precision = trainer.config.precision
-    peak = matrix_rate(world.device, torch.bfloat16 if precision == "bfloat16" else torch.float32)
-    gflop = counter.get_total_flops() / batch / 1e9
+    rate = matrix_rate(world.device, torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    # All processes multiply at the same time, as they train.
+    peak = world.size * world.mean(torch.tensor(rate, device=world.device)).item()
+    gflop = counter.get_total_flops() / (batch // world.size) / 1e9
     best = batch / min(seconds)
     return {
         "preset": preset,
         "device": world.device.type,
+        "processes": world.size,
+        "threads": torch.get_num_threads(),
         "precision": precision,
         "compiled": str(trainer.config.compile),
         "batch": batch,
@@ -98,9 +108,9 @@ def make_trainer(preset: str, args: argparse.Namespace, folder: Path, world: Wor
 
 
 def time_steps(trainer: Trainer, indices: torch.Tensor, budget: float) -> list[float]:
-    """Seconds of each step, at least three, until the budget is spent."""
+    """Seconds of each step, at least three, until the budget is spent in every process."""
     seconds: list[float] = []
-    while len(seconds) < 3 or sum(seconds) < budget:
+    while len(seconds) < 3 or trainer.world.any(sum(seconds) < budget):
         start = time.perf_counter()
         trainer.one_step(indices)
         synchronize(trainer.world.device)

@@ -22,7 +22,8 @@ DEFAULT_PRESET = "compact"
 NOT_FLAGS = {"num_classes"}
 
 USAGE = """python -m training [--preset NAME] [--data DIR] [--out RUN] [flags]
-       python -m training --resume RUN"""
+       python -m training --resume RUN
+       torchrun --standalone --nproc-per-node N -m training ...    (N processes share each batch)"""
 
 EPILOG = """Exit status: 0 done; 1 failed; 2 something you can put right, said in a sentence; 3 stopped before the end
 by Ctrl-C, SIGTERM, --max-minutes or --max-steps, with a checkpoint to --resume from; 130 interrupted at once."""
@@ -77,12 +78,19 @@ def _add_run(group: Any) -> None:
         "--resume",
         type=Path,
         metavar="RUN",
-        help="go on with the run in this folder, bit for bit, as it was configured",
+        help="go on with the run in this folder, bit for bit, as it was configured; a run that has ended is measured "
+        "again, and its report written anew",
     )
     group.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one"
     )
-    group.add_argument("--threads", type=positive_int, metavar="INT", help="CPU threads of torch (default: its choice)")
+    group.add_argument(
+        "--threads",
+        type=positive_int,
+        metavar="INT",
+        help="CPU threads of torch (default: its choice); on two cores two processes of one thread each train faster: "
+        "torchrun --standalone --nproc-per-node 2 -m training ... --threads 1",
+    )
     group.add_argument(
         "--max-minutes",
         type=positive_float,

@@ -85,6 +85,18 @@ def test_request_path(tmp_path: Path) -> None:
     assert all(row["errors"] == "0" and float(row["pictures_per_s"]) > 0 for row in rows(out))
 
 
+def test_training_speed(tmp_path: Path) -> None:
+    out = tmp_path / "training.csv"
+    flags = ("compact", "--seconds", "0.1", "--batch-size", "4", "--threads", "1", "--device", "cpu", "--csv", str(out))
+    done = run("benchmarks.training_speed", *flags)
+    assert done.returncode == 0, done.stderr
+    (row,) = rows(out)
+    assert (row["preset"], row["processes"], row["threads"], row["batch"]) == ("compact", "1", "1", "4")
+    assert int(row["steps"]) >= 3
+    assert 0 < float(row["pictures/s, median"]) <= float(row["pictures/s, best"])
+    assert 0 < float(row["fraction of it, best"]) < 1
+
+
 def test_startup(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "startup.csv"
     done = run("benchmarks.startup", str(tiny), "--runs", "1", "--requests", "20", "--csv", str(out))
