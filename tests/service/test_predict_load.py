@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import threading
 from pathlib import Path
 
 from tests.fakes import FakeEngine
@@ -114,6 +115,16 @@ async def test_a_deadline_that_passes_while_no_decoding_thread_is_free(tmp_path:
         run.service.decoder._free.release()
         assert answered(run) == []
         assert (await run.predict()).status_code == 200
+
+
+async def test_decoding_takes_no_more_threads_than_it_may(tmp_path: Path) -> None:
+    body = encode(pixels(600, 600), "PNG")
+    async with running(tmp_path, decode_threads=2, inline_decode_bytes=0) as run:
+        posts = (run.client.post("/predict", content=body, headers=IMAGE) for _ in range(24))
+        answers = await asyncio.gather(*posts)
+        assert {answer.status_code for answer in answers} == {200}
+        names = {thread.name for thread in threading.enumerate() if thread.name.startswith("decode_")}
+        assert names == {"decode_0", "decode_1"}
 
 
 # Clients that leave
