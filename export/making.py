@@ -8,6 +8,7 @@ from export.markdown import bullet, duration, paragraph, table
 from export.source import Source
 from service.artifact import ModelMetadata
 from training.config import PRESETS
+from training.lines import MACHINE
 
 CIFAR100 = "cifar100"  # the data set that is downloaded where none is named
 FIRST_EPOCHS = (1, 2, 5)
@@ -50,10 +51,17 @@ def origin(source: Source) -> str:
     of_all = f" of {epochs}" if epochs >= source.epoch else ""
     words = f"The weights of epoch {source.epoch}{of_all}."
     if source.training_seconds is not None:
-        machines = " and then ".join(map(str, source.machines))
-        where = f" on {machines}" if machines else ""
-        words += f" All {epochs} epochs took {duration(source.training_seconds)} of training{where}."
+        words += f" All {epochs} epochs took {duration(source.training_seconds)} of training{place(source)}."
     return words
+
+
+def place(source: Source) -> str:
+    """Return " on " what trained it, and how many epochs tell that where not all do; nothing where none does."""
+    machines = " and then ".join(map(str, source.machines))
+    silent = sum(not all(name in line for name in MACHINE) for line in source.lines)
+    if not machines:
+        return ""
+    return f" on {machines}" + (f" ({silent} of the epochs do not tell on what)" if silent else "")
 
 
 def first_epochs(source: Source) -> str:

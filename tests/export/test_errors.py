@@ -125,6 +125,14 @@ def test_a_run_of_the_first_days_names_no_machine(copy: Path) -> None:
     assert first_epochs(source) == ""
 
 
+def test_a_run_whose_later_epochs_name_the_machine(copy: Path) -> None:
+    lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    del lines[0]["device"]
+    source = told(copy, "".join(json.dumps(line) + "\n" for line in lines))
+    assert "on cpu, 2 processes of 1 thread (1 of the epochs do not tell on what)." in origin(source)
+    assert training_command(source).startswith("torchrun --standalone --nproc-per-node 2 -m training")
+
+
 def test_a_run_that_changed_machines_names_both(copy: Path) -> None:
     lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
     lines[2] |= {"device": "Some GPU", "processes": 1, "threads": 8}
