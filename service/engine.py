@@ -25,6 +25,7 @@ from service.session import (
     read_metadata,
     resolve_provider,
 )
+from service.tuning import fastest_size
 
 __all__ = [
     "Engine",
@@ -91,6 +92,7 @@ class OnnxEngine:
         buckets: batch sizes on a GPU, where batches are padded to the next; default: powers of two.
         gpu_memory_limit_bytes: ceiling of onnxruntime's arena on the GPU; None: no ceiling.
         cuda_graphs: capture each bucket as a CUDA graph at warm-up (CUDA only).
+        tune_batch_size: let the warm-up measure which batch size is fastest, and make it the largest (CPU only).
 
     Raises:
         EngineError: the file can't be loaded, does not run on that provider, or its graph breaks the contract.
@@ -108,6 +110,7 @@ class OnnxEngine:
         buckets: Sequence[int] | None = None,
         gpu_memory_limit_bytes: int | None = None,
         cuda_graphs: bool = True,
+        tune_batch_size: bool = False,
     ) -> None:
         if max_batch_size < 1:
             raise EngineError(f"max_batch_size must be at least 1, and is {max_batch_size}")
@@ -124,6 +127,7 @@ class OnnxEngine:
         self._runner: Runner | None
         self.metadata, self._runner = _open(path, spec, buckets)
         self.max_batch_size = max_batch_size
+        self._tunes = tune_batch_size and self.provider == "cpu"
 
     def run(self, images: Images) -> Logits:
         """Classify uint8 [N, H, W, 3]; return float32 [N, C]. See `Engine.run`.
@@ -146,7 +150,8 @@ class OnnxEngine:
     def warm_up(self) -> None:
         """Run every bucket, the largest first; on a GPU that captures it. On a CPU: the largest batch, and one.
 
-        A size that there is no memory for is given up, and `max_batch_size` falls.
+        A size that there is no memory for is given up, and `max_batch_size` falls. With `tune_batch_size` it falls to
+        the size from which on larger batches gain nothing, too.
 
         Raises:
             EngineError: as `run`.
@@ -154,7 +159,7 @@ class OnnxEngine:
         runner = self._open_runner()
         warm: set[int] = set()
         while cold := [size for size in runner.sizes if size not in warm]:
-            images = np.zeros((cold[0], *self.metadata.input_size, 3), dtype=np.uint8)
+            images = self._blank(cold[0])
             try:
                 for _ in range(runner.warm_up_runs):
                     runner.run(images)
@@ -163,11 +168,18 @@ class OnnxEngine:
                 if not is_out_of_memory(error):
                     raise self._failed(images, error) from error
                 self._lower_ceiling(runner, images, error)
+        if self._tunes:
+            ceiling = self.max_batch_size
+            self.max_batch_size = fastest_size(lambda size: self.run(self._blank(size)), default_buckets(ceiling))
+            logger.info("%s: batches of up to %d, of %d allowed", self.path, self.max_batch_size, ceiling)
 
     def close(self) -> None:
         """Free the session and its buffers."""
         with gate.shared():  # freeing device memory would spoil another model's capture
             self._runner = None
+
+    def _blank(self, size: int) -> Images:
+        return np.zeros((size, *self.metadata.input_size, 3), dtype=np.uint8)
 
     def _open_runner(self) -> Runner:
         if self._runner is None:

@@ -73,6 +73,11 @@ class Settings(BaseSettings):
     max_batch_size: int = bounded(
         32, 1, 1024, "Pictures in one run of the model at most. Larger: more throughput, more memory."
     )
+    tune_batch_size: bool = Field(
+        True,
+        description="On a CPU: measure while the model is loaded from which batch size on larger ones are no faster, "
+        "and run none that are larger. Off: batches of up to max_batch_size.",
+    )
     max_queue_delay_ms: float = bounded(
         0.0,
         0,

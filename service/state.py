@@ -117,6 +117,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         precision=settings.precision,
         gpu_memory_limit_bytes=settings.gpu_memory_limit_bytes,
         cuda_graphs=settings.cuda_graphs,
+        tune_batch_size=settings.tune_batch_size,
         max_queue_delay_ms=settings.max_queue_delay_ms,
         run_timeout_ms=settings.run_timeout_ms,
     )

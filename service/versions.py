@@ -53,6 +53,7 @@ class EngineOptions:
     buckets: Sequence[int] | None = None
     gpu_memory_limit_bytes: int | None = None
     cuda_graphs: bool = True
+    tune_batch_size: bool = False
     max_queue_delay_ms: float = 0
     run_timeout_ms: float = 30_000
 
@@ -191,4 +192,5 @@ def _open_engine(path: Path, options: EngineOptions, provider: Provider, device_
         buckets=options.buckets,
         gpu_memory_limit_bytes=options.gpu_memory_limit_bytes,
         cuda_graphs=options.cuda_graphs,
+        tune_batch_size=options.tune_batch_size,
     )
