@@ -11,14 +11,13 @@ import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import uvicorn
 from numpy.typing import NDArray
-from PIL import Image
+from simplejpeg import decode_jpeg
 
 from service.artifact import MODEL_FILE
 from service.engine import OnnxEngine
@@ -59,8 +58,7 @@ class Floor:
         await send({"type": "http.response.body", "body": answer})
 
     async def _classify(self, body: bytes) -> bytes:
-        image = Image.open(BytesIO(body), formats=("JPEG",))
-        pixels = np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, 3)
+        pixels = decode_jpeg(body)
         future: asyncio.Future[NDArray[np.float32]] = asyncio.get_running_loop().create_future()
         self._queue.append((pixels, future))
         self._wake.set()

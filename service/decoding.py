@@ -20,6 +20,7 @@ from service.artifact import ModelMetadata
 from service.bodies import Upload, parse_body
 from service.errors import DeadlineExceeded, ServiceError, TooManyPixels
 from service.images import open_picture, to_array
+from service.jpeg import decode_exact_jpeg
 from service.settings import Settings
 from service.worker import report
 
@@ -52,11 +53,27 @@ class Decoder:
         """
         settings = self.settings
         if sum([len(upload.data) for upload in uploads]) <= settings.inline_decode_bytes:
+            if (quick := self._decode_quickly(uploads, metadata)) is not None:
+                return quick
             with suppress(TooManyPixels):  # for the event loop; the thread will see whether for the service too
                 headers = Headers(settings.max_pixels, settings.inline_decode_pixels)
                 images = each(uploads, lambda index: headers.open(uploads[index].data))
                 return each(uploads, lambda index: shaped(images[index], metadata))
         return await self._in_thread(partial(decode_all, uploads, metadata, settings), deadline)
+
+    def _decode_quickly(self, uploads: Sequence[Upload], metadata: ModelMetadata) -> list[Pixels] | None:
+        """Decode a request whose pictures are all JPEGs of the model's size; None for any other."""
+        height, width = size = metadata.input_size
+        settings, pixels = self.settings, height * width
+        most = min(settings.inline_decode_pixels, settings.max_request_pixels)
+        if pixels > settings.max_pixels or pixels * len(uploads) > most:
+            return None
+        images = []
+        for upload in uploads:
+            if (image := decode_exact_jpeg(upload.data, size)) is None:
+                return None
+            images.append(image)
+        return images
 
     def close(self) -> None:
         """Let the threads end."""
