@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 EXAMPLE = "docs/examples/five-things"
 LABELS = {"bicycle", "orange", "sea", "sunflower", "wardrobe"}
-SECONDS = 120
+SECONDS = 240  # of each command, on a machine that is busy with others
 
 
 def commands() -> list[list[str]]:
@@ -85,6 +85,7 @@ def test_the_example_is_small_and_its_classes_are_folders() -> None:
     assert sum(path.stat().st_size for path in pictures) < 400_000
 
 
+@pytest.mark.timeout(4 * SECONDS)
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_a_folder_of_pictures_becomes_a_served_model_by_three_commands(tmp_path: Path) -> None:
     train, export, serve, ask = commands()
@@ -96,7 +97,7 @@ def test_a_folder_of_pictures_becomes_a_served_model_by_three_commands(tmp_path:
     ]
     output = run(in_this_environment(train, tmp_path, "--epochs 3 --threads 1 --device cpu"))
     assert "note: 145 training pictures are few: a step takes 32 of them" in output
-    run(in_this_environment(export, tmp_path))
+    run(in_this_environment(export, tmp_path, "--golden 8 --max-batch 4"))
     (picture,) = (word.removeprefix("file=@") for word in ask if word.startswith("file=@"))
     served = in_this_environment(serve, tmp_path, "--provider cpu --intra-op-threads 1")
     with serving([*served, "PORT=0"], tmp_path / "stderr") as client:
