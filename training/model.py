@@ -178,10 +178,8 @@ class SelfAttention(nn.Module):
         self.output = nn.Linear(inner, config.dim, bias=config.bias)
 
     def reset_as_kernels(self) -> None:
-        """Glorot uniform by the fans that Keras counted before its pull request 22789 (2026).
-
-        It took kernels of three axes, here [dim, heads, size] and [heads, size, dim], for [field, in, out].
-        """
+        """Glorot uniform by Keras' fans before its pull request 22789 (2026): kernels of [field, in, out]."""
+        # [dim, heads, size] of queries, keys and values, and [heads, size, dim] of the output.
         dim = self.output.out_features
         bound = (6 / (dim * self.heads + dim * self.head_dim)) ** 0.5
         for layer in (self.query, self.key, self.value):
