@@ -6,8 +6,10 @@ from pathlib import Path
 
 from export.build import Options, export
 from export.errors import ExportError
+from export.precision import PROVIDER_OF, VariantPrecision, describe, provider_for
+from export.recheck import verify
 from export.source import load_source, random_source
-from export.verify import TABLE_HEAD, require, summary, verify
+from export.verify import TABLE_HEAD, summary
 from training.config import PRESETS
 
 
@@ -34,12 +36,26 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--verify", type=Path, metavar="FOLDER", help="run the gates of a version or model folder again")
     parser.add_argument("--out", type=Path, help="model folder; the next version is written below it")
     parser.add_argument("--name", help="name of the model (default: that of the folder)")
-    parser.add_argument("--data", type=Path, help="the run's data set (default: where it was while training)")
+    parser.add_argument(
+        "--data", type=Path, help="the run's data set, also for --verify (default: where it was while training)"
+    )
     parser.add_argument("--golden", type=positive, default=64, metavar="N", help="golden pictures (default: 64)")
     parser.add_argument(
         "--max-batch", type=positive, default=32, metavar="N", help="largest batch that is verified (default: 32)"
     )
     parser.add_argument("--plain", action="store_true", help="keep the form that was trained; for comparisons")
+    parser.add_argument(
+        "--variants",
+        nargs="*",
+        choices=tuple(PROVIDER_OF),
+        metavar="PRECISION",
+        help="files that are written beside float32 if they pass their gates and are faster: int8 (for CPUs), float16 "
+        "(for CUDA); none after the flag: float32 alone (default: those that can be timed here; none with --plain and "
+        "--random)",
+    )
+    parser.add_argument(
+        "--untimed", action="store_true", help="write a variant although its speed can't be measured here; it says so"
+    )
     parser.add_argument(
         "--provider", choices=("auto", "cpu", "cuda"), default="auto",
         help="where --verify runs; auto: CUDA where there is one",
@@ -53,11 +69,26 @@ def run_verify(args: argparse.Namespace) -> None:
     Raises:
         ExportError: a gate refuses, or the folder can't be verified.
     """
-    results = verify(args.verify, args.provider, args.max_batch)
-    for path, provider, comparisons in results:
-        print(f"{path} on {provider}", TABLE_HEAD, *comparisons, summary(comparisons), sep="\n")
-    for _, _, comparisons in results:
-        require(comparisons)
+    results = verify(args.verify, args.provider, args.max_batch, args.data)
+    for result in results:
+        print(f"{result.path} on {result.provider}")
+        if result.comparisons:
+            print(TABLE_HEAD, *result.comparisons, summary(result.comparisons), sep="\n")
+        if result.gate is not None:
+            print(describe(result.gate))
+        for note in result.notes:
+            print(f"note: {note}")
+    for result in results:
+        result.require()
+
+
+def chosen_variants(args: argparse.Namespace) -> tuple[VariantPrecision, ...]:
+    """Those that were asked for; else those that can be timed here, and none of what is for comparisons only."""
+    if args.variants is not None:
+        return tuple(dict.fromkeys(args.variants))
+    if args.plain or args.random:
+        return ()
+    return tuple(precision for precision in PROVIDER_OF if provider_for(precision)[1] is None)
 
 
 def run_export(args: argparse.Namespace) -> None:
@@ -76,6 +107,8 @@ def run_export(args: argparse.Namespace) -> None:
         golden=args.golden,
         max_batch=args.max_batch,
         plain=args.plain,
+        variants=chosen_variants(args),
+        untimed=args.untimed,
     )
     print(f"written: {export(source, options)}")
 

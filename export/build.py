@@ -11,20 +11,26 @@ from pathlib import Path
 
 import onnxruntime
 import torch
+from onnx import ModelProto
 from pydantic import ValidationError
 from torch import nn
 
 from export.card import write_card
 from export.errors import ExportError
 from export.fold import fold
-from export.golden import noise_golden, real_golden, reference_logits
+from export.golden import load_data, noise_golden, real_golden, reference_logits
+from export.precision import Pictures, VariantPrecision
 from export.serving_model import TrainingForm, count_operations
-from export.source import Source
+from export.source import METRICS_FILE, Source
 from export.to_onnx import attach, to_onnx
+from export.triton import write_triton_config
+from export.variants import Base, Variant, build_variants
 from export.verify import FLOAT32_TOLERANCE, TABLE_HEAD, Comparison, compare_with_torch, require, summary
 from service.artifact import (
+    CHECKPOINT_FILE,
     GOLDEN_FILE,
     MODEL_FILE,
+    MODEL_FILES,
     ArtifactError,
     EvalMetrics,
     Golden,
@@ -36,6 +42,7 @@ from service.artifact import (
     to_props,
 )
 from service.engine import EngineError, OnnxEngine
+from training.dataset import DataSet
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class Options:
         golden: number of golden pictures.
         max_batch: largest batch of the gate.
         plain: keep the form that was trained.
+        variants: precisions that are tried beside float32.
+        untimed: write a variant although its speed can't be measured here.
     """
 
     out: Path
@@ -57,6 +66,8 @@ class Options:
     golden: int = 64
     max_batch: int = 32
     plain: bool = False
+    variants: tuple[VariantPrecision, ...] = ()
+    untimed: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,7 @@ class Exported:
     metadata: ModelMetadata
     operations: list[tuple[str, int]]
     comparisons: list[Comparison]
+    variants: list[Variant]
 
 
 def make_metadata(source: Source, name: str) -> ModelMetadata:
@@ -95,12 +107,32 @@ def make_metadata(source: Source, name: str) -> ModelMetadata:
     )
 
 
-def make_golden(model: nn.Module, source: Source, options: Options) -> Golden:
+def make_golden(model: nn.Module, source: Source, data: DataSet | None, count: int) -> Golden:
     """Real pictures, or noise for random weights."""
-    if source.checkpoint is None:
+    if data is None:
         size = source.run.model.input_size
-        return noise_golden(model, (size, size), options.golden)
-    return real_golden(model, source, options.data, options.golden)
+        return noise_golden(model, (size, size), count)
+    return real_golden(model, data.val, count)
+
+
+def make_variants(
+    graph: ModelProto,
+    metadata: ModelMetadata,
+    trained: nn.Module,
+    data: DataSet | None,
+    golden: Golden,
+    options: Options,
+) -> list[Variant]:
+    """Build the wanted variants that pass their gates; random weights are calibrated with the golden noise."""
+    if not options.variants:
+        return []
+    pictures = None
+    if data is not None:
+        images = data.val.images.numpy()
+        pictures = Pictures("val", images, data.val.labels.numpy(), reference_logits(trained, images))
+    calibration = golden.images if data is None else data.train.images.numpy()
+    base = Base(graph, metadata, golden, calibration, pictures, options.max_batch, options.untimed)
+    return build_variants(base, options.variants)
 
 
 def pass_gate(model: bytes, trained: nn.Module, golden: Golden, max_batch: int) -> list[Comparison]:
@@ -129,7 +161,8 @@ def build(source: Source, options: Options) -> Exported:
         ExportError: what stood in the way; GateError where the result is not the trained function.
     """
     trained = TrainingForm(source.preprocess, source.model, source.temperature).eval()
-    golden = make_golden(trained, source, options)
+    data = None if source.checkpoint is None else load_data(source, options.data)
+    golden = make_golden(trained, source, data, options.golden)
     try:
         metadata = make_metadata(source, options.out.resolve().name if options.name is None else options.name)
     except ValidationError as error:
@@ -141,21 +174,26 @@ def build(source: Source, options: Options) -> Exported:
     image = torch.zeros(1, *metadata.input_size, 3, dtype=torch.uint8)
     operations = [(name, count_operations(form, image)) for name, form in forms]
     print("GFLOP a picture: " + ", ".join(f"{name} {count / 1e9:.3f}" for name, count in operations))
-    model = attach(to_onnx(forms[-1][1], metadata.input_size), to_props(metadata))
+    graph = to_onnx(forms[-1][1], metadata.input_size)
+    model = attach(graph, to_props(metadata))
     try:
         comparisons = pass_gate(model, trained, golden, options.max_batch)
+        variants = make_variants(graph, metadata, trained, data, golden, options)
     except (ArtifactError, EngineError) as error:
         raise ExportError(f"the service's engine can't run the exported model: {error}") from error
-    return Exported(model, golden, metadata, operations, comparisons)
+    return Exported(model, golden, metadata, operations, comparisons, variants)
 
 
 def metrics_json(source: Source, exported: Exported) -> str:
-    """Return what `metrics.json` holds: the run's report and epochs, the operations, the gate's result."""
+    """Return what `metrics.json` holds: the run's report and epochs, the operations, the gates' results."""
     content = {
         "report": source.report.model_dump(mode="json") if source.report else None,
         "epochs": source.lines,
         "operations_per_picture": dict(exported.operations),
         "verification": [asdict(comparison) for comparison in exported.comparisons],
+        "variants": {
+            variant.precision: variant.metadata.model_dump(mode="json")["gate"] for variant in exported.variants
+        },
     }
     return json.dumps(content, indent=2) + "\n"
 
@@ -163,10 +201,14 @@ def metrics_json(source: Source, exported: Exported) -> str:
 def fill(folder: Path, source: Source, exported: Exported) -> None:
     """Write the files of a version."""
     (folder / MODEL_FILE).write_bytes(exported.model)
+    for variant in exported.variants:
+        (folder / MODEL_FILES[variant.precision]).write_bytes(variant.model)
     save_golden(folder / GOLDEN_FILE, exported.golden)
-    card = write_card(source, exported.metadata, exported.operations, exported.comparisons)
+    if source.checkpoint is not None:
+        shutil.copyfile(source.checkpoint, folder / CHECKPOINT_FILE)
+    card = write_card(source, exported.metadata, exported.operations, exported.comparisons, exported.variants)
     (folder / "README.md").write_text(card)
-    (folder / "metrics.json").write_text(metrics_json(source, exported))
+    (folder / METRICS_FILE).write_text(metrics_json(source, exported))
     for path in source.pictures:
         shutil.copyfile(path, folder / path.name)
 
@@ -193,6 +235,7 @@ def export(source: Source, options: Options) -> Path:
     try:
         with new_version(options.out) as (number, folder):
             fill(folder, source, exported)
+        write_triton_config(options.out, exported.metadata)
     except ArtifactError as error:
         raise ExportError(str(error)) from error
     except OSError as error:

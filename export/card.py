@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from export.failures import failures
 from export.making import CIFAR100, making
 from export.markdown import bullet, paragraph, picture, table
+from export.precision import describe
 from export.source import Source
+from export.variants import Variant
 from export.verify import Comparison, summary
-from service.artifact import ModelMetadata
+from service.artifact import MODEL_FILES, ModelMetadata
 from training.figures import CURVES, PICTURES
 
 SPLIT_NAMES = {"val": "validation"}
@@ -113,11 +115,28 @@ GFLOP a picture: {counts}. Verify it again on any machine by `python -m export -
 {table(("pictures", "n", "largest difference", "labels differ"), rows)}"""
 
 
+def faster_files(variants: Sequence[Variant]) -> str:
+    """Describe the files beside model.onnx; nothing where there are none."""
+    if not variants:
+        return ""
+    lines = []
+    for variant in variants:
+        gate = variant.metadata.gate
+        result = "random weights: no gate" if gate is None else describe(gate)
+        lines.append(bullet(f"`{MODEL_FILES[variant.precision]}`, {variant.precision}: {variant.words}; {result}."))
+    words = (
+        "The service takes the fastest file for where it runs; its setting `--precision float32` takes `model.onnx`, "
+        "whose labels are torch's. A variant's labels may differ from those by what stands here."
+    )
+    return "## Faster files\n\n" + paragraph(words) + "\n\n" + "\n".join(lines)
+
+
 def write_card(
     source: Source,
     metadata: ModelMetadata,
     operations: Sequence[tuple[str, int]],
     comparisons: Sequence[Comparison],
+    variants: Sequence[Variant] = (),
 ) -> str:
     """Write the card.
 
@@ -126,6 +145,7 @@ def write_card(
         metadata: as attached to the model.
         operations: operations a picture, by name of the form; the last is the one that serves.
         comparisons: result of the gate.
+        variants: files beside the float32 one.
     """
     parts = [
         title(source, metadata, operations[-1][1]),
@@ -136,5 +156,6 @@ def write_card(
         failures(source),
         making(source, metadata),
         verification(operations, comparisons),
+        faster_files(variants),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -14,7 +14,7 @@ from export.errors import ExportError
 from export.source import Source
 from service.artifact import Golden
 from training import cifar, data
-from training.dataset import DataSet
+from training.dataset import DataSet, Split
 
 BATCH = 100
 DATA_FOLDER = Path("data")
@@ -56,16 +56,14 @@ def load_data(source: Source, path: Path | None) -> DataSet:
     return loaded
 
 
-def real_golden(model: nn.Module, source: Source, path: Path | None, count: int) -> Golden:
-    """Take `count` validation pictures, evenly spread over the split.
+def real_golden(model: nn.Module, split: Split, count: int) -> Golden:
+    """Take `count` pictures, evenly spread over a split; no more than there are.
 
     Args:
         model: the training form.
-        source: what is exported.
-        path: as in `load_data`.
-        count: K; no more than there are.
+        split: the validation pictures.
+        count: K.
     """
-    split = load_data(source, path).val
     index = np.linspace(0, len(split) - 1, min(count, len(split))).round().astype(np.int64)
     images = split.images.numpy()[index]
     return Golden(images, split.labels.numpy()[index], reference_logits(model, images))

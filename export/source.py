@@ -1,5 +1,6 @@
 """What is exported: a checkpoint with its report, or a preset with random weights."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from export.errors import ExportError
+from service.artifact import CHECKPOINT_FILE
 from training.checkpoint import CheckpointError, RunConfig, digest, git_commit, load_model
 from training.config import PRESETS
 from training.evaluate import Metrics
@@ -17,6 +19,7 @@ from training.model import Perceiver, count_parameters
 from training.preprocessing import Preprocess
 
 RANDOM_CLASSES = 100
+METRICS_FILE = "metrics.json"  # of a version folder
 
 
 @dataclass(frozen=True)
@@ -98,13 +101,13 @@ def load_source(path: Path) -> Source:
     """
     if not path.exists():
         raise ExportError(f"{path}: does not exist; name the folder of a run, or a .safetensors file in it.")
-    checkpoint = path / "best.safetensors" if path.is_dir() else path
+    checkpoint = find_checkpoint(path) if path.is_dir() else path
     try:
         model, preprocess, header = load_model(checkpoint)
     except CheckpointError as error:
         raise ExportError(str(error)) from error
     sha256 = digest(checkpoint)
-    report, notes = read_report(checkpoint.parent / REPORT_FILE, sha256)
+    report, notes = read_report(checkpoint.parent, sha256)
     return Source(
         model=model,
         preprocess=preprocess,
@@ -121,17 +124,27 @@ def load_source(path: Path) -> Source:
     )
 
 
-def read_report(path: Path, sha256: str) -> tuple[Report | None, tuple[str, ...]]:
+def find_checkpoint(folder: Path) -> Path:
+    """Return the checkpoint of a run's folder, or of a version folder that was exported before."""
+    exported = folder / CHECKPOINT_FILE
+    return exported if exported.is_file() else folder / "best.safetensors"
+
+
+def read_report(folder: Path, sha256: str) -> tuple[Report | None, tuple[str, ...]]:
     """Read the report if it is about the checkpoint of this digest, and say in a sentence where it is not used.
+
+    A run has it in a file of its own, a version folder in its `metrics.json`.
 
     Raises:
         ExportError: the file is no report.
     """
     without = "the model gets no temperature and no test figures"
-    if not path.is_file():
+    path = folder / REPORT_FILE
+    text = path.read_text() if path.is_file() else exported_report(folder / METRICS_FILE)
+    if text is None:
         return None, (f"there is no {path}, so {without}.",)
     try:
-        report = Report.model_validate_json(path.read_text())
+        report = Report.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "JSON"
@@ -139,6 +152,15 @@ def read_report(path: Path, sha256: str) -> tuple[Report | None, tuple[str, ...]
     if report.checkpoint_sha256 != sha256:
         return None, (f"{path} is about another checkpoint than this one, so {without}.",)
     return report, ()
+
+
+def exported_report(path: Path) -> str | None:
+    """Return the report in the `metrics.json` of a version folder as JSON; None where there is none."""
+    try:
+        report = json.loads(path.read_text())["report"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return json.dumps(report) if report else None
 
 
 def epochs_of(folder: Path) -> tuple[Line, ...]:

@@ -5,21 +5,13 @@ Shape letters: N pictures of a batch, H and W the input size in pixels, C classe
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.errors import ExportError, GateError
-from service.artifact import (
-    GOLDEN_FILE,
-    MODEL_FILES,
-    ArtifactError,
-    Golden,
-    list_versions,
-    load_golden,
-)
-from service.engine import Engine, EngineError, OnnxEngine, ProviderChoice
+from service.artifact import GOLDEN_FILE, Golden
+from service.engine import Engine
 
 Images = NDArray[np.uint8]
 Logits = NDArray[np.float32]
@@ -118,7 +110,7 @@ def compare_with_itself(engine: Engine, tolerance: float) -> list[Comparison]:
     comparisons = []
     for name, images in edge_batches(engine.metadata.input_size, engine.max_batch_size):
         alone = np.concatenate([engine.run(images[i : i + 1]) for i in range(len(images))])
-        comparisons.append(compare(name, alone, engine.run(images), tolerance))
+        comparisons.append(compare(f"{name} alone", alone, engine.run(images), tolerance))
     return comparisons
 
 
@@ -142,50 +134,3 @@ def require(comparisons: Sequence[Comparison]) -> None:
             f"the gate refuses this model on {', '.join(failed)}: {summary(comparisons)}, "
             f"where {tolerance:.0e} and no label are allowed."
         )
-
-
-def version_folder(folder: Path) -> Path:
-    """Return a version folder: this one, or the highest version of a model folder.
-
-    Raises:
-        ExportError: it is neither.
-    """
-    if any((folder / name).is_file() for name in MODEL_FILES.values()):
-        return folder
-    versions = list_versions(folder)
-    if not versions:
-        raise ExportError(
-            f"{folder}: holds no model and no version of one; name a folder that `python -m export --out` wrote."
-        )
-    return versions[-1].path
-
-
-def verify(folder: Path, provider: ProviderChoice, max_batch: int) -> list[tuple[Path, str, list[Comparison]]]:
-    """Run all gates again that need neither torch nor data, on this machine.
-
-    Args:
-        folder: a version folder, or a model folder, of which the highest version is taken.
-        provider: where to run.
-        max_batch: largest batch in pictures.
-
-    Returns:
-        For each model file: its path, the provider that ran, the comparisons.
-
-    Raises:
-        ExportError: there is no model, it can't be loaded, or can't run there.
-    """
-    version = version_folder(folder)
-    paths = [version / name for name in MODEL_FILES.values() if (version / name).is_file()]
-    try:
-        golden = load_golden(version / GOLDEN_FILE)
-        return [(path, *_verify_file(path, golden, provider, max_batch)) for path in paths]
-    except (ArtifactError, EngineError) as error:
-        raise ExportError(str(error)) from error
-
-
-def _verify_file(path: Path, golden: Golden, provider: ProviderChoice, max_batch: int) -> tuple[str, list[Comparison]]:
-    engine = OnnxEngine(path, provider=provider, max_batch_size=max_batch)
-    tolerance = engine.metadata.golden_tolerance
-    comparisons = [compare_golden(engine, golden, tolerance), *compare_with_itself(engine, tolerance)]
-    engine.close()
-    return engine.provider, comparisons

@@ -2,6 +2,7 @@
 
     <folder>/<version>/model.onnx     the graph, with the metadata in its metadata_props
     <folder>/<version>/golden.npz     real pictures and the logits that torch gave for them in float32
+    <folder>/config.pbtxt             the same for Triton, beside the versions
 
 Shape letters: K golden pictures, H and W the input size in pixels, C classes.
 """
@@ -27,6 +28,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 SCHEMA_VERSION = 1
 MODEL_FILE = "model.onnx"
 GOLDEN_FILE = "golden.npz"
+CHECKPOINT_FILE = "checkpoint.safetensors"  # what was exported; for people and for gates, the service does not read it
 # A version folder may hold variants of the same model beside the float32 one; each carries its own metadata.
 MODEL_FILES: Mapping[Precision, str] = {"float32": MODEL_FILE, "float16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 
@@ -87,6 +89,28 @@ class Provenance(_Contract):
         return value
 
 
+class VariantGate(_Contract):
+    """What a float16 or int8 file was measured to be worth, against float32, before it was written.
+
+    Attributes:
+        provider: where it ran.
+        split: the pictures.
+        n: how many.
+        labels_equal: share of them whose most likely class is torch's in float32.
+        top1: share of them that it names rightly.
+        top1_float32: the same by torch in float32.
+        speed: (batch size, times as fast as the float32 file) pairs, measured in turn; None: was not measured.
+    """
+
+    provider: Annotated[str, Field(min_length=1)]
+    split: Split
+    n: Annotated[int, Field(ge=1)]
+    labels_equal: Fraction
+    top1: Fraction
+    top1_float32: Fraction
+    speed: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0)]], ...] | None
+
+
 class ModelMetadata(_Contract):
     """All that the service must know about a model; travels inside the ONNX file.
 
@@ -96,6 +120,7 @@ class ModelMetadata(_Contract):
         golden_tolerance: largest allowed absolute difference of a logit on the golden pictures.
         temperature: divisor that calibrates the logits; already applied inside the graph, here for information.
         parameters: number of trained parameters.
+        gate: of a float16 or int8 file; None: the float32 file, or random weights, for which there are no pictures.
     """
 
     schema_version: Literal[1]
@@ -111,6 +136,7 @@ class ModelMetadata(_Contract):
     golden_tolerance: Annotated[float, Field(gt=0)]
     temperature: Annotated[float, Field(gt=0)] = 1.0
     provenance: Provenance
+    gate: VariantGate | None = None
 
     @field_validator("labels")
     @classmethod
@@ -123,7 +149,7 @@ class ModelMetadata(_Contract):
 
 def to_props(metadata: ModelMetadata) -> dict[str, str]:
     """Write metadata as ONNX metadata_props: one JSON string a field, and the ONNX specification's own image keys."""
-    fields = metadata.model_dump(mode="json")
+    fields = metadata.model_dump(mode="json", exclude={"gate"} if metadata.gate is None else None)
     return {f"{KEY_PREFIX}{name}": json.dumps(value) for name, value in fields.items()} | IMAGE_PROPS
 
 

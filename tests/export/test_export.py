@@ -25,7 +25,7 @@ from training.figures import CURVES, PICTURES
 def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Version 1 of a model folder."""
     out = tmp_path_factory.mktemp("models") / "things"
-    assert main([str(run), "--out", str(out), "--golden", "6", "--max-batch", "5"]) == 0
+    assert main([str(run), "--out", str(out), "--golden", "6", "--max-batch", "5", "--variants"]) == 0
     return out / "1"
 
 
@@ -40,6 +40,7 @@ def files_below(folder: Path) -> list[Path]:
 def test_a_version_holds_what_the_contract_says(exported: Path) -> None:
     assert {path.name for path in exported.iterdir()} == {
         "model.onnx",
+        "checkpoint.safetensors",
         "golden.npz",
         "README.md",
         "metrics.json",
@@ -133,7 +134,7 @@ def without_time(path: Path) -> bytes:
 
 def test_a_second_export_is_the_same_but_for_the_time_and_leaves_the_first_alone(exported: Path, run: Path) -> None:
     before = {path: path.read_bytes() for path in exported.iterdir()}
-    assert main([str(run), "--out", str(exported.parent), "--golden", "6", "--max-batch", "5"]) == 0
+    assert main([str(run), "--out", str(exported.parent), "--golden", "6", "--max-batch", "5", "--variants"]) == 0
     assert [version.number for version in list_versions(exported.parent)] == [1, 2]
     assert {path: path.read_bytes() for path in exported.iterdir()} == before
     second = exported.parent / "2"
@@ -150,7 +151,7 @@ def test_the_file_tells_nothing_of_the_machine_that_made_it(exported: Path) -> N
 def test_verify_passes_on_what_was_written(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for folder in (exported, exported.parent):
         assert main(["--verify", str(folder), "--provider", "cpu", "--max-batch", "4"]) == 0
-    assert "0 of 36 labels differ" in capsys.readouterr().out
+    assert "0 of 66 labels differ" in capsys.readouterr().out
 
 
 def test_verify_refuses_a_version_whose_golden_logits_are_others(
@@ -159,7 +160,7 @@ def test_verify_refuses_a_version_whose_golden_logits_are_others(
     shutil.copytree(exported, tmp_path / "1")
     golden = load_golden(exported / "golden.npz")
     np.savez(tmp_path / "1" / "golden.npz", images=golden.images, labels=golden.labels, logits=golden.logits + 0.01)
-    assert main(["--verify", str(tmp_path), "--provider", "cpu"]) == 1
+    assert main(["--verify", str(tmp_path), "--provider", "cpu", "--max-batch", "2"]) == 1
     assert "the gate refuses this model on golden" in capsys.readouterr().err
 
 

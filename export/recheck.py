@@ -1,0 +1,173 @@
+"""`--verify`: the gates of a version that was written before, run again on this machine."""
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.errors import ExportError
+from export.golden import load_data, reference_logits
+from export.precision import PROVIDER_OF, Pictures, gate_file, require_variant
+from export.serving_model import TrainingForm
+from export.source import load_source
+from export.verify import (
+    FLOAT32_TOLERANCE,
+    Comparison,
+    Images,
+    Logits,
+    compare_golden,
+    compare_with_itself,
+    compare_with_torch,
+    require,
+)
+from service.artifact import (
+    CHECKPOINT_FILE,
+    GOLDEN_FILE,
+    MODEL_FILE,
+    MODEL_FILES,
+    ArtifactError,
+    Golden,
+    ModelMetadata,
+    Precision,
+    VariantGate,
+    list_versions,
+    load_golden,
+)
+from service.engine import EngineError, OnnxEngine, Provider, ProviderChoice, read_metadata, resolve_provider
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a file.
+
+    Attributes:
+        path: of the file.
+        provider: where it ran.
+        comparisons: of logits; none where the file was not run.
+        gate: of a variant; None for float32, and where it could not be run.
+        notes: what was not run, and why.
+    """
+
+    path: Path
+    provider: Provider
+    comparisons: list[Comparison]
+    gate: VariantGate | None
+    notes: list[str]
+
+    def require(self) -> None:
+        """Refuse what did not pass.
+
+        Raises:
+            GateError: says what.
+        """
+        if self.comparisons:
+            require(self.comparisons)
+        if self.gate is not None:
+            require_variant(self.path.name, self.gate)
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version folder and what its gates need; `torch` and `pictures` are None where they can't be had.
+
+    Attributes:
+        path: the folder.
+        golden: pictures and torch's logits for them.
+        torch: the training form in float32: uint8 [N, H, W, 3] -> float32 [N, C].
+        pictures: of the gates of variants.
+        why: a sentence on what is missing.
+    """
+
+    path: Path
+    golden: Golden
+    torch: Callable[[Images], Logits] | None
+    pictures: Pictures | None
+    why: list[str]
+
+
+def version_folder(folder: Path) -> Path:
+    """Return a version folder: this one, or the highest version of a model folder.
+
+    Raises:
+        ExportError: it is neither.
+    """
+    if any((folder / name).is_file() for name in MODEL_FILES.values()):
+        return folder
+    versions = list_versions(folder)
+    if not versions:
+        raise ExportError(
+            f"{folder}: holds no model and no version of one; name a folder that `python -m export --out` wrote."
+        )
+    return versions[-1].path
+
+
+def verify(folder: Path, choice: ProviderChoice, max_batch: int, data: Path | None) -> list[Result]:
+    """Run all gates again that can be run on this machine.
+
+    Args:
+        folder: a version folder, or a model folder, of which the highest version is taken.
+        choice: where to run.
+        max_batch: largest batch in pictures.
+        data: the data set, for the gates of variants; None: where it was while training.
+
+    Raises:
+        ExportError: there is no model, it can't be loaded, or can't run there.
+    """
+    path = version_folder(folder)
+    present: list[Precision] = [precision for precision, name in MODEL_FILES.items() if (path / name).is_file()]
+    try:
+        provider = resolve_provider(choice)
+        golden = load_golden(path / GOLDEN_FILE)
+        metadata = read_metadata(path / MODEL_FILES[present[0]])
+        version = _load(path, golden, metadata, data, wants_pictures=present != ["float32"])
+        return [_verify_file(version, precision, provider, max_batch) for precision in present]
+    except (ArtifactError, EngineError) as error:
+        raise ExportError(str(error)) from error
+
+
+def _load(path: Path, golden: Golden, metadata: ModelMetadata, data: Path | None, *, wants_pictures: bool) -> Version:
+    checkpoint = path / CHECKPOINT_FILE
+    if not checkpoint.is_file():
+        why = f"there is no {CHECKPOINT_FILE} in the folder, so nothing was held against torch but the golden pictures"
+        return Version(path, golden, None, None, [why])
+    source = load_source(checkpoint)
+    if source.checkpoint_sha256 != metadata.provenance.checkpoint_sha256:
+        raise ExportError(f"{checkpoint}: by its SHA-256 the model was exported from another checkpoint.")
+    form = TrainingForm(source.preprocess, source.model, metadata.temperature).eval()
+
+    def torch(images: Images) -> Logits:
+        return reference_logits(form, images)
+
+    if not wants_pictures:
+        return Version(path, golden, torch, None, [])
+    try:
+        split = load_data(source, data).val
+    except ExportError as error:
+        return Version(path, golden, torch, None, [f"labels were not compared: {error}"])
+    images = split.images.numpy()
+    return Version(path, golden, torch, Pictures("val", images, split.labels.numpy(), torch(images)), [])
+
+
+def _verify_file(version: Version, precision: Precision, provider: Provider, max_batch: int) -> Result:
+    path = version.path / MODEL_FILES[precision]
+    if precision == "int8" and provider != "cpu":
+        return Result(path, provider, [], None, ["this file is for CPUs, and was not run: use --provider cpu"])
+    with closing(OnnxEngine(path, provider=provider, max_batch_size=max_batch)) as engine:
+        comparisons = _compare(engine, version, precision)
+    if precision == "float32":
+        return Result(path, provider, comparisons, None, version.why)
+    if version.pictures is None:
+        return Result(path, provider, comparisons, None, version.why)
+    timed = (version.path / MODEL_FILE).is_file() and provider == PROVIDER_OF[precision]
+    notes = [] if timed else [f"its speed was not measured: this file is for {PROVIDER_OF[precision]}"]
+    gate = gate_file(version.path / MODEL_FILE, path, provider, version.pictures, max_batch, timed)
+    return Result(path, provider, comparisons, gate, notes)
+
+
+def _compare(engine: OnnxEngine, version: Version, precision: Precision) -> list[Comparison]:
+    """Golden pictures and edge batches: float32 against torch where it can, every file against itself one by one."""
+    tolerance = engine.metadata.golden_tolerance
+    alone = compare_with_itself(engine, FLOAT32_TOLERANCE)
+    if precision == "float32" and version.torch is not None:
+        return [*compare_with_torch(engine, version.torch, version.golden, tolerance), *alone]
+    return [compare_golden(engine, version.golden, tolerance), *alone]

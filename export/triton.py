@@ -1,0 +1,41 @@
+"""`config.pbtxt`: what Triton must be told of a model folder, written from the metadata beside the versions.
+
+Triton would derive names, types and shapes from the file by itself, but not that batches may be formed. See
+https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/user_guide/model_configuration.html
+"""
+
+from pathlib import Path
+
+from service.artifact import INPUT_NAME, OUTPUT_NAME, ModelMetadata
+
+CONFIG_FILE = "config.pbtxt"
+MAX_BATCH_SIZE = 32
+PREFERRED_BATCH_SIZES = (8, 16, 32)
+
+
+def triton_config(metadata: ModelMetadata) -> str:
+    """Return the text of the file; its dimensions are without the batch.
+
+    The name is left out: Triton takes the folder's, and refuses any other.
+    """
+    height, width = metadata.input_size
+    preferred = ", ".join(map(str, PREFERRED_BATCH_SIZES))
+    return f"""# Written by `python -m export` from the metadata of the model.
+platform: "onnxruntime_onnx"
+max_batch_size: {MAX_BATCH_SIZE}
+input [
+  {{ name: "{INPUT_NAME}" data_type: TYPE_UINT8 dims: [ {height}, {width}, 3 ] }}
+]
+output [
+  {{ name: "{OUTPUT_NAME}" data_type: TYPE_FP32 dims: [ {len(metadata.labels)} ] }}
+]
+dynamic_batching {{ preferred_batch_size: [ {preferred} ] }}
+instance_group [ {{ count: 1 kind: KIND_AUTO }} ]
+"""
+
+
+def write_triton_config(folder: Path, metadata: ModelMetadata) -> None:
+    """Write the file into a model folder, for the version that was written last; no reader ever sees a part of it."""
+    temporary = folder / f".{CONFIG_FILE}"
+    temporary.write_text(triton_config(metadata))
+    temporary.replace(folder / CONFIG_FILE)

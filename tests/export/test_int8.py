@@ -1,0 +1,148 @@
+"""Int8 products: what is rounded how, in the graph and in numbers; and that pictures stay apart."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import ModelProto
+
+from export import search
+from export.fold import fold
+from export.int8 import (
+    Quantised,
+    collect_inputs,
+    find_products,
+    input_scale,
+    open_session,
+    quantise,
+    quantise_product,
+    round_weight,
+)
+from export.serving_model import TrainingForm
+from export.to_onnx import to_onnx
+from tests.export.conftest import SIZE, TINY, perturb
+from training.model import Perceiver
+from training.preprocessing import Preprocess
+
+
+def noise(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelProto:
+    torch.manual_seed(0)
+    perceiver = Perceiver(TINY)
+    perturb(perceiver)
+    return to_onnx(fold(TrainingForm(Preprocess(SIZE), perceiver).eval()), (SIZE, SIZE))
+
+
+@pytest.fixture(scope="module")
+def quantised(model: ModelProto) -> dict[str, Quantised]:
+    return search.quantise_all(model, noise(32))
+
+
+def test_the_range_of_an_input_holds_zero_and_its_values() -> None:
+    rows = np.random.default_rng(0).uniform(-1, 3, (500, 8)).astype(np.float32)
+    scale, zero_point = input_scale(rows)
+    assert scale == pytest.approx(4 / 255, rel=0.1)
+    assert zero_point == pytest.approx(64, abs=8)
+    restored = (np.clip(np.round(rows / scale) + zero_point, 0, 255) - float(zero_point)) * scale
+    assert np.abs(restored - rows).mean() < scale
+
+
+def test_an_input_that_is_always_zero_has_a_scale() -> None:
+    assert input_scale(np.zeros((4, 2), dtype=np.float32)) == (1, 0)
+
+
+def test_one_outlier_does_not_take_the_range() -> None:
+    rows = np.random.default_rng(0).standard_normal((400_000, 1)).astype(np.float32)
+    rows[0] = 12
+    assert input_scale(rows)[0] < 0.8 * np.ptp(rows) / 255
+
+
+def test_errors_are_passed_on_where_inputs_are_correlated() -> None:
+    rng = np.random.default_rng(0)
+    rows = (rng.standard_normal((2000, 4)) @ rng.standard_normal((4, 32))).astype(np.float32)
+    rows += rng.standard_normal(rows.shape).astype(np.float32) * 0.1
+    weight = rng.standard_normal((32, 16)).astype(np.float32)
+    rounded, scales = round_weight(weight, rows)
+    assert rounded.dtype == np.int8
+    nearest_scales = np.abs(weight).max(axis=0) / 127
+    nearest = np.round(weight / nearest_scales) * nearest_scales
+
+    def error(other: np.ndarray) -> float:
+        return float(np.square(rows @ (other - weight)).mean())
+
+    assert error(rounded * scales) < error(nearest) / 2
+    assert np.abs(rounded * scales - weight).max() < 0.2
+
+
+def test_products_of_constant_weights_are_found_and_no_others(model: ModelProto) -> None:
+    products = find_products(model)
+    weights = [product.weight.shape for product in products]
+    assert len(products) == len({product.name for product in products})
+    assert (16, 32) in weights
+    assert weights[-1] == (16, TINY.num_classes)
+    both_vary = [n for n in model.graph.node if n.op_type == "MatMul" and n.input[1] not in initializers(model)]
+    assert not {node.output[0] for node in both_vary} & {product.name for product in products}
+
+
+def initializers(model: ModelProto) -> set[str]:
+    return {tensor.name for tensor in model.graph.initializer}
+
+
+def test_inputs_of_products_are_collected(model: ModelProto) -> None:
+    products = find_products(model)
+    rows = collect_inputs(model, products, noise(5))
+    assert set(rows) == {product.source for product in products}
+    for product in products:
+        assert rows[product.source].shape[1] == len(product.weight)
+        assert rows[product.source].dtype == np.float32
+
+
+def test_an_input_of_several_products_is_quantised_once(model: ModelProto, quantised: dict[str, Quantised]) -> None:
+    graph = quantise(model, quantised).graph
+    kinds = [node.op_type for node in graph.node]
+    assert kinds.count("MatMulIntegerToFloat") == len(quantised)
+    assert kinds.count("QuantizeLinear") == len({product.source for product in find_products(model)}) < len(quantised)
+    assert "Gemm" not in kinds
+    used = {name for node in graph.node for name in node.input}
+    assert {tensor.name for tensor in graph.initializer} <= used
+
+
+def test_the_float32_graph_is_left_as_it_is(model: ModelProto, quantised: dict[str, Quantised]) -> None:
+    before = model.SerializeToString(deterministic=True)
+    quantise(model, quantised)
+    assert model.SerializeToString(deterministic=True) == before
+
+
+def test_the_runtime_computes_what_the_numbers_say(model: ModelProto) -> None:
+    product = next(product for product in find_products(model) if product.bias is not None)
+    rows = collect_inputs(model, [product], noise(8))[product.source]
+    values = quantise_product(product, rows)
+    bias = onnx.numpy_helper.to_array(next(t for t in model.graph.initializer if t.name == product.bias))
+    integers = np.clip(np.round(rows / values.scale) + values.zero_point, 0, 255) - float(values.zero_point)
+    expected = integers @ values.weight.astype(np.float64) * (values.scale * values.column_scales) + bias
+    watched = quantise(model, {product.name: values})
+    watched.graph.output.append(onnx.helper.make_tensor_value_info(product.name, onnx.TensorProto.FLOAT, None))
+    (found,) = open_session(watched).run([product.name], {"images": noise(8)})
+    np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=1e-4)
+
+
+def test_the_graph_answers_nearly_as_before(model: ModelProto, quantised: dict[str, Quantised]) -> None:
+    expected, found = (search.logits_of(graph, noise(64, 1)) for graph in (model, quantise(model, quantised)))
+    assert np.sqrt(np.square(found - expected).mean()) < 0.1 * expected.std()
+
+
+@pytest.mark.parametrize("batch", [2, 7, 33])
+def test_a_picture_gets_the_same_answer_alone_and_in_any_batch(
+    model: ModelProto, quantised: dict[str, Quantised], batch: int
+) -> None:
+    """Also beside pictures that are far brighter: dynamic quantisation fails here."""
+    session = open_session(quantise(model, quantised))
+    images = noise(batch, batch) // 8
+    images[-1] = 255
+    together = session.run(None, {"images": images})[0]
+    alone = np.concatenate([session.run(None, {"images": image[None]})[0] for image in images])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
