@@ -216,7 +216,7 @@ PRESETS: dict[str, Preset] = {
             head_norm=True,
         ),
         train=TrainConfig(
-            epochs=48,
+            epochs=40,
             batch_size=256,
             optimizer="muon",
             learning_rate=0.025,
