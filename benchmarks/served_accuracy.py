@@ -1,15 +1,17 @@
-"""Is the service as good as the model? `python -m benchmarks.served_accuracy MODEL --data DIR --run RUN`.
+"""Is the service as good as the model? `python -m benchmarks.served_accuracy MODEL --data DIR`.
 
 Every test picture goes as PNG over real HTTP to a service started here. Each answer's label is compared with what torch
-says in float32 with the run's checkpoint, and top-1 and top-5 as served with the run's `report.json`; without `--run`
-with the figures in the model's metadata. Exit status 1 when a label differs or a figure is not equal.
+says in float32 with the checkpoint in the version folder (or that of `--run`), and top-1 and top-5 as served with the
+figures in the model's metadata (or the run's `report.json`). What ran is printed. A float32 file must give the same:
+exit status 1 when a label or a figure differs. A variant is held to its gate's bounds instead, since it may differ.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +22,9 @@ from benchmarks.payloads import build_requests, encode
 from benchmarks.processes import run_load
 from benchmarks.server import HOST, Server, parse_settings
 from benchmarks.summary import error_code
-from service.artifact import ModelMetadata
-from service.engine import EngineError, choose_file, read_metadata, resolve_provider
+from export.precision import LARGEST_LOSS, LEAST_EQUAL
+from service.artifact import CHECKPOINT_FILE, ModelMetadata
+from service.engine import EngineError, PrecisionChoice, choose_file, read_metadata, resolve_provider
 from training.checkpoint import CheckpointError, digest, load_model
 from training.data import DataError, DataSet, Split, load
 from training.evaluate import predict_logits
@@ -44,7 +47,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.served_accuracy", description=__doc__)
     parser.add_argument("model", type=Path, help="model folder or version folder")
     parser.add_argument("--data", type=Path, help="as of python -m training; default: CIFAR-100, downloaded to data/")
-    parser.add_argument("--run", type=Path, help="run's folder, or its .safetensors file, to compare with torch")
+    parser.add_argument(
+        "--run", type=Path, help="folder of a run, or a checkpoint (default: the one in the version folder)"
+    )
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--limit", type=int, help="only so many pictures; the figures are then compared with torch's")
     parser.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE", help="of the service")
@@ -160,6 +165,16 @@ def reported(run: Path | None, metadata: ModelMetadata) -> Figures | None:
     return None if test is None else Figures(test["top1"], test["top5"], str(path.name))
 
 
+def precision_of(settings: Mapping[str, str]) -> PrecisionChoice:
+    """Read the service's setting `precision`; "auto" where it is not set."""
+    choices: tuple[PrecisionChoice, ...] = get_args(PrecisionChoice)
+    chosen = settings.get("precision", "auto")
+    for choice in choices:
+        if chosen == choice:
+            return choice
+    raise BenchmarkError(f"--setting precision={chosen}: must be one of {', '.join(choices)}")
+
+
 def compare_labels(served: NDArray[np.int64], logits: NDArray[np.float32]) -> int:
     """Print how many of int64 [N] differ from torch's, and of the first ones how close torch's decision was."""
     differing = np.flatnonzero(served != logits.argmax(axis=1))
@@ -171,46 +186,58 @@ def compare_labels(served: NDArray[np.int64], logits: NDArray[np.float32]) -> in
     return len(differing)
 
 
-def compare_figures(served: Figures, other: Figures, n: int) -> bool:
-    """Print both and whether they are equal."""
+def compare_figures(served: Figures, other: Figures, n: int, *, exact: bool) -> bool:
+    """Print both and whether they are equal; without `exact`, a top-1 that the gate of variants lets pass is good."""
     same = equal(served, other, n)
     for figures in (served, other):
         print(f"top-1 {figures.top1:.4%}  top-5 {figures.top5:.4%}  {figures.source}")
     print("equal" if same else "NOT equal")
-    return same
+    return same or (not exact and other.top1 - served.top1 <= LARGEST_LOSS)
 
 
-def judge(answers: NDArray[np.int64], split: Split, checkpoint: Path | None, report: Figures | None) -> bool:
-    """Hold what was served, int64 [N, TOP], against torch and against the report; whether nothing differs."""
+def judge(
+    answers: NDArray[np.int64], split: Split, checkpoint: Path | None, report: Figures | None, *, exact: bool
+) -> bool:
+    """Hold what was served, int64 [N, TOP], against torch and against the report.
+
+    Returns:
+        whether nothing differs; where `exact` is not asked for, whether what differs is within the gate of variants.
+    """
     labels = split.labels.numpy()
     served = accuracy(answers, labels, "as served")
     good = True
     if checkpoint is not None:
         logits = torch_logits(checkpoint, split)
         ranked = np.argsort(-logits, axis=1, kind="stable")[:, :TOP]
-        good &= compare_labels(answers[:, 0], logits) == 0
-        good &= compare_figures(served, accuracy(ranked, labels, "torch, float32"), len(split))
+        differ = compare_labels(answers[:, 0], logits)
+        good &= differ <= (0 if exact else (1 - LEAST_EQUAL) * len(split))
+        good &= compare_figures(served, accuracy(ranked, labels, "torch, float32"), len(split), exact=exact)
     if report is not None:
-        good &= compare_figures(served, report, len(split))
+        good &= compare_figures(served, report, len(split), exact=exact)
     return good
 
 
 def main() -> int:
-    """Ask, compare, print; 1 when something differs."""
+    """Ask, compare, print; 1 when more differs than may."""
     args = parse_arguments()
-    model = find_model(args.model)
-    metadata = read_metadata(choose_file(model.path, resolve_provider("auto")))
-    checkpoint = check_checkpoint(args.run, metadata) if args.run else None
+    model, settings = find_model(args.model), parse_settings(args.setting)
+    file = choose_file(model.path, resolve_provider("auto"), precision_of(settings))
+    metadata = read_metadata(file)
+    shipped = model.path / CHECKPOINT_FILE
+    run = args.run or (shipped if shipped.is_file() else None)
+    checkpoint = check_checkpoint(run, metadata) if run else None
     report = None if args.limit else reported(args.run, metadata)
     if checkpoint is None and report is None:
         raise BenchmarkError("nothing to compare with: give --run, or a model whose metadata have test figures")
     split = load_test_split(args.data, metadata, args.limit)
-    print_run(describe_run() | {"model": f"{metadata.name}, version {model.version}, {metadata.precision}"})
+    print_run(
+        describe_run() | {"model": f"{metadata.name}, version {model.version}, {file.name}, {metadata.precision}"}
+    )
     pictures = [encode(pixels, "png", str(number)) for number, pixels in enumerate(split.images.numpy())]
     requests = build_requests(pictures, "raw", host=HOST, path=f"/predict?top_k={min(TOP, len(metadata.labels))}")
-    with Server(model, parse_settings(args.setting)) as server:
+    with Server(model, settings) as server:
         answers = ask_service(requests, server, metadata.labels, args.concurrency)
-    return 0 if judge(answers, split, checkpoint, report) else 1
+    return 0 if judge(answers, split, checkpoint, report, exact=metadata.precision == "float32") else 1
 
 
 if __name__ == "__main__":

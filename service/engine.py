@@ -7,19 +7,21 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from service.artifact import MODEL_FILES, Golden, ModelMetadata, Precision
+from service.artifact import Golden, ModelMetadata, Precision
 from service.cuda import cuda_runner, gate, open_cuda_session
 from service.runners import HostRunner, Images, Logits, Runner, default_buckets, is_out_of_memory
 from service.session import (
     EngineError,
+    PrecisionChoice,
     Provider,
     ProviderChoice,
     SessionSpec,
     check_graph,
+    choose_file,
     metadata_of,
     open_session,
     read_metadata,
@@ -33,6 +35,7 @@ __all__ = [
     "GoldenMismatchError",
     "GoldenReport",
     "OnnxEngine",
+    "PrecisionChoice",
     "Provider",
     "ProviderChoice",
     "check_golden",
@@ -43,15 +46,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-PrecisionChoice = Literal["auto", "float32", "float16", "int8"]
-
-# A variant is in the folder only if it passed its gate and was faster where it is meant to run.
-PREFERRED: dict[Provider, tuple[Precision, ...]] = {
-    "cpu": ("int8", "float32"),
-    "cuda": ("float16", "float32"),
-    "tensorrt": ("float16", "float32"),
-}
 
 
 class Engine(Protocol):
@@ -226,20 +220,6 @@ def _open(path: Path, spec: SessionSpec, buckets: Sequence[int] | None) -> tuple
     return metadata, cuda_runner(session, metadata, sizes, spec.device_id)
 
 
-def choose_file(folder: Path, provider: Provider, precision: PrecisionChoice = "auto") -> Path:
-    """Choose the file of a version folder that fits the provider: float16 on a GPU, int8 on a CPU, else float32.
-
-    Raises:
-        EngineError: the folder has no file of the precision that was asked for.
-    """
-    wanted = PREFERRED[provider] if precision == "auto" else (precision,)
-    for candidate in wanted:
-        if (folder / MODEL_FILES[candidate]).is_file():
-            return folder / MODEL_FILES[candidate]
-    names = " or ".join(MODEL_FILES[candidate] for candidate in wanted)
-    raise EngineError(f"{folder}: there is no {names}, which precision {precision} on {provider} needs")
-
-
 @dataclass(frozen=True)
 class GoldenReport:
     """How far an engine is from the golden logits: largest absolute difference, and labels that differ, of n."""
@@ -274,11 +254,17 @@ def _run_all(engine: Engine, images: Images) -> Iterator[Logits]:
 
 
 class GoldenMismatchError(EngineError):
-    """An engine is further from the golden logits than its metadata allow; `report` says how far."""
+    """An engine is further from the golden logits than its metadata allow.
 
-    def __init__(self, message: str, report: GoldenReport) -> None:
+    Attributes:
+        report: how far.
+        precision: of the file that ran.
+    """
+
+    def __init__(self, message: str, report: GoldenReport, precision: Precision) -> None:
         super().__init__(message)
         self.report = report
+        self.precision = precision
 
 
 def check_golden(engine: Engine, golden: Golden) -> GoldenReport:
@@ -296,5 +282,6 @@ def check_golden(engine: Engine, golden: Golden) -> GoldenReport:
             f"{report.max_abs_difference:.3g} and {tolerance:.3g} is allowed; "
             f"{report.labels_differ} of {report.n} labels differ",
             report,
+            engine.metadata.precision,
         )
     return report

@@ -11,6 +11,7 @@ goes on serving from memory as long as nothing else passes.
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -171,9 +172,19 @@ class ModelStore:
         return True
 
     async def _open(self, version: ModelVersion) -> LiveModel:
+        """Open the file that is best here; float32 where a variant fails, whose kernels differ between processors."""
+        try:
+            return await self._open_file(version, self._options)
+        except GoldenMismatchError as error:
+            if self._options.precision != "auto" or error.precision == "float32":
+                raise
+            logger.warning("version %d: float32 instead of %s, since %s", version.number, error.precision, error)
+            return await self._open_file(version, replace(self._options, precision="float32"))
+
+    async def _open_file(self, version: ModelVersion, options: EngineOptions) -> LiveModel:
         """Load, warm up and verify a version; the engines do the last two in the threads that will serve."""
         golden = await asyncio.to_thread(load_golden, version.path / GOLDEN_FILE)
-        engines = await asyncio.to_thread(self._open_engines, version.path, self._options)
+        engines = await asyncio.to_thread(self._open_engines, version.path, options)
         batcher = DynamicBatcher(
             engines,
             max_queue_delay_ms=self._options.max_queue_delay_ms,

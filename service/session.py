@@ -12,7 +12,15 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime as ort
 
-from service.artifact import INPUT_NAME, OUTPUT_NAME, ArtifactError, ModelMetadata, from_props
+from service.artifact import (
+    INPUT_NAME,
+    MODEL_FILES,
+    OUTPUT_NAME,
+    ArtifactError,
+    ModelMetadata,
+    Precision,
+    from_props,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +31,15 @@ EXECUTION_PROVIDERS: dict[Provider, str] = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
+}
+
+PrecisionChoice = Literal["auto", "float32", "float16", "int8"]
+
+# A variant is in the folder only if it passed its gate and was faster where it is meant to run.
+PREFERRED: dict[Provider, tuple[Precision, ...]] = {
+    "cpu": ("int8", "float32"),
+    "cuda": ("float16", "float32"),
+    "tensorrt": ("float16", "float32"),
 }
 
 
@@ -107,6 +124,20 @@ def preload_cuda_libraries() -> str:
     with contextlib.redirect_stdout(printed):
         ort.preload_dlls()
     return " ".join(printed.getvalue().split())
+
+
+def choose_file(folder: Path, provider: Provider, precision: PrecisionChoice = "auto") -> Path:
+    """Choose the file of a version folder that fits the provider: float16 on a GPU, int8 on a CPU, else float32.
+
+    Raises:
+        EngineError: the folder has no file of the precision that was asked for.
+    """
+    wanted = PREFERRED[provider] if precision == "auto" else (precision,)
+    for candidate in wanted:
+        if (folder / MODEL_FILES[candidate]).is_file():
+            return folder / MODEL_FILES[candidate]
+    names = " or ".join(MODEL_FILES[candidate] for candidate in wanted)
+    raise EngineError(f"{folder}: there is no {names}, which precision {precision} on {provider} needs")
 
 
 def open_session(path: Path, spec: SessionSpec) -> Any:

@@ -11,8 +11,10 @@ from benchmarks.served_accuracy import (
     Figures,
     accuracy,
     check_checkpoint,
+    compare_figures,
     compare_labels,
     equal,
+    precision_of,
     read_answers,
     reported,
 )
@@ -87,3 +89,16 @@ def test_a_checkpoint_must_be_the_models_own(tmp_path: Path) -> None:
     provenance = tiny_metadata().provenance.model_copy(update={"checkpoint_sha256": sha256})
     assert check_checkpoint(tmp_path, tiny_metadata(provenance=provenance)) == path
     assert check_checkpoint(path, tiny_metadata(provenance=provenance)) == path
+
+
+def test_a_variant_may_lose_what_its_gate_allows_and_float32_nothing() -> None:
+    torch = Figures(0.5930, 0.8, "torch")
+    for top1, exact, good in ((0.593, True, True), (0.5929, True, False), (0.5901, False, True), (0.589, False, False)):
+        assert compare_figures(Figures(top1, 0.8, "served"), torch, 10_000, exact=exact) is good
+
+
+def test_the_services_precision_is_read() -> None:
+    assert precision_of({}) == "auto"
+    assert precision_of({"precision": "float32", "port": "1"}) == "float32"
+    with pytest.raises(BenchmarkError, match="precision=half: must be one of auto, float32"):
+        precision_of({"precision": "half"})

@@ -171,3 +171,25 @@ async def test_a_version_is_warm_before_it_is_live(make: Make, tmp_path: Path) -
     assert opener.engines[1].warmed
     assert sum(map(len, opener.engines[1].batches)) == 7  # the golden pictures
     assert len(opener.engines[1].threads) == 1
+
+
+async def test_float32_serves_where_a_variant_does_not_give_the_golden_logits(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    version = make_model_folder(tmp_path, 1)
+    other = make_model_folder(tmp_path / "elsewhere", 2, precision="int8")
+    (other / "model.onnx").rename(version / "model.int8.onnx")
+    store = make()
+    await store.load()
+    assert store.live is not None
+    assert store.live.metadata.precision == "float32"
+    assert "version 1: float32 instead of int8, since the golden pictures give other logits" in caplog.text
+    await assert_serves(store, 1)
+
+
+async def test_a_variant_that_was_asked_for_is_not_replaced(make: Make, tmp_path: Path) -> None:
+    version = make_model_folder(tmp_path, 1)
+    other = make_model_folder(tmp_path / "elsewhere", 2, precision="int8")
+    (other / "model.onnx").rename(version / "model.int8.onnx")
+    with pytest.raises(NoUsableVersionError, match="golden"):
+        await ModelStore(tmp_path, EngineOptions(provider="cpu", precision="int8")).load()
