@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from threading import Event
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,10 @@ from service.settings import Settings
 from service.worker import report
 
 T = TypeVar("T")
+
+# A small progressive JPEG may hold thousands of scans, each of which is a pass over all pixels.
+JPEG_SCAN: Final = b"\xff\xda"
+MOST_SCANS: Final = 20
 Pixels = NDArray[np.uint8]
 
 
@@ -52,7 +56,7 @@ class Decoder:
             DeadlineExceeded: no thread was free before the deadline, on the clock of `loop.time()`.
         """
         settings = self.settings
-        if sum([len(upload.data) for upload in uploads]) <= settings.inline_decode_bytes:
+        if self._is_small(uploads):
             if (quick := self._decode_quickly(uploads, metadata)) is not None:
                 return quick
             with suppress(TooManyPixels):  # for the event loop; the thread will see whether for the service too
@@ -60,6 +64,12 @@ class Decoder:
                 images = each(uploads, lambda index: headers.open(uploads[index].data))
                 return each(uploads, lambda index: shaped(images[index], metadata))
         return await self._in_thread(partial(decode_all, uploads, metadata, settings), deadline)
+
+    def _is_small(self, uploads: Sequence[Upload]) -> bool:
+        """Whether a request may be decoded on the event loop, as far as its files' bytes tell."""
+        if sum([len(upload.data) for upload in uploads]) > self.settings.inline_decode_bytes:
+            return False
+        return not any(upload.data.count(JPEG_SCAN) > MOST_SCANS for upload in uploads)
 
     def _decode_quickly(self, uploads: Sequence[Upload], metadata: ModelMetadata) -> list[Pixels] | None:
         """Decode a request whose pictures are all JPEGs of the model's size; None for any other."""

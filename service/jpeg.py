@@ -34,6 +34,6 @@ def decode_exact_jpeg(data: bytes, size: tuple[int, int]) -> NDArray[np.uint8] |
         if (height, width) != size or colours not in COLOURS:
             return None
         pixels: NDArray[np.uint8] = decode_jpeg(data, "RGB")
-    except ValueError:  # damaged; Pillow has the sentence for it
+    except Exception:  # whatever it raises: Pillow decodes it all the same, or has the sentence for it
         return None
     return pixels

@@ -5,47 +5,45 @@ run's fixed cost, a large one loses when its intermediates leave the cache, and 
 """
 
 from collections.abc import Callable, Sequence
+from math import inf
 from time import perf_counter
 from typing import Final
 
-# A size must be this much faster than a smaller one, in pictures a second: a smaller batch answers sooner.
-WORTH: Final = 1.03
-RUNS: Final = 3  # of each size; the fastest counts, since all that disturbs a run makes it longer
-BUDGET_SECONDS: Final = 2.0
-PATIENCE: Final = 2  # sizes in a row that gained nothing
+# The ceiling stays unless a smaller size is faster by more than that, in pictures a second: what is measured beside
+# other work is not exact, and too small a batch costs more, behind a queue, than too large a one.
+WORTH: Final = 1.05
+CLOSE: Final = 1.02  # of the sizes this near to the fastest, the smallest: it answers sooner
+MOST_ROUNDS: Final = 5
+BUDGET_SECONDS: Final = 1.0
 
 
 def fastest_size(
     run: Callable[[int], object], sizes: Sequence[int], *, clock: Callable[[], float] = perf_counter
 ) -> int:
-    """Return the smallest size that no other beats by more than 3 %, in pictures a second.
+    """Return the largest size, or a smaller one that is clearly faster, in pictures a second.
+
+    Each round runs every size once, so that what else the machine does meets all of them, and the fastest run of each
+    counts, since all that disturbs a run makes it longer.
 
     Args:
-        run: runs a batch of so many pictures; each size has been run before, or pays for that in its first run.
+        run: runs a batch of so many pictures; the largest has been run before.
         sizes: ascending.
         clock: in seconds.
 
     Returns:
-        One of `sizes`. Larger ones are not tried when two in a row have gained nothing, or when the time is spent.
+        One of `sizes`. There is one round at least; no other begins when a second is over.
     """
-    best, best_rate = sizes[0], 0.0
-    useless = 0
+    shortest = dict.fromkeys(sizes, inf)
     end = clock() + BUDGET_SECONDS
-    for size in sizes:
-        rate = size / _shortest(run, size, clock)
-        if rate > best_rate * WORTH:
-            best, best_rate, useless = size, rate, 0
-        else:
-            useless += 1
-        if useless == PATIENCE or clock() >= end:
+    for _ in range(MOST_ROUNDS):
+        for size in sizes:
+            start = clock()
+            run(size)
+            shortest[size] = min(shortest[size], clock() - start)
+        if clock() >= end:
             break
-    return best
-
-
-def _shortest(run: Callable[[int], object], size: int, clock: Callable[[], float]) -> float:
-    seconds = []
-    for _ in range(RUNS):
-        start = clock()
-        run(size)
-        seconds.append(clock() - start)
-    return max(min(seconds), 1e-9)
+    rates = {size: size / max(seconds, 1e-9) for size, seconds in shortest.items()}
+    best = max(rates.values())
+    if rates[sizes[-1]] * WORTH >= best:
+        return sizes[-1]
+    return next(size for size in sizes if rates[size] * CLOSE >= best)

@@ -123,11 +123,13 @@ def run_fuzz(options: argparse.Namespace, folder: Path) -> Complaints:
 def run_openapi(options: argparse.Namespace, folder: Path) -> Complaints:
     """Compare answers with the document."""
     make_model_folder(folder / "m")
-    with served(folder, *on_model(folder / "m", *openapi.ARGUMENTS), module="service") as (_, client):
+    with served(folder, *on_model(folder / "m", *openapi.ARGUMENTS), module="service") as (process, client):
+        before = Vitals.of(process, client)
         url = str(client.base_url).rstrip("/")
         done = openapi.check_document(url, folder, f"--max-time={options.seconds}", f"--seed={options.seed}")
         print(done.stdout)
-        return [f"schemathesis ended with status {done.returncode}"] if done.returncode else []
+        failed = [f"schemathesis ended with status {done.returncode}"] if done.returncode else []
+        return failed + compared(process, client, before)
 
 
 RUNS: dict[str, Callable[[argparse.Namespace, Path], Complaints]] = {

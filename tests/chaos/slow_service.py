@@ -30,5 +30,6 @@ class SlowEngine(OnnxEngine):
 
 
 if __name__ == "__main__":
+    os.environ["PERCEIVER_TUNE_BATCH_SIZE"] = "false"  # its batches are as large as the tests say
     versions.OnnxEngine = SlowEngine  # type: ignore[misc]
     runpy.run_module("service", run_name="__main__")

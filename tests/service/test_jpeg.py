@@ -38,6 +38,16 @@ def test_pixels_are_those_of_pillow(quality: int, subsampling: int, progressive:
     np.testing.assert_array_equal(decoded, by_pillow(data))
 
 
+@pytest.mark.parametrize("sampling", [16 * horizontal + vertical for horizontal in range(5) for vertical in range(5)])
+def test_no_sampling_of_colours_raises(sampling: int) -> None:
+    """4:4:1 has no name in libjpeg-turbo's interface; Pillow decodes it."""
+    data = bytearray(encode(ARRAY, "JPEG", subsampling=0))
+    data[data.index(b"\xff\xc0") + 11] = sampling
+    decoded = decode_exact_jpeg(bytes(data), SIZE)
+    if decoded is not None:
+        np.testing.assert_array_equal(decoded, by_pillow(bytes(data)))
+
+
 def test_other_sizes_are_left_to_pillow() -> None:
     assert decode_exact_jpeg(encode(ARRAY, "JPEG"), (SIZE[0], SIZE[1] + 1)) is None
 
@@ -86,6 +96,16 @@ def test_mutated_ones_give_the_pixels_of_pillow_or_none() -> None:
         np.testing.assert_array_equal(decoded, expected)
         equal += 1
     assert equal > 500
+
+
+async def test_a_picture_of_many_scans_leaves_the_event_loop() -> None:
+    data = encode(ARRAY, "JPEG", progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    many = data[:-2] + scan * 30 + data[-2:]
+    decoder = Decoder(Settings())
+    assert decoder._is_small([Upload(data)])
+    assert not decoder._is_small([Upload(many)])
+    decoder.close()
 
 
 async def test_limits_hold() -> None:
