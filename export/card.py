@@ -33,7 +33,7 @@ def figures(source: Source) -> str:
     rows = [("validation, at the end of the epoch", source.metrics)]
     if report is not None:
         rows = [
-            ("validation, before the temperature", report.val),
+            ("validation, before the temperature", report.val_uncalibrated),
             ("test, before the temperature", report.test_uncalibrated),
             ("**test, as served**", report.test),
         ]

@@ -76,7 +76,8 @@ class Settings(BaseSettings):
     tune_batch_size: bool = Field(
         True,
         description="On a CPU: measure, while the model is loaded, whether a smaller batch size than max_batch_size is "
-        "faster in pictures a second, and run none that are larger. Off: batches of up to max_batch_size.",
+        "faster in pictures a second, and run none that are larger, nor any that take over 0.25 s. Off: batches of up "
+        "to max_batch_size.",
     )
     max_queue_delay_ms: float = bounded(
         0.0,

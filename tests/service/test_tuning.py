@@ -6,7 +6,7 @@ import pytest
 from service import engine as engine_module
 from service.artifact import MODEL_FILES
 from service.engine import OnnxEngine
-from service.tuning import MOST_ROUNDS, fastest_size
+from service.tuning import LEAST_ROUNDS, MOST_ROUNDS, fastest_size
 from tests.fakes import make_model_folder, tiny_images
 
 SIZES = (1, 2, 4, 8, 16, 32)
@@ -49,15 +49,21 @@ def test_of_sizes_as_fast_as_each_other_the_smallest() -> None:
 def test_a_disturbed_round_is_no_verdict() -> None:
     machine = Machine(lambda size: 0.001 + 0.0001 * size)
     plain = machine.seconds
-    machine.seconds = lambda size: plain(size) * (9 if len(machine.runs) <= len(SIZES) else 1)
+    machine.seconds = lambda size: plain(size) * (9 if 3 < len(machine.runs) <= 3 + len(SIZES) else 1)
     assert machine.fastest() == 32
-    assert machine.runs == list(SIZES) * MOST_ROUNDS
+    assert machine.runs == [1] * LEAST_ROUNDS + list(SIZES) * MOST_ROUNDS
 
 
-def test_the_time_is_bounded_after_one_round() -> None:
-    machine = Machine(lambda size: 1.0 + 0.001 * size)
-    machine.fastest()
-    assert machine.runs == list(SIZES)
+def test_sizes_that_take_too_long_are_not_tried() -> None:
+    machine = Machine(lambda size: 0.060 * size)
+    assert machine.fastest() == 4
+    assert max(machine.runs) == 4
+
+
+def test_a_picture_that_takes_too_long_runs_alone() -> None:
+    machine = Machine(lambda size: 1.0 * size)
+    assert machine.fastest() == 1
+    assert machine.runs == [1] * 2 * LEAST_ROUNDS
 
 
 @pytest.mark.parametrize(("tunes", "ceiling"), [(True, 4), (False, 8)])
