@@ -35,7 +35,9 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> list[DeviceEngine]:
 
 def test_each_gpu_gets_an_engine(devices: list[DeviceEngine], tmp_path: Path) -> None:
     folder = make_model_folder(tmp_path)
-    options = EngineOptions(device_ids=(0, 2), max_batch_size=16, gpu_memory_limit_bytes=2**30, cuda_graphs=False)
+    options = EngineOptions(
+        device_ids=(0, 2), max_batch_size=16, gpu_memory_limit_bytes=2**30, cuda_graphs=False, tune_batch_size=True
+    )
     assert [engine.device_id for engine in devices] == []
     assert open_engines(folder, options) == devices
     assert [engine.device_id for engine in devices] == [0, 2]
@@ -45,6 +47,7 @@ def test_each_gpu_gets_an_engine(devices: list[DeviceEngine], tmp_path: Path) ->
         "buckets": None,
         "gpu_memory_limit_bytes": 2**30,
         "cuda_graphs": False,
+        "tune_batch_size": True,
     }
 
 
