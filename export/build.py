@@ -235,9 +235,10 @@ def export(source: Source, options: Options) -> Path:
     try:
         with new_version(options.out) as (number, folder):
             fill(folder, source, exported)
-        write_triton_config(options.out, exported.metadata)
     except ArtifactError as error:
         raise ExportError(str(error)) from error
     except OSError as error:
         raise ExportError(f"{options.out}: can't be written to ({error.strerror}); name another --out.") from error
+    if (complaint := write_triton_config(options.out, exported.metadata)) is not None:
+        print(complaint)
     return options.out / str(number)

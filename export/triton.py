@@ -11,6 +11,7 @@ from service.artifact import INPUT_NAME, OUTPUT_NAME, ModelMetadata
 CONFIG_FILE = "config.pbtxt"
 MAX_BATCH_SIZE = 32
 PREFERRED_BATCH_SIZES = (8, 16, 32)
+FIRST_LINE = "# Written by `python -m export` from the metadata of the model; without this line it is left as it is."
 
 
 def triton_config(metadata: ModelMetadata) -> str:
@@ -20,7 +21,7 @@ def triton_config(metadata: ModelMetadata) -> str:
     """
     height, width = metadata.input_size
     preferred = ", ".join(map(str, PREFERRED_BATCH_SIZES))
-    return f"""# Written by `python -m export` from the metadata of the model.
+    return f"""{FIRST_LINE}
 platform: "onnxruntime_onnx"
 max_batch_size: {MAX_BATCH_SIZE}
 input [
@@ -34,8 +35,21 @@ instance_group [ {{ count: 1 kind: KIND_AUTO }} ]
 """
 
 
-def write_triton_config(folder: Path, metadata: ModelMetadata) -> None:
-    """Write the file into a model folder, for the version that was written last; no reader ever sees a part of it."""
-    temporary = folder / f".{CONFIG_FILE}"
-    temporary.write_text(triton_config(metadata))
-    temporary.replace(folder / CONFIG_FILE)
+def write_triton_config(folder: Path, metadata: ModelMetadata) -> str | None:
+    """Write the file into a model folder, for the version that was written last; no reader ever sees a part of it.
+
+    A file that somebody has made their own, by taking its first line away, stays.
+
+    Returns:
+        None, or a sentence that says why nothing was written: the version is there all the same.
+    """
+    path, temporary = folder / CONFIG_FILE, folder / f".{CONFIG_FILE}"
+    try:
+        if path.exists() and not path.read_bytes().startswith(FIRST_LINE.encode()):
+            return f"{path}: left as it is, since its first line is not that of this command; compare it with the model."
+        temporary.write_text(triton_config(metadata))
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        return f"{path}: not written ({error.strerror}); Triton needs it, the service does not."
+    return None

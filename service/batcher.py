@@ -139,7 +139,10 @@ class DynamicBatcher:
         self._queue.put(Request(images, future, until))
         self._arrived.set()
         self._idle.clear()
-        return await future
+        try:
+            return await future
+        finally:
+            del future  # an error's traceback holds this frame, and the future the error: a cycle for the collector
 
     async def drain(self) -> None:
         """Refuse what comes, serve what is here, and return when all of it has its answer."""

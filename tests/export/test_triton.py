@@ -100,6 +100,25 @@ def test_the_service_sees_the_versions_and_not_the_file(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"1", CONFIG_FILE}
 
 
+def test_a_file_that_somebody_changed_is_left_as_it_is(tmp_path: Path) -> None:
+    assert write_triton_config(tmp_path, tiny_metadata()) is None
+    path = tmp_path / CONFIG_FILE
+    own = path.read_text().split("\n", 1)[1].replace("count: 1", "count: 2")
+    path.write_text(own)
+    complaint = write_triton_config(tmp_path, tiny_metadata(labels=("a", "b")))
+    assert complaint is not None
+    assert f"{path}: left as it is" in complaint
+    assert path.read_text() == own
+
+
+def test_where_it_cannot_be_written_a_sentence_says_so_and_nothing_is_left(tmp_path: Path) -> None:
+    (tmp_path / CONFIG_FILE).mkdir()
+    complaint = write_triton_config(tmp_path, tiny_metadata())
+    assert complaint is not None
+    assert "Triton needs it, the service does not" in complaint
+    assert [path.name for path in tmp_path.iterdir()] == [CONFIG_FILE]
+
+
 def test_the_shipped_models_file_is_up_to_date() -> None:
     folder = ROOT / "models" / "perceiver-cifar100"
     metadata = read_metadata(list_versions(folder)[-1].path / "model.onnx")
