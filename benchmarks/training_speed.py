@@ -47,7 +47,11 @@ def main() -> int:
     try:
         if world.is_main:
             print_run(about)
-        rows = [measure(name, args, world) for name in args.presets]
+        rows = []
+        for name in args.presets:
+            rows.append(measure(name, args, world))
+            if world.is_main:  # the next may take minutes, or fail
+                print(f"{name}: {rows[-1]['pictures/s, median']:.4g} pictures a second", flush=True)
         if world.is_main:
             print(format_table(rows))
             if args.csv:
@@ -64,16 +68,14 @@ def measure(preset: str, args: argparse.Namespace, world: World) -> dict[str, ob
         batch = trainer.config.batch_size
         indices = torch.arange(batch, device=world.device)
         trainer.state.model.train()
-        with FlopCounterMode(display=False) as counter:
-            trainer.one_step(indices)
-        for _ in range(2):
+        for _ in range(3):
             trainer.one_step(indices)
         seconds = time_steps(trainer, indices, args.seconds)
     precision = trainer.config.precision
     rate = matrix_rate(world.device, torch.bfloat16 if precision == "bfloat16" else torch.float32)
     # All processes multiply at the same time, as they train.
     peak = world.size * world.mean(torch.tensor(rate, device=world.device)).item()
-    gflop = counter.get_total_flops() / (batch // world.size) / 1e9
+    gflop = count_operations(preset, args, world) / (batch // world.size) / 1e9
     best = batch / min(seconds)
     return {
         "preset": preset,
@@ -92,10 +94,21 @@ def measure(preset: str, args: argparse.Namespace, world: World) -> dict[str, ob
     }
 
 
-def make_trainer(preset: str, args: argparse.Namespace, folder: Path, world: World) -> Trainer:
-    """A trainer of the preset on one batch of noise."""
+def count_operations(preset: str, args: argparse.Namespace, world: World) -> int:
+    """Operations of one process's step. It is not compiled for this: torch counts what it dispatches itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(preset, args, Path(folder), world, compile=False)
+        trainer.state.model.train()
+        with FlopCounterMode(display=False) as counter:
+            trainer.one_step(torch.arange(trainer.config.batch_size, device=world.device))
+    return counter.get_total_flops()
+
+
+def make_trainer(preset: str, args: argparse.Namespace, folder: Path, world: World, **changed: bool) -> Trainer:
+    """A trainer of the preset on one batch of noise, with what the command line and the caller change."""
     chosen = PRESETS[preset]
-    changes = {"batch_size": args.batch_size, "precision": args.precision, "compile": args.compile or None}
+    asked = {"batch_size": args.batch_size, "precision": args.precision, "compile": args.compile or None}
+    changes = asked | changed
     train = chosen.train.model_copy(update={key: value for key, value in changes.items() if value is not None})
     size, count = chosen.model.input_size, train.batch_size
     split = Split(

@@ -46,7 +46,9 @@ def write_triton_config(folder: Path, metadata: ModelMetadata) -> str | None:
     path, temporary = folder / CONFIG_FILE, folder / f".{CONFIG_FILE}"
     try:
         if path.exists() and not path.read_bytes().startswith(FIRST_LINE.encode()):
-            return f"{path}: left as it is, since its first line is not that of this command; compare it with the model."
+            return (
+                f"{path}: left as it is, since its first line is not that of this command; compare it with the model."
+            )
         temporary.write_text(triton_config(metadata))
         temporary.replace(path)
     except OSError as error:

@@ -94,6 +94,11 @@ class DynamicBatcher:
         """Pictures that wait for a batch, including those that will be dropped at their turn."""
         return self._queue.pictures
 
+    @property
+    def max_batch_size(self) -> int:
+        """Pictures that one run may have, on the engine that allows the most; 0 after `close`."""
+        return max((slot.engine.max_batch_size for slot in self._slots), default=0)
+
     async def on_each_engine(self, function: Callable[[Engine], T]) -> list[T]:
         """Call `function` with each engine, in its own thread, all at the same time; for warm-up and checks."""
         return await asyncio.gather(*(slot.thread.call(partial(function, slot.engine)) for slot in self._slots))

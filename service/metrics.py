@@ -94,6 +94,11 @@ class Metrics:
         self.max_queue_size = Gauge(
             "perceiver_max_queue_size", "Pictures that may be accepted and not yet answered.", registry=registry
         )
+        self.max_batch_size = Gauge(
+            "perceiver_max_batch_size",
+            "Pictures that one run may have now: the setting, or less since a CPU was measured or memory ran out.",
+            registry=registry,
+        )
         self._request_counters: dict[tuple[str, int], Counter] = {}  # labels() looks its arguments over each time
         for result in ("loaded", "refused"):
             self.reloads.labels(result)
@@ -165,6 +170,7 @@ class Metrics:
         queue_length: Callable[[], int],
         admitted_pictures: Callable[[], int],
         admitted_bytes: Callable[[], int],
+        max_batch_size: Callable[[], int],
         max_queue_size: int,
     ) -> None:
         """Say where the gauges read their values at each scrape; `max_queue_size` stays as it is."""
@@ -173,6 +179,7 @@ class Metrics:
         self.queue_length.set_function(queue_length)
         self.admitted_pictures.set_function(admitted_pictures)
         self.admitted_bytes.set_function(admitted_bytes)
+        self.max_batch_size.set_function(max_batch_size)
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """Return all metrics and their content type: OpenMetrics where `accept` asks for it, else the classic text."""

@@ -51,6 +51,7 @@ class Service:
             queue_length=lambda: self.queue_length,
             admitted_pictures=lambda: self.admission.pictures,
             admitted_bytes=lambda: self.admission.bytes,
+            max_batch_size=lambda: self.max_batch_size,
             max_queue_size=settings.max_queue_size,
         )
 
@@ -85,6 +86,11 @@ class Service:
     def queue_length(self) -> int:
         """Pictures waiting for a batch."""
         return 0 if self.store.live is None else self.store.live.batcher.queue_length
+
+    @property
+    def max_batch_size(self) -> int:
+        """Pictures that one run of the live model may have now; 0 while there is none."""
+        return 0 if self.store.live is None else self.store.live.batcher.max_batch_size
 
     def check_ready(self) -> None:
         """Raise NotReady or Draining unless predictions are served."""

@@ -17,9 +17,14 @@ BATCHES = (
         kind="timeseries",
         unit=PICTURES,
         shows="Pictures in a run of the model, on average.",
-        bad="No value is bad by itself: it grows with the load, up to PERCEIVER_MAX_BATCH_SIZE.",
-        do="If it stays small while the queue is long, look for failing runs.",
-        queries=(Query(mean("perceiver_batch_size"), "mean"),),
+        bad="No value is bad by itself: it grows with the load, up to the dashed limit. It falls when memory runs out.",
+        do="If it stays small while the queue is long, look for failing runs. Limit: PERCEIVER_MAX_BATCH_SIZE, or less "
+        "where a CPU was measured to be faster so.",
+        queries=(
+            Query(mean("perceiver_batch_size"), "mean"),
+            Query(f"max(perceiver_max_batch_size{{{HERE}}})", "limit"),
+        ),
+        dashed=("limit",),
     ),
     Panel(
         title="Queue",

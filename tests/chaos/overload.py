@@ -111,6 +111,8 @@ def overload(house: House, *, factor: float, seconds: float, calibration_s: floa
     connections = min(4 * house.max_batch_size, house.max_queue_size)
     closed = Plan(house.host, house.port, requests, connections, seconds=1 + calibration_s)
     maximum = rate_of_answers(run_load(closed, warmup_s=1))
+    if not maximum:
+        raise RuntimeError("without any overload, nothing was answered with 200: this can't be overloaded")
     arrivals = arrival_times(factor * maximum, SETTLING_S + seconds, "poisson", seed)
     # Each accepted request holds a connection; the others are for those that are turned away.
     open_loop = replace(closed, connections=house.max_queue_size + 256, arrivals=arrivals, seconds=SETTLING_S + seconds)

@@ -30,6 +30,7 @@ FAMILIES = {
     "perceiver_ready": "gauge",
     "perceiver_queue_length": "gauge",
     "perceiver_max_queue_size": "gauge",
+    "perceiver_max_batch_size": "gauge",
     "perceiver_admitted_pictures": "gauge",
     "perceiver_admitted_bytes": "gauge",
 }
@@ -116,6 +117,14 @@ async def test_a_junk_version_in_the_accept_header_is_no_error(tmp_path: Path) -
     async with running(tmp_path) as run:
         kind, _ = await exposition(run, "application/openmetrics-text;version=a.b.c;escaping=x\x01".replace("\x01", ""))
         assert kind.startswith("application/openmetrics-text")
+
+
+async def test_the_largest_batch_is_told_as_it_is_now(tmp_path: Path) -> None:
+    engine = FakeEngine(max_batch_size=8)
+    async with running(tmp_path, engine) as run:
+        assert await run.metric("perceiver_max_batch_size") == 8
+        engine.max_batch_size = 4  # as when memory runs out
+        assert await run.metric("perceiver_max_batch_size") == 4
 
 
 async def test_labels_are_bounded_whatever_clients_send(tmp_path: Path) -> None:
