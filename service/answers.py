@@ -1,18 +1,14 @@
-"""Logits to the JSON of `PredictResponse`, by hand: it is on the path of every picture.
+"""Predictions to the JSON of `PredictResponse`, by hand: it is on the path of every picture.
 
 `tests/service/test_answers.py` holds the bytes against the pydantic model.
 """
 
 import json
 from collections.abc import Sequence
-from math import isfinite
 from typing import Final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from service.artifact import ModelMetadata
-from service.errors import InferenceFailed
+from service.fair_queue import Prediction
 
 DEFAULT_TOP_K: Final = 5
 
@@ -32,32 +28,25 @@ class AnswerWriter:
             for index, label in enumerate(metadata.labels)
         ]
 
-    def write(self, logits: NDArray[np.float32], filenames: Sequence[str | None], top_k: int) -> bytes:
-        """Softmax, top k, JSON.
+    def write(self, predictions: Sequence[Prediction], filenames: Sequence[str | None], top_k: int) -> bytes:
+        """Top k and JSON.
 
         Args:
-            logits: float32 [N, C].
+            predictions: N.
             filenames: N names or None.
             top_k: 1 to C; of equal probabilities the lower index comes first.
 
         Raises:
             InferenceFailed: a logit is not a number, so that no answer would be one.
         """
-        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-        order = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
-        totals: list[float] = exponentials.sum(axis=1).tolist()
-        if not all(map(isfinite, totals)):
-            raise InferenceFailed("The model's answer is not a number.")
         pictures = [
-            self._picture(name, top.tolist(), row.take(top).tolist(), total)
-            for name, top, row, total in zip(filenames, order, exponentials, totals, strict=True)
+            self._picture(name, *prediction.outputs.top(prediction.row, top_k))
+            for name, prediction in zip(filenames, predictions, strict=True)
         ]
         return f"{self._head}{','.join(pictures)}]}}".encode()
 
-    def _picture(self, filename: str | None, indices: list[int], weights: list[float], total: float) -> str:
+    def _picture(self, filename: str | None, classes: list[int], probabilities: list[float]) -> str:
         entries = self._entries
-        top = "},".join(
-            [entries[index] + "%.6f" % (weight / total) for index, weight in zip(indices, weights, strict=True)]
-        )
+        top = "},".join([f"{entries[index]}{value:.6f}" for index, value in zip(classes, probabilities, strict=True)])
         name = "null" if filename is None else json.dumps(filename)
         return f'{{"filename":{name},"top":[{top}}}]}}'

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import DeadlineExceeded
+from service.outputs import Outputs
 
 Image = NDArray[np.uint8]
 DropReason = Literal["cancelled", "deadline"]
@@ -26,16 +27,24 @@ class Prediction:
     """The answer for one picture.
 
     Attributes:
-        logits: float32 [C].
+        outputs: of its batch.
+        row: its row there.
         queue_seconds: from `submit` until its batch left the queue.
         inference_seconds: its batch's time in the engine's thread: stacking the pictures, and the run.
         batch_size: pictures of that batch.
     """
 
-    logits: NDArray[np.float32]
+    outputs: Outputs
+    row: int
     queue_seconds: float
     inference_seconds: float
     batch_size: int
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """Its own, float32 [C]."""
+        row: NDArray[np.float32] = self.outputs.logits[self.row]
+        return row
 
 
 class Request:
@@ -90,11 +99,11 @@ class Batch:
 
     def answer(self, logits: NDArray[np.float32], seconds: float) -> None:
         """Give each picture its row of float32 [N, C], and end the futures of requests that are complete."""
-        row = 0
+        outputs, row = Outputs(logits), 0
         for request, start, stop in self.parts:
             queued = self.started - request.enqueued
             for index in range(start, stop):
-                request.answers[index] = Prediction(logits[row], queued, seconds, self.size)
+                request.answers[index] = Prediction(outputs, row, queued, seconds, self.size)
                 row += 1
             if len(request.answers) == len(request.images) and not request.future.done():
                 request.future.set_result([request.answers[index] for index in range(len(request.images))])

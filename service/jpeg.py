@@ -12,7 +12,8 @@ from simplejpeg import decode_jpeg, decode_jpeg_header
 
 START: Final = b"\xff\xd8\xff"
 # What may hold an orientation: EXIF and XMP, which Pillow reads.
-METADATA: Final = (b"Exif\0", b"ns.adobe.com")
+EXIF: Final = b"Exif\0"
+XMP: Final = b"ns.adobe.com"
 COLOURS: Final = frozenset({"YCbCr", "Gray"})
 
 
@@ -27,7 +28,7 @@ def decode_exact_jpeg(data: bytes, size: tuple[int, int]) -> NDArray[np.uint8] |
         uint8 [H, W, 3], RGB, 0..255; None for all that is not a whole colour or grey JPEG of this size without metadata
         that could turn it: `service.images` will know what it is, or what is wrong with it.
     """
-    if not data.startswith(START) or any(mark in data for mark in METADATA):
+    if not data.startswith(START) or EXIF in data or XMP in data:
         return None
     try:
         height, width, colours, _ = decode_jpeg_header(data)

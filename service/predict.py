@@ -8,12 +8,12 @@ A request holds one model from decode to answer, so that input size, labels and 
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from time import perf_counter
 from types import TracebackType
 from typing import Final, Self
 from urllib.parse import parse_qsl
 
-import numpy as np
 from starlette.types import Receive, Scope, Send
 
 from service.answers import DEFAULT_TOP_K, AnswerWriter
@@ -90,8 +90,7 @@ class PredictEndpoint:
                 decoded = perf_counter()
                 service.metrics.decode_seconds.observe(decoded - received)
                 predictions = await live.batcher.submit_many(images, deadline=deadline)
-        logits = np.concatenate([prediction.logits for prediction in predictions]).reshape(len(predictions), -1)
-        answer = writer.write(logits, [upload.filename for upload in uploads], top_k)
+        answer = writer.write(predictions, [upload.filename for upload in uploads], top_k)
         return answer, server_timing(predictions, decoded - received, perf_counter() - started)
 
     def _check_room(self, options: Options) -> None:
@@ -171,6 +170,7 @@ def read_options(scope: Scope, max_timeout_ms: int) -> Options:
     )
 
 
+@lru_cache(maxsize=128)  # a client sends the same query each time, and errors are not kept
 def read_top_k(query: bytes) -> int | None:
     """Read the one parameter that there is."""
     top_k = None

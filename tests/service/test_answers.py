@@ -5,6 +5,8 @@ import pytest
 
 from service.answers import AnswerWriter
 from service.errors import InferenceFailed
+from service.fair_queue import Prediction
+from service.outputs import Outputs
 from service.schemas import PredictResponse
 from tests.fakes import tiny_metadata
 
@@ -12,8 +14,14 @@ LABELS = tuple(f'class {index} "quoted" \u00e4' for index in range(100))
 METADATA = tiny_metadata(labels=LABELS)
 
 
+def predictions_of(logits: np.ndarray) -> list[Prediction]:
+    outputs = Outputs(logits)
+    return [Prediction(outputs, row, 0.0, 0.0, len(logits)) for row in range(len(logits))]
+
+
 def write(logits: np.ndarray, filenames: list[str | None], top_k: int) -> PredictResponse:
-    return PredictResponse.model_validate_json(AnswerWriter(METADATA, 7).write(logits, filenames, top_k))
+    content = AnswerWriter(METADATA, 7).write(predictions_of(logits), filenames, top_k)
+    return PredictResponse.model_validate_json(content)
 
 
 def test_the_answer_is_the_softmax_in_the_documented_shape() -> None:
@@ -58,3 +66,5 @@ def test_what_is_no_number_is_no_answer(value: float) -> None:
     logits[1, 3] = value
     with pytest.raises(InferenceFailed, match="not a number"):
         write(logits, [None, None], 1)
+    other = AnswerWriter(METADATA, 7).write(predictions_of(logits)[:1], [None], 1)  # another request of the same batch
+    assert PredictResponse.model_validate_json(other).predictions[0].top[0].index == 0
