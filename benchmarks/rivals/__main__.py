@@ -1,0 +1,213 @@
+"""The same job on other serving frameworks, in turn in one run: `python -m benchmarks.rivals`.
+
+A tiny model and small JPEGs, one a request, so that what is measured is what serving costs: HTTP, decoding, batching.
+Every answer's label is checked; CPU time and memory are those of all processes of a server.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+from benchmarks.common import (
+    ROOT,
+    BenchmarkError,
+    ModelPlace,
+    describe_run,
+    format_table,
+    print_run,
+    run_command,
+    write_csv,
+)
+from benchmarks.generator import Plan
+from benchmarks.payloads import Picture, build_requests, generate_pictures
+from benchmarks.processes import run_load
+from benchmarks.request_path import PICTURES, SETTINGS
+from benchmarks.rivals.environments import environment, requirements
+from benchmarks.rivals.frameworks import Framework, choose
+from benchmarks.rivals.labels import expected_labels, reject_wrong_labels
+from benchmarks.rivals.process_tree import tree_cpu_seconds, tree_memory_bytes
+from benchmarks.rivals.servers import RivalServer
+from benchmarks.server import HOST, Server
+from benchmarks.summary import Summary, summarize
+from benchmarks.tiny_model import SIDE, make_tiny_model
+from service.artifact import MODEL_FILE
+
+OURS = "this service"
+WARMUP_S = 1.0  # longer than in request_path: BentoML learns from its first batches how long to wait
+
+
+@dataclass
+class Contender:
+    """A server that takes part, and what was measured of it.
+
+    Attributes:
+        title: of its row.
+        open: starts it.
+        requests: whole requests, one for each picture.
+        summaries: one a round.
+        memory_bytes: resident memory of the tree after each round.
+    """
+
+    title: str
+    open: Callable[[], Server | RivalServer]
+    requests: Sequence[bytes]
+    summaries: list[Summary] = field(default_factory=list)
+    memory_bytes: list[int] = field(default_factory=list)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rivals", description=__doc__)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these rivals: triton, mosec, litserve, bentoml")
+    parser.add_argument("--connections", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of one measurement")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each server, in turn")
+    parser.add_argument("--processes", type=int, default=1, help="of the load generator")
+    parser.add_argument("--setting", action="append", default=[], metavar="NAME.SETTING=NUMBER", help="of a rival")
+    parser.add_argument(
+        "--environments", type=Path, default=ROOT / ".rivals", metavar="DIR", help="where their environments are made"
+    )
+    parser.add_argument("--csv", type=Path, help="write the table; a bare name goes to benchmarks/results/")
+    return parser.parse_args()
+
+
+def enter(
+    frameworks: Mapping[str, Framework], folder: Path, model: ModelPlace, pictures: Sequence[Picture]
+) -> list[Contender]:
+    """Return our service and the rivals that have an environment, or get one; say which don't, and why."""
+    requests = build_requests(pictures, "raw", host=HOST, path="/predict?top_k=1")
+    contenders = [Contender(OURS, partial(Server, model, SETTINGS), requests)]
+    for name, framework in frameworks.items():
+        try:
+            python = environment(name, folder)
+        except BenchmarkError as error:
+            print(f"{name} is left out: {error}\n", file=sys.stderr, flush=True)
+            continue
+        requests = build_requests(pictures, framework.form, host=HOST, path=framework.path, headers=framework.headers)
+        contenders.append(
+            Contender(framework.title, partial(RivalServer, framework, python, model, requests[0]), requests)
+        )
+    return contenders
+
+
+def check(contender: Contender, port: int, expected: Sequence[bytes]) -> None:
+    """Send every picture once and hold the labels against onnxruntime's.
+
+    Raises:
+        BenchmarkError: an answer is not 200, or has another label.
+    """
+    load = run_load(Plan(HOST, port, contender.requests, connections=16, keep_bodies=True))
+    reject_wrong_labels(load.records, expected)
+    if errors := summarize(load).errors:
+        body = next(body for body, status in zip(load.records.body, load.records.status, strict=True) if status != 200)
+        raise BenchmarkError(f"{contender.title}: not every answer is right: {errors}, as {body[:200]!r}")
+
+
+def measure(contender: Contender, args: argparse.Namespace, expected: Sequence[bytes]) -> None:
+    """Run one round: start it, check a picture each, load it, check every answer, stop it.
+
+    Alone on the machine: some rivals poll, and would take time from the others while they wait for their turn.
+
+    Raises:
+        BenchmarkError: it can't be started, or its answers are wrong.
+    """
+    seconds = WARMUP_S + args.seconds
+    with contender.open() as server:
+        check(contender, server.port, expected)
+        plan = Plan(HOST, server.port, contender.requests, args.connections, seconds=seconds, keep_bodies=True)
+        cpu = partial(tree_cpu_seconds, server.pid)
+        load = run_load(plan, warmup_s=WARMUP_S, processes=args.processes, server_cpu=cpu)
+        if (memory := tree_memory_bytes(server.pid)) is not None:
+            contender.memory_bytes.append(memory)
+    reject_wrong_labels(load.records, expected)
+    contender.summaries.append(summarize(load))
+
+
+def measure_in_turn(
+    contenders: list[Contender], args: argparse.Namespace, expected: Sequence[bytes]
+) -> list[Contender]:
+    """Run all rounds; return those that took part in every one, and say why another did not.
+
+    Raises:
+        BenchmarkError: our own service failed.
+    """
+    for _ in range(args.rounds):
+        for contender in contenders.copy():
+            try:
+                measure(contender, args, expected)
+            except BenchmarkError as error:
+                if contender.title == OURS:
+                    raise
+                print(f"{contender.title} is left out: {error}\n", file=sys.stderr, flush=True)
+                contenders.remove(contender)
+    return contenders
+
+
+def rows_of(contenders: Sequence[Contender]) -> list[dict[str, object]]:
+    """One row a server, medians over its rounds; `ours_by_it` is our median pictures a second by the server's."""
+    rates = [median(summary.pictures_per_second for summary in item.summaries) for item in contenders]
+    rows: list[dict[str, object]] = []
+    for item, rate in zip(contenders, rates, strict=True):
+        summaries = item.summaries
+        cpu = [summary.server_cpu_ms for summary in summaries if summary.server_cpu_ms is not None]
+        rows.append(
+            {
+                "server": item.title,
+                "pictures_per_s": rate,
+                "pictures_per_s_best": max(summary.pictures_per_second for summary in summaries),
+                "ours_by_it": rates[0] / rate if rate else None,
+                "server_cpu_ms": median(cpu) if cpu else None,
+                "server_cpu_ms_best": min(cpu) if cpu else None,
+                "p50_ms": median(summary.latency_ms.get("p50", float("nan")) for summary in summaries),
+                "p99_ms": median(summary.latency_ms.get("p99", float("nan")) for summary in summaries),
+                "memory_mib": median(item.memory_bytes) / 2**20 if item.memory_bytes else None,
+                "client_cpu_ms": median(summary.client_cpu_ms for summary in summaries),
+                "errors": sum(sum(summary.errors.values()) for summary in summaries),
+            }
+        )
+    return rows
+
+
+def describe(frameworks: Mapping[str, Framework], args: argparse.Namespace) -> dict[str, str]:
+    """Say how it is measured, and with which versions and settings of the rivals."""
+    ours = ", ".join(f"{name}={value}" for name, value in SETTINGS.items())
+    method = (
+        f"{args.rounds} rounds of {args.seconds:g} s in turn, medians; closed loop, {args.connections} connections; "
+        f"JPEGs of {SIDE} x {SIDE}; {OURS}: {ours}"
+    )
+    about = {**describe_run(), "method": method}
+    for name, framework in frameworks.items():
+        pinned = [
+            line for line in requirements(name).splitlines() if line.startswith((framework.package, "onnxruntime"))
+        ]
+        settings = [f"{setting}={value}" for setting, value in framework.settings.items()]
+        about[name] = ", ".join([*pinned, *settings])
+    return about
+
+
+def main() -> int:
+    """Start, check, measure in turn, print, write."""
+    args = parse_arguments()
+    frameworks = choose(args.only, args.setting)
+    about = describe(frameworks, args)
+    print_run(about)
+    pictures = generate_pictures(PICTURES, SIDE, "jpeg")
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_tiny_model(Path(folder))
+        expected = expected_labels(model.path / MODEL_FILE, pictures)
+        contenders = enter(frameworks, args.environments, model, pictures)
+        contenders = measure_in_turn(contenders, args, expected)
+    rows = rows_of(contenders)
+    print(format_table(rows))
+    if args.csv:
+        print(f"\nwritten: {write_csv(args.csv, rows, about)}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

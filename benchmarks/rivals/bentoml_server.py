@@ -1,0 +1,25 @@
+"""The job on BentoML: uvicorn processes with Starlette, each of which batches for itself and runs batches in a thread.
+
+A batchable API takes a list, so the picture comes as base64 in a JSON list of one: a raw body can't be batched, and a
+multipart form took longer.
+"""
+
+import base64
+
+import bentoml
+
+from benchmarks.rivals.job import MAX_BATCH_SIZE, Classifier, decode, model_path, setting
+
+
+@bentoml.service(workers=setting("workers"), traffic={"timeout": 30}, logging={"access": {"enabled": False}})
+class Classify:
+    """One API, /classify."""
+
+    def __init__(self) -> None:
+        self._classifier = Classifier(model_path())
+
+    @bentoml.api(batchable=True, max_batch_size=MAX_BATCH_SIZE, max_latency_ms=setting("max_latency_ms"))
+    def classify(self, images: list[str]) -> list[str]:
+        """Classify a batch: base64 to labels."""
+        pictures = [decode(base64.b64decode(image)) for image in images]
+        return [self._classifier.labels[index] for index in self._classifier.top(pictures)]

@@ -1,0 +1,62 @@
+"""The job that every rival does: a JPEG to the label of its top class. Each rival's server module calls this.
+
+It runs in the rivals' own environments, so it imports only what those hold: numpy, onnxruntime and simplejpeg.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from simplejpeg import decode_jpeg
+
+MAX_BATCH_SIZE = 32
+LABELS_KEY = "perceiver.labels"  # of the model's ONNX metadata: a JSON list
+MODEL, PORT, SETTING = "RIVAL_MODEL", "RIVAL_PORT", "RIVAL_SETTING_"  # environment variables
+
+
+class Classifier:
+    """The model in onnxruntime on one CPU thread, as the service runs it.
+
+    Attributes:
+        labels: names of the C classes.
+        answers: the JSON of an answer for each of them, encoded once.
+    """
+
+    def __init__(self, path: str) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.labels: list[str] = json.loads(self._session.get_modelmeta().custom_metadata_map[LABELS_KEY])
+        self.answers = [json.dumps({"label": label}).encode() for label in self.labels]
+
+    def top(self, pictures: Sequence[NDArray[np.uint8]]) -> list[int]:
+        """Return the index of the top class of each of N pictures, uint8 [H, W, 3] in RGB."""
+        logits: Any = self._session.run(None, {"images": np.stack(pictures)})[0]
+        indices: list[int] = logits.argmax(axis=1).tolist()
+        return indices
+
+
+def decode(body: bytes) -> NDArray[np.uint8]:
+    """Decode a JPEG to uint8 [H, W, 3], RGB, with the decoder that the service takes for such pictures."""
+    pixels: NDArray[np.uint8] = decode_jpeg(body, "RGB")
+    return pixels
+
+
+def model_path() -> str:
+    """Path of the ONNX file, from the environment."""
+    return os.environ[MODEL]
+
+
+def port() -> int:
+    """TCP port to listen on, from the environment."""
+    return int(os.environ[PORT])
+
+
+def setting(name: str) -> int:
+    """Value of one of the framework's own settings, from the environment."""
+    return int(os.environ[SETTING + name.upper()])

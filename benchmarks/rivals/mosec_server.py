@@ -1,0 +1,38 @@
+"""The job on Mosec: a Rust HTTP server and batcher, which hands batches to Python processes over a Unix socket.
+
+One stage decodes and classifies: with a model this small a second stage costs a further hop between processes.
+"""
+
+import numpy as np
+from mosec import Server, Worker
+from numpy.typing import NDArray
+
+from benchmarks.rivals.job import MAX_BATCH_SIZE, Classifier, decode, model_path, setting
+
+
+class Classify(Worker):
+    """Body to pixels, pixels to class index, index to JSON; Mosec calls them in this order for each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._classifier = Classifier(model_path())
+
+    def deserialize(self, data: bytes) -> NDArray[np.uint8]:
+        """Decode one body."""
+        return decode(data)
+
+    def forward(self, data: list[NDArray[np.uint8]]) -> list[int]:
+        """Classify a batch."""
+        return self._classifier.top(data)
+
+    def serialize(self, data: int) -> bytes:
+        """Write one answer."""
+        return self._classifier.answers[data]
+
+
+if __name__ == "__main__":  # Mosec starts its processes with spawn, which imports this module again
+    server = Server()
+    server.append_worker(
+        Classify, num=setting("workers"), max_batch_size=MAX_BATCH_SIZE, max_wait_time=setting("wait_ms")
+    )
+    server.run()

@@ -1,0 +1,203 @@
+"""`benchmarks.rivals` without the rivals: fakes stand in for them, as real processes."""
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.common import BenchmarkError, ModelPlace
+from benchmarks.generator import Records
+from benchmarks.payloads import generate_pictures
+from benchmarks.processes import Load
+from benchmarks.rivals import environments
+from benchmarks.rivals.__main__ import Contender, measure_in_turn, parse_arguments, rows_of
+from benchmarks.rivals.frameworks import FRAMEWORKS, Framework, choose, triton_config
+from benchmarks.rivals.labels import WRONG_LABEL, expected_labels, reject_wrong_labels
+from benchmarks.rivals.process_tree import alive, process_tree, stop_tree, tree_cpu_seconds, tree_memory_bytes
+from benchmarks.rivals.servers import RivalServer
+from benchmarks.summary import summarize
+from benchmarks.tiny_model import SIDE, make_tiny_model
+from service.artifact import MODEL_FILE
+from tests.benchmarks.http_server import request
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+MODEL = ModelPlace(Path("/models/m"), 3, Path("/models/m/3"))
+# Starts a child that computes and then waits, as a server's worker does; answers any POST with the port it was told.
+FAKE_RIVAL = """
+import http.server, os, subprocess, sys
+subprocess.Popen([sys.executable, "-c", "sum(range(10_000_000)); import time; time.sleep(60)"])
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        answer = os.environ["RIVAL_SETTING_WORKERS"].encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+http.server.ThreadingHTTPServer(("127.0.0.1", int(os.environ["RIVAL_PORT"])), Handler).serve_forever()
+"""
+
+
+def fake(code: str) -> Framework:
+    return Framework("Fake", "fake", {"workers": 7}, lambda place: (place.python, "-c", code))
+
+
+def records(*answers: tuple[int, int, bytes]) -> Records:
+    """Records of answers: number, status, body."""
+    numbers, statuses, bodies = (list(column) for column in zip(*answers, strict=True))
+    begins, ends = [float(index) for index in range(len(numbers))], [index + 0.5 for index in range(len(numbers))]
+    return Records(numbers, begins, begins, ends, statuses, [""] * len(ends), [b""] * len(ends), bodies)
+
+
+@linux
+def test_a_rivals_processes_are_measured_and_stopped_together() -> None:
+    with RivalServer(fake(FAKE_RIVAL), Path(sys.executable), MODEL, request(b"x")) as server:
+        tree = process_tree(server.pid)
+        assert len(tree) == 2
+        end = time.monotonic() + 20
+        while (tree_cpu_seconds(server.pid) or 0) - (tree_cpu_seconds_of_root(server.pid)) < 0.1:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        memory = tree_memory_bytes(server.pid)
+        assert memory is not None
+        assert 2**20 < memory < 2**30
+    assert not any(alive(pid) for pid in tree)
+
+
+def tree_cpu_seconds_of_root(pid: int) -> float:
+    """What the root alone has taken, its children left out."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / 100
+
+
+@linux
+def test_a_process_that_is_gone_has_no_tree() -> None:
+    assert process_tree(2**22 + 1) == []
+    assert tree_cpu_seconds(2**22 + 1) is None
+    assert tree_memory_bytes(2**22 + 1) is None
+    stop_tree(2**22 + 1)
+
+
+@linux
+def test_a_rival_that_ends_is_told_with_its_last_words() -> None:
+    server = RivalServer(fake("raise SystemExit('no such worker')"), Path(sys.executable), MODEL, request(b"x"))
+    with pytest.raises(BenchmarkError, match="Fake ended with status 1 before it was ready:\nno such worker"), server:
+        pass
+
+
+def test_a_rival_whose_program_does_not_run_here_is_a_sentence(tmp_path: Path) -> None:
+    server = RivalServer(fake(""), tmp_path / "python", MODEL, request(b"x"))
+    with pytest.raises(BenchmarkError, match=r"Fake can't be started here: .*No such file"), server:
+        pass
+
+
+def test_labels_are_those_of_the_model_and_others_are_failures(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path)
+    expected = expected_labels(model.path / MODEL_FILE, generate_pictures(40, SIDE, "jpeg"))
+    assert len(expected) == 40
+    assert len(set(expected)) > 1
+    right = b'{"label": "%b"}'
+    other = next(label for label in expected if label != expected[0])
+    found = records(
+        (0, 200, right % expected[0]),
+        (41, 200, right % expected[1]),
+        (0, 200, right % other),
+        (1, 503, b"no"),
+        (2, 200, b"{}"),
+    )
+    assert reject_wrong_labels(found, expected) == 2
+    assert found.status == [200, 200, 0, 503, 0]
+    assert found.failure == ["", "", WRONG_LABEL, "", WRONG_LABEL]
+
+
+def test_an_answer_that_names_every_label_is_wrong() -> None:
+    found = records((0, 200, b'["class 0", "class 1"]'))
+    assert reject_wrong_labels(found, [b"class 0"]) == 1
+
+
+def test_what_is_chosen() -> None:
+    assert list(choose(None, [])) == ["triton", "mosec", "litserve", "bentoml"]
+    chosen = choose(["mosec"], ["mosec.wait_ms=9", "triton.workers=2"])
+    assert chosen == {"mosec": replace(FRAMEWORKS["mosec"], settings={"workers": 1, "wait_ms": 9})}
+
+
+@pytest.mark.parametrize("text", ["mosec", "mosec.wait_ms", "mosec.wait_ms=soon", "mosec.speed=9", "other.workers=1"])
+def test_an_unknown_setting_is_answered_with_those_there_are(text: str) -> None:
+    with pytest.raises(BenchmarkError, match=r"must have the form NAME.SETTING=NUMBER, with one of triton.workers"):
+        choose(None, [text])
+
+
+def test_an_unknown_rival_is_answered_with_those_there_are() -> None:
+    with pytest.raises(BenchmarkError, match="--only torchserve: must be one of triton, mosec, litserve, bentoml"):
+        choose(["torchserve"], [])
+
+
+def test_triton_is_told_the_settings() -> None:
+    config = triton_config({"workers": 2, "wait_us": 50})
+    assert "max_batch_size: 32" in config
+    assert "count: 2 " in config
+    assert "max_queue_delay_microseconds: 50 " in config
+
+
+def test_an_environment_is_made_once_and_anew_for_other_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[tuple[str, ...]] = []
+
+    def run(name: str, *command: str) -> None:
+        commands.append(command)
+        (tmp_path / name).mkdir(exist_ok=True)
+
+    monkeypatch.setattr(environments, "_run", run)
+    python = environments.environment("mosec", tmp_path)
+    assert python == tmp_path / "mosec" / "bin" / "python"
+    assert [command[1:3] for command in commands] == [("-m", "venv"), ("-m", "pip")]
+    assert environments.environment("mosec", tmp_path) == python
+    assert len(commands) == 2
+    (tmp_path / "mosec" / environments.MARK).write_text("mosec==0.1\n")
+    environments.environment("mosec", tmp_path)
+    assert len(commands) == 4
+
+
+def test_an_environment_that_cannot_be_made_is_told_with_pips_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho 'ERROR: no matching distribution' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(BenchmarkError, match=r"mosec: its environment can't be made.*failed:\nERROR: no matching"):
+        environments.environment("mosec", tmp_path / "there")
+
+
+def test_every_requirement_is_pinned() -> None:
+    for name, framework in FRAMEWORKS.items():
+        lines = environments.requirements(name).split()
+        assert all("==" in line for line in lines)
+        assert {framework.package, "onnxruntime", "numpy", "simplejpeg"} <= {line.partition("==")[0] for line in lines}
+
+
+def test_the_table_compares_with_the_first() -> None:
+    contenders = []
+    for title, answers in (("this service", 30), ("Fake", 10)):
+        sent = records(*((index, 200, b"{}") for index in range(answers)))
+        summary = summarize(Load(sent, 0.0, 100.0, server_cpu_seconds=1.0))
+        contenders.append(Contender(title, lambda: pytest.fail("it is not started"), (), [summary], [2**20]))
+    ours, other = rows_of(contenders)
+    assert (ours["server"], ours["ours_by_it"], other["ours_by_it"]) == ("this service", 1, pytest.approx(3))
+    assert other["server_cpu_ms"] == pytest.approx(100)
+    assert other["memory_mib"] == 1
+
+
+@linux
+def test_a_rival_that_answers_wrongly_is_left_out_and_the_others_stay(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["rivals", "--rounds", "1", "--seconds", "0.3"])
+    server = RivalServer(fake(FAKE_RIVAL), Path(sys.executable), MODEL, request(b"x"))  # answers "7" to everything
+    contender = Contender("Fake", lambda: server, [request(b"x")])
+    assert measure_in_turn([contender], parse_arguments(), [b"class 7"]) == []
+    assert "Fake is left out: Fake: not every answer is right: {'wrong_label': 1}" in capsys.readouterr().err
