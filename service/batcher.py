@@ -1,10 +1,11 @@
-"""Dynamic batching: claim an engine's slot, then pop. One asyncio task and a deque; no timer, no polling.
+"""Dynamic batching: claim an engine's slot, then pop. One asyncio task and a deque; no batch waits for a timer.
 
     wait until the queue is not empty -> claim a free slot -> pop up to max_batch_size, dropping what was cancelled or
     has expired -> run in the engine's thread -> end every future exactly once -> release the slot
 
 Batches form by themselves while the engines are busy, and an idle service answers at once. Late arrivals join until
-the moment of the pop. In which order pictures leave the queue: see `service.fair_queue`.
+the moment of the pop. In which order pictures leave the queue: see `service.fair_queue`. While all engines are busy, a
+look over the queue every LATE_SECONDS answers those whose deadline has passed: a run may be long, or hang.
 """
 
 import asyncio
@@ -28,6 +29,8 @@ from service.worker import EngineThread, report
 __all__ = ["BatchObserver", "DynamicBatcher", "NoObserver", "Prediction"]
 
 logger = logging.getLogger(__name__)
+
+LATE_SECONDS = 0.02  # how late the answer may be that it is too late
 
 T = TypeVar("T")
 Outcome = NDArray[np.float32] | Exception
@@ -85,6 +88,7 @@ class DynamicBatcher:
         self._idle.set()
         self._free: asyncio.Queue[_Slot] = asyncio.Queue()
         self._loop_task: asyncio.Task[None] | None = None
+        self._next_look: asyncio.TimerHandle | None = None
         self._refusal: Callable[[], Exception] | None = NotReady
         self.failed = asyncio.Event()
         self.failure = ""
@@ -144,10 +148,20 @@ class DynamicBatcher:
         self._queue.put(Request(images, future, until))
         self._arrived.set()
         self._idle.clear()
+        if self._next_look is None:
+            self._next_look = self._loop.call_later(LATE_SECONDS, self._drop_late)
         try:
             return await future
         finally:
             del future  # an error's traceback holds this frame, and the future the error: a cycle for the collector
+
+    def _drop_late(self) -> None:
+        """Answer those in the queue whose deadline has passed; look again while there is one."""
+        dropped = self._queue.drop_late(self._loop.time())
+        self._next_look = self._loop.call_later(LATE_SECONDS, self._drop_late) if self._queue else None
+        self._look_whether_idle()
+        for reason in dropped:
+            self._observer.dropped(reason)
 
     async def drain(self) -> None:
         """Refuse what comes, serve what is here, and return when all of it has its answer."""
@@ -175,7 +189,7 @@ class DynamicBatcher:
         while True:
             await self._arrived.wait()
             slot = await self._free.get()
-            if self._delay:
+            if self._delay and self._queue:  # else all of it was late
                 await self._wait_for_more(slot.engine.max_batch_size)
             batch = self._queue.pop(slot.engine.max_batch_size, self._loop.time())
             if batch.size:

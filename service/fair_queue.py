@@ -143,7 +143,7 @@ class FairQueue:
             request = self._requests.popleft()
             start = request.taken
             if request.future.done() or now >= request.deadline:
-                self._drop(request, batch)
+                self._drop(request, batch.dropped)
                 continue
             stop = request.taken = min(len(request.images), start + min(turn, room - batch.size))
             batch.parts.append((request, start, stop))
@@ -153,6 +153,22 @@ class FairQueue:
         self.pictures -= batch.size
         return batch
 
+    def drop_late(self, now: float) -> list[DropReason]:
+        """Drop what was cancelled, failed in part, or has expired at `now`, wherever it stands.
+
+        Returns:
+            A reason for each picture, as `Batch.dropped`.
+        """
+        dropped: list[DropReason] = []
+        kept: deque[Request] = deque()
+        for request in self._requests:
+            if request.future.done() or now >= request.deadline:
+                self._drop(request, dropped)
+            else:
+                kept.append(request)
+        self._requests = kept
+        return dropped
+
     def fail_all(self, error: Callable[[], Exception]) -> None:
         """Empty the queue and end its futures with an exception each."""
         while self._requests:
@@ -161,11 +177,11 @@ class FairQueue:
                 request.future.set_exception(error())
         self.pictures = 0
 
-    def _drop(self, request: Request, batch: Batch) -> None:
+    def _drop(self, request: Request, dropped: list[DropReason]) -> None:
         left = len(request.images) - request.taken
         self.pictures -= left
         if not request.future.done():
             request.future.set_exception(DeadlineExceeded())
-            batch.dropped += ["deadline"] * left
+            dropped += ["deadline"] * left
         elif request.future.cancelled():
-            batch.dropped += ["cancelled"] * left
+            dropped += ["cancelled"] * left

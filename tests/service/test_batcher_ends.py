@@ -63,6 +63,37 @@ async def test_what_expires_in_the_queue_never_runs(start: Start) -> None:
     assert notes.drops == {"deadline": 1}
 
 
+async def test_what_expires_is_told_so_while_the_engine_is_still_busy(start: Start) -> None:
+    notes = Notes()
+    engine, batcher, first = await holding(start, observer=notes)
+    now = asyncio.get_running_loop().time()
+    late = await submitted(batcher, 1, 2, deadline=now + 0.05)
+    (gone,) = await submitted(batcher, 3)
+    gone.cancel()
+    for task in late:
+        with pytest.raises(DeadlineExceeded):
+            await task
+    assert not first.done()
+    assert batcher.queue_length == 0
+    assert notes.drops == {"deadline": 2, "cancelled": 1}
+    (next_one,) = await submitted(batcher, 4, deadline=now + 60)
+    engine.release(2)
+    assert await numbers([first, next_one]) == [0, 4]
+    assert engine.batches == [[0], [4]]
+
+
+async def test_a_batcher_whose_queue_expired_drains_at_once(start: Start) -> None:
+    engine, batcher, first = await holding(start)
+    (late,) = await submitted(batcher, 1, deadline=asyncio.get_running_loop().time())
+    draining = asyncio.create_task(batcher.drain())
+    with pytest.raises(DeadlineExceeded):
+        await late
+    assert not draining.done()
+    engine.release()
+    await draining
+    assert await numbers([first]) == [0]
+
+
 async def test_what_has_begun_in_time_is_answered_late(start: Start) -> None:
     engine = FakeEngine()
     engine.hold()

@@ -143,6 +143,17 @@ def test_what_has_expired_is_dropped_with_an_answer(bench: Bench) -> None:
     assert not on_time.future.done()
 
 
+def test_what_is_late_is_dropped_wherever_it_stands(bench: Bench) -> None:
+    first, late, gone, last = bench.put(1, deadline=9), bench.put(2, 3, deadline=5), bench.put(4), bench.put(5)
+    gone.future.cancel()
+    assert bench.queue.drop_late(5.0) == ["deadline", "deadline", "cancelled"]
+    assert isinstance(late.future.exception(), DeadlineExceeded)
+    assert not first.future.done()
+    assert not last.future.done()
+    assert bench.queue.pictures == 2
+    assert bench.pop(4) == [1, 5]
+
+
 def test_the_rest_of_a_request_that_failed_is_never_run(bench: Bench) -> None:
     request = bench.put(*range(6))
     bench.queue.pop(4, 1.0).fail(InferenceFailed)
