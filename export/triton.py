@@ -11,7 +11,8 @@ from service.artifact import INPUT_NAME, OUTPUT_NAME, ModelMetadata
 CONFIG_FILE = "config.pbtxt"
 MAX_BATCH_SIZE = 32
 PREFERRED_BATCH_SIZES = (8, 16, 32)
-FIRST_LINE = "# Written by `python -m export` from the metadata of the model; without this line it is left as it is."
+MARK = "# Written by `python -m export` from the metadata of the model"  # of every version of this file
+FIRST_LINE = f"{MARK}; without this line it is left as it is."
 
 
 def triton_config(metadata: ModelMetadata) -> str:
@@ -45,7 +46,7 @@ def write_triton_config(folder: Path, metadata: ModelMetadata) -> str | None:
     """
     path, temporary = folder / CONFIG_FILE, folder / f".{CONFIG_FILE}"
     try:
-        if path.exists() and not path.read_bytes().startswith(FIRST_LINE.encode()):
+        if path.exists() and not path.read_bytes().startswith(MARK.encode()):
             return (
                 f"{path}: left as it is, since its first line is not that of this command; compare it with the model."
             )

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from service.engine import Engine
 from service.errors import Draining, InferenceFailed, NotReady
-from service.fair_queue import Batch, FairQueue, Image, Prediction, Request
+from service.fair_queue import Batch, DropReason, FairQueue, Image, Prediction, Request
 from service.observers import BatchObserver, NoObserver
 from service.worker import EngineThread, report
 
@@ -95,7 +95,7 @@ class DynamicBatcher:
 
     @property
     def queue_length(self) -> int:
-        """Pictures that wait for a batch, including those that will be dropped at their turn."""
+        """Pictures that wait for a batch, including those that are about to be dropped."""
         return self._queue.pictures
 
     @property
@@ -159,9 +159,7 @@ class DynamicBatcher:
         """Answer those in the queue whose deadline has passed; look again while there is one."""
         dropped = self._queue.drop_late(self._loop.time())
         self._next_look = self._loop.call_later(LATE_SECONDS, self._drop_late) if self._queue else None
-        self._look_whether_idle()
-        for reason in dropped:
-            self._observer.dropped(reason)
+        self._note_dropped(dropped)
 
     async def drain(self) -> None:
         """Refuse what comes, serve what is here, and return when all of it has its answer."""
@@ -176,6 +174,8 @@ class DynamicBatcher:
             task.cancel()
             await asyncio.wait([task])
         self._queue.fail_all(Draining)
+        if self._next_look is not None:
+            self._next_look.cancel()
         self._look_whether_idle()
         await self._idle.wait()
         slots, self._slots = self._slots, []
@@ -197,9 +197,7 @@ class DynamicBatcher:
             else:
                 self._free.put_nowait(slot)
             (self._arrived.set if self._queue else self._arrived.clear)()
-            for reason in batch.dropped:
-                self._observer.dropped(reason)
-            self._look_whether_idle()
+            self._note_dropped(batch.dropped)
 
     async def _wait_for_more(self, size: int) -> None:
         with suppress(TimeoutError):
@@ -238,9 +236,8 @@ class DynamicBatcher:
                 self._end_failed(slot, batch, outcome)
             else:
                 self._end_answered(slot, batch, outcome, seconds)
-        except Exception as error:  # an observer's: every future has ended before it is asked
-            logger.exception("an observer failed")
-            self._fail(f"an observer failed: {error!r}")
+        except Exception as error:  # an observer's
+            self._observer_failed(error)
         self._free.put_nowait(slot)
         self._look_whether_idle()
 
@@ -260,6 +257,19 @@ class DynamicBatcher:
         if slot.failures >= self._max_failures:
             self._fail(f"{slot.name}: {slot.failures} batches failed in a row, the last with {error!r}")
         self._observer.failed_batch(batch.size)
+
+    def _note_dropped(self, dropped: Sequence[DropReason]) -> None:
+        self._look_whether_idle()
+        try:
+            for reason in dropped:
+                self._observer.dropped(reason)
+        except Exception as error:
+            self._observer_failed(error)
+
+    def _observer_failed(self, error: Exception) -> None:
+        """Fail: nobody would know any more what happens. Every future has ended before an observer is asked."""
+        logger.exception("an observer failed")
+        self._fail(f"an observer failed: {error!r}")
 
     def _hung(self, slot: _Slot, batch: Batch) -> None:
         """Give up an engine whose run does not end; its thread can't be stopped, only the process can."""

@@ -111,6 +111,12 @@ def test_a_file_that_somebody_changed_is_left_as_it_is(tmp_path: Path) -> None:
     assert path.read_text() == own
 
 
+def test_a_file_of_an_earlier_version_of_the_command_is_written_anew(tmp_path: Path) -> None:
+    (tmp_path / CONFIG_FILE).write_text("# Written by `python -m export` from the metadata of the model.\nold: 1\n")
+    assert write_triton_config(tmp_path, tiny_metadata()) is None
+    assert (tmp_path / CONFIG_FILE).read_text() == triton_config(tiny_metadata())
+
+
 def test_where_it_cannot_be_written_a_sentence_says_so_and_nothing_is_left(tmp_path: Path) -> None:
     (tmp_path / CONFIG_FILE).mkdir()
     complaint = write_triton_config(tmp_path, tiny_metadata())

@@ -6,7 +6,7 @@ import pytest
 from service.answers import AnswerWriter
 from service.errors import InferenceFailed
 from service.fair_queue import Prediction
-from service.outputs import Outputs
+from service.outputs import MANY_CLASSES, Outputs
 from service.schemas import PredictResponse
 from tests.fakes import tiny_metadata
 
@@ -50,6 +50,19 @@ def test_as_many_classes_as_were_asked_for(top_k: int) -> None:
 def test_of_equal_classes_the_lower_index_comes_first() -> None:
     answer = write(np.zeros((1, 100), np.float32), [None], 4)
     assert [entry.index for entry in answer.predictions[0].top] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("classes", [MANY_CLASSES, MANY_CLASSES + 1])
+def test_many_classes_are_ranked_alike(classes: int) -> None:
+    logits = np.random.default_rng(2).normal(0, 2, (4, classes)).astype(np.float32).round(1)  # with ties
+    outputs = Outputs(logits)
+    exact = np.exp(logits.astype(np.float64))
+    exact /= exact.sum(axis=1, keepdims=True)
+    for row in (2, 0, 3, 1):
+        found, probabilities = outputs.top(row, 7)
+        order = np.argsort(-logits[row], kind="stable")[:7]
+        assert found == order.tolist()
+        np.testing.assert_allclose(probabilities, exact[row][order], rtol=1e-5)
 
 
 def test_large_logits_do_not_overflow() -> None:

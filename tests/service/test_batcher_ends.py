@@ -82,7 +82,7 @@ async def test_what_expires_is_told_so_while_the_engine_is_still_busy(start: Sta
     assert engine.batches == [[0], [4]]
 
 
-async def test_a_batcher_whose_queue_expired_drains_at_once(start: Start) -> None:
+async def test_a_drain_waits_for_the_run_and_not_for_what_expired(start: Start) -> None:
     engine, batcher, first = await holding(start)
     (late,) = await submitted(batcher, 1, deadline=asyncio.get_running_loop().time())
     draining = asyncio.create_task(batcher.drain())

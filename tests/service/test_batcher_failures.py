@@ -7,7 +7,7 @@ import pytest
 import uvloop
 
 from service.batcher import DynamicBatcher, Prediction
-from service.errors import InferenceFailed, NotReady
+from service.errors import DeadlineExceeded, InferenceFailed, NotReady
 from tests.fakes import FakeEngine, Images, Logits, picture
 from tests.service.batchers import Notes, Start, begun, holding, numbers, submitted
 
@@ -154,6 +154,18 @@ async def test_if_the_loop_dies_nobody_waits_for_ever(start: Start, method: str)
     assert isinstance(outcomes[-1], InferenceFailed)
     with pytest.raises(NotReady):
         await batcher.submit(picture(11))
+
+
+async def test_an_observer_that_fails_while_the_engine_is_busy_is_noticed(start: Start) -> None:
+    notes = Notes()
+    engine, batcher, first = await holding(start, observer=notes)
+    notes.broken = {"dropped"}
+    (late,) = await submitted(batcher, 1, deadline=asyncio.get_running_loop().time())
+    await asyncio.wait_for(batcher.failed.wait(), 5)
+    assert "an observer failed" in batcher.failure
+    assert [type(error) for error in await asyncio.gather(late, return_exceptions=True)] == [DeadlineExceeded]
+    engine.let_go()
+    assert await numbers([first]) == [0]
 
 
 async def test_if_the_loop_is_cancelled_from_outside_that_is_noticed(start: Start) -> None:
