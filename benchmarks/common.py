@@ -155,6 +155,13 @@ def write_csv(name: Path, rows: Sequence[Mapping[str, object]], about: Mapping[s
     return path
 
 
+def report(rows: Sequence[Mapping[str, object]], about: Mapping[str, str], csv_name: Path | None) -> None:
+    """Print rows as a table, and write them too where a file is named; see `write_csv`."""
+    print(format_table(rows))
+    if csv_name:
+        print(f"\nwritten: {write_csv(csv_name, rows, about)}")
+
+
 @dataclass(frozen=True)
 class ModelPlace:
     """Where a model is.

@@ -13,7 +13,7 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import describe_run, find_model, format_table, print_run, run_command, write_csv
+from benchmarks.common import describe_run, find_model, print_run, report, run_command
 from benchmarks.matmul import measure_in_subprocess
 from service.engine import Engine, EngineError, OnnxEngine, choose_file, resolve_provider
 
@@ -146,9 +146,7 @@ def main() -> int:
     rows: list[dict[str, object]] = []
     for batch, cells in measure_in_turn(engines, args.batches, seconds=args.seconds, rounds=args.rounds):
         rows += rows_of(batch, cells, [label(file) for file in files], gflop, peak)
-    print(format_table(rows))
-    if args.csv:
-        print(f"\nwritten: {write_csv(args.csv, rows, about)}")
+    report(rows, about, args.csv)
     return 0
 
 

@@ -6,17 +6,15 @@ in turn, and beside them the floor: a bare ASGI app with the same engine and non
 
 import argparse
 import tempfile
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import median
 
-from benchmarks.common import describe_run, format_table, print_run, run_command, write_csv
+from benchmarks.common import describe_run, print_run, report, run_command
 from benchmarks.generator import Plan
 from benchmarks.payloads import build_requests, generate_pictures
 from benchmarks.processes import run_load
 from benchmarks.server import HOST, Server, parse_settings
-from benchmarks.summary import Summary, summarize
+from benchmarks.summary import Summary, medians, summarize
 from benchmarks.tiny_model import SIDE, make_tiny_model
 
 PICTURES = 256
@@ -35,22 +33,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE", help="of the service")
     parser.add_argument("--csv", type=Path, help="write the table; a bare name goes to benchmarks/results/")
     return parser.parse_args()
-
-
-def row_of(name: str, summaries: Sequence[Summary]) -> dict[str, object]:
-    """Medians over the rounds of one kind of request."""
-    cpu = [summary.server_cpu_ms for summary in summaries if summary.server_cpu_ms is not None]
-    return {
-        "request": name,
-        "pictures_per_s": median(summary.pictures_per_second for summary in summaries),
-        "pictures_per_s_best": max(summary.pictures_per_second for summary in summaries),
-        "server_cpu_ms": median(cpu) if cpu else None,
-        "server_cpu_ms_best": min(cpu) if cpu else None,
-        "p50_ms": median(summary.latency_ms.get("p50", float("nan")) for summary in summaries),
-        "p99_ms": median(summary.latency_ms.get("p99", float("nan")) for summary in summaries),
-        "client_cpu_ms": median(summary.client_cpu_ms for summary in summaries),
-        "errors": sum(sum(summary.errors.values()) for summary in summaries),
-    }
 
 
 def main() -> int:
@@ -78,10 +60,8 @@ def main() -> int:
                 plan = Plan(HOST, server.port, requests, args.connections, seconds=WARMUP_S + args.seconds)
                 load = run_load(plan, warmup_s=WARMUP_S, processes=args.processes, server_cpu=server.cpu_seconds)
                 measured[name].append(summarize(load))
-    rows = [row_of(name, summaries) for name, summaries in measured.items()]
-    print(format_table(rows))
-    if args.csv:
-        print(f"\nwritten: {write_csv(args.csv, rows, about)}")
+    rows = [{"request": name, **medians(summaries)} for name, summaries in measured.items()]
+    report(rows, about, args.csv)
     return 0
 
 

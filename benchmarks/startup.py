@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from statistics import median
 
-from benchmarks.common import ModelPlace, describe_run, find_model, format_table, print_run, run_command, write_csv
+from benchmarks.common import ModelPlace, describe_run, find_model, print_run, report, run_command
 from benchmarks.generator import Plan
 from benchmarks.payloads import build_requests, generate_pictures
 from benchmarks.processes import run_load
@@ -56,9 +56,7 @@ def main() -> int:
     runs = [measure_start(model, args, requests) for _ in range(args.runs)]
     rows: list[dict[str, object]] = [{"run": str(number), **run} for number, run in enumerate(runs, 1)]
     rows.append({"run": "median", **{key: median(run[key] for run in runs) for key in runs[0]}})
-    print(format_table(rows))
-    if args.csv:
-        print(f"\nwritten: {write_csv(args.csv, rows, about)}")
+    report(rows, about, args.csv)
     return 0
 
 

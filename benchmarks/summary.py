@@ -3,8 +3,9 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -101,6 +102,21 @@ def summarize(load: Load, pictures_per_request: int = 1) -> Summary:
         server_cpu_ms=None if cpu is None or not done else cpu * 1e3 / (done * pictures_per_request),
         client_cpu_ms=records.cpu_seconds * 1e3 / max(len(records), 1),
     )
+
+
+def medians(summaries: Sequence[Summary]) -> dict[str, object]:
+    """Reduce the rounds of one kind of request to one row: medians, the best of what has a best, all errors."""
+    cpu = [summary.server_cpu_ms for summary in summaries if summary.server_cpu_ms is not None]
+    return {
+        "pictures_per_s": median(summary.pictures_per_second for summary in summaries),
+        "pictures_per_s_best": max(summary.pictures_per_second for summary in summaries),
+        "server_cpu_ms": median(cpu) if cpu else None,
+        "server_cpu_ms_best": min(cpu) if cpu else None,
+        "p50_ms": median(summary.latency_ms.get("p50", float("nan")) for summary in summaries),
+        "p99_ms": median(summary.latency_ms.get("p99", float("nan")) for summary in summaries),
+        "client_cpu_ms": median(summary.client_cpu_ms for summary in summaries),
+        "errors": sum(sum(summary.errors.values()) for summary in summaries),
+    }
 
 
 def _share_within(load: Load) -> NDArray[np.float64]:

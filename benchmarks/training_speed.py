@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import BenchmarkError, describe_run, format_table, print_run, run_command, write_csv
+from benchmarks.common import BenchmarkError, describe_run, print_run, report, run_command
 from training.checkpoint import RunConfig
 from training.config import PRESETS
 from training.dataset import DataSet, Split
@@ -53,9 +53,7 @@ def main() -> int:
             if world.is_main:  # the next may take minutes, or fail
                 print(f"{name}: {rows[-1]['pictures/s, median']:.4g} pictures a second", flush=True)
         if world.is_main:
-            print(format_table(rows))
-            if args.csv:
-                print(f"written to {write_csv(args.csv, rows, about)}")
+            report(rows, about, args.csv)
     finally:
         leave(world)
     return 0

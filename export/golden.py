@@ -4,6 +4,7 @@ Shape letters: K golden pictures, H and W the input size in pixels, C classes.
 """
 
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from training.dataset import DataSet, Split
 
 BATCH = 100
 DATA_FOLDER = Path("data")
+
+T = TypeVar("T", bound=np.generic)
 
 
 def reference_logits(model: nn.Module, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -64,9 +67,15 @@ def real_golden(model: nn.Module, split: Split, count: int) -> Golden:
         split: the validation pictures.
         count: K.
     """
-    index = np.linspace(0, len(split) - 1, min(count, len(split))).round().astype(np.int64)
-    images = split.images.numpy()[index]
-    return Golden(images, split.labels.numpy()[index], reference_logits(model, images))
+    images = spread(split.images.numpy(), count)
+    return Golden(images, spread(split.labels.numpy(), count), reference_logits(model, images))
+
+
+def spread(values: NDArray[T], count: int) -> NDArray[T]:
+    """Take up to `count` of [N, ...], evenly spread."""
+    index = np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(np.int64)
+    chosen: NDArray[T] = values[index]
+    return chosen
 
 
 def noise_golden(model: nn.Module, input_size: tuple[int, int], count: int) -> Golden:

@@ -165,25 +165,21 @@ def provider_for(precision: VariantPrecision) -> tuple[ProviderChoice, str | Non
         return "cpu", str(error)
 
 
-def gate_file(
-    base: Path, variant: Path, provider: ProviderChoice, pictures: Pictures, max_batch: int, timed: bool
-) -> VariantGate:
-    """Open two files on a provider and measure the second.
+def gate_engine(base: Path, engine: OnnxEngine, pictures: Pictures, timed: bool) -> VariantGate:
+    """Measure a variant.
 
     Args:
-        base: the float32 file.
-        variant: the other.
-        provider: where both run.
+        base: the float32 file; opened where the variant runs.
+        engine: the variant.
         pictures: of the gate.
-        max_batch: largest batch in pictures.
         timed: whether to measure the speed.
     """
-    batches = [batch for batch in TIMED_BATCHES if batch <= max_batch] or [max_batch]
-    with closing(OnnxEngine(variant, provider=provider, max_batch_size=max_batch)) as engine:
-        if not timed:
-            return measure(engine, pictures, None)
-        with closing(OnnxEngine(base, provider=provider, max_batch_size=max_batch)) as other:
-            return measure(engine, pictures, times_as_fast(other, engine, batches))
+    if not timed:
+        return measure(engine, pictures, None)
+    largest = engine.max_batch_size
+    batches = [batch for batch in TIMED_BATCHES if batch <= largest] or [largest]
+    with closing(OnnxEngine(base, provider=engine.provider, max_batch_size=largest)) as other:
+        return measure(engine, pictures, times_as_fast(other, engine, batches))
 
 
 def variant_metadata(

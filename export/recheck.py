@@ -7,7 +7,7 @@ from pathlib import Path
 
 from export.errors import ExportError
 from export.golden import load_data, reference_logits
-from export.precision import PROVIDER_OF, Pictures, gate_file, require_variant
+from export.precision import PROVIDER_OF, Pictures, gate_engine, require_variant
 from export.serving_model import TrainingForm
 from export.source import load_source
 from export.verify import (
@@ -154,14 +154,12 @@ def _verify_file(version: Version, precision: Precision, provider: Provider, max
         return Result(path, provider, [], None, ["this file is for CPUs, and was not run: use --provider cpu"])
     with closing(OnnxEngine(path, provider=provider, max_batch_size=max_batch)) as engine:
         comparisons = _compare(engine, version, precision)
-    if precision == "float32":
-        return Result(path, provider, comparisons, None, version.why)
-    if version.pictures is None:
-        return Result(path, provider, comparisons, None, version.why)
-    timed = (version.path / MODEL_FILE).is_file() and provider == PROVIDER_OF[precision]
-    notes = [] if timed else [f"its speed was not measured: this file is for {PROVIDER_OF[precision]}"]
-    gate = gate_file(version.path / MODEL_FILE, path, provider, version.pictures, max_batch, timed)
-    return Result(path, provider, comparisons, gate, notes)
+        if precision == "float32" or version.pictures is None:
+            return Result(path, provider, comparisons, None, version.why)
+        timed = (version.path / MODEL_FILE).is_file() and provider == PROVIDER_OF[precision]
+        notes = [] if timed else [f"its speed was not measured: this file is for {PROVIDER_OF[precision]}"]
+        gate = gate_engine(version.path / MODEL_FILE, engine, version.pictures, timed)
+        return Result(path, provider, comparisons, gate, notes)
 
 
 def _compare(engine: OnnxEngine, version: Version, precision: Precision) -> list[Comparison]:

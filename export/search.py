@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from export.golden import spread
 from export.int8 import (
     Floats,
     Images,
@@ -30,13 +31,6 @@ BATCH = 64
 # Shares of labels that may flip by the prediction, tried in turn until the gate passes. A picture that the model finds
 # hard also gets more noise than others, so about twice as many flip as predicted.
 TARGETS = (0.0035, 0.0025, 0.0018)
-
-
-def spread(images: Images, count: int) -> Images:
-    """Take up to `count` pictures, evenly spread."""
-    index = np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(np.int64)
-    chosen: Images = images[index]
-    return chosen
 
 
 def logits_of(model: ModelProto, images: Images) -> Floats:

@@ -13,7 +13,7 @@ from export.precision import (
     Pictures,
     VariantPrecision,
     describe,
-    gate_file,
+    gate_engine,
     graphs,
     provider_for,
     variant_metadata,
@@ -103,6 +103,6 @@ def _try(
         path.write_bytes(attach(graph, to_props(draft)))
         with closing(OnnxEngine(path, provider=provider, max_batch_size=base.max_batch)) as engine:
             difference = float(np.abs(run_all(engine, base.golden.images) - base.golden.logits).max())
-        if base.pictures is None:
-            return difference, None
-        return difference, gate_file(float32, path, provider, base.pictures, base.max_batch, timed)
+            if base.pictures is None:
+                return difference, None
+            return difference, gate_engine(float32, engine, base.pictures, timed)

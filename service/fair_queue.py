@@ -76,6 +76,10 @@ class Request:
         self.taken = 0
         self.answers: dict[int, Prediction] = {}
 
+    def is_over(self, now: float) -> bool:
+        """Whether what is left of it need not be run: cancelled, failed in part, or expired at `now`."""
+        return self.future.done() or now >= self.deadline
+
 
 @dataclass(slots=True, eq=False)
 class Batch:
@@ -136,13 +140,13 @@ class FairQueue:
         self.pictures += len(request.images)
 
     def pop(self, room: int, now: float) -> Batch:
-        """Take up to `room` pictures; drop on the way what was cancelled, failed in part, or has expired at `now`."""
+        """Take up to `room` pictures; drop on the way what is over at `now`."""
         batch = Batch()
         turn = max(1, room // 2)
         while batch.size < room and self._requests:
             request = self._requests.popleft()
             start = request.taken
-            if request.future.done() or now >= request.deadline:
+            if request.is_over(now):
                 self._drop(request, batch.dropped)
                 continue
             stop = request.taken = min(len(request.images), start + min(turn, room - batch.size))
@@ -154,7 +158,7 @@ class FairQueue:
         return batch
 
     def drop_late(self, now: float) -> list[DropReason]:
-        """Drop what was cancelled, failed in part, or has expired at `now`, wherever it stands.
+        """Drop what is over at `now`, wherever it stands.
 
         Returns:
             A reason for each picture, as `Batch.dropped`.
@@ -162,7 +166,7 @@ class FairQueue:
         dropped: list[DropReason] = []
         kept: deque[Request] = deque()
         for request in self._requests:
-            if request.future.done() or now >= request.deadline:
+            if request.is_over(now):
                 self._drop(request, dropped)
             else:
                 kept.append(request)

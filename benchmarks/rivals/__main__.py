@@ -18,10 +18,9 @@ from benchmarks.common import (
     BenchmarkError,
     ModelPlace,
     describe_run,
-    format_table,
     print_run,
+    report,
     run_command,
-    write_csv,
 )
 from benchmarks.generator import Plan
 from benchmarks.payloads import Picture, build_requests, generate_pictures
@@ -33,7 +32,7 @@ from benchmarks.rivals.labels import expected_labels, reject_wrong_labels
 from benchmarks.rivals.process_tree import tree_cpu_seconds, tree_memory_bytes
 from benchmarks.rivals.servers import RivalServer
 from benchmarks.server import HOST, Server
-from benchmarks.summary import Summary, summarize
+from benchmarks.summary import Summary, medians, summarize
 from benchmarks.tiny_model import SIDE, make_tiny_model
 from service.artifact import MODEL_FILE
 
@@ -151,26 +150,15 @@ def measure_in_turn(
 def rows_of(contenders: Sequence[Contender]) -> list[dict[str, object]]:
     """One row a server, medians over its rounds; `ours_by_it` is our median pictures a second by the server's."""
     rates = [median(summary.pictures_per_second for summary in item.summaries) for item in contenders]
-    rows: list[dict[str, object]] = []
-    for item, rate in zip(contenders, rates, strict=True):
-        summaries = item.summaries
-        cpu = [summary.server_cpu_ms for summary in summaries if summary.server_cpu_ms is not None]
-        rows.append(
-            {
-                "server": item.title,
-                "pictures_per_s": rate,
-                "pictures_per_s_best": max(summary.pictures_per_second for summary in summaries),
-                "ours_by_it": rates[0] / rate if rate else None,
-                "server_cpu_ms": median(cpu) if cpu else None,
-                "server_cpu_ms_best": min(cpu) if cpu else None,
-                "p50_ms": median(summary.latency_ms.get("p50", float("nan")) for summary in summaries),
-                "p99_ms": median(summary.latency_ms.get("p99", float("nan")) for summary in summaries),
-                "memory_mib": median(item.memory_bytes) / 2**20 if item.memory_bytes else None,
-                "client_cpu_ms": median(summary.client_cpu_ms for summary in summaries),
-                "errors": sum(sum(summary.errors.values()) for summary in summaries),
-            }
-        )
-    return rows
+    return [
+        {
+            "server": item.title,
+            **medians(item.summaries),
+            "ours_by_it": rates[0] / rate if rate else None,
+            "memory_mib": median(item.memory_bytes) / 2**20 if item.memory_bytes else None,
+        }
+        for item, rate in zip(contenders, rates, strict=True)
+    ]
 
 
 def describe(frameworks: Mapping[str, Framework], args: argparse.Namespace) -> dict[str, str]:
@@ -203,9 +191,7 @@ def main() -> int:
         contenders = enter(frameworks, args.environments, model, pictures)
         contenders = measure_in_turn(contenders, args, expected)
     rows = rows_of(contenders)
-    print(format_table(rows))
-    if args.csv:
-        print(f"\nwritten: {write_csv(args.csv, rows, about)}")
+    report(rows, about, args.csv)
     return 0
 
 

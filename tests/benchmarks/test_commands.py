@@ -15,8 +15,7 @@ from benchmarks.engine import Cell
 from benchmarks.load import make_plans, parse_headers, parse_url
 from benchmarks.overhead import Measured, verdict
 from benchmarks.processes import Load
-from benchmarks.request_path import row_of
-from benchmarks.summary import Summary, summarize
+from benchmarks.summary import Summary, medians, summarize
 from benchmarks.tiny_model import make_tiny_model
 from service.artifact import load_golden
 from service.engine import OnnxEngine, check_golden
@@ -139,7 +138,7 @@ def test_overhead_figures() -> None:
 
 def test_request_path_rows_are_medians_over_rounds() -> None:
     loads: list[Load] = [load_of((11, 11, 12, 200, ""), cpu=cpu) for cpu in (0.1, 0.5, 0.2)]
-    row = row_of("raw", [summarize(load) for load in loads])
+    row = medians([summarize(load) for load in loads])
     assert row["server_cpu_ms"] == pytest.approx(median([100, 500, 200]))
     assert row["server_cpu_ms_best"] == pytest.approx(100)
     assert row["pictures_per_s"] == pytest.approx(0.1)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from onnx import ModelProto
 
+from export.golden import spread
 from export.int8 import quantise
-from export.search import choose, leads, logits_of, measure_noise, predicted_flips, quantise_all, spread
+from export.search import choose, leads, logits_of, measure_noise, predicted_flips, quantise_all
 from tests.export.test_int8 import model, noise  # noqa: F401
 
 
