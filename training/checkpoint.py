@@ -34,6 +34,17 @@ class CheckpointError(Exception):
     """A checkpoint that can't be used: one sentence with the path, what is wrong and what would be right."""
 
 
+class Origin(BaseModel):
+    """The checkpoint whose weights a run begins with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    checkpoint_sha256: str
+    epoch: int = Field(description="after which its weights were taken")
+    git_commit: str | None
+    run: RunConfig
+
+
 class RunConfig(BaseModel):
     """What a run is: enough to start it again."""
 
@@ -47,6 +58,7 @@ class RunConfig(BaseModel):
     superclass_names: tuple[str, ...] | None = None
     model: ModelConfig
     train: TrainConfig
+    init: Origin | None = Field(None, description="whose weights it begins with; None: it begins at random")
 
 
 class Header(BaseModel):

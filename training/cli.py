@@ -75,6 +75,13 @@ def _add_run(group: Any) -> None:
     )
     group.add_argument("--out", type=Path, metavar="RUN", help="folder of the run (default: runs/<preset>-<data set>)")
     group.add_argument(
+        "--init",
+        type=Path,
+        metavar="PATH",
+        help="begin with the weights of a run, of a model folder or of a .safetensors file, not with random ones; "
+        "its patches may stand closer or wider, its classes may be others",
+    )
+    group.add_argument(
         "--resume",
         type=Path,
         metavar="RUN",
@@ -138,7 +145,7 @@ def choose_preset(args: argparse.Namespace) -> Preset | None:
     """
     changes = overrides(args)
     if args.resume is not None:
-        _refuse([*changes, *(name for name in ("preset", "out") if getattr(args, name) is not None)])
+        _refuse([*changes, *(name for name in ("preset", "out", "init") if getattr(args, name) is not None)])
         return None
     name = args.preset or DEFAULT_PRESET
     if name not in PRESETS:

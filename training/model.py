@@ -28,7 +28,7 @@ class Tokens(nn.Module):
         super().__init__()
         self.stride = config.patch_size
         self.overlap = config.patch_overlap
-        self.kernel = config.patch_size + 2 * config.patch_overlap
+        self.kernel = config.kernel
         features = 3 * self.kernel**2
         self.has_fourier = config.position in ("fourier", "both")
         if self.has_fourier:

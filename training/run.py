@@ -23,6 +23,7 @@ from training.dataset import DataError, DataSet
 from training.distributed import PeerFailed, World, join, leave
 from training.model import count_parameters
 from training.train import Trainer
+from training.transfer import find, origin_of
 
 # Below so many steps, a preset's batch is halved, but not below this size.
 STEPS_OF_FEW, SMALLEST_BATCH = 4, 8
@@ -80,7 +81,9 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
         trainer = Trainer(run, data_set, folder, world)
         if preset is None:
             trainer.resume()
-        elif world.is_main:
+        elif args.init is not None:
+            trainer.begin_with(find(args.init))
+        if preset is not None and world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.json").write_text(run.model_dump_json(indent=2) + "\n")
         if world.is_main:
@@ -111,6 +114,7 @@ def prepare(args: argparse.Namespace, preset: Preset | None, world: World) -> tu
         folder = args.resume
     else:
         world.share(preset.train.batch_size)
+        init = None if args.init is None else origin_of(find(args.init), preset.model)
         # Twice, because without --out the folder is named after data that has to be read first.
         refuse_existing(args.out, world)
         data_set = data.load(args.data, input_size=preset.model.input_size)
@@ -128,6 +132,7 @@ def prepare(args: argparse.Namespace, preset: Preset | None, world: World) -> tu
             superclass_names=data_set.superclass_names,
             model=preset.model.model_copy(update={"num_classes": len(data_set.labels)}),
             train=train,
+            init=init,
         )
     return run, data_set, folder
 

@@ -31,6 +31,7 @@ from training.optim import clip_gradients, schedule_factor, set_learning_rates
 from training.preprocessing import Preprocess
 from training.report import announce, write_report
 from training.state import initial_state, seed_step
+from training.transfer import begin_with
 from training.trivial_augment import trivial_augment
 
 # To agree on stopping, the CPU waits for the GPU: not at every step.
@@ -247,6 +248,10 @@ class Trainer:
             CheckpointError: there is none, or it is not this run's.
         """
         self.state.load_last(self.folder / "last.safetensors")
+
+    def begin_with(self, path: Path) -> None:
+        """Take another run's weights before the first step; see `training.transfer.begin_with`."""
+        begin_with(self.state.model, self.run, path)
 
     def fit(self, deadline: float | None = None, max_steps: int | None = None) -> bool:
         """Train until done or told to stop; writes ``last`` either way.

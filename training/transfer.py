@@ -1,0 +1,131 @@
+"""Begin a run with the weights of another: of the same data, to go on with finer patches, or of other data."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from training import checkpoint
+from training.checkpoint import CheckpointError, Origin, RunConfig
+from training.config import ModelConfig
+from training.model import Perceiver
+
+# What two models with the same weights may differ in. The patches' size in pixels, which must agree, is checked apart.
+MAY_DIFFER = {
+    "num_classes",
+    "input_size",
+    "image_size",
+    "patch_size",
+    "patch_overlap",
+    "latent_init",
+    "latent_std",
+    "attention_fans",
+    "attention_dropout",
+    "ffn_dropout",
+    "logits_dropout",
+    "drop_path",
+}
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that a path means.
+
+    Args:
+        path: a ``.safetensors`` file; a run's folder, of which ``best`` is taken; or a model folder, of which the
+            newest version's is.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not path.is_dir():
+        return path
+    versions = sorted((int(folder.name) for folder in path.iterdir() if folder.name.isdecimal()), reverse=True)
+    candidates = [path / "best.safetensors", path / "checkpoint.safetensors"]
+    candidates += [path / str(version) / "checkpoint.safetensors" for version in versions[:1]]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise CheckpointError(
+        f"{path}: holds no checkpoint; name a run's folder, a model folder with checkpoint.safetensors, or such a file."
+    )
+
+
+def origin_of(path: Path, mine: ModelConfig) -> Origin:
+    """Tell what a run begins with.
+
+    Args:
+        path: a ``.safetensors`` file.
+        mine: the model that is to take its weights.
+
+    Raises:
+        CheckpointError: it can't be read, or is of another architecture; with the flags that would fit.
+    """
+    _, header = checkpoint.load(path)
+    check_fits(path, header.run.model, mine)
+    return Origin(
+        checkpoint_sha256=checkpoint.digest(path), epoch=header.epoch, git_commit=header.git_commit, run=header.run
+    )
+
+
+def check_fits(path: Path, theirs: ModelConfig, mine: ModelConfig) -> None:
+    """Raise CheckpointError, with the flags that would put it right, unless one model can take the other's weights."""
+    differing = [name for name in ModelConfig.model_fields if name not in MAY_DIFFER]
+    differing = [name for name in differing if getattr(theirs, name) != getattr(mine, name)]
+    if differing:
+        flags = " ".join(_flag(name, getattr(theirs, name)) for name in differing)
+        raise CheckpointError(f"{path}: is of a model that this one can't begin with; it could with {flags}.")
+    if theirs.kernel != mine.kernel:
+        raise CheckpointError(
+            f"{path}: its patches reach over {theirs.kernel} pixels, and this model's over {mine.kernel}: "
+            "patch_size + 2 * patch_overlap must be the same."
+        )
+
+
+def _flag(name: str, value: object) -> str:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {value}"
+
+
+def begin_with(model: Perceiver, run: RunConfig, path: Path) -> None:
+    """Copy a checkpoint's weights into a fresh model.
+
+    What belongs to positions in the picture is interpolated where the patches stand closer or wider (bicubic, as
+    Dosovitskiy et al. 2021, section 3.2, do). The head stays fresh unless the labels are the same.
+
+    Args:
+        model: of ``run``.
+        run: what is about to be trained.
+        path: a ``.safetensors`` file.
+
+    Raises:
+        CheckpointError: it can't be read, or is of another architecture (`origin_of` tells that beforehand).
+    """
+    tensors, header = checkpoint.load(path)
+    theirs = header.run.model
+    weights = checkpoint.under("model", tensors)
+    for name in weights:
+        if name.endswith("position_embedding"):
+            weights[name] = resample(weights[name].T, theirs.grid, run.model.grid).T.contiguous()
+        elif name.endswith("position_bias"):
+            weights[name] = resample(weights[name], theirs.grid, run.model.grid)
+    if header.run.labels != run.labels:
+        fresh = model.state_dict()
+        weights |= {name: fresh[name] for name in fresh if name.startswith("head.")}
+    checkpoint.load_into(model, weights, path)
+
+
+@torch.no_grad()
+def resample(values: Tensor, grid: int, new_grid: int) -> Tensor:
+    """Values of square cells that tile the picture, float [..., grid * grid] -> float [..., new_grid * new_grid]."""
+    assert values.shape[-1] == grid**2
+    if grid == new_grid:
+        return values
+    planes = values.reshape(1, math.prod(values.shape[:-1]), grid, grid)
+    finer = F.interpolate(planes, size=(new_grid, new_grid), mode="bicubic", antialias=new_grid < grid)
+    return finer.reshape(*values.shape[:-1], new_grid**2)
