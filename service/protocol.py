@@ -5,17 +5,21 @@ connection for ever.
 """
 
 import asyncio
+import math
 from typing import Any, Final
+from urllib.parse import unquote
 from uuid import uuid4
 
+import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from service.cycle import Cycle
 from service.errors import BadRequest, BodyTimeout, HeadersTimeout, HeadersTooLarge, ServiceError, Unavailable
 from service.middleware import error_body, error_headers
+from service.recurring import Recurring
 from service.state import Service
-from service.transport import JoiningTransport
 
 MAX_HEADER_BYTES: Final = 64 * 1024
 # After an answer that came before the end of the body (413, 503), the rest is read and thrown away for this long, so
@@ -24,13 +28,46 @@ LINGER_SECONDS: Final = 2.0
 
 
 class BoundedConfig(Config):
-    """uvicorn's configuration, and the service that its connections ask for their limits."""
+    """uvicorn's configuration, and what its connections share.
+
+    Attributes:
+        service: whose limits they keep.
+        clock: ends what takes too long on any connection.
+    """
 
     service: Service
+    clock: "ConnectionClock"
+
+
+class ConnectionClock:
+    """Looks over the open connections for those whose time is up."""
+
+    def __init__(self) -> None:
+        self._connections: set[BoundedProtocol] = set()
+        self._looks = Recurring(self._look)
+
+    def add(self, connection: "BoundedProtocol") -> None:
+        """Watch a connection."""
+        self._connections.add(connection)
+        self._looks.wake()
+
+    def discard(self, connection: "BoundedProtocol") -> None:
+        """Forget a connection."""
+        self._connections.discard(connection)
+
+    def _look(self) -> bool:
+        now = asyncio.get_running_loop().time()
+        for connection in [each for each in self._connections if each.due <= now]:
+            connection.time_is_up()
+        return bool(self._connections)
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection."""
+    """One connection.
+
+    Attributes:
+        due: loop time at which it has taken too long for what it is at; infinity while that is the service's affair.
+    """
 
     def __init__(
         self,
@@ -42,7 +79,9 @@ class BoundedProtocol(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         assert isinstance(config, BoundedConfig)
         self.service = config.service
-        self._timer: asyncio.TimerHandle | None = None
+        self.due = math.inf
+        self._clock = config.clock
+        self._is_idle = False  # between an answer and the next request's first byte
         self._in_head = False
         self._head_bytes = 0
 
@@ -50,32 +89,35 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the connection, and give it its time for the first request's headers."""
-        self._joining = JoiningTransport(transport)
-        super().connection_made(self._joining)
+        super().connection_made(transport)
         if len(self.connections) > self.service.settings.max_connections:
             self.refuse(Unavailable("Too many connections are open."))
         else:
-            self._start_timer(self.service.settings.header_timeout_s)
+            self._give(self.service.settings.header_timeout_s)
+            self._clock.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the timer."""
-        self._stop_timer()
+        """Watch it no more."""
+        self._clock.discard(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Parse; then bound what is left incomplete."""
         if self.transport.is_closing():
             return
+        if self._is_idle:
+            self._is_idle = False
+            self.due = math.inf
         super().data_received(data)
         if self._in_head:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEADER_BYTES:
                 self.refuse(HeadersTooLarge(f"The headers are larger than {MAX_HEADER_BYTES} bytes."))
                 return
-        if self._timer is None and not self._is_working():
+        if self.due == math.inf and not self._is_working():
             in_body = self.cycle is not None and self.cycle.more_body and not self._in_head
             settings = self.service.settings
-            self._start_timer(settings.body_timeout_s if in_body else settings.header_timeout_s)
+            self._give(settings.body_timeout_s if in_body else settings.header_timeout_s)
 
     def shutdown(self) -> None:
         """Close an idle connection; under TLS without waiting half a minute for the client to close its half."""
@@ -92,22 +134,56 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
 
     def on_headers_complete(self) -> None:
-        """End their time."""
+        """End their time, and start the application; as uvicorn does, but with a `Cycle` of ours."""
         self._in_head = False
-        self._stop_timer()
-        super().on_headers_complete()
+        self.due = math.inf
+        scope, parser = self.scope, self.parser
+        version = parser.get_http_version()
+        url = httptools.parse_url(self.url)
+        path = url.path.decode("ascii")
+        scope["method"] = parser.get_method().decode("ascii")
+        scope["http_version"] = version
+        scope["path"] = unquote(path) if "%" in path else path
+        scope["raw_path"] = url.path
+        scope["query_string"] = url.query or b""
+        busy = self.cycle is not None and not self.cycle.response_complete
+        self.cycle = Cycle(
+            scope=scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=False,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue,
+            keep_alive=version != "1.0" and parser.should_keep_alive(),
+            on_response=self.on_response_complete,
+        )
+        if busy:  # a pipelined request waits for its turn
+            self.flow.pause_reading()
+            self.pipeline.appendleft((self.cycle, self.app))
+        else:
+            self._start_asgi_task(self.cycle, self.app)
 
     def on_message_complete(self) -> None:
         """End the body's time."""
         super().on_message_complete()
-        self._stop_timer()
+        self.due = math.inf
 
     def on_response_complete(self) -> None:
-        """Linger where the answer came before the end of the body."""
-        self._joining.flush()
-        super().on_response_complete()
-        if self.cycle.response_complete and self.cycle.more_body:
-            self._start_timer(LINGER_SECONDS)
+        """Go on with the next request, or wait for it; linger where the answer came before the end of the body."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        elif self.cycle.more_body:
+            self._give(LINGER_SECONDS)
+        else:
+            self._is_idle = True
+            self._give(self.timeout_keep_alive)
 
     # Answers that no application gives
 
@@ -131,16 +207,12 @@ class BoundedProtocol(HttpToolsProtocol):
         cycle = self.cycle
         return cycle is not None and not (self._in_head or cycle.more_body or cycle.response_complete)
 
-    def _start_timer(self, seconds: float) -> None:
-        self._stop_timer()
-        self._timer = self.loop.call_later(seconds, self._time_is_up)
+    def _give(self, seconds: float) -> None:
+        self.due = self.loop.time() + seconds
 
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _time_is_up(self) -> None:
+    def time_is_up(self) -> None:
+        """End what has taken too long."""
+        self.due = math.inf
         if self.pipeline:  # an earlier request is not answered yet: an answer here would be taken for its own
             self.transport.close()
         elif self._in_head:

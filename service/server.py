@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from prometheus_client import disable_created_metrics
 
 from service.app import create_app
-from service.protocol import BoundedConfig, BoundedProtocol
+from service.protocol import BoundedConfig, BoundedProtocol, ConnectionClock
 from service.settings import Settings
 from service.state import Service
 
@@ -98,6 +98,7 @@ def configuration(app: FastAPI, service: Service) -> BoundedConfig:
         ssl_keyfile=settings.tls_key,
     )
     config.service = service
+    config.clock = ConnectionClock()
     return config
 
 

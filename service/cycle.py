@@ -1,0 +1,65 @@
+"""One request and its answer on a connection: uvicorn's, but with the whole answer in one write where that is possible."""
+
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
+
+NO_BODY = frozenset({204, 304})
+
+
+class Cycle(RequestResponseCycle):
+    """Keeps the head of an answer until its body comes, and sends an ordinary answer by a short way.
+
+    uvicorn looks at each header three times and writes head and body apart, and uvloop makes a system call of each
+    write: of a small answer, that is the most expensive part. Ordinary is an answer of known length in one piece on a
+    connection that stays open. All else goes uvicorn's way.
+    """
+
+    _start: Any = None  # the message that begins the answer, until its body comes
+
+    async def send(self, message: Any) -> None:
+        """Take an ASGI message."""
+        if not self.response_started:
+            if message["type"] != "http.response.start":
+                raise RuntimeError(f"an answer begins with http.response.start, not with {message['type']}")
+            self._start = message
+            self.response_started = True
+            return
+        start, self._start = self._start, None
+        if start is not None:
+            answer = None if message.get("more_body", False) else self._ordinary(start, message.get("body", b""))
+            if answer is not None:
+                await self._finish(answer)
+                return
+            self.response_started = False
+            await super().send(start)
+        await super().send(message)
+
+    def _ordinary(self, start: Any, body: bytes) -> bytes | None:
+        """Return head and body as they go over the wire; None for an answer that is not ordinary."""
+        if not self.keep_alive or self.scope["method"] == "HEAD" or start["status"] in NO_BODY:
+            return None
+        length = None
+        lines = [STATUS_LINE[start["status"]]]
+        for name, value in (*self.default_headers, *start["headers"]):
+            if name == b"content-length":
+                length = value
+            elif name == b"connection" or name == b"transfer-encoding":
+                return None
+            lines.append(b"%b: %b\r\n" % (name, value))
+        head = b"".join(lines)
+        # Nothing that came from outside may end a line of its own; uvicorn has the error for it.
+        if length != b"%d" % len(body) or head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines):
+            return None
+        return b"%b\r\n%b" % (head, body)
+
+    async def _finish(self, answer: bytes) -> None:
+        self.waiting_for_100_continue = False
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        if self.disconnected:
+            return
+        self.transport.write(answer)
+        self.response_complete = True
+        self.message_event.set()
+        self.on_response()
