@@ -5,7 +5,7 @@
 
 Batches form by themselves while the engines are busy, and an idle service answers at once. Late arrivals join until
 the moment of the pop. In which order pictures leave the queue: see `service.fair_queue`. While all engines are busy, a
-look over the queue every LATE_SECONDS answers those whose deadline has passed: a run may be long, or hang.
+look over the queue every TICK_SECONDS answers those whose deadline has passed: a run may be long, or hang.
 """
 
 import asyncio
@@ -24,13 +24,12 @@ from service.engine import Engine
 from service.errors import Draining, InferenceFailed, NotReady
 from service.fair_queue import Batch, DropReason, FairQueue, Image, Prediction, Request
 from service.observers import BatchObserver, NoObserver
+from service.recurring import Recurring
 from service.worker import EngineThread, report
 
 __all__ = ["BatchObserver", "DynamicBatcher", "NoObserver", "Prediction"]
 
 logger = logging.getLogger(__name__)
-
-LATE_SECONDS = 0.02  # how late the answer may be that it is too late
 
 T = TypeVar("T")
 Outcome = NDArray[np.float32] | Exception
@@ -88,7 +87,7 @@ class DynamicBatcher:
         self._idle.set()
         self._free: asyncio.Queue[_Slot] = asyncio.Queue()
         self._loop_task: asyncio.Task[None] | None = None
-        self._next_look: asyncio.TimerHandle | None = None
+        self._looks = Recurring(self._drop_late)
         self._refusal: Callable[[], Exception] | None = NotReady
         self.failed = asyncio.Event()
         self.failure = ""
@@ -148,18 +147,16 @@ class DynamicBatcher:
         self._queue.put(Request(images, future, until))
         self._arrived.set()
         self._idle.clear()
-        if self._next_look is None:
-            self._next_look = self._loop.call_later(LATE_SECONDS, self._drop_late)
+        self._looks.wake()
         try:
             return await future
         finally:
             del future  # an error's traceback holds this frame, and the future the error: a cycle for the collector
 
-    def _drop_late(self) -> None:
-        """Answer those in the queue whose deadline has passed; look again while there is one."""
-        dropped = self._queue.drop_late(self._loop.time())
-        self._next_look = self._loop.call_later(LATE_SECONDS, self._drop_late) if self._queue else None
-        self._note_dropped(dropped)
+    def _drop_late(self) -> bool:
+        """Answer those in the queue whose deadline has passed; return whether there are others."""
+        self._note_dropped(self._queue.drop_late(self._loop.time()))
+        return bool(self._queue)
 
     async def drain(self) -> None:
         """Refuse what comes, serve what is here, and return when all of it has its answer."""
@@ -174,8 +171,7 @@ class DynamicBatcher:
             task.cancel()
             await asyncio.wait([task])
         self._queue.fail_all(Draining)
-        if self._next_look is not None:
-            self._next_look.cancel()
+        self._looks.stop()
         self._look_whether_idle()
         await self._idle.wait()
         slots, self._slots = self._slots, []

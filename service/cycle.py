@@ -1,4 +1,4 @@
-"""One request and its answer on a connection: uvicorn's, but with the whole answer in one write where that is possible."""
+"""One request and its answer on a connection: uvicorn's, but an ordinary answer goes out in one write."""
 
 from typing import Any
 

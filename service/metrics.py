@@ -12,6 +12,7 @@ from prometheus_client.gc_collector import GCCollector
 
 from service.artifact import ModelMetadata
 from service.gpu import GpuCollector
+from service.histogram import PendingHistogram
 
 # 0.5 ms to 10 s: from the answer of an idle service with a small model to the default timeout.
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -33,19 +34,19 @@ class Metrics:
         self.requests = Counter(
             "perceiver_requests", "HTTP requests by route and status code.", ["route", "code"], registry=registry
         )
-        self.request_seconds = Histogram(
+        self.request_seconds = PendingHistogram(
             "perceiver_request_seconds",
             "Seconds from the headers of POST /predict to its answer, whatever its status.",
             buckets=SECONDS,
             registry=registry,
         )
-        self.decode_seconds = Histogram(
+        self.decode_seconds = PendingHistogram(
             "perceiver_decode_seconds",
             "Seconds a request took from its last byte to arrays, the wait for a decoding thread included.",
             buckets=SECONDS,
             registry=registry,
         )
-        self.queue_seconds = Histogram(
+        self.queue_seconds = PendingHistogram(
             "perceiver_queue_seconds", "Seconds a picture waited for its batch.", buckets=SECONDS, registry=registry
         )
         self.inference_seconds = Histogram(
@@ -119,7 +120,7 @@ class Metrics:
 
     def predicted(self, seconds: float, request_id: str) -> None:
         """Time one request to /predict; its id becomes the exemplar of its bucket."""
-        self.request_seconds.observe(seconds, {"request_id": request_id})
+        self.request_seconds.observe_request(seconds, request_id)
 
     def rejected(self, code: str) -> None:
         """Count one request that ended in an error of the hierarchy."""

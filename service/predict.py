@@ -21,6 +21,7 @@ from service.batcher import Prediction
 from service.bodies import check_size, read_body
 from service.errors import BadRequest, ClientDisconnected, InvalidTimeout, InvalidTopK, Overloaded
 from service.models import LiveModel
+from service.recurring import Recurring
 from service.state import Service
 
 PATIENCE: Final = 0.05
@@ -49,6 +50,7 @@ class PredictEndpoint:
     def __init__(self, service: Service) -> None:
         self.service = service
         self._writer: tuple[LiveModel, AnswerWriter] | None = None
+        self._guards = PatientGuards()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; raises ServiceError for everything that is not a prediction."""
@@ -81,7 +83,7 @@ class PredictEndpoint:
             )
             received = perf_counter()
             deadline = asyncio.get_running_loop().time() + options.timeout
-            with DisconnectGuard(receive), service.store.lease() as live:
+            with DisconnectGuard(receive, self._guards), service.store.lease() as live:
                 writer = self._writer_of(live)
                 top_k = checked_top_k(options.top_k, writer.classes)
                 uploads = await service.decoder.parse(options.content_type, body, deadline)
@@ -111,25 +113,26 @@ class DisconnectGuard:
     """Cancels the work inside when the client leaves, which turns into ClientDisconnected.
 
     Neither FastAPI nor the server does this: without it, the pictures of clients that gave up would still be run. It
-    begins to look after PATIENCE seconds, since looking takes a task, and most answers are ready before.
+    begins to look when `PatientGuards` says so, since looking takes a task, and most answers are ready before.
     """
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, receive: Receive, guards: "PatientGuards") -> None:
         self._receive = receive
+        self._guards = guards
         self._gone = False
+        self._watcher: asyncio.Task[None] | None = None
 
     def __enter__(self) -> Self:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
-        self._watcher: asyncio.Task[None] | None = None
-        self._timer = task.get_loop().call_later(PATIENCE, self._begin)
+        self._guards.add(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._timer.cancel()
+        self._guards.discard(self)
         if self._watcher is not None:
             self._watcher.cancel()
             # It holds the error that ends it, whose frames hold this guard: a cycle, which only a collection would
@@ -139,7 +142,8 @@ class DisconnectGuard:
             self._task.uncancel()
             raise ClientDisconnected from error
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Look for the client's leaving from now on."""
         self._watcher = asyncio.create_task(self._watch())
 
     async def _watch(self) -> None:
@@ -147,6 +151,33 @@ class DisconnectGuard:
             pass
         self._gone = True
         self._task.cancel()
+
+
+class PatientGuards:
+    """The guards of requests that are younger than PATIENCE, the oldest first; older ones begin to look."""
+
+    def __init__(self) -> None:
+        self._since: dict[DisconnectGuard, float] = {}
+        self._looks = Recurring(self._look)
+
+    def add(self, guard: DisconnectGuard) -> None:
+        """Take a guard in."""
+        self._since[guard] = perf_counter()
+        self._looks.wake()
+
+    def discard(self, guard: DisconnectGuard) -> None:
+        """Forget a guard, whether it is still here or not."""
+        self._since.pop(guard, None)
+
+    def _look(self) -> bool:
+        patient = perf_counter() - PATIENCE
+        while self._since:
+            guard, since = next(iter(self._since.items()))
+            if since > patient:
+                break
+            del self._since[guard]
+            guard.begin()
+        return bool(self._since)
 
 
 def read_options(scope: Scope, max_timeout_ms: int) -> Options:
@@ -201,8 +232,8 @@ def checked_top_k(top_k: int | None, classes: int) -> int:
 
 def server_timing(predictions: Sequence[Prediction], decode: float, total: float) -> bytes:
     """Return the Server-Timing header, from seconds; of several pictures the longest."""
-    queue = max(prediction.queue_seconds for prediction in predictions)
-    inference = max(prediction.inference_seconds for prediction in predictions)
+    queue = max([prediction.queue_seconds for prediction in predictions])
+    inference = max([prediction.inference_seconds for prediction in predictions])
     return (
         f"decode;dur={decode * 1000:.3f}, queue;dur={queue * 1000:.3f}, "
         f"inference;dur={inference * 1000:.3f}, total;dur={total * 1000:.3f}"
