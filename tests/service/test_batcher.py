@@ -104,7 +104,10 @@ async def test_an_empty_request_has_an_empty_answer(start: Start) -> None:
     assert await start(FakeEngine()).submit_many([]) == []
 
 
-@pytest.mark.parametrize("image", [tiny_images(1), tiny_images(1)[0, 1:], tiny_images(1)[0].astype(np.float32)])
+@pytest.mark.parametrize(
+    "image",
+    [tiny_images(1), tiny_images(1)[0, 1:], tiny_images(1)[0].astype(np.float32), tiny_images(1)[0, :, :, ::-1]],
+)
 async def test_a_picture_of_another_form_is_kept_out_of_the_batch(start: Start, image: Images) -> None:
     engine = FakeEngine()
     batcher = start(engine)
