@@ -1,10 +1,12 @@
 """One request and its answer on a connection: uvicorn's, but an ordinary answer goes out in one write."""
 
-from typing import Any
+import re
+from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
-NO_BODY = frozenset({204, 304})
+NO_BODY: Final = frozenset({204, 304})
+CONTROL: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # line ends excepted, which are counted
 
 
 class Cycle(RequestResponseCycle):
@@ -48,9 +50,12 @@ class Cycle(RequestResponseCycle):
                 return None
             lines.append(b"%b: %b\r\n" % (name, value))
         head = b"".join(lines)
-        # Nothing that came from outside may end a line of its own; uvicorn has the error for it.
-        if length != b"%d" % len(body) or head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines):
-            return None
+        if (
+            length != b"%d" % len(body)
+            or CONTROL.search(head)
+            or not head.count(b"\n") == head.count(b"\r") == len(lines)
+        ):
+            return None  # an error, which uvicorn raises
         return b"%b\r\n%b" % (head, body)
 
     async def _finish(self, answer: bytes) -> None:

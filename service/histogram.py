@@ -46,6 +46,10 @@ class PendingHistogram(Collector):
         self._request_ids.append(request_id)
         self.observe(value)
 
+    def describe(self) -> Iterator[Metric]:
+        """Yield the metric without its samples, for the registry and for docs/reference.md."""
+        yield HistogramMetricFamily(self._name, self._documentation)
+
     def collect(self) -> Iterator[Metric]:
         """Yield the one metric."""
         self._sort()
