@@ -36,6 +36,7 @@ class PerceiverApp(FastAPI):
 
     def __init__(self, service: Service) -> None:
         predict = PredictEndpoint(service)
+        settings = service.settings
         super().__init__(
             title="Perceiver image classifier",
             description=DESCRIPTION,
@@ -50,7 +51,9 @@ class PerceiverApp(FastAPI):
         )
         self.state.service = service
         self.include_router(create_router(service))
-        self._predict = predict
+        keys = settings.client_keys()
+        self._predict = RequireKey(predict, keys, None) if keys else predict
+        self._others = RequireKey(super().__call__, keys, settings.administrator_key())
         self._entry = layered(self._dispatch, service)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,7 +64,7 @@ class PerceiverApp(FastAPI):
         if scope["type"] == "http" and scope["path"] == PREDICT and scope["method"] == "POST":
             await self._predict(scope, receive, send)
         else:
-            await super().__call__(scope, receive, send)
+            await self._others(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
         """Return the OpenAPI document."""
@@ -98,13 +101,11 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 def layered(app: ASGIApp, service: Service) -> ASGIApp:
     """Put the layers of every request around an application."""
-    settings = service.settings
-    app = RequireKey(app, settings.client_keys(), settings.administrator_key())
     app = Observe(app, service)
-    if settings.cors_origins:  # outermost: a browser must be able to read errors too
+    if service.settings.cors_origins:  # outermost: a browser must be able to read errors too
         app = CORSMiddleware(
             app,
-            allow_origins=settings.cors_origins,
+            allow_origins=service.settings.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
             expose_headers=EXPOSED_HEADERS,

@@ -31,7 +31,9 @@ class Cycle(RequestResponseCycle):
         if start is not None:
             answer = None if message.get("more_body", False) else self._ordinary(start, message.get("body", b""))
             if answer is not None:
-                await self._finish(answer)
+                if self.flow.write_paused and not self.disconnected:
+                    await self.flow.drain()
+                self._finish(answer)
                 return
             self.response_started = False
             await super().send(start)
@@ -58,10 +60,8 @@ class Cycle(RequestResponseCycle):
             return None  # an error, which uvicorn raises
         return b"%b\r\n%b" % (head, body)
 
-    async def _finish(self, answer: bytes) -> None:
+    def _finish(self, answer: bytes) -> None:
         self.waiting_for_100_continue = False
-        if self.flow.write_paused and not self.disconnected:
-            await self.flow.drain()
         if self.disconnected:
             return
         self.transport.write(answer)

@@ -41,35 +41,54 @@ class Decoder:
         # Waiting is done here and not in the executor's queue: what is cancelled while it waits frees its memory.
         self._free = asyncio.Semaphore(settings.decode_threads)
 
-    async def parse(self, content_type: str, body: bytes, deadline: float) -> list[Upload]:
-        """Take the picture files out of a body; see `bodies.parse_body`. DeadlineExceeded where it waits too long."""
-        most = self.settings.max_pictures
+    def parse_here(self, content_type: str, body: bytes) -> list[Upload] | None:
+        """Take the picture files out of a body, see `bodies.parse_body`; None where it is too large for this thread."""
         if len(body) <= self.settings.inline_decode_bytes or content_type.startswith("image/"):
-            return parse_body(content_type, body, max_pictures=most)
+            return parse_body(content_type, body, max_pictures=self.settings.max_pictures)
+        return None
+
+    async def parse(self, content_type: str, body: bytes, deadline: float) -> list[Upload]:
+        """Do the same in a thread. DeadlineExceeded where none is free in time."""
+        most = self.settings.max_pictures
         return await self._in_thread(lambda _: parse_body(content_type, body, max_pictures=most), deadline)
 
-    async def decode(self, uploads: Sequence[Upload], metadata: ModelMetadata, deadline: float) -> list[Pixels]:
+    def decode_here(self, uploads: Sequence[Upload], metadata: ModelMetadata) -> list[Pixels] | None:
         """Decode every picture of a request to uint8 [H, W, 3] at the model's input size.
+
+        Returns:
+            None where that would take too long for the event loop: see `decode`.
 
         Raises:
             ServiceError: as `images` raises it for the first bad picture; of several pictures it names the one.
+        """
+        if not self._is_small(uploads):
+            return None
+        if (quick := self._decode_quickly(uploads, metadata)) is not None:
+            return quick
+        settings = self.settings
+        with suppress(TooManyPixels):  # for the event loop; the thread will see whether for the service too
+            headers = Headers(settings.max_pixels, settings.inline_decode_pixels)
+            images = each(uploads, lambda index: headers.open(uploads[index].data))
+            return each(uploads, lambda index: shaped(images[index], metadata))
+        return None
+
+    async def decode(self, uploads: Sequence[Upload], metadata: ModelMetadata, deadline: float) -> list[Pixels]:
+        """Do the same in a thread.
+
+        Raises:
+            ServiceError: as `decode_here`.
             DeadlineExceeded: no thread was free before the deadline, on the clock of `loop.time()`.
         """
-        settings = self.settings
-        if self._is_small(uploads):
-            if (quick := self._decode_quickly(uploads, metadata)) is not None:
-                return quick
-            with suppress(TooManyPixels):  # for the event loop; the thread will see whether for the service too
-                headers = Headers(settings.max_pixels, settings.inline_decode_pixels)
-                images = each(uploads, lambda index: headers.open(uploads[index].data))
-                return each(uploads, lambda index: shaped(images[index], metadata))
-        return await self._in_thread(partial(decode_all, uploads, metadata, settings), deadline)
+        return await self._in_thread(partial(decode_all, uploads, metadata, self.settings), deadline)
 
     def _is_small(self, uploads: Sequence[Upload]) -> bool:
         """Whether a request may be decoded on the event loop, as far as its files' bytes tell."""
-        if sum([len(upload.data) for upload in uploads]) > self.settings.inline_decode_bytes:
-            return False
-        return not any(upload.data.count(JPEG_SCAN) > MOST_SCANS for upload in uploads)
+        size = 0
+        for upload in uploads:
+            size += len(upload.data)
+            if size > self.settings.inline_decode_bytes or upload.data.count(JPEG_SCAN) > MOST_SCANS:
+                return False
+        return True
 
     def _decode_quickly(self, uploads: Sequence[Upload], metadata: ModelMetadata) -> list[Pixels] | None:
         """Decode a request whose pictures are all JPEGs of the model's size; None for any other."""

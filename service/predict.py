@@ -70,7 +70,7 @@ class PredictEndpoint:
     async def _answer(self, scope: Scope, receive: Receive) -> tuple[bytes, bytes]:
         """Return the JSON and the Server-Timing header."""
         started = perf_counter()
-        service, settings = self.service, self.service.settings
+        service, settings, decoder = self.service, self.service.settings, self.service.decoder
         service.check_ready()
         options = read_options(scope, settings.request_timeout_ms)
         self._check_room(options)
@@ -86,9 +86,13 @@ class PredictEndpoint:
             with DisconnectGuard(receive, self._guards), service.store.lease() as live:
                 writer = self._writer_of(live)
                 top_k = checked_top_k(options.top_k, writer.classes)
-                uploads = await service.decoder.parse(options.content_type, body, deadline)
+                uploads = decoder.parse_here(options.content_type, body)
+                if uploads is None:
+                    uploads = await decoder.parse(options.content_type, body, deadline)
                 ticket.add(pictures=len(uploads))
-                images = await service.decoder.decode(uploads, live.metadata, deadline)
+                images = decoder.decode_here(uploads, live.metadata)
+                if images is None:
+                    images = await decoder.decode(uploads, live.metadata, deadline)
                 decoded = perf_counter()
                 service.metrics.decode_seconds.observe(decoded - received)
                 predictions = await live.batcher.submit_many(images, deadline=deadline)

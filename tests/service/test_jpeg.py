@@ -112,10 +112,11 @@ async def test_limits_hold() -> None:
     decoder = Decoder(Settings(max_pixels=1000))
     metadata = tiny_metadata(input_size=SIZE)
     uploads = [Upload(encode(ARRAY, "JPEG"))]
+    assert decoder.decode_here(uploads, metadata) is None
     with pytest.raises(TooManyPixels):
         await decoder.decode(uploads, metadata, deadline=1e9)
     decoder.close()
     decoder = Decoder(Settings())
-    (decoded,) = await decoder.decode(uploads, metadata, deadline=1e9)
+    (decoded,) = decoder.decode_here(uploads, metadata) or ()
     np.testing.assert_array_equal(decoded, by_pillow(uploads[0].data))
     decoder.close()
