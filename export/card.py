@@ -67,7 +67,20 @@ def data(source: Source, metadata: ModelMetadata) -> str:
         words += (
             f", {report.test.n:,} more were read once to test it" if report.test else ", and there were none to test it"
         )
-    return f"## Data\n\n{paragraph(words + '. Nothing else was used: no other pictures, no pretrained weights.')}"
+    words += f". {nothing_else(source)}"
+    return f"## Data\n\n{paragraph(words)}"
+
+
+def nothing_else(source: Source) -> str:
+    """Say whether other pictures had a part in it."""
+    run = source.run
+    others = []
+    while run.init is not None:
+        run = run.init.run
+        others.append(f"`{run.dataset}`")
+    if all(other == f"`{source.run.dataset}`" for other in others):
+        return "Nothing else was used: no other pictures, and no weights that others have trained."
+    return f"It began with weights that had been trained on {' and '.join(others)}."
 
 
 def contract(metadata: ModelMetadata) -> str:

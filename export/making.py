@@ -1,5 +1,6 @@
 """The card's section on how a model was made, and what it takes to make it again."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -7,9 +8,11 @@ from pydantic import BaseModel
 from export.markdown import bullet, duration, paragraph, table
 from export.source import Source
 from service.artifact import ModelMetadata
+from training.checkpoint import RunConfig
 from training.config import PRESETS
 from training.lines import MACHINE
 
+BEGINNING = "runs/beginning"
 CIFAR100 = "cifar100"  # the data set that is downloaded where none is named
 FIRST_EPOCHS = (1, 2, 5)
 
@@ -25,15 +28,24 @@ def changed_fields(config: BaseModel, base: BaseModel) -> dict[str, Any]:
     return {name: value for name, value in config if value != getattr(base, name)}
 
 
-def training_command(source: Source) -> str:
-    """Return the command that trains the model again: processes, preset and every flag that differs from it."""
-    run = source.run
-    words = ["python", "-m training", f"--preset {run.preset}"]
+def training_commands(source: Source) -> list[str]:
+    """Return the commands that train the model again, those of the run that it began with first."""
     machines = source.machines
+    launcher, words = "python", []
     if len(machines) == 1 and machines[0].processes > 1:
-        words[0] = f"torchrun --standalone --nproc-per-node {machines[0].processes}"
+        launcher = f"torchrun --standalone --nproc-per-node {machines[0].processes}"
         if machines[0].device == "cpu":
             words.append(f"--threads {machines[0].threads}")
+    run, commands = source.run, []
+    if run.init is not None:
+        commands.append(training_command("python", run.init.run, [f"--out {BEGINNING}"]))
+        words.append(f"--init {BEGINNING}")
+    return [*commands, training_command(launcher, run, words)]
+
+
+def training_command(launcher: str, run: RunConfig, more: Sequence[str]) -> str:
+    """Return the command of one run: preset, every flag that differs from it, and more."""
+    words = [launcher, "-m training", f"--preset {run.preset}", *more]
     if run.data and run.dataset != CIFAR100:
         words.append("--data DATA")  # where it was on the trainer's machine is nobody else's matter
     preset = PRESETS.get(run.preset)
@@ -46,12 +58,18 @@ def training_command(source: Source) -> str:
 
 
 def origin(source: Source) -> str:
-    """Tell the epoch of the weights, and how long the whole run took on what."""
+    """Tell the epoch of the weights, how long the whole run took on what, and what it began with."""
     epochs = len(source.lines)
     of_all = f" of {epochs}" if epochs >= source.epoch else ""
     words = f"The weights of epoch {source.epoch}{of_all}."
     if source.training_seconds is not None:
         words += f" All {epochs} epochs took {duration(source.training_seconds)} of training{place(source)}."
+    if (init := source.run.init) is not None:
+        words += (
+            f" They began with the weights that epoch {init.epoch} of another run left (preset `{init.run.preset}` on "
+            f"`{init.run.dataset}`, commit `{init.git_commit or 'unknown'}`, checkpoint's SHA-256 "
+            f"`{init.checkpoint_sha256}`), which the first command trains."
+        )
     return words
 
 
@@ -89,10 +107,10 @@ def first_epochs(source: Source) -> str:
 
 def making(source: Source, metadata: ModelMetadata) -> str:
     """Say where the weights come from and what it takes to make them again."""
-    command = f"python -m export --random {metadata.preset}"
+    commands = [f"python -m export --random {metadata.preset}"]
     words = "Random weights:"
     if source.checkpoint is not None:
-        command = training_command(source)
+        commands = training_commands(source)
         words = f"{paragraph(origin(source))} Train it again by:"
     settings = [
         bullet(f"{name}: {', '.join(f'{key} {value}' for key, value in non_defaults(config).items())}.")
@@ -102,7 +120,9 @@ def making(source: Source, metadata: ModelMetadata) -> str:
     beginning = first_epochs(source)
     return "\n".join(
         [
-            f"## How it was made\n\n{words}\n\n    {command}\n",
+            f"## How it was made\n\n{words}\n",
+            *(f"    {command}" for command in commands),
+            "",
             *([beginning] if beginning else []),
             *settings,
             f"- Trained by the source tree of commit `{source.git_commit or 'unknown'}`.",

@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from export.__main__ import main
-from export.card import figures
-from export.making import first_epochs, origin, training_command
+from export.card import figures, nothing_else
+from export.making import first_epochs, origin, training_commands
 from export.source import Source, load_source
 from tests.export.conftest import LABELS, write_run
+from training.checkpoint import Origin
+from training.config import PRESETS
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -88,7 +91,7 @@ def test_data_of_other_classes(copy: Path, tmp_path: Path, pictures: Path, capsy
 
 def test_a_preset_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = fails(["--random", "huge", "--out", str(tmp_path / "out")], capsys)
-    assert "there are reference, compact, accurate" in error
+    assert f"there are {', '.join(PRESETS)}." in error
 
 
 def test_a_folder_that_can_not_be_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +124,7 @@ def test_a_run_of_the_first_days_names_no_machine(copy: Path) -> None:
     lines = [{"epoch": epoch, "seconds": 30.0} for epoch in (1, 2)]
     source = told(copy, "".join(json.dumps(line) + "\n" for line in lines))
     assert origin(source) == "The weights of epoch 2 of 2. All 2 epochs took 60 s of training."
-    assert training_command(source).startswith("python -m training --preset compact")
+    assert training_commands(source)[0].startswith("python -m training --preset compact")
     assert first_epochs(source) == ""
 
 
@@ -130,7 +133,7 @@ def test_a_run_whose_later_epochs_name_the_machine(copy: Path) -> None:
     del lines[0]["device"]
     source = told(copy, "".join(json.dumps(line) + "\n" for line in lines))
     assert "on cpu, 2 processes of 1 thread (1 of the epochs do not tell on what)." in origin(source)
-    assert training_command(source).startswith("torchrun --standalone --nproc-per-node 2 -m training")
+    assert training_commands(source)[0].startswith("torchrun --standalone --nproc-per-node 2 -m training")
 
 
 def test_a_run_that_changed_machines_names_both(copy: Path) -> None:
@@ -138,7 +141,26 @@ def test_a_run_that_changed_machines_names_both(copy: Path) -> None:
     lines[2] |= {"device": "Some GPU", "processes": 1, "threads": 8}
     source = told(copy, "".join(json.dumps(line) + "\n" for line in lines))
     assert "on cpu, 2 processes of 1 thread and then Some GPU, 1 process." in origin(source)
-    assert training_command(source).startswith("python -m training --preset compact")
+    assert training_commands(source)[0].startswith("python -m training --preset compact")
+
+
+def test_a_run_that_began_with_another_tells_the_way_from_the_beginning(copy: Path) -> None:
+    source = load_source(copy)
+    first = source.run.model_copy(update={"dataset": "animals", "preset": "reference"})
+    init = Origin(checkpoint_sha256="f" * 64, epoch=9, git_commit="abc", run=first)
+    source = replace(source, run=source.run.model_copy(update={"init": init}))
+    before, after = training_commands(source)
+    assert before.startswith("python -m training --preset reference --out runs/beginning --data DATA ")
+    assert after.startswith(
+        "torchrun --standalone --nproc-per-node 2 -m training --preset compact --threads 1 --init runs/beginning "
+    )
+    assert "They began with the weights that epoch 9 of another run left (preset `reference` on `animals`, " in origin(
+        source
+    )
+    assert nothing_else(source) == "It began with weights that had been trained on `animals`."
+    same = init.model_copy(update={"run": source.run.model_copy(update={"init": None})})
+    source = replace(source, run=source.run.model_copy(update={"init": same}))
+    assert nothing_else(source).startswith("Nothing else was used")
 
 
 def test_nothing_to_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,158 @@
+"""Runs that begin with the weights of another: the same function first, then finer patches, other classes, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.commands import RECIPE
+from tests.training.tiny import MODEL, run_config
+from training import checkpoint
+from training.__main__ import main
+from training.checkpoint import CheckpointError, RunConfig
+from training.config import PRESETS
+from training.lines import read_lines
+from training.model import Perceiver
+from training.preprocessing import Preprocess
+from training.transfer import begin_with, check_fits, find, origin_of, resample
+
+# Patches of 4 pixels, every 4 or every 2; the scores know where a token stands.
+WIDE = {"patch_size": 4, "cross_position_bias": True}
+CLOSE = {"patch_size": 2, "patch_overlap": 1, "cross_position_bias": True}
+
+
+def saved(folder: Path, run: RunConfig, name: str = "best.safetensors") -> tuple[Perceiver, Path]:
+    """A model of this configuration with random weights, and its checkpoint."""
+    torch.manual_seed(3)
+    model = Perceiver(run.model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    tensors = checkpoint.prefixed("model", model.state_dict())
+    tensors |= checkpoint.prefixed("preprocess", Preprocess(run.model.image_size).state_dict())
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(folder / name, tensors, checkpoint.make_header(run, 7, 70, None, {}))
+    return model, folder / name
+
+
+def begun(path: Path, run: RunConfig) -> Perceiver:
+    torch.manual_seed(5)
+    model = Perceiver(run.model)
+    begin_with(model, run, path)
+    return model
+
+
+def test_the_same_model_begins_as_the_same_function(tmp_path: Path) -> None:
+    run = run_config(WIDE)
+    model, path = saved(tmp_path, run)
+    pixels = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(begun(path, run)(pixels), model(pixels), rtol=0, atol=0)
+
+
+def test_closer_patches_keep_all_but_the_positions_which_are_interpolated(tmp_path: Path) -> None:
+    model, path = saved(tmp_path, run_config(WIDE))
+    theirs, mine = model.state_dict(), begun(path, run_config(CLOSE)).state_dict()
+    moved = {name for name in mine if mine[name].shape != theirs[name].shape}
+    assert moved == {"tokens.position_embedding", "cross_attentions.0.position_bias"}
+    for name in mine.keys() - moved:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=0)
+    # A square of four close tokens stands where one stood: on the average they say what it said.
+    for name, channels_last in (("tokens.position_embedding", True), ("cross_attentions.0.position_bias", False)):
+        fine, coarse = (values[name].T if channels_last else values[name] for values in (mine, theirs))
+        pooled = torch.nn.functional.avg_pool2d(fine.reshape(1, -1, 4, 4), 2).flatten(2)
+        torch.testing.assert_close(pooled.mean(2), coarse.reshape(1, -1, 4).mean(2), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("grid", "new_grid"), [(2, 4), (4, 2), (3, 5)])
+def test_what_is_even_stays_and_what_rises_rises(grid: int, new_grid: int) -> None:
+    even = torch.full((2, 3, grid**2), 1.5)
+    torch.testing.assert_close(resample(even, grid, new_grid), torch.full((2, 3, new_grid**2), 1.5))
+    rising = torch.arange(grid, dtype=torch.float32).repeat(grid)[None]  # from left to right
+    rows = resample(rising, grid, new_grid).view(new_grid, new_grid)
+    assert bool((rows.diff(dim=1) > 0).all())
+    torch.testing.assert_close(rows, rows[:1].expand_as(rows))
+
+
+def test_other_labels_get_a_fresh_head(tmp_path: Path) -> None:
+    run = run_config(WIDE)
+    model, path = saved(tmp_path, run)
+    other = run.model_copy(update={"labels": ("dog", "elk"), "model": run.model.model_copy(update={"num_classes": 2})})
+    mine, theirs = begun(path, other).state_dict(), model.state_dict()
+    torch.manual_seed(5)
+    fresh = Perceiver(other.model).state_dict()
+    for name in mine:
+        expected = fresh if name.startswith("head.") else theirs
+        torch.testing.assert_close(mine[name], expected[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dim": 32, "num_latents": 9}, "it could with --dim 16 --num-latents 4."),
+        ({"bias": False}, "it could with --bias."),
+        ({"cross_position_bias": True}, "it could with --no-cross-position-bias."),
+        ({"sharing": "none"}, "it could with --sharing all."),
+        ({"patch_overlap": 1}, r"its patches reach over 4 pixels, and this model's over 6: patch_size \+ 2"),
+    ],
+)
+def test_another_architecture_is_refused_with_the_flags_that_would_fit(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    _, path = saved(tmp_path, run_config({"patch_size": 4}))
+    with pytest.raises(CheckpointError, match=message):
+        origin_of(path, run_config({"patch_size": 4} | change).model)
+
+
+def test_fine_goes_on_where_compact_ended() -> None:
+    check_fits(Path("compact"), PRESETS["compact"].model, PRESETS["fine"].model)
+    assert PRESETS["fine"].model.num_tokens == 4 * PRESETS["compact"].model.num_tokens
+
+
+def test_checkpoints_are_found_in_runs_and_model_folders(tmp_path: Path) -> None:
+    _, best = saved(tmp_path / "run", run_config())
+    assert find(tmp_path / "run") == find(best) == best
+    for version in (2, 10):
+        saved(tmp_path / "models" / str(version), run_config(), "checkpoint.safetensors")
+    newest = tmp_path / "models" / "10" / "checkpoint.safetensors"
+    assert find(tmp_path / "models") == find(tmp_path / "models" / "10") == newest
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="empty: holds no checkpoint; name a run's folder, a model folder"):
+        find(tmp_path / "empty")
+
+
+# --- the command
+
+
+@pytest.mark.usefixtures("without_curves")
+def test_a_run_that_begins_with_another_goes_on_from_its_figures(tmp_path: Path, whole: Path, pictures: Path) -> None:
+    run = tmp_path / "run"
+    flags = [*RECIPE, "--epochs=1", "--learning-rate=1e-9", "--adamw-learning-rate=1e-9", "--weight-decay=0"]
+    assert main([*flags, "--data", str(pictures), "--init", str(whole), "--out", str(run)]) == 0
+    # Its first epoch has changed next to nothing, so it validates as the best epoch of the other did.
+    header = checkpoint.load(whole / "best.safetensors")[1]
+    assert header.val is not None
+    assert read_lines(run)[0]["val_loss"] == pytest.approx(header.val.loss, rel=1e-3)
+    init = json.loads((run / "config.json").read_text())["init"]
+    assert init["checkpoint_sha256"] == checkpoint.digest(whole / "best.safetensors")
+    assert (init["epoch"], init["run"]["preset"]) == (header.epoch, "compact")
+    # And it is resumed as any other, without the one that it began with.
+    shutil.copytree(run, tmp_path / "again")
+    assert main(["--resume", str(tmp_path / "again")]) == 0
+
+
+def test_what_can_not_be_begun_with_is_told_before_anything_is_written(
+    tmp_path: Path, whole: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    flags = [*RECIPE, "--data", str(pictures), "--out", str(run)]
+    assert main([*flags, "--init", str(whole), "--num-blocks=2"]) == 2
+    assert f"it could with --num-blocks {MODEL['num_blocks']}." in capsys.readouterr().err
+    assert main([*flags, "--init", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere: no such checkpoint" in capsys.readouterr().err
+    assert main(["--resume", str(whole), "--init", str(whole)]) == 2
+    assert "leave out --init" in capsys.readouterr().err
+    assert not run.exists()
