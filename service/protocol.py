@@ -25,6 +25,7 @@ MAX_HEADER_BYTES: Final = 64 * 1024
 # After an answer that came before the end of the body (413, 503), the rest is read and thrown away for this long, so
 # that the client reads the answer and not a connection reset.
 LINGER_SECONDS: Final = 2.0
+LOOK_SECONDS: Final = 0.1  # how much later than its limit a slow client may be cut off
 
 
 class BoundedConfig(Config):
@@ -44,7 +45,7 @@ class ConnectionClock:
 
     def __init__(self) -> None:
         self._connections: set[BoundedProtocol] = set()
-        self._looks = Recurring(self._look)
+        self._looks = Recurring(self._look, LOOK_SECONDS)
 
     def add(self, connection: "BoundedProtocol") -> None:
         """Watch a connection."""
