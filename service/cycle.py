@@ -29,10 +29,10 @@ class Cycle(RequestResponseCycle):
             return
         start, self._start = self._start, None
         if start is not None:
+            if self.flow.write_paused and not self.disconnected:
+                await self.flow.drain()
             answer = None if message.get("more_body", False) else self._ordinary(start, message.get("body", b""))
             if answer is not None:
-                if self.flow.write_paused and not self.disconnected:
-                    await self.flow.drain()
                 self._finish(answer)
                 return
             self.response_started = False

@@ -1,6 +1,7 @@
 """A Prometheus histogram for what happens at every picture: it only notes a value, and sorts many of them at once."""
 
 from collections.abc import Iterator, Sequence
+from time import time
 from typing import Final
 
 import numpy as np
@@ -32,7 +33,7 @@ class PendingHistogram(Collector):
         self._sum = 0.0
         self._exemplars: list[Exemplar | None] = [None] * len(self._labels)
         self._noted: list[float] = []
-        self._request_ids: list[str] = []
+        self._request_ids: list[tuple[str, float]] = []
         registry.register(self)
 
     def observe(self, value: float) -> None:
@@ -43,7 +44,7 @@ class PendingHistogram(Collector):
 
     def observe_request(self, value: float, request_id: str) -> None:
         """Count a value; the request's id becomes the exemplar of its bucket. Not to be mixed with `observe`."""
-        self._request_ids.append(request_id)
+        self._request_ids.append((request_id, time()))
         self.observe(value)
 
     def describe(self) -> Iterator[Metric]:
@@ -71,5 +72,5 @@ class PendingHistogram(Collector):
         self._sum += sum(noted)
         if request_ids:
             latest = dict(zip(places.tolist(), zip(request_ids, noted, strict=True), strict=True))
-            for place, (request_id, value) in latest.items():
-                self._exemplars[place] = Exemplar({"request_id": request_id}, value)
+            for place, ((request_id, when), value) in latest.items():
+                self._exemplars[place] = Exemplar({"request_id": request_id}, value, when)

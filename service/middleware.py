@@ -15,7 +15,15 @@ from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import BodyTimeout, ClientDisconnected, ReloadDisabled, ServiceError, Unauthorized, Unavailable
+from service.errors import (
+    BodyTimeout,
+    ClientDisconnected,
+    NotFound,
+    ReloadDisabled,
+    ServiceError,
+    Unauthorized,
+    Unavailable,
+)
 from service.state import Service
 
 logger = logging.getLogger(__name__)
@@ -47,6 +55,7 @@ class Observe:
         request_id = self._request_id(scope["headers"])
         scope["state"]["request_id"] = request_id
         status = 0
+        path: str = scope["path"]
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -58,6 +67,11 @@ class Observe:
             await send(message)
 
         try:
+            if (
+                not path.isprintable()
+            ):  # "/models\n" would match the route of "/models", but not the list of keyed paths
+                path = ascii(path)
+                raise NotFound()
             await self.app(scope, receive, send_with_id)
         except ServiceError as error:
             self._log(error, request_id)
@@ -70,7 +84,6 @@ class Observe:
                 await send_error(send_with_id, ServiceError(), request_id)
         finally:
             seconds = perf_counter() - started
-            path = scope["path"]
             self.service.metrics.request(path, status)
             if path == "/predict":
                 self.service.metrics.predicted(seconds, request_id)

@@ -25,6 +25,7 @@ MAX_HEADER_BYTES: Final = 64 * 1024
 # After an answer that came before the end of the body (413, 503), the rest is read and thrown away for this long, so
 # that the client reads the answer and not a connection reset.
 LINGER_SECONDS: Final = 2.0
+MOST_PIPELINED: Final = 64  # requests that wait on one connection; no client of ours sends a second one unanswered
 LOOK_SECONDS: Final = 0.1  # how much later than its limit a slow client may be cut off
 
 
@@ -84,6 +85,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._clock = config.clock
         self._is_idle = False  # between an answer and the next request's first byte
         self._in_head = False
+        self._is_head_alone = False  # what is being parsed began with this head
         self._head_bytes = 0
 
     # The connection
@@ -91,11 +93,10 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the connection, and give it its time for the first request's headers."""
         super().connection_made(transport)
+        self._clock.add(self)
+        self._set_due()
         if len(self.connections) > self.service.settings.max_connections:
             self.refuse(Unavailable("Too many connections are open."))
-        else:
-            self._give(self.service.settings.header_timeout_s)
-            self._clock.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Watch it no more."""
@@ -106,19 +107,30 @@ class BoundedProtocol(HttpToolsProtocol):
         """Parse; then bound what is left incomplete."""
         if self.transport.is_closing():
             return
+        # Where a head begins behind another request, nobody knows how much of the data is its own.
+        self._is_head_alone = self._in_head or self._is_idle or self.cycle is None
         if self._is_idle:
             self._is_idle = False
             self.due = math.inf
         super().data_received(data)
-        if self._in_head:
+        if self._is_head_alone and self._in_head:
             self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEADER_BYTES:
-                self.refuse(HeadersTooLarge(f"The headers are larger than {MAX_HEADER_BYTES} bytes."))
-                return
-        if self.due == math.inf and not self._is_working():
-            in_body = self.cycle is not None and self.cycle.more_body and not self._in_head
-            settings = self.service.settings
-            self._give(settings.body_timeout_s if in_body else settings.header_timeout_s)
+        if self._head_bytes > MAX_HEADER_BYTES:
+            self.end(HeadersTooLarge(f"The headers are larger than {MAX_HEADER_BYTES} bytes."))
+        elif len(self.pipeline) > MOST_PIPELINED:
+            self.end(BadRequest(f"More than {MOST_PIPELINED} requests wait on this connection."))
+        elif self.due == math.inf and not self._is_working():
+            self._set_due()
+
+    def pause_writing(self) -> None:
+        """Give the client its time to read."""
+        super().pause_writing()
+        self._set_due()
+
+    def resume_writing(self) -> None:
+        """End that time."""
+        super().resume_writing()
+        self._set_due()
 
     def shutdown(self) -> None:
         """Close an idle connection; under TLS without waiting half a minute for the client to close its half."""
@@ -136,7 +148,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """End their time, and start the application; as uvicorn does, but with a `Cycle` of ours."""
-        self._in_head = False
+        self._in_head = self._is_head_alone = False
+        self._head_bytes = 0
         self.due = math.inf
         scope, parser = self.scope, self.parser
         version = parser.get_http_version()
@@ -175,16 +188,14 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Go on with the next request, or wait for it; linger where the answer came before the end of the body."""
         self.server_state.total_requests += 1
-        if self.transport.is_closing():
-            return
-        self.flow.resume_reading()
-        if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
-        elif self.cycle.more_body:
-            self._give(LINGER_SECONDS)
-        else:
-            self._is_idle = True
-            self._give(self.timeout_keep_alive)
+        if not self.transport.is_closing():
+            if self.pipeline:
+                self._start_asgi_task(*self.pipeline.pop())
+            else:
+                self._is_idle = not (self._in_head or self.cycle.more_body)
+            if not self.pipeline:
+                self.flow.resume_reading()
+        self._set_due()
 
     # Answers that no application gives
 
@@ -200,25 +211,49 @@ class BoundedProtocol(HttpToolsProtocol):
         headers = [*error_headers(error), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
         lines = b"".join(b"%s: %s\r\n" % header for header in headers)
         self.transport.write(STATUS_LINE[error.status] + lines + b"\r\n" + body)
-        self.transport.close()
+        self.close()
         self.service.metrics.rejected(error.code)
+
+    def close(self) -> None:
+        """Close, when what was written is sent; a client that does not read it has a limited time for that."""
+        self.transport.close()
+        self.due = self.loop.time() + LINGER_SECONDS
+
+    def end(self, error: ServiceError) -> None:
+        """Refuse, or only close where an earlier request is not answered yet, whose answer this would be taken for."""
+        if self._is_working():
+            self.close()
+        else:
+            self.refuse(error)
 
     def _is_working(self) -> bool:
         """Whether it is the service's turn: a whole request is here and not answered."""
         cycle = self.cycle
-        return cycle is not None and not (self._in_head or cycle.more_body or cycle.response_complete)
+        return bool(self.pipeline) or (cycle is not None and not (cycle.more_body or cycle.response_complete))
 
-    def _give(self, seconds: float) -> None:
+    def _set_due(self) -> None:
+        """Give the client its time for what it has to do next. Called where that changes, not at each byte."""
+        settings, cycle = self.service.settings, self.cycle
+        if self.transport.is_closing() or self.flow.write_paused:
+            seconds = settings.write_timeout_s
+        elif self._is_working():
+            seconds = math.inf
+        elif self._is_idle:
+            seconds = self.timeout_keep_alive
+        elif self._in_head or cycle is None or not cycle.more_body:
+            seconds = settings.header_timeout_s
+        else:
+            seconds = LINGER_SECONDS if cycle.response_complete else settings.body_timeout_s
         self.due = self.loop.time() + seconds
 
     def time_is_up(self) -> None:
         """End what has taken too long."""
         self.due = math.inf
-        if self.pipeline:  # an earlier request is not answered yet: an answer here would be taken for its own
-            self.transport.close()
+        if self.transport.is_closing() or self.flow.write_paused:  # the client does not read
+            self.transport.abort()
         elif self._in_head:
             self.refuse(HeadersTimeout())
         elif self.cycle is not None and not self.cycle.response_started:
             self.refuse(BodyTimeout())
         else:
-            self.transport.close()
+            self.close()

@@ -33,5 +33,9 @@ class Recurring:
 
     def _tick(self) -> None:
         self._next = None
-        if self._look():
-            self.wake()
+        again = True
+        try:
+            again = self._look()
+        finally:  # one that fails is reported by the loop, and the next may not
+            if again:
+                self.wake()

@@ -145,6 +145,9 @@ class Settings(BaseSettings):
     body_timeout_s: float = bounded(
         30.0, 0.1, 3600, "Seconds for a request's body; a slower client gets 408 and is cut off."
     )
+    write_timeout_s: float = bounded(
+        30.0, 0.1, 3600, "Seconds that a client may leave an answer unread; then the connection is cut off."
+    )
     keep_alive_s: int = bounded(
         65, 1, 3600, "Seconds that an idle connection stays open; longer than the load balancer's own limit."
     )

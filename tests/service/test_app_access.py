@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.harness import error_of, png, running
+from tests.service.harness import error_of, png, read_answer, request_head, running
 
 JSON_ROUTES = ["/health", "/health/live", "/health/ready", "/models", "/openapi.json"]
 
@@ -51,6 +51,22 @@ async def test_keys_from_files_and_the_admin_key(tmp_path: Path) -> None:
         for key, status in (("second", 401), ("root", 200), ("", 401)):
             response = await run.client.post("/models/reload", headers={"x-api-key": key})
             assert response.status_code == status
+
+
+@pytest.mark.parametrize("suffix", ["%0A", "%0D", "%0D%0A", "%00", "%E2%80%A8", "/", "//", "%2F", ";", "%20", "%3F"])
+async def test_no_other_spelling_of_a_path_gets_round_the_keys(
+    tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "service.access")
+    async with running(tmp_path / "m", api_keys="first", admin_key="root", access_log=True) as run:
+        for method, path in (("POST", "/predict"), ("GET", "/models"), ("POST", "/models/reload")):
+            for spelling in (path + suffix, "/" + path, path.upper()):
+                reader, writer = await run.connect()
+                writer.write(request_head(len(png(1)), method=method, target=spelling) + png(1))
+                status, _, _ = await read_answer(reader)
+                assert status == 404, spelling
+        assert run.engine.batches == []
+    assert not [record.getMessage() for record in caplog.records if not record.getMessage().isprintable()]
 
 
 # CORS

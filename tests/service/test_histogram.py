@@ -59,7 +59,9 @@ def test_what_was_noted_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry.get_sample_value("seconds_count") == 25
 
 
-def test_the_last_request_of_each_bucket_is_its_exemplar() -> None:
+def test_the_last_request_of_each_bucket_is_its_exemplar_at_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter(range(100, 105))
+    monkeypatch.setattr(histogram, "time", lambda: next(seconds))
     registry = CollectorRegistry()
     one = PendingHistogram("seconds", "What it is.", BOUNDS, registry)
     for value, request_id in ((0.005, "a"), (0.5, "b"), (0.007, "c"), (0.9, "d"), (0.01, "e")):
@@ -67,9 +69,9 @@ def test_the_last_request_of_each_bucket_is_its_exemplar() -> None:
     lines = openmetrics.generate_latest(registry).decode().splitlines()
     found = {line.split()[0]: line.partition(" # ")[2] for line in lines if "_bucket" in line}
     assert found == {
-        'seconds_bucket{le="0.01"}': '{request_id="e"} 0.01',
+        'seconds_bucket{le="0.01"}': '{request_id="e"} 0.01 104',
         'seconds_bucket{le="0.1"}': "",
-        'seconds_bucket{le="1.0"}': '{request_id="d"} 0.9',
+        'seconds_bucket{le="1.0"}': '{request_id="d"} 0.9 103',
         'seconds_bucket{le="+Inf"}': "",
     }
 
