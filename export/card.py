@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from export.failures import failures
-from export.making import CIFAR100, making
+from export.making import CIFAR100, chain_of, making
 from export.markdown import bullet, paragraph, picture, table
 from export.precision import describe
 from export.source import Source
@@ -73,12 +73,9 @@ def data(source: Source, metadata: ModelMetadata) -> str:
 
 def nothing_else(source: Source) -> str:
     """Say whether other pictures had a part in it."""
-    run = source.run
-    others = []
-    while run.init is not None:
-        run = run.init.run
-        others.append(f"`{run.dataset}`")
-    if all(other == f"`{source.run.dataset}`" for other in others):
+    mine = (source.run.dataset, source.run.labels)
+    others = [f"`{run.dataset}`" for run in chain_of(source.run) if (run.dataset, run.labels) != mine]
+    if not others:
         return "Nothing else was used: no other pictures, and no weights that others have trained."
     return f"It began with weights that had been trained on {' and '.join(others)}."
 

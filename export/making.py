@@ -1,6 +1,6 @@
 """The card's section on how a model was made, and what it takes to make it again."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -28,26 +28,36 @@ def changed_fields(config: BaseModel, base: BaseModel) -> dict[str, Any]:
     return {name: value for name, value in config if value != getattr(base, name)}
 
 
-def training_commands(source: Source) -> list[str]:
-    """Return the commands that train the model again, those of the run that it began with first."""
+def training_commands(source: Source) -> Iterator[str]:
+    """Yield the commands that train the model again, those of the run that it began with first."""
     machines = source.machines
     launcher, words = "python", []
     if len(machines) == 1 and machines[0].processes > 1:
         launcher = f"torchrun --standalone --nproc-per-node {machines[0].processes}"
         if machines[0].device == "cpu":
             words.append(f"--threads {machines[0].threads}")
-    run, commands = source.run, []
-    if run.init is not None:
-        commands.append(training_command("python", run.init.run, [f"--out {BEGINNING}"]))
-        words.append(f"--init {BEGINNING}")
-    return [*commands, training_command(launcher, run, words)]
+    chain = chain_of(source.run)
+    for number, run in enumerate(chain, 1):
+        is_last = run is source.run
+        more = [*words] if is_last else [f"--out {BEGINNING}-{number}"]
+        if run.init is not None:
+            more.append(f"--init {BEGINNING}-{number - 1}")
+        yield training_command(launcher if is_last else "python", run, more)
+
+
+def chain_of(run: RunConfig) -> list[RunConfig]:
+    """List the runs that led to this one, itself the last; each began with the weights of the one before it."""
+    chain = [run]
+    while chain[0].init is not None:
+        chain.insert(0, chain[0].init.run)
+    return chain
 
 
 def training_command(launcher: str, run: RunConfig, more: Sequence[str]) -> str:
     """Return the command of one run: preset, every flag that differs from it, and more."""
     words = [launcher, "-m training", f"--preset {run.preset}", *more]
     if run.data and run.dataset != CIFAR100:
-        words.append("--data DATA")  # where it was on the trainer's machine is nobody else's matter
+        words.append(f"--data DATA/{run.dataset}")  # where it was on the trainer's machine is nobody else's matter
     preset = PRESETS.get(run.preset)
     changes = (changed_fields(run.model, preset.model) | changed_fields(run.train, preset.train)) if preset else {}
     changes.pop("num_classes", None)  # the data decide it
@@ -68,7 +78,7 @@ def origin(source: Source) -> str:
         words += (
             f" They began with the weights that epoch {init.epoch} of another run left (preset `{init.run.preset}` on "
             f"`{init.run.dataset}`, commit `{init.git_commit or 'unknown'}`, checkpoint's SHA-256 "
-            f"`{init.checkpoint_sha256}`), which the first command trains."
+            f"`{init.checkpoint_sha256}`), which the command before the last trains."
         )
     return words
 
@@ -110,7 +120,7 @@ def making(source: Source, metadata: ModelMetadata) -> str:
     commands = [f"python -m export --random {metadata.preset}"]
     words = "Random weights:"
     if source.checkpoint is not None:
-        commands = training_commands(source)
+        commands = list(training_commands(source))
         words = f"{paragraph(origin(source))} Train it again by:"
     settings = [
         bullet(f"{name}: {', '.join(f'{key} {value}' for key, value in non_defaults(config).items())}.")

@@ -179,38 +179,6 @@ class Preset(BaseModel):
         return self
 
 
-COMPACT_MODEL = ModelConfig(
-    patch_overlap=2,
-    num_latents=64,
-    num_blocks=2,
-    ffn_ratio=2.0,
-    sharing="none",
-    cross_heads=4,
-    cross_head_dim=32,
-    cross_position_bias=True,
-    latent_init="grid",
-    head_hidden=False,
-    head_norm=True,
-)
-
-COMPACT_RECIPE = TrainConfig(
-    epochs=40,
-    batch_size=256,
-    optimizer="muon",
-    learning_rate=0.025,
-    adamw_learning_rate=0.003,
-    weight_decay=0.02,
-    decay_all=False,
-    clip_norm=1.0,
-    schedule="linear",
-    warmup_epochs=1,
-    early_stop_patience=0,
-    label_smoothing=0.1,
-    crop_padding=4,
-    cutmix=1.0,
-    precision="bfloat16",
-)
-
 PRESETS: dict[str, Preset] = {
     # The published Keras example (K. Salama 2021), point by point: 9,697,637 parameters at 100 classes.
     "reference": Preset(
@@ -238,12 +206,36 @@ PRESETS: dict[str, Preset] = {
         train=TrainConfig(zoom=0.2, best_by="loss"),
     ),
     # Small enough for two CPU cores: 8x8 patches every 4 pixels, 64 latents that start on a grid of regions.
-    "compact": Preset(model=COMPACT_MODEL, train=COMPACT_RECIPE),
-    # After `compact`, with --init: the same weights over 256 patches, 8x8 pixels every 2 (docs/experiments.md).
-    "fine": Preset(
-        model=COMPACT_MODEL.model_copy(update={"patch_size": 2, "patch_overlap": 3}),
-        train=COMPACT_RECIPE.model_copy(
-            update={"epochs": 24, "learning_rate": 0.0125, "adamw_learning_rate": 0.0015, "warmup_epochs": 0.5}
+    "compact": Preset(
+        model=ModelConfig(
+            patch_overlap=2,
+            num_latents=64,
+            num_blocks=2,
+            ffn_ratio=2.0,
+            sharing="none",
+            cross_heads=4,
+            cross_head_dim=32,
+            cross_position_bias=True,
+            latent_init="grid",
+            head_hidden=False,
+            head_norm=True,
+        ),
+        train=TrainConfig(
+            epochs=40,
+            batch_size=256,
+            optimizer="muon",
+            learning_rate=0.025,
+            adamw_learning_rate=0.003,
+            weight_decay=0.02,
+            decay_all=False,
+            clip_norm=1.0,
+            schedule="linear",
+            warmup_epochs=1,
+            early_stop_patience=0,
+            label_smoothing=0.1,
+            crop_padding=4,
+            cutmix=1.0,
+            precision="bfloat16",
         ),
     ),
     # For a GPU: four untied iterations of 144 latents over 256 overlapping patches, and all augmentation there is.

@@ -77,6 +77,9 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     run, data_set, folder = world.main_first(lambda: prepare(args, preset, world))
+    run = run.model_copy(
+        update={"init": world.broadcast(run.init)}
+    )  # one checkpoint for all, whatever is at its path now
     with memory_explained(run.train.batch_size):
         trainer = Trainer(run, data_set, folder, world)
         if preset is None:
@@ -190,7 +193,7 @@ def resumed(args: argparse.Namespace) -> tuple[RunConfig, DataSet]:
     if not (args.resume / "last.safetensors").exists():
         raise CheckpointError(
             f"--resume {args.resume}: this run ended before its first checkpoint; "
-            f"start it again with --out {args.resume}."
+            f"start it again with --out {args.resume}" + (", and with the same --init." if run.init else ".")
         )
     data_set = data.load(args.data or (Path(run.data) if run.data else None), input_size=run.model.input_size)
     if data_set.labels != run.labels:

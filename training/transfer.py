@@ -75,6 +75,8 @@ def check_fits(path: Path, theirs: ModelConfig, mine: ModelConfig) -> None:
     """Raise CheckpointError, with the flags that would put it right, unless one model can take the other's weights."""
     differing = [name for name in ModelConfig.model_fields if name not in MAY_DIFFER]
     differing = [name for name in differing if getattr(theirs, name) != getattr(mine, name)]
+    if mine.latent_init == "grid" and not theirs.cross_position_bias:
+        differing.append("latent_init")  # which needs what that model lacks
     if differing:
         flags = " ".join(_flag(name, getattr(theirs, name)) for name in differing)
         raise CheckpointError(f"{path}: is of a model that this one can't begin with; it could with {flags}.")
@@ -82,6 +84,11 @@ def check_fits(path: Path, theirs: ModelConfig, mine: ModelConfig) -> None:
         raise CheckpointError(
             f"{path}: its patches reach over {theirs.kernel} pixels, and this model's over {mine.kernel}: "
             "patch_size + 2 * patch_overlap must be the same."
+        )
+    if theirs.position != "learned" and theirs.grid != mine.grid:
+        raise CheckpointError(
+            f"{path}: its Fourier features are of a grid of {theirs.grid} x {theirs.grid} patches, and this model's "
+            f"would be others, of {mine.grid} x {mine.grid}: image_size / patch_size must be the same."
         )
 
 
@@ -100,12 +107,15 @@ def begin_with(model: Perceiver, run: RunConfig, path: Path) -> None:
 
     Args:
         model: of ``run``.
-        run: what is about to be trained.
+        run: what is about to be trained, beginning with this checkpoint.
         path: a ``.safetensors`` file.
 
     Raises:
-        CheckpointError: it can't be read, or is of another architecture (`origin_of` tells that beforehand).
+        CheckpointError: it can't be read, or is no longer the one that `origin_of` has seen.
     """
+    assert run.init is not None
+    if checkpoint.digest(path) != run.init.checkpoint_sha256:
+        raise CheckpointError(f"{path}: has changed since this run was prepared; start it again.")
     tensors, header = checkpoint.load(path)
     theirs = header.run.model
     weights = checkpoint.under("model", tensors)

@@ -110,4 +110,4 @@ def test_a_folder_of_pictures_becomes_a_served_model_by_three_commands(tmp_path:
     assert sum(entry["probability"] for entry in top) == pytest.approx(1, abs=1e-4)
     card = (tmp_path / "models" / "five-things" / "1" / "README.md").read_text()
     assert "tells 5 classes of five-things apart" in card
-    assert "--data DATA --epochs 3 --batch-size 32" in card
+    assert "--data DATA/five-things --epochs 3 --batch-size 32" in card

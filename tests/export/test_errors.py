@@ -124,7 +124,7 @@ def test_a_run_of_the_first_days_names_no_machine(copy: Path) -> None:
     lines = [{"epoch": epoch, "seconds": 30.0} for epoch in (1, 2)]
     source = told(copy, "".join(json.dumps(line) + "\n" for line in lines))
     assert origin(source) == "The weights of epoch 2 of 2. All 2 epochs took 60 s of training."
-    assert training_commands(source)[0].startswith("python -m training --preset compact")
+    assert next(training_commands(source)).startswith("python -m training --preset compact")
     assert first_epochs(source) == ""
 
 
@@ -133,7 +133,7 @@ def test_a_run_whose_later_epochs_name_the_machine(copy: Path) -> None:
     del lines[0]["device"]
     source = told(copy, "".join(json.dumps(line) + "\n" for line in lines))
     assert "on cpu, 2 processes of 1 thread (1 of the epochs do not tell on what)." in origin(source)
-    assert training_commands(source)[0].startswith("torchrun --standalone --nproc-per-node 2 -m training")
+    assert next(training_commands(source)).startswith("torchrun --standalone --nproc-per-node 2 -m training")
 
 
 def test_a_run_that_changed_machines_names_both(copy: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_run_that_changed_machines_names_both(copy: Path) -> None:
     lines[2] |= {"device": "Some GPU", "processes": 1, "threads": 8}
     source = told(copy, "".join(json.dumps(line) + "\n" for line in lines))
     assert "on cpu, 2 processes of 1 thread and then Some GPU, 1 process." in origin(source)
-    assert training_commands(source)[0].startswith("python -m training --preset compact")
+    assert next(training_commands(source)).startswith("python -m training --preset compact")
 
 
 def test_a_run_that_began_with_another_tells_the_way_from_the_beginning(copy: Path) -> None:
@@ -150,17 +150,25 @@ def test_a_run_that_began_with_another_tells_the_way_from_the_beginning(copy: Pa
     init = Origin(checkpoint_sha256="f" * 64, epoch=9, git_commit="abc", run=first)
     source = replace(source, run=source.run.model_copy(update={"init": init}))
     before, after = training_commands(source)
-    assert before.startswith("python -m training --preset reference --out runs/beginning --data DATA ")
+    assert before.startswith("python -m training --preset reference --out runs/beginning-1 --data DATA/animals ")
     assert after.startswith(
-        "torchrun --standalone --nproc-per-node 2 -m training --preset compact --threads 1 --init runs/beginning "
+        "torchrun --standalone --nproc-per-node 2 -m training --preset compact --threads 1 "
+        "--init runs/beginning-1 --data DATA/things "
     )
     assert "They began with the weights that epoch 9 of another run left (preset `reference` on `animals`, " in origin(
         source
     )
     assert nothing_else(source) == "It began with weights that had been trained on `animals`."
+    longer = source.run.model_copy(update={"init": init.model_copy(update={"run": source.run})})
+    first, second, third = training_commands(replace(source, run=longer))
+    assert first == before
+    assert "--preset compact --out runs/beginning-2 --init runs/beginning-1 --data DATA/things " in second
+    assert "--threads 1 --init runs/beginning-2 " in third
     same = init.model_copy(update={"run": source.run.model_copy(update={"init": None})})
-    source = replace(source, run=source.run.model_copy(update={"init": same}))
-    assert nothing_else(source).startswith("Nothing else was used")
+    again = source.run.model_copy(update={"init": same})
+    assert nothing_else(replace(source, run=again)).startswith("Nothing else was used")
+    others = again.model_copy(update={"labels": ("other", *again.labels[1:])})
+    assert nothing_else(replace(source, run=others)) == "It began with weights that had been trained on `things`."
 
 
 def test_nothing_to_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
