@@ -65,8 +65,20 @@ async def test_an_ordinary_answer_is_one_write(recorder: Recorder) -> None:
     cycle = cycle_on(recorder)
     await cycle.send(START)
     assert (recorder.written, cycle.response_started) == ([], True)
+    waiting = asyncio.create_task(cycle.receive())
+    await asyncio.sleep(0)
     await cycle.send(body(b"ab"))
     assert (recorder.written, cycle.response_complete) == ([WHOLE], True)
+    assert await asyncio.wait_for(waiting, 10) == {"type": "http.disconnect"}
+
+
+async def test_who_has_his_answer_is_not_asked_to_continue(recorder: Recorder) -> None:
+    cycle = cycle_on(recorder)
+    cycle.waiting_for_100_continue = True
+    await cycle.send(START)
+    await cycle.send(body(b"ab"))
+    assert await cycle.receive() == {"type": "http.disconnect"}
+    assert recorder.written == [WHOLE]
 
 
 @pytest.mark.parametrize(
@@ -81,9 +93,16 @@ async def test_an_ordinary_answer_is_one_write(recorder: Recorder) -> None:
             [b"ab"],
             b"HTTP/1.1 200 OK\r\ndate: now\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n",
         ),
+        (
+            {},
+            start((b"content-length", b"2"), (b"transfer-encoding", b"chunked")),
+            [b"ab"],
+            b"HTTP/1.1 200 OK\r\ndate: now\r\ncontent-length: 2\r\ntransfer-encoding: chunked\r\n\r\n"
+            b"2\r\nab\r\n0\r\n\r\n",
+        ),
         ({}, start(status=204), [b""], b"HTTP/1.1 204 No Content\r\ndate: now\r\n\r\n"),
     ],
-    ids=["closing", "HEAD", "in parts", "of unknown length", "without a body"],
+    ids=["closing", "HEAD", "in parts", "of unknown length", "in chunks", "without a body"],
 )
 async def test_any_other_answer_goes_as_uvicorn_sends_it(
     recorder: Recorder, options: dict[str, Any], begin: dict[str, Any], bodies: list[bytes], whole: bytes

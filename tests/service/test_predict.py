@@ -1,5 +1,6 @@
 """`POST /predict` over real HTTP: every body, every error, and that no error reaches the queue."""
 
+import asyncio
 import base64
 import threading
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from service.bodies import Upload
 from service.decoding import decode_all
 from service.errors import DeadlineExceeded
+from service.predict import PATIENCE, DisconnectGuard
 from service.schemas import PredictResponse
 from service.settings import Settings
 from tests.fakes import HEIGHT, WIDTH, FakeEngine, tiny_metadata
@@ -215,3 +217,25 @@ async def test_a_failing_batch_is_a_500_and_the_next_one_is_served(tmp_path: Pat
         assert (response.status_code, error_of(response.content)) == (500, "inference_failed")
         assert "secret" not in response.text
         assert (await run.predict(14)).status_code == 200
+
+
+async def test_a_client_is_watched_only_when_its_answer_takes_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[DisconnectGuard] = []
+    begin = DisconnectGuard.begin
+    monkeypatch.setattr(DisconnectGuard, "begin", lambda guard: (begun.append(guard), begin(guard)))
+    engine = FakeEngine()
+    async with running(tmp_path, engine) as run:
+        app = run.server.config.app
+        guards = app._predict._guards  # type: ignore[union-attr]
+        assert (await run.predict()).status_code == 200
+        assert not guards._since
+        await asyncio.sleep(2 * PATIENCE)
+        assert begun == []
+        engine.hold()
+        answer = asyncio.create_task(run.predict())
+        await run.until(lambda: len(begun) == 1)
+        assert not guards._since
+        engine.release()
+        assert (await answer).status_code == 200

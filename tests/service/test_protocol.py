@@ -63,7 +63,8 @@ async def test_line_ends_between_requests_do_not_hold_a_connection(tmp_path: Pat
         assert await ended(reader)
 
 
-async def test_an_idle_connection_outlives_the_header_timeout(tmp_path: Path) -> None:
+async def test_an_idle_connection_outlives_the_header_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "LOOK_SECONDS", 0.01)
     async with running(tmp_path, header_timeout_s=0.1, keep_alive_s=60) as run:
         reader, writer = await run.connect()
         for _ in range(2):
@@ -291,7 +292,12 @@ async def test_pipelined_requests_are_answered_in_order_and_bounded(tmp_path: Pa
         engine.hold()
         writer.write(request_head(len(png(1))) + png(1))
         await run.until(lambda: engine.batches[-1] == [1])
-        writer.write(request_head(None, target="/health/live", method="GET") * 1000)
+        pipelined = request_head(None, target="/health/live", method="GET")
+        writer.write(pipelined)
+        (connection,) = (each for each in run.server.server_state.connections if each.cycle.response_complete is False)
+        await run.until(lambda: len(connection.pipeline) == 1 and connection.flow.read_paused)
+        connection.flow.resume_reading()  # as who waits for a client's leaving does
+        writer.write(pipelined * 1000)
         assert await ended(reader)
         engine.let_go()
         await run.until(lambda: run.service.in_flight == 0)
