@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from service import predict
 from service.bodies import Upload
 from service.decoding import decode_all
 from service.errors import DeadlineExceeded
@@ -234,7 +235,12 @@ async def test_a_client_is_watched_only_when_its_answer_takes_its_time(
         await asyncio.sleep(2 * PATIENCE)
         assert begun == []
         engine.hold()
+        monkeypatch.setattr(predict, "PATIENCE", 1000.0)
         answer = asyncio.create_task(run.predict())
+        await run.until(lambda: len(engine.batches) == 2)
+        await asyncio.sleep(2 * PATIENCE)
+        assert begun == []
+        monkeypatch.setattr(predict, "PATIENCE", 0.0)
         await run.until(lambda: len(begun) == 1)
         assert not guards._since
         engine.release()
