@@ -111,7 +111,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._is_head_alone = self._in_head or self._is_idle or self.cycle is None
         if self._is_idle:
             self._is_idle = False
-            self.due = math.inf
+            self._in_time()
         super().data_received(data)
         if self._is_head_alone and self._in_head:
             self._head_bytes += len(data)
@@ -150,7 +150,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """End their time, and start the application; as uvicorn does, but with a `Cycle` of ours."""
         self._in_head = self._is_head_alone = False
         self._head_bytes = 0
-        self.due = math.inf
+        self._in_time()
         scope, parser = self.scope, self.parser
         version = parser.get_http_version()
         url = httptools.parse_url(self.url)
@@ -183,7 +183,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """End the body's time."""
         super().on_message_complete()
-        self.due = math.inf
+        self._in_time()
 
     def on_response_complete(self) -> None:
         """Go on with the next request, or wait for it; linger where the answer came before the end of the body."""
@@ -230,6 +230,11 @@ class BoundedProtocol(HttpToolsProtocol):
         """Whether it is the service's turn: a whole request is here and not answered."""
         cycle = self.cycle
         return bool(self.pipeline) or (cycle is not None and not (cycle.more_body or cycle.response_complete))
+
+    def _in_time(self) -> None:
+        """Stop the clock: the client has done what it had to; an answer that it does not read still has its limit."""
+        if not self.flow.write_paused:
+            self.due = math.inf
 
     def _set_due(self) -> None:
         """Give the client its time for what it has to do next. Called where that changes, not at each byte."""
