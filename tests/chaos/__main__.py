@@ -124,6 +124,7 @@ def run_openapi(options: argparse.Namespace, folder: Path) -> Complaints:
     """Compare answers with the document."""
     make_model_folder(folder / "m")
     with served(folder, *on_model(folder / "m", *openapi.ARGUMENTS), module="service") as (process, client):
+        client.headers["x-api-key"] = openapi.KEY
         before = Vitals.of(process, client)
         url = str(client.base_url).rstrip("/")
         done = openapi.check_document(url, folder, f"--max-time={options.seconds}", f"--seed={options.seed}")

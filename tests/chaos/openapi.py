@@ -9,7 +9,8 @@ from tests.end_to_end.process import ROOT
 
 CONFIGURATION = Path(__file__).parent / "schemathesis.toml"
 # Keys, so that the document says where they are asked for, and what is answered without one.
-ARGUMENTS = ("--api-keys=chaos", "--admin-key=chaos")
+KEY = "chaos"
+ARGUMENTS = (f"--api-keys={KEY}", f"--admin-key={KEY}")
 
 
 def check_document(url: str, folder: Path, *options: str) -> "subprocess.CompletedProcess[str]":

@@ -1,9 +1,12 @@
 """A bounded run of schemathesis; `python -m tests.chaos openapi` takes the time it is given."""
 
+import sys
 from pathlib import Path
 
 import httpx
+import pytest
 
+from tests.chaos.__main__ import main
 from tests.chaos.openapi import ARGUMENTS, check_document
 from tests.end_to_end.process import on_model, started
 from tests.fakes import make_model_folder
@@ -27,3 +30,9 @@ def predictions(client: httpx.Client) -> float:
     """How many requests to /predict were answered with 200."""
     name = 'perceiver_requests_total{code="200",route="/predict"} '
     return sum(float(line.removeprefix(name)) for line in client.get("/metrics").text.splitlines() if name in line)
+
+
+def test_the_command_ends_well(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["tests.chaos", "openapi", "--seconds", "3"])
+    assert main() == 0
+    assert "every promise was kept" in capfd.readouterr().out
