@@ -9,6 +9,7 @@ from export.markdown import bullet, duration, paragraph, table
 from export.source import Source
 from service.artifact import ModelMetadata
 from training.checkpoint import RunConfig
+from training.cli import flag_with
 from training.config import PRESETS
 from training.lines import MACHINE
 
@@ -61,10 +62,7 @@ def training_command(launcher: str, run: RunConfig, more: Sequence[str]) -> str:
     preset = PRESETS.get(run.preset)
     changes = (changed_fields(run.model, preset.model) | changed_fields(run.train, preset.train)) if preset else {}
     changes.pop("num_classes", None)  # the data decide it
-    for name, value in changes.items():
-        flag = name.replace("_", "-")
-        words.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}")
-    return " ".join(words)
+    return " ".join([*words, *(flag_with(name, value) for name, value in changes.items())])
 
 
 def origin(source: Source) -> str:

@@ -141,10 +141,9 @@ class BoundedProtocol(HttpToolsProtocol):
     # The parser's callbacks
 
     def on_message_begin(self) -> None:
-        """Count the bytes of these headers."""
+        """Take note that a head has begun."""
         super().on_message_begin()
         self._in_head = True
-        self._head_bytes = 0
 
     def on_headers_complete(self) -> None:
         """End their time, and start the application; as uvicorn does, but with a `Cycle` of ours."""

@@ -131,6 +131,13 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def flag_with(name: str, value: object) -> str:
+    """A field of the configurations as it is set on the command line."""
+    if isinstance(value, bool):
+        return _flag(name if value else f"no_{name}")
+    return f"{_flag(name)} {value}"
+
+
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of recipe and model that were given."""
     names = (set(TrainConfig.model_fields) | set(ModelConfig.model_fields)) - NOT_FLAGS

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from training import checkpoint
 from training.checkpoint import CheckpointError, Origin, RunConfig
+from training.cli import flag_with
 from training.config import ModelConfig
 from training.model import Perceiver
 
@@ -78,7 +79,7 @@ def check_fits(path: Path, theirs: ModelConfig, mine: ModelConfig) -> None:
     if mine.latent_init == "grid" and not theirs.cross_position_bias:
         differing.append("latent_init")  # which needs what that model lacks
     if differing:
-        flags = " ".join(_flag(name, getattr(theirs, name)) for name in differing)
+        flags = " ".join(flag_with(name, getattr(theirs, name)) for name in differing)
         raise CheckpointError(f"{path}: is of a model that this one can't begin with; it could with {flags}.")
     if theirs.kernel != mine.kernel:
         raise CheckpointError(
@@ -90,13 +91,6 @@ def check_fits(path: Path, theirs: ModelConfig, mine: ModelConfig) -> None:
             f"{path}: its Fourier features are of a grid of {theirs.grid} x {theirs.grid} patches, and this model's "
             f"would be others, of {mine.grid} x {mine.grid}: image_size / patch_size must be the same."
         )
-
-
-def _flag(name: str, value: object) -> str:
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag} {value}"
 
 
 def begin_with(model: Perceiver, run: RunConfig, path: Path) -> None:
