@@ -19,11 +19,11 @@ def main(arguments: Sequence[str]) -> int:
             print(f"python -m service: {problem}", file=sys.stderr)
         return 2
 
-    from service import logs, server  # after the settings: --help and typing errors are answered at once
+    from service import logs, start  # after the settings: --help and typing errors are answered at once
 
     logs.configure(settings)
     allow_open_files(settings.max_connections + SPARE_FILES)
-    return server.run(settings)
+    return start.run(settings)
 
 
 def allow_open_files(number: int) -> None:

@@ -3,13 +3,25 @@
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from service.errors import BodyTooLarge, Overloaded, TooManyPictures
 
 RATE_WINDOW_SECONDS = 1.0
 RATE_DECAY = 0.8  # how much of an old peak a quieter window leaves
 MAX_RETRY_AFTER_SECONDS = 60.0
+
+
+class House(Protocol):
+    """What is in the house now."""
+
+    @property
+    def pictures(self) -> int:
+        """Pictures."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of bodies."""
 
 
 class Admission:
@@ -23,6 +35,8 @@ class Admission:
     Attributes:
         pictures: pictures in the house.
         bytes: bytes in the house.
+        pictures_elsewhere: pictures that other processes have in the house, see `service.ledger`.
+        bytes_elsewhere: likewise.
     """
 
     def __init__(self, max_pictures: int, max_bytes: int, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -30,6 +44,8 @@ class Admission:
         self.max_bytes = max_bytes
         self.pictures = 0
         self.bytes = 0
+        self.pictures_elsewhere = 0
+        self.bytes_elsewhere = 0
         self._clock = clock
         self._rate = 0.0
         self._window_start = 0.0
@@ -56,7 +72,10 @@ class Admission:
             raise TooManyPictures(f"A request can hold at most {self.max_pictures} pictures; send several requests.")
         if ticket.bytes + size > self.max_bytes:
             raise BodyTooLarge(f"A request can hold at most {self.max_bytes} bytes; send several requests.")
-        if self.pictures + pictures > self.max_pictures or self.bytes + size > self.max_bytes:
+        if (
+            self.pictures + self.pictures_elsewhere + pictures > self.max_pictures
+            or self.bytes + self.bytes_elsewhere + size > self.max_bytes
+        ):
             raise Overloaded(retry_after=self.retry_after())
         if self.pictures == 0 == self.bytes:  # idle time tells nothing of how fast the house empties
             self._window_start, self._window_count = self._clock(), 0

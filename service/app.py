@@ -7,20 +7,18 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
+from service.entry import PREDICT, entry
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
-from service.middleware import Observe, RequireKey, error_body, error_headers
+from service.middleware import RequireKey, error_body, error_headers
 from service.predict import PredictEndpoint
 from service.routes import create_router
 from service.schemas import SECURITY, SECURITY_SCHEMES, predict_operation, predict_schemas
 from service.settings import Settings
 from service.state import Service
 
-PREDICT = "/predict"
-EXPOSED_HEADERS = ["X-Request-Id", "Server-Timing", "Retry-After"]
 DESCRIPTION = "Send a picture, get its label. Errors are one JSON shape with a stable code."
 
 
@@ -35,14 +33,13 @@ class PerceiverApp(FastAPI):
     """
 
     def __init__(self, service: Service) -> None:
-        predict = PredictEndpoint(service)
-        settings = service.settings
+        self.predict = PredictEndpoint(service)
         super().__init__(
             title="Perceiver image classifier",
             description=DESCRIPTION,
             version=package_version(),
             lifespan=lifespan,
-            routes=[Route(PREDICT, predict, methods=["POST"])],
+            routes=[Route(PREDICT, self.predict, methods=["POST"])],
             exception_handlers={HTTPException: answer_error, ServiceError: answer_error, Exception: answer_error},
             telemetry={"tracing": False, "metrics": False, "logs": False},
             redirect_slashes=False,
@@ -51,20 +48,14 @@ class PerceiverApp(FastAPI):
         )
         self.state.service = service
         self.include_router(create_router(service))
-        keys = settings.client_keys()
-        self._predict = RequireKey(predict, keys, None) if keys else predict
-        self._others = RequireKey(super().__call__, keys, settings.administrator_key())
-        self._entry = layered(self._dispatch, service)
+        settings = service.settings
+        #: Every route, without the layers that a request passes where it arrives.
+        self.routes_alone = RequireKey(super().__call__, settings.client_keys(), settings.administrator_key())
+        self._entry = entry(service, self.predict, self.routes_alone)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection's request, or the lifespan."""
         await self._entry(scope, receive, send)
-
-    async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == PREDICT and scope["method"] == "POST":
-            await self._predict(scope, receive, send)
-        else:
-            await self._others(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
         """Return the OpenAPI document."""
@@ -97,20 +88,6 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         await app.state.service.stop()
-
-
-def layered(app: ASGIApp, service: Service) -> ASGIApp:
-    """Put the layers of every request around an application."""
-    app = Observe(app, service)
-    if service.settings.cors_origins:  # outermost: a browser must be able to read errors too
-        app = CORSMiddleware(
-            app,
-            allow_origins=service.settings.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=EXPOSED_HEADERS,
-        )
-    return app
 
 
 async def answer_error(request: Request, exception: Exception) -> Response:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from service.engine import Engine
 from service.errors import Draining, InferenceFailed, NotReady
-from service.fair_queue import Batch, DropReason, FairQueue, Image, Prediction, Request
+from service.fair_queue import Batch, DropReason, FairQueue, Image, Outcome, Prediction, Request
 from service.observers import BatchObserver, NoObserver
 from service.recurring import Recurring
 from service.worker import EngineThread, report
@@ -32,7 +32,7 @@ __all__ = ["BatchObserver", "DynamicBatcher", "NoObserver", "Prediction"]
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Outcome = NDArray[np.float32] | Exception
+RunResult = NDArray[np.float32] | Exception
 
 
 class _Slot:
@@ -76,6 +76,7 @@ class DynamicBatcher:
     ) -> None:
         self._slots = [_Slot(engine, f"engine-{index}") for index, engine in enumerate(engines)]
         self._shape = (*engines[0].metadata.input_size, 3)
+        self._bytes = math.prod(self._shape)
         self._delay = max_queue_delay_ms / 1000
         self._run_timeout = run_timeout_ms / 1000
         self._max_failures = max_failures
@@ -146,15 +147,35 @@ class DynamicBatcher:
         if not images:
             return []
         future: asyncio.Future[list[Prediction]] = self._loop.create_future()
-        until = math.inf if deadline is None else deadline
-        self._queue.put(Request(images, future, until))
-        self._arrived.set()
-        self._idle.clear()
-        self._looks.wake()
+        self._put(Request([image.data for image in images], future, math.inf if deadline is None else deadline))
         try:
             return await future
         finally:
             del future  # an error's traceback holds this frame, and the future the error: a cycle for the collector
+
+    def post(self, images: Sequence[bytes], outcome: Outcome, deadline: float) -> None:
+        """Do the same for somebody who waits elsewhere: `outcome` gets what `submit_many` would return or raise.
+
+        Args:
+            images: at least one, the bytes of uint8 [H, W, 3] each.
+            outcome: `done` once nobody waits any more.
+            deadline: as in `submit_many`.
+
+        Raises:
+            NotReady, Draining: as `submit_many`; `outcome` gets nothing then.
+        """
+        if self._refusal is not None:
+            raise self._refusal()
+        for image in images:
+            if len(image) != self._bytes:
+                raise ValueError(f"a picture must have {self._bytes} bytes, and has {len(image)}")
+        self._put(Request(images, outcome, deadline))
+
+    def _put(self, request: Request) -> None:
+        self._queue.put(request)
+        self._arrived.set()
+        self._idle.clear()
+        self._looks.wake()
 
     def _drop_late(self) -> bool:
         """Answer those in the queue whose deadline has passed; return whether there are others."""
@@ -212,13 +233,11 @@ class DynamicBatcher:
 
     def _run(self, slot: _Slot, batch: Batch) -> None:
         """Stack and run; in the engine's thread."""
-        outcome: Outcome
+        outcome: RunResult
         begun = perf_counter()
         try:
             # Not np.concatenate, which gives the interpreter's lock away for each picture, and waits to get it back.
-            images = np.frombuffer(b"".join([image.data for image in batch.images()]), dtype=np.uint8).reshape(
-                batch.size, *self._shape
-            )
+            images = np.frombuffer(b"".join(batch.images()), dtype=np.uint8).reshape(batch.size, *self._shape)
             outcome = slot.engine.run(images)
             if len(outcome) != batch.size:
                 raise ValueError(f"the engine gave {len(outcome)} answers to {batch.size} pictures")
@@ -226,7 +245,7 @@ class DynamicBatcher:
             outcome = error
         report(self._loop, self._finish, slot, batch, outcome, perf_counter() - begun)
 
-    def _finish(self, slot: _Slot, batch: Batch, outcome: Outcome, seconds: float) -> None:
+    def _finish(self, slot: _Slot, batch: Batch, outcome: RunResult, seconds: float) -> None:
         """End the futures of a batch and release its slot; back in the loop's thread."""
         if slot.hung:
             return  # the watchdog has ended them, and the process is to be replaced
@@ -247,9 +266,10 @@ class DynamicBatcher:
         slot.failures = 0
         batch.answer(logits, seconds)
         self._observer.batch(batch.size, seconds)
+        queued, started = self._observer.queued, batch.started
         for request, start, stop in batch.parts:
             for _ in range(start, stop):
-                self._observer.queued(batch.started - request.enqueued)
+                queued(started - request.enqueued)
 
     def _end_failed(self, slot: _Slot, batch: Batch, error: Exception) -> None:
         """Fail the members of one batch; the next one is served, unless this goes on and on."""

@@ -35,11 +35,11 @@ Pixels = NDArray[np.uint8]
 class Decoder:
     """Parses and decodes for all requests. Belongs to one event loop."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, threads: int) -> None:
         self.settings = settings
-        self._threads = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         # Waiting is done here and not in the executor's queue: what is cancelled while it waits frees its memory.
-        self._free = asyncio.Semaphore(settings.decode_threads)
+        self._free = asyncio.Semaphore(threads)
 
     def parse_here(self, content_type: str, body: bytes) -> list[Upload] | None:
         """Take the picture files out of a body, see `bodies.parse_body`; None where it is too large for this thread."""

@@ -4,13 +4,12 @@ A request of many pictures gives at most half a batch of them at its turn and th
 delays each request behind it by at most half a batch, however large it is.
 """
 
-import asyncio
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,24 @@ from service.errors import DeadlineExceeded
 from service.outputs import Outputs
 
 Image = NDArray[np.uint8]
+Pixels = memoryview | bytes
 DropReason = Literal["cancelled", "deadline"]
+
+
+class Outcome(Protocol):
+    """Where the answer to a request goes: an `asyncio.Future`, or what does as one."""
+
+    def done(self) -> bool:
+        """Whether it has ended, or nobody waits for it any more."""
+
+    def cancelled(self) -> bool:
+        """Whether nobody waits for it any more."""
+
+    def set_result(self, result: "list[Prediction]", /) -> None:
+        """End it with one prediction a picture."""
+
+    def set_exception(self, exception: Exception, /) -> None:
+        """End it with an error."""
 
 
 @dataclass(slots=True)
@@ -51,22 +67,22 @@ class Request:
     """Pictures that came together, and one future for all of them.
 
     Args:
-        images: at least one, each uint8 [H, W, 3].
+        images: at least one, the memory of uint8 [H, W, 3] each.
         future: ends with one `Prediction` a picture, in order, or with the first error.
         deadline: loop time; infinity for none.
 
     Attributes:
         enqueued: `perf_counter` at its making; uvloop's loop time counts in whole milliseconds.
         taken: so many of its pictures are in batches.
-        answers: by number, since two engines may end its parts in any order.
+        answers: by number, where it is answered in parts: two engines may end them in any order.
     """
 
     __slots__ = ("answers", "deadline", "enqueued", "future", "images", "taken")
 
     def __init__(
         self,
-        images: Sequence[Image],
-        future: "asyncio.Future[list[Prediction]]",
+        images: Sequence[Pixels],
+        future: Outcome,
         deadline: float = math.inf,
     ) -> None:
         self.images = images
@@ -97,20 +113,26 @@ class Batch:
     dropped: list[DropReason] = field(default_factory=list)
     started: float = field(default_factory=perf_counter)
 
-    def images(self) -> list[Image]:
+    def images(self) -> list[Pixels]:
         """List the pictures in the order of the parts."""
         return [image for request, start, stop in self.parts for image in request.images[start:stop]]
 
     def answer(self, logits: NDArray[np.float32], seconds: float) -> None:
         """Give each picture its row of float32 [N, C], and end the futures of requests that are complete."""
-        outputs, row = Outputs(logits), 0
+        outputs, row, size = Outputs(logits), 0, self.size
         for request, start, stop in self.parts:
             queued = self.started - request.enqueued
-            for index in range(start, stop):
-                request.answers[index] = Prediction(outputs, row, queued, seconds, self.size)
-                row += 1
-            if len(request.answers) == len(request.images) and not request.future.done():
-                request.future.set_result([request.answers[index] for index in range(len(request.images))])
+            rows = range(row, row + stop - start)
+            row = rows.stop
+            predictions = [Prediction(outputs, row, queued, seconds, size) for row in rows]
+            whole = len(request.images)
+            if len(predictions) < whole:
+                request.answers |= zip(range(start, stop), predictions, strict=True)
+                if len(request.answers) < whole:
+                    continue
+                predictions = [request.answers[index] for index in range(whole)]
+            if not request.future.done():
+                request.future.set_result(predictions)
 
     def fail(self, error: Callable[[], Exception]) -> None:
         """End the futures that have not ended yet, each with an exception of its own."""

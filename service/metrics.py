@@ -11,6 +11,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.gc_collector import GCCollector
 
 from service.artifact import ModelMetadata
+from service.front import known_route
 from service.gpu import GpuCollector
 from service.histogram import PendingHistogram
 
@@ -19,11 +20,6 @@ SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 PICTURES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 OPENMETRICS = "application/openmetrics-text"
-
-ROUTES = frozenset(
-    {"/predict", "/health", "/health/live", "/health/ready", "/metrics", "/models", "/models/reload"}
-    | {"/docs", "/openapi.json"}
-)
 
 
 class Metrics:
@@ -100,6 +96,16 @@ class Metrics:
             "Pictures that one run may have now: the setting, or less since a CPU was measured or memory ran out.",
             registry=registry,
         )
+        self.http_processes = Gauge(
+            "perceiver_http_processes",
+            "Processes beside the model's that speak HTTP and accept connections; 0: the model's process does.",
+            registry=registry,
+        )
+        self.http_process_restarts = Counter(
+            "perceiver_http_process_restarts",
+            "HTTP processes that have ended by themselves and were started anew.",
+            registry=registry,
+        )
         self._request_counters: dict[tuple[str, int], Counter] = {}  # labels() looks its arguments over each time
         for result in ("loaded", "refused"):
             self.reloads.labels(result)
@@ -110,21 +116,25 @@ class Metrics:
 
     # Requests
 
-    def request(self, route: str, status: int) -> None:
-        """Count one answered request."""
-        key = (route if route in ROUTES else "other", status)
+    def request(self, route: str, status: int, number: int = 1) -> None:
+        """Count answered requests."""
+        key = (known_route(route), status)
         counter = self._request_counters.get(key)
         if counter is None:
             counter = self._request_counters[key] = self.requests.labels(*key)
-        counter.inc()
+        counter.inc(number)
 
     def predicted(self, seconds: float, request_id: str) -> None:
         """Time one request to /predict; its id becomes the exemplar of its bucket."""
         self.request_seconds.observe_request(seconds, request_id)
 
-    def rejected(self, code: str) -> None:
-        """Count one request that ended in an error of the hierarchy."""
-        self.rejections.labels(code).inc()
+    def decoded(self, seconds: float) -> None:
+        """Time the decoding of one request's pictures."""
+        self.decode_seconds.observe(seconds)
+
+    def rejected(self, code: str, number: int = 1) -> None:
+        """Count requests that ended in an error of the hierarchy."""
+        self.rejections.labels(code).inc(number)
 
     # The batcher
 

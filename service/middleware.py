@@ -24,7 +24,7 @@ from service.errors import (
     Unauthorized,
     Unavailable,
 )
-from service.state import Service
+from service.front import Front
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("service.access")
@@ -40,7 +40,7 @@ Headers = list[tuple[bytes, bytes]]
 class Observe:
     """The outermost layer: request ids, metrics, the access log, and errors to JSON."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Front) -> None:
         self.app = app
         self.service = service
         self._prefix = os.urandom(6).hex()

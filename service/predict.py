@@ -17,12 +17,11 @@ from urllib.parse import parse_qsl
 from starlette.types import Receive, Scope, Send
 
 from service.answers import DEFAULT_TOP_K, AnswerWriter
-from service.batcher import Prediction
 from service.bodies import check_size, read_body
 from service.errors import BadRequest, ClientDisconnected, InvalidTimeout, InvalidTopK, Overloaded
-from service.models import LiveModel
+from service.fair_queue import Prediction
+from service.front import Front, ServedModel
 from service.recurring import Recurring
-from service.state import Service
 
 PATIENCE: Final = 0.05
 MAX_DIGITS: Final = 10  # of a number in a header or query; more are no sensible number, and slow to convert
@@ -47,9 +46,9 @@ class Options:
 class PredictEndpoint:
     """The ASGI application behind `POST /predict`."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Front) -> None:
         self.service = service
-        self._writer: tuple[LiveModel, AnswerWriter] | None = None
+        self._writer: tuple[ServedModel, AnswerWriter] | None = None
         self._guards = PatientGuards()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,7 +82,7 @@ class PredictEndpoint:
             )
             received = perf_counter()
             deadline = asyncio.get_running_loop().time() + options.timeout
-            with DisconnectGuard(receive, self._guards), service.store.lease() as live:
+            with DisconnectGuard(receive, self._guards), service.lease() as live:
                 writer = self._writer_of(live)
                 top_k = checked_top_k(options.top_k, writer.classes)
                 uploads = decoder.parse_here(options.content_type, body)
@@ -94,7 +93,7 @@ class PredictEndpoint:
                 if images is None:
                     images = await decoder.decode(uploads, live.metadata, deadline)
                 decoded = perf_counter()
-                service.metrics.decode_seconds.observe(decoded - received)
+                service.metrics.decoded(decoded - received)
                 predictions = await live.batcher.submit_many(images, deadline=deadline)
         answer = writer.write(predictions, [upload.filename for upload in uploads], top_k)
         return answer, server_timing(predictions, decoded - received, perf_counter() - started)
@@ -102,12 +101,12 @@ class PredictEndpoint:
     def _check_room(self, options: Options) -> None:
         """Refuse what will not fit before a large body is sent for nothing."""
         admission = self.service.admission
-        if admission.pictures >= admission.max_pictures:
+        if admission.pictures + admission.pictures_elsewhere >= admission.max_pictures:
             raise Overloaded(retry_after=admission.retry_after())
         if options.content_length is not None:
             check_size(options.content_length, self.service.settings.max_body_bytes)
 
-    def _writer_of(self, live: LiveModel) -> AnswerWriter:
+    def _writer_of(self, live: ServedModel) -> AnswerWriter:
         if self._writer is None or self._writer[0] is not live:
             self._writer = (live, AnswerWriter(live.metadata, live.version))
         return self._writer[1]

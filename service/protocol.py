@@ -17,9 +17,9 @@ from uvicorn.server import ServerState
 
 from service.cycle import Cycle
 from service.errors import BadRequest, BodyTimeout, HeadersTimeout, HeadersTooLarge, ServiceError, Unavailable
+from service.front import Front
 from service.middleware import error_body, error_headers
 from service.recurring import Recurring
-from service.state import Service
 
 MAX_HEADER_BYTES: Final = 64 * 1024
 # After an answer that came before the end of the body (413, 503), the rest is read and thrown away for this long, so
@@ -37,7 +37,7 @@ class BoundedConfig(Config):
         clock: ends what takes too long on any connection.
     """
 
-    service: Service
+    service: Front
     clock: "ConnectionClock"
 
 
@@ -95,7 +95,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._clock.add(self)
         self._set_due()
-        if len(self.connections) > self.service.settings.max_connections:
+        if not self.service.may_connect(len(self.connections)):
             self.refuse(Unavailable("Too many connections are open."))
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -93,9 +93,9 @@ def health_of(service: Service) -> HealthResponse:
         provider=None if live is None else live.provider,
         queue=QueueState(
             waiting=service.queue_length,
-            pictures=admission.pictures,
+            pictures=service.house.pictures,
             max_pictures=admission.max_pictures,
-            bytes=admission.bytes,
+            bytes=service.house.bytes,
             max_bytes=admission.max_bytes,
         ),
     )

@@ -7,17 +7,18 @@ are told 503 and accepted ones finish; then uvicorn stops, and only then the lif
 import gc
 import logging
 import math
+import socket
 import time
+from collections.abc import Iterable
 from types import FrameType
+from typing import Literal
 
 import uvicorn
-from fastapi import FastAPI
-from prometheus_client import disable_created_metrics
+from starlette.types import ASGIApp
 
-from service.app import create_app
+from service.front import Front
 from service.protocol import BoundedConfig, BoundedProtocol, ConnectionClock
 from service.settings import Settings
-from service.state import Service
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: BoundedConfig) -> None:
         super().__init__(config)
-        self.service: Service = config.service
+        self.service: Front = config.service
         self.failed = False
         self._drain_until = math.inf
         self._settled = False
@@ -44,18 +45,19 @@ class Server(uvicorn.Server):
             self.force_exit = True
             super().handle_exit(sig, frame)
         else:
-            self.service.draining = True
-            self._drain_until = time.monotonic() + self.service.settings.drain_timeout_s
             logger.info("draining: %d requests are being answered", self.service.in_flight)
+            self.drain(self.service.settings.drain_timeout_s)
 
-    async def startup(self, sockets: object = None) -> None:
-        """Listen, and say where."""
-        await super().startup()
-        scheme = "https" if self.config.is_ssl else "http"
-        for server in self.servers:
-            for socket in server.sockets:
-                host, port = socket.getsockname()[:2]
-                logger.info("listening on %s://%s:%d", scheme, f"[{host}]" if ":" in host else host, port)
+    def drain(self, seconds: float) -> None:
+        """Refuse what comes, and end when what was accepted has been answered, or after so many seconds."""
+        self.service.draining = True
+        self._drain_until = time.monotonic() + seconds
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say where; on sockets that were given, whoever gave them says it."""
+        await super().startup(sockets)
+        if sockets is None:
+            log_addresses((one for server in self.servers for one in server.sockets), self.service.settings)
 
     async def on_tick(self, counter: int) -> bool:
         """Look ten times a second whether it is time to end."""
@@ -68,10 +70,7 @@ class Server(uvicorn.Server):
             return True
         if not self._settled and self.service.status == "ready":
             self._settled = True
-            # What was loaded stays: collections look at requests alone, and seldom, since those free themselves.
-            gc.collect()
-            gc.freeze()
-            gc.set_threshold(YOUNG_OBJECTS)
+            settle()
         if not self.service.draining:
             return False
         left = self._drain_until - time.monotonic()
@@ -79,7 +78,23 @@ class Server(uvicorn.Server):
         return self.service.in_flight == 0 or left <= 0
 
 
-def configuration(app: FastAPI, service: Service) -> BoundedConfig:
+def settle() -> None:
+    """Tell the collector that what was loaded stays."""
+    gc.collect()
+    gc.freeze()
+    # It looks at requests alone, and seldom, since those free themselves.
+    gc.set_threshold(YOUNG_OBJECTS)
+
+
+def log_addresses(sockets: Iterable[socket.socket], settings: Settings) -> None:
+    """Log where sockets listen."""
+    scheme = "http" if settings.tls_cert is None else "https"
+    for one in sockets:
+        host, port = one.getsockname()[:2]
+        logger.info("listening on %s://%s:%d", scheme, f"[{host}]" if ":" in host else host, port)
+
+
+def configuration(app: ASGIApp, service: Front, *, lifespan: Literal["on", "off"] = "on") -> BoundedConfig:
     """Return uvicorn's configuration."""
     settings = service.settings
     config = BoundedConfig(
@@ -88,7 +103,7 @@ def configuration(app: FastAPI, service: Service) -> BoundedConfig:
         port=settings.port,
         http=BoundedProtocol,
         ws="none",
-        lifespan="on",
+        lifespan=lifespan,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -100,24 +115,3 @@ def configuration(app: FastAPI, service: Service) -> BoundedConfig:
     config.service = service
     config.clock = ConnectionClock()
     return config
-
-
-def run(settings: Settings) -> int:
-    """Serve until the end; return the process's exit status."""
-    # A second series for each counter and histogram, which nobody queries.
-    disable_created_metrics()  # type: ignore[no-untyped-call]
-    app = create_app(settings)
-    config = configuration(app, app.state.service)
-    try:
-        config.load()
-    except OSError as error:  # ssl.SSLError is one
-        logger.critical("the TLS files can't be used: %s", error)
-        return 1
-    server = Server(config)
-    try:
-        server.run()
-    except SystemExit:  # uvicorn could not listen, and has said why
-        return 1
-    except KeyboardInterrupt:  # a second Ctrl-C
-        return 130
-    return 1 if server.failed else 0

@@ -4,7 +4,9 @@ Each field is the environment variable `PERCEIVER_<NAME>` and the flag `--<name>
 An empty variable counts as unset. Errors are collected by `service.command_line`, which also knows misspelt names.
 """
 
+import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -51,6 +53,13 @@ class Settings(BaseSettings):
     model_poll_s: float = bounded(5.0, 0.1, 3600, "Seconds between two looks into the model folder for a new version.")
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 for all of IPv4.")
     port: int = bounded(8000, 0, 65535, "TCP port to listen on; 0 takes a free one and logs it.")
+    http_processes: int = bounded(
+        0,
+        0,
+        64,
+        "Processes beside the model's that receive, decode and answer requests. 0: the model's own process does, "
+        "which is enough for some thousand requests a second. Linux only.",
+    )
 
     provider: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
         "auto",
@@ -194,6 +203,8 @@ class Settings(BaseSettings):
             raise ValueError("max_body_bytes must not exceed max_queue_bytes, or a full body could never be accepted")
         if self.max_pixels > self.max_request_pixels:
             raise ValueError("max_pixels must not exceed max_request_pixels, which counts the same picture")
+        if self.http_processes and not sys.platform.startswith("linux"):
+            raise ValueError("http_processes needs Linux, where processes can share a port; leave it at 0")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key go together; only one of them is set")
         return self
@@ -211,6 +222,13 @@ class Settings(BaseSettings):
     def client_keys(self) -> tuple[str, ...]:
         """Every API key, of the setting and of the file; empty: no key is asked for."""
         return tuple(key.get_secret_value() for key in self.api_keys) + _read_keys(self.api_keys_file)
+
+    def for_http_process(self) -> bytes:
+        """Return what a process of its own for HTTP needs, as JSON, with all keys that it asks clients for."""
+        values = self.model_dump(mode="json") | {"api_keys": self.client_keys()}
+        for name in ("api_keys_file", "admin_key", "admin_key_file"):
+            del values[name]
+        return json.dumps(values).encode()
 
     def administrator_key(self) -> str | None:
         """Return the admin key, of the setting or of the file; None: reloading over HTTP is off."""

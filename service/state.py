@@ -2,38 +2,34 @@
 
 import asyncio
 import logging
-from typing import Literal
 
-from service.admission import Admission
-from service.decoding import Decoder
-from service.errors import Draining, NotReady
+from service.admission import Admission, House
+from service.front import Front, Status
 from service.metrics import Metrics
-from service.models import EngineOptions, ModelStore, NoUsableVersionError, OpenEngines
+from service.models import EngineOptions, LiveModel, ModelStore, NoUsableVersionError, OpenEngines
 from service.settings import Settings
 from service.versions import open_engines
 
 logger = logging.getLogger(__name__)
 
-Status = Literal["ready", "loading", "draining", "failed"]
 
-
-class Service:
-    """One service process: settings, models, limits and counts. Belongs to one event loop.
+class Service(Front):
+    """The process that runs the model: settings, models, limits and counts. Belongs to one event loop.
 
     Args:
         settings: all of them.
         open_engines: opens the engines of a version folder; the default opens real ones.
 
     Attributes:
-        draining: set when the process was told to stop: nothing new is accepted, what was accepted finishes.
-        in_flight: requests to /predict that are being answered.
+        house: what was accepted and is not yet answered, wherever that was.
     """
 
+    metrics: Metrics
+
     def __init__(self, settings: Settings, *, open_engines: OpenEngines = open_engines) -> None:
-        self.settings = settings
-        self.metrics = Metrics()
-        self.admission = Admission(settings.max_queue_size, settings.max_queue_bytes)
-        self.decoder = Decoder(settings)
+        admission = Admission(settings.max_queue_size, settings.max_queue_bytes)
+        super().__init__(settings, Metrics(), admission, decode_threads=settings.decode_threads)
+        self.house: House = admission
         self.store = ModelStore(
             settings.model_dir,
             engine_options(settings),
@@ -42,18 +38,20 @@ class Service:
             observer=self.metrics,
             open_engines=open_engines,
         )
-        self.draining = False
-        self.in_flight = 0
-        self._load_failure = ""
+        self._failure = ""
         self._task: asyncio.Task[None] | None = None
         self.metrics.watch(
             ready=lambda: self.status == "ready",
             queue_length=lambda: self.queue_length,
-            admitted_pictures=lambda: self.admission.pictures,
-            admitted_bytes=lambda: self.admission.bytes,
+            admitted_pictures=lambda: self.house.pictures,
+            admitted_bytes=lambda: self.house.bytes,
             max_batch_size=lambda: self.max_batch_size,
             max_queue_size=settings.max_queue_size,
         )
+
+    def fail(self, reason: str) -> None:
+        """Take note that the process can't go on."""
+        self._failure = self._failure or reason
 
     def start(self) -> None:
         """Load the model and watch its folder, in the background: probes are answered meanwhile."""
@@ -71,7 +69,7 @@ class Service:
     @property
     def failure(self) -> str:
         """Why the process can't go on and should be replaced; "" while it can."""
-        return self._load_failure or self.store.failure
+        return self._failure or self.store.failure
 
     @property
     def status(self) -> Status:
@@ -81,6 +79,10 @@ class Service:
         if self.draining:
             return "draining"
         return "loading" if self.store.live is None else "ready"
+
+    def lease(self) -> LiveModel:
+        """Hold the live model; see `ModelStore.lease`."""
+        return self.store.lease()
 
     @property
     def queue_length(self) -> int:
@@ -92,25 +94,15 @@ class Service:
         """Pictures that one run of the live model may have now; 0 while there is none."""
         return 0 if self.store.live is None else self.store.live.batcher.max_batch_size
 
-    def check_ready(self) -> None:
-        """Raise NotReady or Draining unless predictions are served."""
-        match self.status:
-            case "draining":
-                raise Draining()
-            case "loading":
-                raise NotReady("The model is being loaded and checked.")
-            case "failed":
-                raise NotReady("The model has failed; the process is being replaced.")
-
     async def _serve_models(self) -> None:
         try:
             await self.store.load()
             await self.store.watch()
         except NoUsableVersionError as error:
-            self._load_failure = str(error)
+            self.fail(str(error))
         except Exception as error:
             logger.exception("watching the model folder failed")
-            self._load_failure = f"Watching the model folder failed: {error!r}."
+            self.fail(f"Watching the model folder failed: {error!r}.")
 
 
 def engine_options(settings: Settings) -> EngineOptions:

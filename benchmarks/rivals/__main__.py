@@ -67,6 +67,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=5.0, help="of one measurement")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each server, in turn")
     parser.add_argument("--processes", type=int, default=1, help="of the load generator")
+    parser.add_argument(
+        "--http-processes", type=int, nargs="+", default=[0], metavar="N", help="of this service, which runs with each"
+    )
     parser.add_argument("--setting", action="append", default=[], metavar="NAME.SETTING=NUMBER", help="of a rival")
     parser.add_argument(
         "--environments", type=Path, default=ROOT / ".rivals", metavar="DIR", help="where their environments are made"
@@ -76,11 +79,18 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def enter(
-    frameworks: Mapping[str, Framework], folder: Path, model: ModelPlace, pictures: Sequence[Picture]
+    frameworks: Mapping[str, Framework],
+    folder: Path,
+    model: ModelPlace,
+    pictures: Sequence[Picture],
+    http_processes: Sequence[int],
 ) -> list[Contender]:
-    """Return our service and the rivals that have an environment, or get one; say which don't, and why."""
+    """Return our service, once with each number of HTTP processes, and the rivals that have or get an environment."""
     requests = build_requests(pictures, "raw", host=HOST, path="/predict?top_k=1")
-    contenders = [Contender(OURS, partial(Server, model, SETTINGS), requests)]
+    contenders = [
+        Contender(title_of(number), partial(Server, model, SETTINGS | {"http_processes": str(number)}), requests)
+        for number in http_processes
+    ]
     for name, framework in frameworks.items():
         try:
             python = environment(name, folder)
@@ -92,6 +102,11 @@ def enter(
             Contender(framework.title, partial(RivalServer, framework, python, model, requests[0]), requests)
         )
     return contenders
+
+
+def title_of(http_processes: int) -> str:
+    """Name our service with so many HTTP processes."""
+    return f"{OURS}, {http_processes} HTTP" if http_processes else OURS
 
 
 def check(contender: Contender, port: int, expected: Sequence[bytes]) -> None:
@@ -140,7 +155,7 @@ def measure_in_turn(
             try:
                 measure(contender, args, expected)
             except BenchmarkError as error:
-                if contender.title == OURS:
+                if contender.title.startswith(OURS):
                     raise
                 print(f"{contender.title} is left out: {error}\n", file=sys.stderr, flush=True)
                 contenders.remove(contender)
@@ -188,7 +203,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = make_tiny_model(Path(folder))
         expected = expected_labels(model.path / MODEL_FILE, pictures)
-        contenders = enter(frameworks, args.environments, model, pictures)
+        contenders = enter(frameworks, args.environments, model, pictures, args.http_processes)
         contenders = measure_in_turn(contenders, args, expected)
     rows = rows_of(contenders)
     report(rows, about, args.csv)

@@ -21,6 +21,7 @@ from tests.fakes import CLASSES, HEIGHT, WIDTH, tiny_metadata
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 SECONDS = 60
+HTTP_PROCESSES = 0  # see `conftest.either_way`
 
 
 class Process:
@@ -87,7 +88,8 @@ def started(tmp_path: Path, *arguments: str, module: str = "service", **environm
 
 def on_model(folder: Path, *arguments: str) -> tuple[str, ...]:
     """The arguments for a small real model on a CPU."""
-    return ("--model-dir", str(folder), "--provider", "cpu", "--intra-op-threads", "1", *arguments)
+    here = ("--model-dir", str(folder), "--provider", "cpu", "--intra-op-threads", "1")
+    return (*here, "--http-processes", str(HTTP_PROCESSES), *arguments)
 
 
 def make_slow_model(folder: Path, steps: int) -> None:

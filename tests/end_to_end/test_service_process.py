@@ -23,6 +23,7 @@ def post(client: httpx.Client, number: int = 1, **headers: str) -> httpx.Respons
     return client.post("/predict", content=png(number), headers=IMAGE | headers)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_picture_in_a_label_out(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     picture = pixels(HEIGHT, WIDTH)
@@ -40,6 +41,7 @@ def test_a_picture_in_a_label_out(tmp_path: Path) -> None:
         assert process.exit_status() == 0
 
 
+@pytest.mark.usefixtures("either_way")
 def test_sigterm_finishes_what_was_accepted_while_probes_say_503(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     with started(tmp_path, *on_model(tmp_path / "m")) as process, process.ready() as client:
@@ -63,6 +65,7 @@ def test_sigterm_finishes_what_was_accepted_while_probes_say_503(tmp_path: Path)
         assert process.exit_status() == 0
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_drain_does_not_wait_longer_than_it_may(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     with (
@@ -78,6 +81,7 @@ def test_a_drain_does_not_wait_longer_than_it_may(tmp_path: Path) -> None:
         half.recv(10_000)  # whatever it says, it does not hang
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_idle_service_stops_at_once(tmp_path: Path, number: int) -> None:
     make_model_folder(tmp_path / "m")
@@ -89,6 +93,7 @@ def test_an_idle_service_stops_at_once(tmp_path: Path, number: int) -> None:
         assert all(line.startswith("{") for line in process.stderr.splitlines())
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     with (
@@ -104,6 +109,7 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
         assert process.exit_status() != 0
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_hung_engine_ends_the_process(tmp_path: Path) -> None:
     make_slow_model(tmp_path / "m", steps=10**9)
     slow, quick = np.full((HEIGHT, WIDTH, 3), 255, np.uint8), np.zeros((HEIGHT, WIDTH, 3), np.uint8)
@@ -116,6 +122,7 @@ def test_a_hung_engine_ends_the_process(tmp_path: Path) -> None:
         assert "CRITICAL" in process.stderr
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_new_version_is_served_without_a_restart(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m", 1)
     with started(tmp_path, *on_model(tmp_path / "m", "--model-poll-s", "0.1")) as process, process.ready() as client:
@@ -134,6 +141,7 @@ def refused(process: Process, status: int, *said: str) -> None:
         assert words in process.stderr
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_missing_model_folder(tmp_path: Path) -> None:
     with started(tmp_path, *on_model(tmp_path / "nowhere")) as process:
         refused(process, 1, "nowhere", "no model version")
@@ -152,6 +160,7 @@ def test_a_provider_that_is_not_there(tmp_path: Path) -> None:
         refused(process, 1, "tensorrt")
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_port_in_use(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -160,6 +169,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
             refused(process, 1, "address already in use", port)
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with the openssl command")
 def test_https(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
@@ -176,6 +186,7 @@ def test_https(tmp_path: Path) -> None:
         assert process.exit_status() == 0
 
 
+@pytest.mark.usefixtures("either_way")
 def test_tls_files_that_are_none(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     (tmp_path / "junk.pem").write_text("junk")

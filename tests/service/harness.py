@@ -16,6 +16,7 @@ import numpy as np
 from service.app import PerceiverApp
 from service.artifact import GOLDEN_FILE, MODEL_FILE, Golden, save_golden
 from service.engine import Engine
+from service.front_processes import FrontProcesses, listen
 from service.server import Server, configuration
 from service.settings import Settings
 from service.state import Service
@@ -23,17 +24,25 @@ from service.versions import EngineOptions
 from tests.fakes import FakeEngine, picture
 from tests.service.pictures import encode
 
+HTTP_PROCESSES = 0  # see `conftest.either_way`
+
 
 @dataclass
 class Running:
     """A service under test."""
 
     service: Service
-    server: Server
+    server: Server | None
     port: int
     client: httpx.AsyncClient
     engine: FakeEngine
     writers: list[asyncio.StreamWriter] = field(default_factory=list)
+    fronts: FrontProcesses | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """Requests to /predict that are being answered, in whatever process."""
+        return self.service.in_flight if self.fronts is None else self.fronts.in_flight
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A bare connection, closed at the end."""
@@ -84,9 +93,16 @@ async def running(folder: Path, engine: FakeEngine | None = None, **settings: ob
     def open_engines(path: Path, options: EngineOptions) -> list[Engine]:
         return [engine]
 
-    values = {"model_dir": fake_folder(folder, engine), "port": 0, "provider": "cpu", "model_poll_s": 3600}
+    values = {
+        "model_dir": fake_folder(folder, engine),
+        "port": 0,
+        "provider": "cpu",
+        "model_poll_s": 3600,
+        "http_processes": HTTP_PROCESSES,
+    }
     service = Service(Settings.model_validate(values | settings), open_engines=open_engines)
-    async with listening(PerceiverApp(service), engine) as run:
+    serving = listening_with_processes if service.settings.http_processes else listening
+    async with serving(PerceiverApp(service), engine) as run:
         await run.until(lambda: service.status == "ready")
         engine.batches.clear()
         yield run
@@ -116,6 +132,34 @@ async def listening(app: PerceiverApp, engine: FakeEngine) -> AsyncIterator[Runn
             for writer in run.writers:
                 writer.close()
             await stop(server)
+
+
+@asynccontextmanager
+async def listening_with_processes(app: PerceiverApp, engine: FakeEngine) -> AsyncIterator[Running]:
+    """Serve an app on a free port, HTTP in processes of its own and the rest in the test's; ready or not."""
+    service: Service = app.state.service
+    sockets = listen(service.settings, service.settings.http_processes)
+    port = sockets[0][0].getsockname()[1]
+    fronts = FrontProcesses(service, app.routes_alone, sockets)
+    service.start()
+    fronts.start()
+    scheme = "http" if service.settings.tls_cert is None else "https"
+    async with httpx.AsyncClient(base_url=f"{scheme}://127.0.0.1:{port}", verify=False, timeout=20) as client:
+        run = Running(service, None, port, client, engine, fronts=fronts)
+        try:
+            async with asyncio.timeout(20):
+                await fronts.listening()
+            yield run
+        finally:
+            if engine._permits is not None:
+                engine.release(1000)
+            for writer in run.writers:
+                writer.close()
+            await fronts.stop()
+            await service.stop()
+            for own in sockets:
+                for one in own:
+                    one.close()
 
 
 async def stop(server: Server) -> None:

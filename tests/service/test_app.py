@@ -33,6 +33,7 @@ async def test_an_unfit_request_id_is_replaced(tmp_path: Path, given: str) -> No
 # Methods and paths
 
 
+@pytest.mark.usefixtures("either_way")
 async def test_unknown_paths_and_methods_have_the_shape_of_all_errors(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         for method, path, status, code in [
@@ -54,6 +55,7 @@ async def test_unknown_paths_and_methods_have_the_shape_of_all_errors(tmp_path: 
         assert (await run.client.get("/predict")).headers["allow"] == "POST"
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready"])
 async def test_probes_answer_head_without_a_body(tmp_path: Path, path: str) -> None:
     async with running(tmp_path) as run:
@@ -80,6 +82,7 @@ async def test_an_unexpected_error_is_a_500_without_details(tmp_path: Path, capl
 # Health
 
 
+@pytest.mark.usefixtures("either_way")
 async def test_health_summarises(tmp_path: Path) -> None:
     async with running(tmp_path, max_queue_size=64) as run:
         response = await run.client.get("/health")
@@ -99,6 +102,7 @@ async def test_health_summarises(tmp_path: Path) -> None:
         }
 
 
+@pytest.mark.usefixtures("either_way")
 async def test_before_the_golden_check_has_passed_nothing_is_ready(tmp_path: Path) -> None:
     engine = FakeEngine()
     folder = fake_folder(tmp_path, engine)
@@ -121,6 +125,7 @@ async def test_before_the_golden_check_has_passed_nothing_is_ready(tmp_path: Pat
         assert await run.metric("perceiver_ready") == 1
 
 
+@pytest.mark.usefixtures("either_way")
 async def test_a_model_that_is_refused_fails_the_service_with_the_reason(tmp_path: Path) -> None:
     make_model_folder(tmp_path, defect="golden_mismatch")
     app = create_app(Settings(model_dir=tmp_path, port=0, provider="cpu", intra_op_threads=1))
@@ -133,6 +138,7 @@ async def test_a_model_that_is_refused_fails_the_service_with_the_reason(tmp_pat
         assert await run.metric("perceiver_golden_max_abs_difference") > 0
 
 
+@pytest.mark.usefixtures("either_way")
 async def test_an_engine_that_hangs_fails_the_service(tmp_path: Path) -> None:
     engine = FakeEngine()
     async with running(tmp_path, engine, run_timeout_ms=50) as run:
@@ -145,6 +151,7 @@ async def test_an_engine_that_hangs_fails_the_service(tmp_path: Path) -> None:
         assert (await run.client.get("/health/live")).status_code == 200
 
 
+@pytest.mark.usefixtures("either_way")
 async def test_while_draining_what_was_accepted_finishes_and_nothing_new_begins(tmp_path: Path) -> None:
     engine = FakeEngine()
     async with running(tmp_path, engine) as run:
@@ -158,12 +165,13 @@ async def test_while_draining_what_was_accepted_finishes_and_nothing_new_begins(
         assert (await run.client.get("/health")).json()["status"] == "draining"
         engine.release()
         assert (await accepted).status_code == 200
-        assert run.service.in_flight == 0
+        assert run.in_flight == 0
 
 
 # Models
 
 
+@pytest.mark.usefixtures("either_way")
 async def test_models_lists_versions_with_metadata(tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1)
     make_model_folder(tmp_path, 2)

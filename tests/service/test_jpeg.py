@@ -102,21 +102,21 @@ async def test_a_picture_of_many_scans_leaves_the_event_loop() -> None:
     data = encode(ARRAY, "JPEG", progressive=True)
     scan = data[data.rindex(b"\xff\xda") : -2]
     many = data[:-2] + scan * 30 + data[-2:]
-    decoder = Decoder(Settings())
+    decoder = Decoder(Settings(), threads=1)
     assert decoder._is_small([Upload(data)])
     assert not decoder._is_small([Upload(many)])
     decoder.close()
 
 
 async def test_limits_hold() -> None:
-    decoder = Decoder(Settings(max_pixels=1000))
+    decoder = Decoder(Settings(max_pixels=1000), threads=1)
     metadata = tiny_metadata(input_size=SIZE)
     uploads = [Upload(encode(ARRAY, "JPEG"))]
     assert decoder.decode_here(uploads, metadata) is None
     with pytest.raises(TooManyPixels):
         await decoder.decode(uploads, metadata, deadline=1e9)
     decoder.close()
-    decoder = Decoder(Settings())
+    decoder = Decoder(Settings(), threads=1)
     (decoded,) = decoder.decode_here(uploads, metadata) or ()
     np.testing.assert_array_equal(decoded, by_pillow(uploads[0].data))
     decoder.close()

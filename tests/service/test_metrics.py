@@ -31,6 +31,8 @@ FAMILIES = {
     "perceiver_queue_length": "gauge",
     "perceiver_max_queue_size": "gauge",
     "perceiver_max_batch_size": "gauge",
+    "perceiver_http_processes": "gauge",
+    "perceiver_http_process_restarts": "counter",
     "perceiver_admitted_pictures": "gauge",
     "perceiver_admitted_bytes": "gauge",
 }

@@ -106,8 +106,8 @@ async def test_a_body_that_trickles_is_cut_off_however_steadily(tmp_path: Path) 
         status, headers, body = await read_answer(reader)
         task.cancel()
         assert (status, error_of(body), headers["connection"]) == (408, "body_timeout", "close")
-        await run.until(lambda: run.service.in_flight == 0)
-        assert run.service.admission.bytes == 0
+        await run.until(lambda: run.in_flight == 0)
+        assert run.service.house.bytes == 0
         assert run.engine.batches == []
 
 
@@ -118,7 +118,7 @@ async def test_the_timeouts_do_not_limit_the_answer(tmp_path: Path) -> None:
         reader, writer = await run.connect()
         body = png(1)
         writer.write(request_head(len(body)) + body[:10])
-        await run.until(lambda: run.service.in_flight == 1)
+        await run.until(lambda: run.in_flight == 1)
         writer.write(body[10:])
         await run.until(lambda: engine.batches == [[1]])
         await asyncio.sleep(0.6)
@@ -140,7 +140,7 @@ async def test_a_chunked_body_that_is_too_large_is_refused_while_reading(tmp_pat
         writer.write(request_head(None, "Transfer-Encoding: chunked"))
         chunk = b"%x\r\n%s\r\n" % (1500, bytes(1500))
         writer.write(chunk)
-        await run.until(lambda: run.service.admission.bytes == 1500)
+        await run.until(lambda: run.service.house.bytes == 1500)
         writer.write(chunk)
         status, _, body = await read_answer(reader)
         assert (status, error_of(body)) == (413, "body_too_large")
@@ -235,7 +235,7 @@ async def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
                     writer.write(request)
                 await asyncio.sleep(0)
             await run.until(lambda: not connections)
-        assert run.service.in_flight == 0
+        assert run.in_flight == 0
         assert (await run.predict()).status_code == 200
 
 
@@ -270,7 +270,7 @@ async def test_a_body_is_no_part_of_the_head_behind_it(tmp_path: Path) -> None:
         reader, writer = await run.connect()
         filler = protocol.MAX_HEADER_BYTES + 20_000
         writer.write(request_head(filler))
-        await run.until(lambda: run.service.in_flight == 1)
+        await run.until(lambda: run.in_flight == 1)
         writer.write(bytes(filler) + b"POST /pre")
         status, _, body = await read_answer(reader)
         assert (status, error_of(body)) == (400, "not_an_image")
@@ -303,5 +303,5 @@ async def test_pipelined_requests_are_answered_in_order_and_bounded(tmp_path: Pa
         writer.write(pipelined * 1000)
         assert await ended(reader)
         engine.let_go()
-        await run.until(lambda: run.service.in_flight == 0)
+        await run.until(lambda: run.in_flight == 0)
         assert (await run.predict()).status_code == 200

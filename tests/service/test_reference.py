@@ -17,7 +17,8 @@ DOCS = ROOT / "docs"
 REFERENCE = (DOCS / "reference.md").read_text(encoding="utf-8")
 OPERATIONS = (DOCS / "operations.md").read_text(encoding="utf-8")
 UNITS = re.compile(
-    r"\b(milliseconds|seconds|bytes|pixels|pictures|threads|connections|port|number|numbers|version)\b", re.IGNORECASE
+    r"\b(milliseconds|seconds|bytes|pixels|pictures|threads|processes|connections|port|number|numbers|version)\b",
+    re.IGNORECASE,
 )
 PROMETHEUS = ROOT / "docker" / "prometheus"
 

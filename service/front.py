@@ -1,0 +1,126 @@
+"""What the HTTP layer needs of the service behind it: in this process, or in another that runs the model.
+
+It imports no engine, so that a process which only speaks HTTP loads no onnxruntime.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Final, Literal, Protocol, Self
+
+from service.admission import Admission
+from service.artifact import ModelMetadata
+from service.decoding import Decoder
+from service.errors import Draining, NotReady
+from service.fair_queue import Image, Prediction
+from service.settings import Settings
+
+ROUTES: Final = frozenset(
+    {"/predict", "/health", "/health/live", "/health/ready", "/metrics", "/models", "/models/reload"}
+    | {"/docs", "/openapi.json"}
+)
+Status = Literal["ready", "loading", "draining", "failed"]
+
+
+def known_route(path: str) -> str:
+    """Return the path, or "other": what clients send must not become ever new label values."""
+    return path if path in ROUTES else "other"
+
+
+class RequestObserver(Protocol):
+    """Counts what happens to requests. Must be quick."""
+
+    def request(self, route: str, status: int) -> None:
+        """Take note of one answered request."""
+
+    def predicted(self, seconds: float, request_id: str) -> None:
+        """Take note of one request to /predict, and of its id."""
+
+    def decoded(self, seconds: float) -> None:
+        """Take note of a request's time from its last byte to arrays."""
+
+    def rejected(self, code: str) -> None:
+        """Take note of one request that ended in an error."""
+
+
+class Batcher(Protocol):
+    """Classifies pictures: `service.batcher.DynamicBatcher`, or the way to one."""
+
+    async def submit_many(self, images: Sequence[Image], *, deadline: float | None = None) -> list[Prediction]:
+        """Classify the pictures of one request; see `DynamicBatcher.submit_many`."""
+
+
+class ServedModel(Protocol):
+    """The model of one request, from decode to answer: `with front.lease() as live:`."""
+
+    @property
+    def version(self) -> int:
+        """Number of its folder."""
+
+    @property
+    def metadata(self) -> ModelMetadata:
+        """Of the file that runs."""
+
+    @property
+    def batcher(self) -> Batcher:
+        """Its own."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
+class Front(ABC):
+    """The service as the requests of one process see it. Belongs to one event loop.
+
+    Args:
+        settings: all of them.
+        metrics: counts the requests.
+        admission: bounds what is in the house.
+        decode_threads: for large pictures.
+
+    Attributes:
+        draining: set when the process was told to stop: nothing new is accepted, what was accepted finishes.
+        in_flight: requests to /predict that are being answered.
+    """
+
+    def __init__(
+        self, settings: Settings, metrics: RequestObserver, admission: Admission, *, decode_threads: int
+    ) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.admission = admission
+        self.decoder = Decoder(settings, decode_threads)
+        self.draining = False
+        self.in_flight = 0
+
+    @property
+    @abstractmethod
+    def failure(self) -> str:
+        """Why the service can't go on and should be replaced; "" while it can."""
+
+    @property
+    @abstractmethod
+    def status(self) -> Status:
+        """The state in one word."""
+
+    @abstractmethod
+    def lease(self) -> ServedModel:
+        """Hold the live model while one request is served.
+
+        Raises:
+            NotReady: nothing is live yet.
+        """
+
+    def check_ready(self) -> None:
+        """Raise NotReady or Draining unless predictions are served."""
+        match self.status:
+            case "draining":
+                raise Draining()
+            case "loading":
+                raise NotReady("The model is being loaded and checked.")
+            case "failed":
+                raise NotReady("The model has failed; the process is being replaced.")
+
+    def may_connect(self, connections: int) -> bool:
+        """Tell whether so many connections to this process, the newest included, are not too many."""
+        return connections <= self.settings.max_connections

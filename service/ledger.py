@@ -1,0 +1,104 @@
+"""What is in the house, counted by several processes: each writes a row of its own, and all read the sum.
+
+Nothing is locked: between the look at the sum and the entry another process may enter something too, so a limit can be
+exceeded by what one request holds for each other process. It is never exceeded for longer than those requests stay.
+"""
+
+import mmap
+import os
+from typing import Final
+
+from service.admission import Admission, Ticket
+
+PICTURES: Final = 0
+BYTES: Final = 1
+CONNECTIONS: Final = 2
+IN_FLIGHT: Final = 3
+COLUMNS: Final = 4
+
+
+class Ledger:
+    """Whole numbers in memory that processes share.
+
+    Args:
+        rows: one for each process that writes.
+        descriptor: of the memory of another process's ledger; -1 makes a new one.
+
+    Attributes:
+        rows: as given.
+        descriptor: to be passed on to other processes.
+    """
+
+    def __init__(self, rows: int, descriptor: int = -1) -> None:
+        size = rows * COLUMNS * 8
+        if descriptor < 0:
+            descriptor = os.memfd_create("ledger")
+            os.truncate(descriptor, size)
+        self.rows = rows
+        self.descriptor = descriptor
+        self._cells = memoryview(mmap.mmap(descriptor, size)).cast("q")
+
+    def write(self, row: int, column: int, value: int) -> None:
+        """Enter a number. Only the process that the row belongs to may."""
+        self._cells[row * COLUMNS + column] = value
+
+    def read(self, row: int, column: int) -> int:
+        """Return a number."""
+        return self._cells[row * COLUMNS + column]
+
+    def total(self, column: int) -> int:
+        """Return the sum over all rows."""
+        return sum(self._cells[column::COLUMNS].tolist())
+
+    def clear(self, row: int) -> None:
+        """Forget a process that has ended."""
+        for column in range(COLUMNS):
+            self.write(row, column, 0)
+
+
+class Totals:
+    """What all processes have let in; a `House`."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    @property
+    def pictures(self) -> int:
+        """Pictures."""
+        return self._ledger.total(PICTURES)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of bodies."""
+        return self._ledger.total(BYTES)
+
+
+class SharedAdmission(Admission):
+    """An `Admission` whose limits hold for all processes of a ledger together.
+
+    Args:
+        max_pictures: pictures that may be in the house at once.
+        max_bytes: bytes of request bodies that may be held at once.
+        ledger: where this process enters what it has taken.
+        row: its row.
+    """
+
+    def __init__(self, max_pictures: int, max_bytes: int, ledger: Ledger, row: int) -> None:
+        super().__init__(max_pictures, max_bytes)
+        self._ledger = ledger
+        self._row = row
+
+    def _take(self, ticket: Ticket, pictures: int, size: int) -> None:
+        ledger = self._ledger
+        self.pictures_elsewhere = ledger.total(PICTURES) - self.pictures
+        self.bytes_elsewhere = ledger.total(BYTES) - self.bytes
+        super()._take(ticket, pictures, size)
+        self._enter()
+
+    def _give_back(self, pictures: int, size: int) -> None:
+        super()._give_back(pictures, size)
+        self._enter()
+
+    def _enter(self) -> None:
+        self._ledger.write(self._row, PICTURES, self.pictures)
+        self._ledger.write(self._row, BYTES, self.bytes)

@@ -1,0 +1,108 @@
+"""Start the service in one process, or with processes of their own for HTTP; end it; say how it went."""
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+
+from prometheus_client import disable_created_metrics
+
+from service.app import PerceiverApp
+from service.front_processes import STOP_SECONDS, FrontProcesses, listen
+from service.server import Server, configuration, log_addresses, settle
+from service.settings import Settings
+from service.state import Service
+
+logger = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.02
+
+
+def run(settings: Settings) -> int:
+    """Serve until the end; return the process's exit status."""
+    # A second series for each counter and histogram, which nobody queries.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
+    service = Service(settings)
+    app = PerceiverApp(service)
+    config = configuration(app, service)
+    try:
+        config.load()
+    except OSError as error:  # ssl.SSLError is one
+        logger.critical("the TLS files can't be used: %s", error)
+        return 1
+    if not settings.http_processes:
+        return run_alone(Server(config))
+    try:
+        sockets = listen(settings, settings.http_processes)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        logger.error("can't listen on %s:%d: %s", settings.host, settings.port, reason)
+        return 1
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        return runner.run(run_with_processes(service, app, sockets))
+
+
+def run_alone(server: Server) -> int:
+    """Serve in this process."""
+    try:
+        server.run()
+    except SystemExit:  # uvicorn could not listen, and has said why
+        return 1
+    except KeyboardInterrupt:  # a second Ctrl-C
+        return 130
+    return 1 if server.failed else 0
+
+
+async def run_with_processes(service: Service, app: PerceiverApp, sockets: list[list[socket.socket]]) -> int:
+    """Run the model here, and HTTP in other processes."""
+    stopping = Stopping(service)
+    fronts = FrontProcesses(service, app.routes_alone, sockets)
+    service.start()
+    fronts.start()
+    listening = asyncio.create_task(fronts.listening())
+    addresses = sockets[0]
+    is_settled = False
+    while not service.failure and not service.draining:
+        await asyncio.sleep(TICK_SECONDS)
+        if addresses and listening.done():
+            log_addresses(addresses, service.settings)
+            addresses = []
+        if not is_settled and service.status == "ready":
+            is_settled = True
+            settle()
+    listening.cancel()
+    failed = bool(service.failure)
+    if failed:
+        logger.critical("%s", service.failure)
+    else:
+        logger.info("draining: %d requests are being answered", fronts.in_flight)
+    seconds = 1 if failed else service.settings.drain_timeout_s
+    fronts.drain(seconds)
+    until = time.monotonic() + seconds + STOP_SECONDS
+    while fronts.is_running and time.monotonic() < until and not stopping.at_once:  # noqa: ASYNC110 - a signal too
+        await asyncio.sleep(TICK_SECONDS)
+    await fronts.stop()
+    if stopping.at_once:
+        return 130
+    await service.stop()
+    return 1 if failed else 0
+
+
+class Stopping:
+    """What signals ask for: the first a drain, the second an end.
+
+    Attributes:
+        at_once: whether there was a second.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.at_once = False
+        self._service = service
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stop)
+
+    def _stop(self) -> None:
+        self.at_once = self._service.draining
+        self._service.draining = True

@@ -1,0 +1,186 @@
+"""Processes of their own for HTTP: what they share, and what happens when one of them ends."""
+
+import asyncio
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service import front_processes
+from service.front_processes import bound, listen
+from service.settings import Settings
+from tests.fakes import FakeEngine
+from tests.service.harness import Running, png, read_answer, request_head, running
+
+
+def pids(run: Running) -> list[int]:
+    assert run.fronts is not None
+    return [front._process.pid for front in run.fronts._fronts if front._process is not None]
+
+
+async def spread(run: Running, connections: int = 24) -> list[asyncio.StreamReader]:
+    """Post a picture over so many connections; both of two processes have some of them but once in eight million."""
+    readers = []
+    for _ in range(connections):
+        reader, writer = await run.connect()
+        writer.write(request_head(len(png(1))) + png(1))
+        readers.append(reader)
+    return readers
+
+
+async def test_pictures_of_several_processes_meet_in_one_batch(tmp_path: Path) -> None:
+    engine = FakeEngine(max_batch_size=32)
+    async with running(tmp_path, engine, http_processes=2) as run:
+        engine.hold()
+        first = asyncio.create_task(run.predict(1))
+        await run.until(lambda: engine.batches == [[1]])
+        readers = await spread(run)
+        await run.until(lambda: run.service.house.pictures == 25)
+        rows = [run.fronts._ledger.read(row, 0) for row in range(2)]  # type: ignore[union-attr]
+        assert min(rows) > 0
+        await run.until(lambda: run.service.queue_length == 24)
+        engine.release(2)
+        assert [(await read_answer(reader))[0] for reader in readers] == [200] * 24
+        assert (await first).status_code == 200
+        assert engine.batches[1] == [1] * 24
+
+
+async def test_every_process_counts_and_a_scrape_has_all_of_it(tmp_path: Path) -> None:
+    async with running(tmp_path, http_processes=2) as run:
+        for reader in await spread(run):
+            assert (await read_answer(reader))[0] == 200
+        assert (await run.client.post("/predict", content=b"junk")).status_code == 400
+        assert await run.metric('perceiver_requests_total{code="200",route="/predict"}') == 24
+        assert await run.metric('perceiver_requests_total{code="400",route="/predict"}') == 1
+        assert await run.metric('perceiver_rejections_total{reason="not_an_image"}') == 1
+        assert await run.metric("perceiver_request_seconds_count") == 25
+        assert await run.metric("perceiver_decode_seconds_count") == 24
+        assert await run.metric("perceiver_pictures_total") == 24
+        assert await run.metric("perceiver_http_processes") == 2
+        await run.client.get("/no/such/path")
+        assert await run.metric('perceiver_requests_total{code="404",route="other"}') == 1
+
+
+async def test_connections_are_bounded_over_all_processes(tmp_path: Path) -> None:
+    async with running(tmp_path, http_processes=2, max_connections=5) as run:
+        readers = [(await run.connect())[0] for _ in range(8)]
+        async with asyncio.timeout(10):
+            refused = 0
+            for reader in readers:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(0.5):
+                        refused += b"503" in await reader.readline()
+        assert refused == 3
+
+
+async def test_a_process_that_is_killed_takes_its_clients_along_and_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = FakeEngine()
+    async with running(tmp_path, engine, http_processes=2) as run:
+        engine.hold()
+        first = asyncio.create_task(run.predict(1))
+        await run.until(lambda: engine.batches == [[1]])
+        readers = await spread(run)
+        await run.until(lambda: run.service.queue_length == 24)
+        mine = run.fronts._ledger.read(0, 0)  # type: ignore[union-attr]
+        os.kill(pids(run)[0], signal.SIGKILL)
+        assert run.fronts is not None
+        await run.until(lambda: run.service.house.pictures == 25 - mine)
+        engine.let_go()
+        answered = 0
+        for reader in readers:
+            with suppress(asyncio.IncompleteReadError, ConnectionResetError):
+                answered += (await read_answer(reader))[0] == 200
+        is_first_lost = isinstance((await asyncio.gather(first, return_exceptions=True))[0], httpx.HTTPError)
+        assert answered + (not is_first_lost) == 25 - mine
+        ran = sum(map(len, engine.batches))
+        assert ran == 25 - mine + is_first_lost  # the first ran already; the others of the dead process did not
+        await run.until(lambda: all(front.is_listening.is_set() for front in run.fronts._fronts), 30)
+        assert await run.metric("perceiver_http_process_restarts_total") == 1
+        assert [(await read_answer(reader))[0] for reader in await spread(run)] == [200] * 24
+        assert run.service.house.pictures == 0
+
+
+async def test_a_process_that_hangs_is_killed_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_processes, "HANG_SECONDS", 0.5)
+    monkeypatch.setattr(front_processes, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(front_processes, "ASK_SECONDS", 0.1)
+    async with running(tmp_path, http_processes=1) as run:
+        (hung,) = pids(run)
+        os.kill(hung, signal.SIGSTOP)
+        await run.until(lambda: pids(run) not in ([hung], []), 20)
+        assert run.fronts is not None
+        await run.until(lambda: run.fronts._fronts[0].is_listening.is_set(), 30)
+        assert (await run.predict()).status_code == 200
+
+
+async def test_a_scrape_does_not_wait_for_a_process_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(front_processes, "PATIENCE_SECONDS", 0.2)
+    async with running(tmp_path, http_processes=1) as run:
+        assert run.fronts is not None
+        (pid,) = pids(run)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            async with asyncio.timeout(5):
+                await run.fronts.ask_all()
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert "the HTTP process 0 takes long to answer" in caplog.text
+        assert await run.metric("perceiver_http_processes") == 1
+
+
+async def test_processes_that_can_not_start_fail_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_processes, "FIRST_PAUSE_SECONDS", 0.01)
+    async with running(tmp_path, http_processes=1) as run:
+        monkeypatch.setattr(front_processes.sys, "executable", "/bin/false")
+        os.kill(pids(run)[0], signal.SIGKILL)
+        await run.until(lambda: run.service.failure != "")
+        assert run.service.failure == "the HTTP process 0 ended 3 times before it could listen"
+
+
+async def test_a_model_that_is_swapped_is_retired_when_no_process_holds_it_any_more(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    async with running(tmp_path, engine, http_processes=2, admin_key="root") as run:
+        old = run.service.store.live
+        assert old is not None
+        engine.hold()
+        waits = asyncio.create_task(run.predict(1))
+        await run.until(lambda: engine.batches == [[1]])
+        (tmp_path / "1").rename(tmp_path / "2")  # the same files, and so another version
+        engine.let_go()
+        assert (await run.client.post("/models/reload", headers={"x-api-key": "root"})).json()["live"] == 2
+        assert (await waits).json()["version"] == 1
+        await run.until(lambda: not run.service.store._retiring)
+        assert {(await run.predict()).json()["version"] for _ in range(5)} == {2}
+
+
+# Listening
+
+
+def settings(**values: object) -> Settings:
+    return Settings.model_validate({"port": 0} | values)
+
+
+def test_each_process_has_sockets_of_its_own_on_the_same_address() -> None:
+    sockets = listen(settings(), 3)
+    try:
+        assert len(sockets) == 3
+        assert len({one.getsockname() for own in sockets for one in own}) == 1
+        assert len({one.fileno() for own in sockets for one in own}) == 3
+    finally:
+        for own in sockets:
+            own[0].close()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_port_that_another_service_has_is_refused_even_where_it_could_be_shared(shared: bool) -> None:
+    with bound(2, ("127.0.0.1", 0), shared=shared) as other:
+        other.listen()
+        with pytest.raises(OSError, match="already in use"):
+            listen(settings(port=other.getsockname()[1]), 2)
