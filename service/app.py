@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from service.entry import PREDICT, entry
+from service.entry import PREDICT, Entry
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
 from service.middleware import RequireKey, error_body, error_headers
 from service.predict import PredictEndpoint
@@ -51,11 +51,11 @@ class PerceiverApp(FastAPI):
         settings = service.settings
         #: Every route, without the layers that a request passes where it arrives.
         self.routes_alone = RequireKey(super().__call__, settings.client_keys(), settings.administrator_key())
-        self._entry = entry(service, self.predict, self.routes_alone)
+        self.entry = Entry(service, self.predict, self.routes_alone)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection's request, or the lifespan."""
-        await self._entry(scope, receive, send)
+        await self.entry(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
         """Return the OpenAPI document."""

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from service.engine import Engine
 from service.errors import Draining, InferenceFailed, NotReady
-from service.fair_queue import Batch, DropReason, FairQueue, Image, Outcome, Prediction, Request
+from service.fair_queue import Batch, DropReason, FairQueue, Image, Outcome, Pixels, Prediction, Request
 from service.observers import BatchObserver, NoObserver
 from service.recurring import Recurring
 from service.worker import EngineThread, report
@@ -153,13 +153,16 @@ class DynamicBatcher:
         finally:
             del future  # an error's traceback holds this frame, and the future the error: a cycle for the collector
 
-    def post(self, images: Sequence[bytes], outcome: Outcome, deadline: float) -> None:
+    def post(self, images: Sequence[Pixels], outcome: Outcome, deadline: float) -> int:
         """Do the same for somebody who waits elsewhere: `outcome` gets what `submit_many` would return or raise.
 
         Args:
-            images: at least one, the bytes of uint8 [H, W, 3] each.
+            images: at least one, the memory of uint8 [H, W, 3] each.
             outcome: `done` once nobody waits any more.
             deadline: as in `submit_many`.
+
+        Returns:
+            A number for `withdraw`.
 
         Raises:
             NotReady, Draining: as `submit_many`; `outcome` gets nothing then.
@@ -167,9 +170,14 @@ class DynamicBatcher:
         if self._refusal is not None:
             raise self._refusal()
         for image in images:
-            if len(image) != self._bytes:
-                raise ValueError(f"a picture must have {self._bytes} bytes, and has {len(image)}")
+            size = len(image) if isinstance(image, bytes) else image.nbytes
+            if size != self._bytes:
+                raise ValueError(f"a picture must have {self._bytes} bytes, and has {size}")
         self._put(Request(images, outcome, deadline))
+        return 0
+
+    def withdraw(self, number: int) -> None:
+        """Do nothing: who leaves is seen by its `outcome` being `done`, before a run or at the next look."""
 
     def _put(self, request: Request) -> None:
         self._queue.put(request)

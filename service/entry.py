@@ -1,4 +1,4 @@
-"""The layers that every request passes where it arrives, and the short way to `/predict`."""
+"""The layers that every request passes where it arrives, and the short ways to `/predict`."""
 
 from typing import Final
 
@@ -8,36 +8,48 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.front import Front
 from service.middleware import Observe, RequireKey
 from service.predict import PredictEndpoint
+from service.quick import Quick
 
 PREDICT: Final = "/predict"
 EXPOSED_HEADERS: Final = ["X-Request-Id", "Server-Timing", "Retry-After"]
 
 
-def entry(front: Front, predict: PredictEndpoint, others: ASGIApp) -> ASGIApp:
-    """Return the application behind a socket.
+class Entry:
+    """The application behind a socket.
 
     Args:
         front: the service.
         predict: answers POST /predict.
         others: answers all other requests, and asks for their keys.
+
+    Attributes:
+        quick: for the connections; None where every request has to pass the layers.
     """
-    settings = front.settings
-    keys = settings.client_keys()
-    keyed = RequireKey(predict, keys, None) if keys else predict
 
-    async def dispatch(scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, front: Front, predict: PredictEndpoint, others: ASGIApp) -> None:
+        settings = front.settings
+        keys = settings.client_keys()
+        self._predict = RequireKey(predict, keys, None) if keys else predict
+        self._others = others
+        observe = Observe(self._dispatch, front)
+        self._app: ASGIApp = observe
+        if settings.cors_origins:  # outermost: a browser must be able to read errors too
+            self._app = CORSMiddleware(
+                observe,
+                allow_origins=settings.cors_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=EXPOSED_HEADERS,
+            )
+        is_seen = bool(settings.cors_origins) or settings.access_log
+        self.quick = None if is_seen else Quick(front, predict, observe)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or the lifespan."""
+        await self._app(scope, receive, send)
+
+    async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == PREDICT and scope["method"] == "POST":
-            await keyed(scope, receive, send)
+            await self._predict(scope, receive, send)
         else:
-            await others(scope, receive, send)
-
-    app: ASGIApp = Observe(dispatch, front)
-    if settings.cors_origins:  # outermost: a browser must be able to read errors too
-        app = CORSMiddleware(
-            app,
-            allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=EXPOSED_HEADERS,
-        )
-    return app
+            await self._others(scope, receive, send)

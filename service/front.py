@@ -11,7 +11,7 @@ from service.admission import Admission
 from service.artifact import ModelMetadata
 from service.decoding import Decoder
 from service.errors import Draining, NotReady
-from service.fair_queue import Image, Prediction
+from service.fair_queue import Image, Outcome, Pixels, Prediction
 from service.settings import Settings
 
 ROUTES: Final = frozenset(
@@ -47,6 +47,12 @@ class Batcher(Protocol):
 
     async def submit_many(self, images: Sequence[Image], *, deadline: float | None = None) -> list[Prediction]:
         """Classify the pictures of one request; see `DynamicBatcher.submit_many`."""
+
+    def post(self, images: Sequence[Pixels], outcome: Outcome, deadline: float) -> int:
+        """Classify pictures for somebody who does not await them; see `DynamicBatcher.post`."""
+
+    def withdraw(self, number: int) -> None:
+        """Take note that nobody waits any more for what `post` gave this number to."""
 
 
 class ServedModel(Protocol):

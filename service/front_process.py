@@ -10,16 +10,16 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 from starlette.types import Receive, Scope, Send
 
 from service import errors, logs
 from service.artifact import ModelMetadata
-from service.entry import entry
+from service.entry import Entry
 from service.errors import NotReady, ServiceError
-from service.fair_queue import Image, Prediction
+from service.fair_queue import Image, Outcome, Pixels, Prediction
 from service.front import Front, Status, known_route
 from service.ledger import CONNECTIONS, IN_FLIGHT, Ledger, SharedAdmission
 from service.link import (
@@ -139,34 +139,34 @@ class Waiting:
     """The requests whose answer is to come from the other process, by number."""
 
     def __init__(self) -> None:
-        self._futures: dict[int, asyncio.Future[Any]] = {}
+        self._outcomes: dict[int, Outcome | asyncio.Future[Called]] = {}
         self._last = 0
 
-    def begin(self) -> tuple[int, asyncio.Future[Any]]:
-        """Return the number of a new request, and what its answer will end."""
+    def begin(self, outcome: "Outcome | asyncio.Future[Called]") -> int:
+        """Return the number of a new request, whose answer will end `outcome`."""
         self._last += 1
-        future = self._futures[self._last] = asyncio.get_running_loop().create_future()
-        return self._last, future
+        self._outcomes[self._last] = outcome
+        return self._last
 
     def give_up(self, number: int) -> bool:
         """Wait no more; tell whether the answer had not come."""
-        return self._futures.pop(number, None) is not None
+        return self._outcomes.pop(number, None) is not None
 
-    def end(self, number: int, result: object) -> None:
+    def end(self, number: int, result: Any) -> None:
         """Give an answer, if somebody waits for it."""
-        future = self._futures.pop(number, None)
-        if future is not None and not future.done():
-            future.set_result(result)
+        outcome = self._outcomes.pop(number, None)
+        if outcome is not None and not outcome.done():
+            outcome.set_result(result)
 
     def fail(self, number: int, error: ServiceError) -> None:
         """Give an error, if somebody waits."""
-        future = self._futures.pop(number, None)
-        if future is not None and not future.done():
-            future.set_exception(error)
+        outcome = self._outcomes.pop(number, None)
+        if outcome is not None and not outcome.done():
+            outcome.set_exception(error)
 
     def fail_all(self) -> None:
         """The other process is gone."""
-        for number in list(self._futures):
+        for number in list(self._outcomes):
             self.fail(number, NotReady(GONE))
 
 
@@ -180,16 +180,24 @@ class DistantBatcher:
 
     async def submit_many(self, images: Sequence[Image], *, deadline: float | None = None) -> list[Prediction]:
         """Classify the pictures of one request; as `DynamicBatcher.submit_many`."""
-        number, future = self._waiting.begin()
-        pictures = [image.tobytes() for image in images]
-        self._link.send(Submit(number, self._model, math.inf if deadline is None else deadline, pictures))
+        future: asyncio.Future[list[Prediction]] = asyncio.get_running_loop().create_future()
+        number = self.post([image.data for image in images], future, math.inf if deadline is None else deadline)
         try:
-            predictions: list[Prediction] = await future
-            return predictions
+            return await future
         finally:
             del future  # an error's traceback holds this frame, and the future the error: a cycle for the collector
-            if self._waiting.give_up(number):
-                self._link.send(Cancel(number))
+            self.withdraw(number)
+
+    def post(self, images: Sequence[Pixels], outcome: Outcome, deadline: float) -> int:
+        """Do the same for somebody who does not await it."""
+        number = self._waiting.begin(outcome)
+        self._link.send(Submit(number, self._model, deadline, cast("list[bytes]", images)))
+        return number
+
+    def withdraw(self, number: int) -> None:
+        """Have what was posted not run, unless its answer is here."""
+        if self._waiting.give_up(number):
+            self._link.send(Cancel(number))
 
 
 class DistantService(Front):
@@ -257,7 +265,8 @@ class DistantService(Front):
 
     async def call(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Have a request for any other route answered by the process that runs the model; an ASGI application."""
-        number, future = self._waiting.begin()
+        future: asyncio.Future[Called] = asyncio.get_running_loop().create_future()
+        number = self._waiting.begin(future)
         self.link.send(
             Call(
                 number,
@@ -270,7 +279,7 @@ class DistantService(Front):
             )
         )
         try:
-            called: Called = await future
+            called = await future
         finally:
             del future
             self._waiting.give_up(number)
@@ -347,8 +356,8 @@ def error_of(message: Refused) -> ServiceError:
 
 def http_config(service: DistantService) -> BoundedConfig:
     """Return uvicorn's configuration."""
-    app = entry(service, PredictEndpoint(service), service.call)
-    config = configuration(app, service, lifespan="off")
+    entry = Entry(service, PredictEndpoint(service), service.call)
+    config = configuration(entry, service, entry.quick, lifespan="off")
     config.load()
     return config
 

@@ -34,7 +34,7 @@ class Submit(Message, tag=0):
         number: of the request; the answer carries it.
         model: that the request holds, see `State`.
         deadline: on the clock of `loop.time()`, which is the same for all processes of a machine.
-        pictures: the bytes of uint8 [H, W, 3], each.
+        pictures: the memory of uint8 [H, W, 3], each. (A memoryview may be sent too.)
     """
 
     number: int

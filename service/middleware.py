@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+from functools import partial
 from hmac import compare_digest
 from time import perf_counter
 from typing import Final
@@ -48,11 +49,23 @@ class Observe:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http":
+        if scope["type"] == "http":
+            await self._serve(self.app, perf_counter(), scope, receive, send)
+        else:
             await self.app(scope, receive, send)
-            return
-        started = perf_counter()
-        request_id = self._request_id(scope["headers"])
+
+    def failing(self, error: Exception, started: float) -> ASGIApp:
+        """Return an application that answers a request with an error, begun at `started` by `perf_counter`."""
+
+        errors = [error]  # an error that this frame holds, and whose traceback holds this frame, would be a cycle
+
+        async def fail(scope: Scope, receive: Receive, send: Send) -> None:
+            raise errors.pop()
+
+        return partial(self._serve, fail, started)
+
+    async def _serve(self, app: ASGIApp, started: float, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = self.request_id(scope["headers"])
         scope["state"]["request_id"] = request_id
         status = 0
         path: str = scope["path"]
@@ -72,7 +85,7 @@ class Observe:
             ):  # "/models\n" would match the route of "/models", but not the list of keyed paths
                 path = ascii(path)
                 raise NotFound()
-            await self.app(scope, receive, send_with_id)
+            await app(scope, receive, send_with_id)
         except ServiceError as error:
             self._log(error, request_id)
             self.service.metrics.rejected(error.code)
@@ -91,7 +104,8 @@ class Observe:
                 extra = {"request_id": request_id, "status": status, "milliseconds": round(seconds * 1000, 3)}
                 access_logger.info("%s %s %d", scope["method"], path, status, extra=extra)
 
-    def _request_id(self, headers: Headers) -> str:
+    def request_id(self, headers: Headers) -> str:
+        """Return the id that a client gave its request, or a new one."""
         for name, value in headers:
             if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
                 return value.decode()

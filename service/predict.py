@@ -71,7 +71,7 @@ class PredictEndpoint:
         started = perf_counter()
         service, settings, decoder = self.service, self.service.settings, self.service.decoder
         service.check_ready()
-        options = read_options(scope, settings.request_timeout_ms)
+        options = read_options(dict(scope["headers"]), scope["query_string"], settings.request_timeout_ms)
         self._check_room(options)
         # Only bytes are counted until the body is here: slow senders must not keep the pictures of quick ones out.
         with service.admission.admit(pictures=0, bytes=options.content_length or 0) as ticket:
@@ -83,7 +83,7 @@ class PredictEndpoint:
             received = perf_counter()
             deadline = asyncio.get_running_loop().time() + options.timeout
             with DisconnectGuard(receive, self._guards), service.lease() as live:
-                writer = self._writer_of(live)
+                writer = self.writer_of(live)
                 top_k = checked_top_k(options.top_k, writer.classes)
                 uploads = decoder.parse_here(options.content_type, body)
                 if uploads is None:
@@ -106,7 +106,8 @@ class PredictEndpoint:
         if options.content_length is not None:
             check_size(options.content_length, self.service.settings.max_body_bytes)
 
-    def _writer_of(self, live: ServedModel) -> AnswerWriter:
+    def writer_of(self, live: ServedModel) -> AnswerWriter:
+        """Return the writer of a model's answers, which is kept while it is the live one."""
         if self._writer is None or self._writer[0] is not live:
             self._writer = (live, AnswerWriter(live.metadata, live.version))
         return self._writer[1]
@@ -183,19 +184,17 @@ class PatientGuards:
         return bool(self._since)
 
 
-def read_options(scope: Scope, max_timeout_ms: int) -> Options:
-    """Read the headers and the query string of a request.
+def read_options(headers: dict[bytes, bytes], query: bytes, max_timeout_ms: int) -> Options:
+    """Read the headers and the query string of a request; of a header that is given twice, the last.
 
     Raises:
         InvalidTimeout, InvalidTopK: not an integer, or below 1.
         BadRequest: an unknown query parameter, which may be a misspelt one.
     """
-    headers = dict(scope["headers"])
     length = headers.get(b"content-length")
     timeout_ms = max_timeout_ms
     if (asked := headers.get(b"x-request-timeout-ms")) is not None:
         timeout_ms = min(max_timeout_ms, positive(asked.decode("latin-1"), InvalidTimeout()))
-    query: bytes = scope["query_string"]
     return Options(
         content_type=headers.get(b"content-type", b"").decode("latin-1"),
         content_length=None if length is None else int(length),

@@ -6,11 +6,12 @@ connection for ever.
 
 import asyncio
 import math
-from typing import Any, Final
+from typing import Any, Final, cast
 from urllib.parse import unquote
 from uuid import uuid4
 
 import httptools
+from starlette.types import ASGIApp
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
@@ -19,6 +20,8 @@ from service.cycle import Cycle
 from service.errors import BadRequest, BodyTimeout, HeadersTimeout, HeadersTooLarge, ServiceError, Unavailable
 from service.front import Front
 from service.middleware import error_body, error_headers
+from service.predict import Options
+from service.quick import Quick, QuickAnswer
 from service.recurring import Recurring
 
 MAX_HEADER_BYTES: Final = 64 * 1024
@@ -26,6 +29,7 @@ MAX_HEADER_BYTES: Final = 64 * 1024
 # that the client reads the answer and not a connection reset.
 LINGER_SECONDS: Final = 2.0
 MOST_PIPELINED: Final = 64  # requests that wait on one connection; no client of ours sends a second one unanswered
+CLOSE: Final = b"connection: close\r\n"
 LOOK_SECONDS: Final = 0.1  # how much later than its limit a slow client may be cut off
 
 
@@ -35,9 +39,11 @@ class BoundedConfig(Config):
     Attributes:
         service: whose limits they keep.
         clock: ends what takes too long on any connection.
+        quick: answers ordinary requests; None where each must pass the application.
     """
 
     service: Front
+    quick: Quick | None
     clock: "ConnectionClock"
 
 
@@ -83,6 +89,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self.service = config.service
         self.due = math.inf
         self._clock = config.clock
+        self._quick = config.quick
+        self._options: Options | None = None  # of a request that goes the short way if its body is here
+        self._body = b""
         self._is_idle = False  # between an answer and the next request's first byte
         self._in_head = False
         self._is_head_alone = False  # what is being parsed began with this head
@@ -113,6 +122,9 @@ class BoundedProtocol(HttpToolsProtocol):
             self._is_idle = False
             self._in_time()
         super().data_received(data)
+        if self._options is not None:  # its body is not all here
+            self._options = None
+            self._begin_cycle(self._body, more_body=True)
         if self._is_head_alone and self._in_head:
             self._head_bytes += len(data)
         if self._head_bytes > MAX_HEADER_BYTES:
@@ -142,26 +154,73 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """Take note that a head has begun."""
-        super().on_message_begin()
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
         self._in_head = True
 
     def on_headers_complete(self) -> None:
-        """End their time, and start the application; as uvicorn does, but with a `Cycle` of ours."""
+        """End their time, and start the application, unless the request may go the short way."""
         self._in_head = self._is_head_alone = False
         self._head_bytes = 0
         self._in_time()
-        scope, parser = self.scope, self.parser
+        if self._quick is not None and self._is_plain():
+            self._options = self._quick.options(self.url, dict(self.headers))
+            self._body = b""
+        if self._options is None:
+            self._begin_cycle(b"", more_body=True)
+
+    def _is_plain(self) -> bool:
+        """Whether a request could go the short way, as far as HTTP is concerned."""
+        parser = self.parser
+        return (
+            (self.cycle is None or self.cycle.response_complete)
+            and parser.get_method() == b"POST"
+            and parser.get_http_version() == "1.1"
+            and parser.should_keep_alive()
+            and not (self.expect_100_continue or self.flow.write_paused)
+        )
+
+    def _begin_cycle(self, body: bytes, *, more_body: bool, app: ASGIApp | None = None) -> None:
+        """Start the application, as uvicorn does, but with a `Cycle` of ours."""
+        parser = self.parser
         version = parser.get_http_version()
         url = httptools.parse_url(self.url)
         path = url.path.decode("ascii")
-        scope["method"] = parser.get_method().decode("ascii")
-        scope["http_version"] = version
-        scope["path"] = unquote(path) if "%" in path else path
-        scope["raw_path"] = url.path
-        scope["query_string"] = url.query or b""
         busy = self.cycle is not None and not self.cycle.response_complete
-        self.cycle = Cycle(
-            scope=scope,
+        cycle = self.cycle = self._cycle_of(
+            {
+                "http_version": version,
+                "headers": self.headers,
+                "method": parser.get_method().decode("ascii"),
+                "path": unquote(path) if "%" in path else path,
+                "raw_path": url.path,
+                "query_string": url.query or b"",
+            },
+            keep_alive=version != "1.0" and parser.should_keep_alive(),
+        )
+        cycle.body += body
+        cycle.more_body = more_body
+        if body or not more_body:
+            cycle.message_event.set()
+        if busy:  # a pipelined request waits for its turn
+            self.flow.pause_reading()
+            self.pipeline.appendleft((cycle, self.app))
+        else:
+            self._start_asgi_task(cycle, cast("Any", app or self.app))
+
+    def _cycle_of(self, scope: dict[str, Any], *, keep_alive: bool) -> Cycle:
+        connection: Any = {
+            "type": "http",
+            "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
+            "server": self.server,
+            "client": self.client,
+            "scheme": self.scheme,
+            "root_path": self.root_path,
+            "state": self.app_state.copy(),
+        }
+        return Cycle(
+            scope=connection | scope,
             transport=self.transport,
             flow=self.flow,
             logger=self.logger,
@@ -170,19 +229,64 @@ class BoundedProtocol(HttpToolsProtocol):
             default_headers=self.server_state.default_headers,
             message_event=asyncio.Event(),
             expect_100_continue=self.expect_100_continue,
-            keep_alive=version != "1.0" and parser.should_keep_alive(),
+            keep_alive=keep_alive,
             on_response=self.on_response_complete,
         )
-        if busy:  # a pipelined request waits for its turn
-            self.flow.pause_reading()
-            self.pipeline.appendleft((self.cycle, self.app))
+
+    def on_body(self, body: bytes) -> None:
+        """Keep a piece of the body."""
+        if self._options is None:
+            super().on_body(body)
         else:
-            self._start_asgi_task(self.cycle, self.app)
+            self._body += body
 
     def on_message_complete(self) -> None:
-        """End the body's time."""
-        super().on_message_complete()
+        """End the body's time; a request that is whole in one read may go the short way."""
+        if self._options is None:
+            super().on_message_complete()
+        else:
+            self._go_quickly(self._options)
         self._in_time()
+
+    def _go_quickly(self, options: Options) -> None:
+        assert self._quick is not None
+        self._options = None
+        answer = QuickAnswer(self._quick, self, self.headers)
+        try:
+            if answer.begin(options, self._body, self.loop.time()):
+                self.cycle = cast("Any", answer)  # what uvicorn asks of a cycle it has
+            else:
+                self._begin_cycle(self._body, more_body=False)
+        except Exception as error:
+            self._begin_cycle(self._body, more_body=False, app=self._quick.observe.failing(error, answer.began))
+
+    def reply(self, answer: QuickAnswer, head: bytes, body: bytes) -> None:
+        """Send the answer to a request that went the short way."""
+        answer.response_started = answer.response_complete = True
+        if self.transport.is_closing():
+            return
+        default = b"".join([b"%b: %b\r\n" % header for header in self.server_state.default_headers])
+        is_last = self.service.draining or not answer.keep_alive
+        self.transport.write(b"%b%b%b%b\r\n%b" % (STATUS_LINE[200], default, head, CLOSE if is_last else b"", body))
+        if is_last:
+            self.transport.close()
+        self.on_response_complete()
+
+    def reply_with(self, answer: QuickAnswer, app: ASGIApp) -> None:
+        """Have an application answer such a request, behind which others may wait already."""
+        scope = {
+            "http_version": "1.1",
+            "headers": answer.headers,
+            "method": "POST",
+            "path": "/predict",
+            "raw_path": b"/predict",
+            "query_string": b"",
+        }
+        cycle = self._cycle_of(scope, keep_alive=answer.keep_alive)
+        cycle.more_body = False
+        if cast("Any", self.cycle) is answer:
+            self.cycle = cycle
+        self._start_asgi_task(cycle, cast("Any", app))
 
     def on_response_complete(self) -> None:
         """Go on with the next request, or wait for it; linger where the answer came before the end of the body."""

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 
 from service.front import Front
 from service.protocol import BoundedConfig, BoundedProtocol, ConnectionClock
+from service.quick import Quick
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,9 @@ def log_addresses(sockets: Iterable[socket.socket], settings: Settings) -> None:
         logger.info("listening on %s://%s:%d", scheme, f"[{host}]" if ":" in host else host, port)
 
 
-def configuration(app: ASGIApp, service: Front, *, lifespan: Literal["on", "off"] = "on") -> BoundedConfig:
+def configuration(
+    app: ASGIApp, service: Front, quick: Quick | None, *, lifespan: Literal["on", "off"] = "on"
+) -> BoundedConfig:
     """Return uvicorn's configuration."""
     settings = service.settings
     config = BoundedConfig(
@@ -113,5 +116,6 @@ def configuration(app: ASGIApp, service: Front, *, lifespan: Literal["on", "off"
         ssl_keyfile=settings.tls_key,
     )
     config.service = service
+    config.quick = quick
     config.clock = ConnectionClock()
     return config

@@ -25,7 +25,7 @@ def run(settings: Settings) -> int:
     disable_created_metrics()  # type: ignore[no-untyped-call]
     service = Service(settings)
     app = PerceiverApp(service)
-    config = configuration(app, service)
+    config = configuration(app, service, app.entry.quick)
     try:
         config.load()
     except OSError as error:  # ssl.SSLError is one

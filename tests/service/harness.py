@@ -25,6 +25,7 @@ from tests.fakes import FakeEngine, picture
 from tests.service.pictures import encode
 
 HTTP_PROCESSES = 0  # see `conftest.either_way`
+QUICK = True  # whether there is the short way of ordinary requests
 
 
 @dataclass
@@ -115,7 +116,7 @@ async def listening(app: PerceiverApp, engine: FakeEngine) -> AsyncIterator[Runn
     What `Server.serve` does beside this, its main loop and its slow and careful end, is tested on real processes.
     """
     service: Service = app.state.service
-    config = configuration(app, service)
+    config = configuration(app, service, app.entry.quick if QUICK else None)
     config.load()
     server = Server(config)
     server.lifespan = config.lifespan_class(config)

@@ -138,7 +138,6 @@ async def test_a_model_that_is_refused_fails_the_service_with_the_reason(tmp_pat
         assert await run.metric("perceiver_golden_max_abs_difference") > 0
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_an_engine_that_hangs_fails_the_service(tmp_path: Path) -> None:
     engine = FakeEngine()
     async with running(tmp_path, engine, run_timeout_ms=50) as run:
