@@ -129,10 +129,14 @@ PROCESS = (
         title="CPU",
         kind="timeseries",
         unit="suffix: cores",
-        shows="Processor cores that the process keeps busy.",
-        bad="On a GPU host, near 1 and latency up: the event loop is the limit.",
-        do="Run a second service process behind a load balancer. On a CPU host all cores are used on purpose.",
-        queries=(Query(f'rate(process_cpu_seconds_total{{job="perceiver", {HERE}}}{RATE})', "{{instance}}"),),
+        shows="Processor cores that the model's process keeps busy, and how many HTTP processes accept connections.",
+        bad="On a GPU host, near 1 and latency up: the event loop is the limit. Fewer HTTP processes than were set.",
+        do="Raise PERCEIVER_HTTP_PROCESSES; if one is missing, PerceiverHttpProcessRestarting in docs/operations.md. "
+        "On a CPU host all cores are used on purpose.",
+        queries=(
+            Query(f'rate(process_cpu_seconds_total{{job="perceiver", {HERE}}}{RATE})', "{{instance}}"),
+            Query(f"perceiver_http_processes{{{HERE}}}", "HTTP, {{instance}}"),
+        ),
         width=6,
     ),
     Panel(
