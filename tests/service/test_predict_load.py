@@ -24,7 +24,9 @@ async def test_a_full_house_is_503_with_retry_after(tmp_path: Path) -> None:
     engine = FakeEngine(max_batch_size=1)
     async with running(tmp_path, engine, max_queue_size=2, max_pictures=2) as run:
         engine.hold()
-        held = [asyncio.create_task(run.predict(number)) for number in (1, 2)]
+        held = [asyncio.create_task(run.predict(1))]
+        await run.until(lambda: engine.batches == [[1]])  # of two connections either may be read first
+        held.append(asyncio.create_task(run.predict(2)))
         await run.until(lambda: run.service.house.pictures == 2)
         response = await run.predict(3)
         assert (response.status_code, error_of(response.content)) == (503, "overloaded")
