@@ -1,4 +1,4 @@
-"""create_app(settings): lifespan and wiring, nothing else."""
+"""The application: lifespan and wiring, nothing else."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,13 +10,13 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from service.entry import PREDICT, Entry
+from service.entry import Entry
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
+from service.front import PREDICT
 from service.middleware import RequireKey, error_body, error_headers
 from service.predict import PredictEndpoint
 from service.routes import create_router
 from service.schemas import SECURITY, SECURITY_SCHEMES, predict_operation, predict_schemas
-from service.settings import Settings
 from service.state import Service
 
 DESCRIPTION = "Send a picture, get its label. Errors are one JSON shape with a stable code."
@@ -73,11 +73,6 @@ class PerceiverApp(FastAPI):
         if service.settings.administrator_key():
             document["paths"]["/models/reload"]["post"]["security"] = SECURITY
         return document
-
-
-def create_app(settings: Settings | None = None) -> FastAPI:
-    """Return the ASGI application; without settings, they come from the environment."""
-    return PerceiverApp(Service(settings or Settings()))
 
 
 @asynccontextmanager

@@ -136,8 +136,7 @@ class DynamicBatcher:
             NotReady: the batcher has not been started, or has failed.
             Draining: it is about to stop.
         """
-        if self._refusal is not None:
-            raise self._refusal()
+        self._check_open()
         for image in images:
             # It would fail all others of its batch.
             if image.shape != self._shape or image.dtype != np.uint8 or not image.flags.c_contiguous:
@@ -167,8 +166,7 @@ class DynamicBatcher:
         Raises:
             NotReady, Draining: as `submit_many`; `outcome` gets nothing then.
         """
-        if self._refusal is not None:
-            raise self._refusal()
+        self._check_open()
         for image in images:
             size = len(image) if isinstance(image, bytes) else image.nbytes
             if size != self._bytes:
@@ -178,6 +176,10 @@ class DynamicBatcher:
 
     def withdraw(self, number: int) -> None:
         """Do nothing: who leaves is seen by its `outcome` being `done`, before a run or at the next look."""
+
+    def _check_open(self) -> None:
+        if self._refusal is not None:
+            raise self._refusal()
 
     def _put(self, request: Request) -> None:
         self._queue.put(request)

@@ -5,12 +5,11 @@ from typing import Final
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.front import Front
+from service.front import PREDICT, Front
 from service.middleware import Observe, RequireKey
 from service.predict import PredictEndpoint
 from service.quick import Quick
 
-PREDICT: Final = "/predict"
 EXPOSED_HEADERS: Final = ["X-Request-Id", "Server-Timing", "Retry-After"]
 
 

@@ -14,8 +14,9 @@ from service.errors import Draining, NotReady
 from service.fair_queue import Image, Outcome, Pixels, Prediction
 from service.settings import Settings
 
+PREDICT: Final = "/predict"
 ROUTES: Final = frozenset(
-    {"/predict", "/health", "/health/live", "/health/ready", "/metrics", "/models", "/models/reload"}
+    {PREDICT, "/health", "/health/live", "/health/ready", "/metrics", "/models", "/models/reload"}
     | {"/docs", "/openapi.json"}
 )
 Status = Literal["ready", "loading", "draining", "failed"]

@@ -10,28 +10,26 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any, Self, cast
+from typing import Any, Final, Self, cast
 
-import numpy as np
 from starlette.types import Receive, Scope, Send
 
-from service import errors, logs
+from service import logs
 from service.artifact import ModelMetadata
 from service.entry import Entry
 from service.errors import NotReady, ServiceError
 from service.fair_queue import Image, Outcome, Pixels, Prediction
 from service.front import Front, Status, known_route
 from service.ledger import CONNECTIONS, IN_FLIGHT, Ledger, SharedAdmission
-from service.link import (
+from service.link import Link
+from service.messages import (
     Alive,
     Answered,
     Ask,
-    Call,
     Called,
     Cancel,
     Counts,
     FromEngine,
-    Link,
     Listening,
     Message,
     Refused,
@@ -39,14 +37,14 @@ from service.link import (
     State,
     Submit,
 )
-from service.outputs import Outputs
 from service.predict import PredictEndpoint
 from service.protocol import BoundedConfig
 from service.server import Server, configuration
 from service.settings import Settings
+from service.translation import call_of, error_of, unpack
 
-MOST_NOTED = 1024
-GONE = "The process that runs the model has ended."
+MOST_TIMES: Final = 1024  # in one message
+GONE: Final = "The process that runs the model has ended."
 
 
 class Notes:
@@ -67,7 +65,7 @@ class Notes:
     def predicted(self, seconds: float, request_id: str) -> None:
         """Time one request to /predict."""
         self._request_seconds.append((seconds, request_id))
-        if len(self._request_seconds) >= MOST_NOTED:
+        if len(self._request_seconds) >= MOST_TIMES:
             self.send()
 
     def decoded(self, seconds: float) -> None:
@@ -154,20 +152,22 @@ class Waiting:
 
     def end(self, number: int, result: Any) -> None:
         """Give an answer, if somebody waits for it."""
-        outcome = self._outcomes.pop(number, None)
-        if outcome is not None and not outcome.done():
+        if (outcome := self._taken(number)) is not None:
             outcome.set_result(result)
 
     def fail(self, number: int, error: ServiceError) -> None:
         """Give an error, if somebody waits."""
-        outcome = self._outcomes.pop(number, None)
-        if outcome is not None and not outcome.done():
+        if (outcome := self._taken(number)) is not None:
             outcome.set_exception(error)
 
     def fail_all(self) -> None:
         """The other process is gone."""
         for number in list(self._outcomes):
             self.fail(number, NotReady(GONE))
+
+    def _taken(self, number: int) -> "Outcome | asyncio.Future[Called] | None":
+        outcome = self._outcomes.pop(number, None)
+        return None if outcome is None or outcome.done() else outcome
 
 
 class DistantBatcher:
@@ -267,17 +267,7 @@ class DistantService(Front):
         """Have a request for any other route answered by the process that runs the model; an ASGI application."""
         future: asyncio.Future[Called] = asyncio.get_running_loop().create_future()
         number = self._waiting.begin(future)
-        self.link.send(
-            Call(
-                number,
-                request_id=scope["state"]["request_id"],
-                method=scope["method"],
-                path=scope["path"],
-                raw_path=scope["raw_path"],
-                query=scope["query_string"],
-                headers=scope["headers"],
-            )
-        )
+        self.link.send(call_of(number, scope))
         try:
             called = await future
         finally:
@@ -290,7 +280,8 @@ class DistantService(Front):
         for message in messages:
             match message:
                 case Answered():
-                    self._answer(message)
+                    for number, predictions in unpack(message):
+                        self._waiting.end(number, predictions)
                 case Refused():
                     self._waiting.fail(message.number, error_of(message))
                 case Called():
@@ -300,19 +291,6 @@ class DistantService(Front):
                     self.link.send(Alive(message.number))
                 case State():
                     self._enter(message)
-
-    def _answer(self, message: Answered) -> None:
-        queued = message.queue_seconds
-        logits = np.frombuffer(b"".join(message.logits), dtype=np.float32)
-        outputs = Outputs(logits.reshape(len(queued), -1))
-        predictions: list[Prediction] = []
-        for pictures, seconds, size in message.runs:
-            row = len(predictions)
-            predictions += [Prediction(outputs, i, queued[i], seconds, size) for i in range(row, row + pictures)]
-        start = 0
-        for number, count in zip(message.numbers, message.pictures, strict=True):
-            self._waiting.end(number, predictions[start : start + count])
-            start += count
 
     def _enter(self, state: State) -> None:
         """Take note of a new state."""
@@ -343,15 +321,6 @@ class FrontServer(Server):
         await super().startup(sockets)
         assert isinstance(self.service, DistantService)
         self.service.link.send(Listening())
-
-
-def error_of(message: Refused) -> ServiceError:
-    """Return the error that was raised in the other process."""
-    kind: type[ServiceError] = getattr(errors, message.error)
-    error = kind(message.message)
-    if isinstance(error, errors.Unavailable):
-        error.retry_after = message.retry_after
-    return error
 
 
 def http_config(service: DistantService) -> BoundedConfig:

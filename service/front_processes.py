@@ -10,39 +10,33 @@ import logging
 import socket
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from itertools import groupby
-from operator import attrgetter
-from typing import Any, Final
+from typing import Final
 
-from starlette.types import ASGIApp, Scope
-from starlette.types import Message as AsgiMessage
+from starlette.types import ASGIApp
 
-from service.errors import ServiceError, Unavailable
+from service.errors import ServiceError
 from service.fair_queue import Prediction
 from service.ledger import IN_FLIGHT, Ledger, Totals
-from service.link import (
+from service.link import Link
+from service.messages import (
     Alive,
-    Answered,
     Ask,
     Call,
     Called,
     Cancel,
     Counts,
     FromFront,
-    Headers,
-    Link,
     Listening,
     Message,
-    Refused,
     Released,
     State,
     Submit,
 )
 from service.models import LiveModel
-from service.settings import Settings
 from service.state import Service
+from service.translation import Recorded, pack, refusal, scope_of
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +96,7 @@ class FrontProcess:
 
     Attributes:
         is_listening: whether it accepts connections.
+        has_listened: whether the process that ran last has come so far.
         heard: when it last said something, by `time.monotonic`.
     """
 
@@ -116,6 +111,7 @@ class FrontProcess:
     ) -> None:
         self.row = row
         self.is_listening = asyncio.Event()
+        self.has_listened = False
         self.heard = 0.0
         self._house = house
         self._service = service
@@ -124,7 +120,6 @@ class FrontProcess:
         self._sockets = sockets
         self._link: Link | None = None
         self._process: asyncio.subprocess.Process | None = None
-        self._has_listened = False
         self._replies: dict[int, Reply] = {}
         self._answers: list[tuple[int, list[Prediction]]] = []
         self._calls: set[asyncio.Task[None]] = set()
@@ -150,7 +145,7 @@ class FrontProcess:
                 stdin=asyncio.subprocess.PIPE,
                 pass_fds=descriptors,
             )
-        self._has_listened = False
+        self.has_listened = False
         self._link = link = Link(FromFront, self._received, lambda: None, self._collect)
         await Link.open(ours, link)
         self.tell()
@@ -165,11 +160,6 @@ class FrontProcess:
         """End the process at once."""
         if self._process is not None:
             self._process.kill()
-
-    @property
-    def has_listened(self) -> bool:
-        """Whether the process that ran last has come so far as to accept connections."""
-        return self._has_listened
 
     @property
     def is_running(self) -> bool:
@@ -248,7 +238,7 @@ class FrontProcess:
         answers, self._answers = self._answers, []
         if answers and self._link is not None:
             for _, alike in groupby(answers, key=lambda answer: answer[1][0].outputs.logits.shape[1]):
-                self._link.send(answered(alike))
+                self._link.send(pack(alike))
 
     # What it says
 
@@ -271,7 +261,7 @@ class FrontProcess:
                     if message.number == self._asked:
                         self._alive.set()
                 case Listening():
-                    self._has_listened = True
+                    self.has_listened = True
                     self.is_listening.set()
                 case Released():
                     self._models.pop(message.model).__exit__()
@@ -311,36 +301,6 @@ class FrontProcess:
             metrics.predicted(seconds, request_id)
         for seconds in counts.decode_seconds:
             metrics.decoded(seconds)
-
-
-class Recorded:
-    """The ASGI channels of a request without a body, and what was answered.
-
-    Attributes:
-        status: 0 until the answer begins.
-        headers: of the answer.
-        body: of the answer, in pieces.
-    """
-
-    def __init__(self) -> None:
-        self.status = 0
-        self.headers: Headers = []
-        self.body: list[bytes] = []
-        self._is_read = False
-
-    async def receive(self) -> AsgiMessage:
-        """Give the empty body; after that, nothing comes."""
-        if self._is_read:
-            await asyncio.Event().wait()
-        self._is_read = True
-        return {"type": "http.request", "body": b"", "more_body": False}
-
-    async def send(self, message: AsgiMessage) -> None:
-        """Keep a part of the answer."""
-        if message["type"] == "http.response.start":
-            self.status, self.headers = message["status"], list(message["headers"])
-        else:
-            self.body.append(message.get("body", b""))
 
 
 class FrontProcesses:
@@ -454,78 +414,3 @@ class FrontProcesses:
                 if front.is_listening.is_set() and time.monotonic() - front.heard > HANG_SECONDS:
                     logger.critical("the HTTP process %d has hung for %g s; it is killed", front.row, HANG_SECONDS)
                     front.kill()
-
-
-def scope_of(message: Call) -> Scope:
-    """Return the ASGI scope of a request."""
-    return {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
-        "http_version": "1.1",
-        "scheme": "http",
-        "server": None,
-        "client": None,
-        "root_path": "",
-        "method": message.method,
-        "path": message.path,
-        "raw_path": message.raw_path,
-        "query_string": message.query,
-        "headers": message.headers,
-        "state": {"request_id": message.request_id},
-    }
-
-
-def answered(answers: Iterable[tuple[int, list[Prediction]]]) -> Answered:
-    """Put the answers to some requests into a message."""
-    message = Answered()
-    together: list[Prediction] = []
-    for number, predictions in answers:
-        message.numbers.append(number)
-        message.pictures.append(len(predictions))
-        together += predictions
-    message.queue_seconds = [prediction.queue_seconds for prediction in together]
-    for outputs, grouped in groupby(together, key=attrgetter("outputs")):
-        run = list(grouped)
-        message.runs.append((len(run), run[0].inference_seconds, run[0].batch_size))
-        message.logits.append(outputs.logits[[prediction.row for prediction in run]].tobytes())
-    return message
-
-
-def refusal(number: int, error: Exception) -> Refused:
-    """Say in a message what went wrong; of what is no answer of the API, only that."""
-    if not isinstance(error, ServiceError):
-        logger.error("a request failed", exc_info=error)
-        error = ServiceError()
-    retry_after = error.retry_after if isinstance(error, Unavailable) else 0.0
-    return Refused(number, type(error).__name__, error.message, retry_after)
-
-
-def listen(settings: Settings, processes: int) -> list[list[socket.socket]]:
-    """Bind the sockets of each process to the address of the settings.
-
-    Raises:
-        OSError: the address is not there or in use, or the name is not known.
-    """
-    found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    addresses: list[tuple[int, Any]] = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
-    # Alone first: with SO_REUSEPORT, a second service on the same port would share its connections unnoticed.
-    with ExitStack() as stack:
-        alone = [stack.enter_context(bound(family, address, shared=False)) for family, address in addresses]
-        addresses = [(one.family, one.getsockname()) for one in alone]
-    return [[bound(family, address, shared=True) for family, address in addresses] for _ in range(processes)]
-
-
-def bound(family: int, address: Any, *, shared: bool) -> socket.socket:
-    """Return a socket of its own on an address."""
-    one = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        if shared:
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        one.bind(address)
-    except BaseException:
-        one.close()
-        raise
-    return one

@@ -18,7 +18,7 @@ from uvicorn.server import ServerState
 
 from service.cycle import Cycle
 from service.errors import BadRequest, BodyTimeout, HeadersTimeout, HeadersTooLarge, ServiceError, Unavailable
-from service.front import Front
+from service.front import PREDICT, Front
 from service.middleware import error_body, error_headers
 from service.predict import Options
 from service.quick import Quick, QuickAnswer
@@ -278,8 +278,8 @@ class BoundedProtocol(HttpToolsProtocol):
             "http_version": "1.1",
             "headers": answer.headers,
             "method": "POST",
-            "path": "/predict",
-            "raw_path": b"/predict",
+            "path": PREDICT,
+            "raw_path": PREDICT.encode(),
             "query_string": b"",
         }
         cycle = self._cycle_of(scope, keep_alive=answer.keep_alive)

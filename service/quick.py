@@ -15,11 +15,11 @@ from service.admission import Ticket
 from service.answers import AnswerWriter
 from service.errors import ClientDisconnected, ServiceError
 from service.fair_queue import Prediction
-from service.front import Front, ServedModel
+from service.front import PREDICT, Front, ServedModel
 from service.middleware import Headers, Observe, check_key
 from service.predict import Options, PredictEndpoint, checked_top_k, read_options, server_timing
 
-PATH: Final = b"/predict"
+PATH: Final = PREDICT.encode()
 
 
 class Connection(Protocol):
@@ -172,7 +172,7 @@ class QuickAnswer:
             timing,
             request_id.encode(),
         )
-        front.metrics.request("/predict", 200)
+        front.metrics.request(PREDICT, 200)
         front.metrics.predicted(seconds, request_id)
         connection.reply(self, head, body)
 
@@ -207,5 +207,5 @@ class QuickAnswer:
         self._end_here()
         metrics, error = self._quick.front.metrics, ClientDisconnected
         metrics.rejected(error.code)
-        metrics.request("/predict", error.status)
+        metrics.request(PREDICT, error.status)
         metrics.predicted(perf_counter() - self.began, self._quick.observe.request_id(self.headers))

@@ -9,9 +9,10 @@ import time
 from prometheus_client import disable_created_metrics
 
 from service.app import PerceiverApp
-from service.front_processes import STOP_SECONDS, FrontProcesses, listen
+from service.front_processes import STOP_SECONDS, FrontProcesses
 from service.server import Server, configuration, log_addresses, settle
 from service.settings import Settings
+from service.sockets import listen
 from service.state import Service
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,9 +16,10 @@ import numpy as np
 from service.app import PerceiverApp
 from service.artifact import GOLDEN_FILE, MODEL_FILE, Golden, save_golden
 from service.engine import Engine
-from service.front_processes import FrontProcesses, listen
+from service.front_processes import FrontProcesses
 from service.server import Server, configuration
 from service.settings import Settings
+from service.sockets import listen
 from service.state import Service
 from service.versions import EngineOptions
 from tests.fakes import FakeEngine, picture
@@ -54,6 +55,13 @@ class Running:
     async def predict(self, number: int = 1, **options: object) -> httpx.Response:
         """Post one picture as a raw body."""
         return await self.client.post("/predict", content=png(number), headers={"content-type": "image/png"}, **options)
+
+    async def hold_first(self) -> asyncio.Task[httpx.Response]:
+        """Post picture 1, and return when the engine holds it."""
+        self.engine.hold()
+        posted = asyncio.create_task(self.predict(1))
+        await self.until(lambda: self.engine.batches == [[1]])
+        return posted
 
     async def metric(self, line: str) -> float:
         """The value of a sample, by its name and labels as they stand in the exposition; 0 where it is absent."""
@@ -102,65 +110,67 @@ async def running(folder: Path, engine: FakeEngine | None = None, **settings: ob
         "http_processes": HTTP_PROCESSES,
     }
     service = Service(Settings.model_validate(values | settings), open_engines=open_engines)
-    serving = listening_with_processes if service.settings.http_processes else listening
-    async with serving(PerceiverApp(service), engine) as run:
+    async with listening(service, engine) as run:
         await run.until(lambda: service.status == "ready")
         engine.batches.clear()
         yield run
 
 
 @asynccontextmanager
-async def listening(app: PerceiverApp, engine: FakeEngine) -> AsyncIterator[Running]:
-    """Serve an app on a free port, ready or not.
+async def listening(service: Service, engine: FakeEngine) -> AsyncIterator[Running]:
+    """Serve on a free port, ready or not."""
+    app = PerceiverApp(service)
+    begin = with_processes if service.settings.http_processes else alone
+    async with AsyncExitStack() as stack:
+        server, fronts, port = await stack.enter_async_context(begin(app))
+        scheme = "http" if service.settings.tls_cert is None else "https"
+        url = f"{scheme}://127.0.0.1:{port}"
+        client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, verify=False, timeout=20))
+        run = Running(service, server, port, client, engine, fronts=fronts)
+        try:
+            yield run
+        finally:
+            if engine._permits is not None:
+                engine.release(1000)
+            for writer in run.writers:
+                writer.close()
+
+
+@asynccontextmanager
+async def alone(app: PerceiverApp) -> AsyncIterator[tuple[Server, None, int]]:
+    """All in the test's process.
 
     What `Server.serve` does beside this, its main loop and its slow and careful end, is tested on real processes.
     """
-    service: Service = app.state.service
-    config = configuration(app, service, app.entry.quick if QUICK else None)
+    config = configuration(app, app.state.service, app.entry.quick if QUICK else None)
     config.load()
     server = Server(config)
     server.lifespan = config.lifespan_class(config)
     await server.startup()
-    port = server.servers[0].sockets[0].getsockname()[1]
-    scheme = "https" if config.is_ssl else "http"
-    async with httpx.AsyncClient(base_url=f"{scheme}://127.0.0.1:{port}", verify=False, timeout=20) as client:
-        run = Running(service, server, port, client, engine)
-        try:
-            yield run
-        finally:
-            if engine._permits is not None:
-                engine.release(1000)
-            for writer in run.writers:
-                writer.close()
-            await stop(server)
+    try:
+        yield server, None, server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        await stop(server)
 
 
 @asynccontextmanager
-async def listening_with_processes(app: PerceiverApp, engine: FakeEngine) -> AsyncIterator[Running]:
-    """Serve an app on a free port, HTTP in processes of its own and the rest in the test's; ready or not."""
+async def with_processes(app: PerceiverApp) -> AsyncIterator[tuple[None, FrontProcesses, int]]:
+    """HTTP in processes of its own, the rest in the test's."""
     service: Service = app.state.service
     sockets = listen(service.settings, service.settings.http_processes)
-    port = sockets[0][0].getsockname()[1]
     fronts = FrontProcesses(service, app.routes_alone, sockets)
     service.start()
     fronts.start()
-    scheme = "http" if service.settings.tls_cert is None else "https"
-    async with httpx.AsyncClient(base_url=f"{scheme}://127.0.0.1:{port}", verify=False, timeout=20) as client:
-        run = Running(service, None, port, client, engine, fronts=fronts)
-        try:
-            async with asyncio.timeout(20):
-                await fronts.listening()
-            yield run
-        finally:
-            if engine._permits is not None:
-                engine.release(1000)
-            for writer in run.writers:
-                writer.close()
-            await fronts.stop()
-            await service.stop()
-            for own in sockets:
-                for one in own:
-                    one.close()
+    try:
+        async with asyncio.timeout(20):
+            await fronts.listening()
+        yield None, fronts, sockets[0][0].getsockname()[1]
+    finally:
+        await fronts.stop()
+        await service.stop()
+        for own in sockets:
+            for one in own:
+                one.close()
 
 
 async def stop(server: Server) -> None:

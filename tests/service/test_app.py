@@ -1,15 +1,20 @@
 """What every request passes, and the routes beside /predict."""
 
-import asyncio
 from pathlib import Path
 
 import pytest
 
-from service.app import PerceiverApp, create_app
 from service.settings import Settings
 from service.state import Service
 from tests.fakes import FakeEngine, make_model_folder
+from tests.service import harness
 from tests.service.harness import error_of, fake_folder, listening, running
+
+
+def on_cpu(folder: Path, **settings: object) -> Settings:
+    values = {"port": 0, "provider": "cpu", "intra_op_threads": 1, "http_processes": harness.HTTP_PROCESSES}
+    return Settings.model_validate({"model_dir": folder} | values | settings)
+
 
 # Request ids
 
@@ -107,9 +112,8 @@ async def test_before_the_golden_check_has_passed_nothing_is_ready(tmp_path: Pat
     engine = FakeEngine()
     folder = fake_folder(tmp_path, engine)
     engine.hold()
-    settings = Settings(model_dir=folder, port=0)
-    app = PerceiverApp(Service(settings, open_engines=lambda path, options: [engine]))
-    async with listening(app, engine) as run:
+    settings = Settings(model_dir=folder, port=0, http_processes=harness.HTTP_PROCESSES)
+    async with listening(Service(settings, open_engines=lambda path, options: [engine]), engine) as run:
         await run.until(lambda: engine.batches)  # the golden pictures are being run
         assert (await run.client.get("/health/live")).status_code == 200
         ready, predicted = await run.client.get("/health/ready"), await run.predict()
@@ -125,11 +129,9 @@ async def test_before_the_golden_check_has_passed_nothing_is_ready(tmp_path: Pat
         assert await run.metric("perceiver_ready") == 1
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_a_model_that_is_refused_fails_the_service_with_the_reason(tmp_path: Path) -> None:
     make_model_folder(tmp_path, defect="golden_mismatch")
-    app = create_app(Settings(model_dir=tmp_path, port=0, provider="cpu", intra_op_threads=1))
-    async with listening(app, FakeEngine()) as run:
+    async with listening(Service(on_cpu(tmp_path)), FakeEngine()) as run:
         await run.until(lambda: run.service.failure)
         assert "golden" in run.service.failure
         assert (await run.client.get("/health")).json()["status"] == "failed"
@@ -154,9 +156,7 @@ async def test_an_engine_that_hangs_fails_the_service(tmp_path: Path) -> None:
 async def test_while_draining_what_was_accepted_finishes_and_nothing_new_begins(tmp_path: Path) -> None:
     engine = FakeEngine()
     async with running(tmp_path, engine) as run:
-        engine.hold()
-        accepted = asyncio.create_task(run.predict(1))
-        await run.until(lambda: engine.batches == [[1]])
+        accepted = await run.hold_first()
         run.service.draining = True
         for response in (await run.client.get("/health/ready"), await run.predict(2)):
             assert (response.status_code, error_of(response.content)) == (503, "draining")
@@ -176,8 +176,7 @@ async def test_models_lists_versions_with_metadata(tmp_path: Path) -> None:
     make_model_folder(tmp_path, 2)
     make_model_folder(tmp_path, 3, defect="golden_mismatch")
     make_model_folder(tmp_path, 5, defect="corrupt_onnx")
-    app = create_app(Settings(model_dir=tmp_path, port=0, provider="cpu", intra_op_threads=1, admin_key="root"))
-    async with listening(app, FakeEngine()) as run:
+    async with listening(Service(on_cpu(tmp_path, admin_key="root")), FakeEngine()) as run:
         await run.until(lambda: run.service.status == "ready")
         answer = (await run.client.get("/models")).json()
         assert answer["live"] == 2

@@ -10,8 +10,9 @@ import httpx
 import pytest
 
 from service import front_processes
-from service.front_processes import bound, listen
+from service.ledger import CONNECTIONS
 from service.settings import Settings
+from service.sockets import bound, listen
 from tests.fakes import FakeEngine
 from tests.service.harness import Running, png, read_answer, request_head, running
 
@@ -19,6 +20,11 @@ from tests.service.harness import Running, png, read_answer, request_head, runni
 def pids(run: Running) -> list[int]:
     assert run.fronts is not None
     return [front._process.pid for front in run.fronts._fronts if front._process is not None]
+
+
+def connections(run: Running) -> int:
+    assert run.fronts is not None
+    return run.fronts._ledger.total(CONNECTIONS)
 
 
 async def spread(run: Running, connections: int = 24) -> list[asyncio.StreamReader]:
@@ -34,9 +40,7 @@ async def spread(run: Running, connections: int = 24) -> list[asyncio.StreamRead
 async def test_pictures_of_several_processes_meet_in_one_batch(tmp_path: Path) -> None:
     engine = FakeEngine(max_batch_size=32)
     async with running(tmp_path, engine, http_processes=2) as run:
-        engine.hold()
-        first = asyncio.create_task(run.predict(1))
-        await run.until(lambda: engine.batches == [[1]])
+        first = await run.hold_first()
         readers = await spread(run)
         await run.until(lambda: run.service.house.pictures == 25)
         rows = [run.fronts._ledger.read(row, 0) for row in range(2)]  # type: ignore[union-attr]
@@ -66,7 +70,11 @@ async def test_every_process_counts_and_a_scrape_has_all_of_it(tmp_path: Path) -
 
 async def test_connections_are_bounded_over_all_processes(tmp_path: Path) -> None:
     async with running(tmp_path, http_processes=2, max_connections=5) as run:
-        readers = [(await run.connect())[0] for _ in range(8)]
+        readers = []
+        for number in range(8):
+            readers.append((await run.connect())[0])
+            # One after the other: two processes that count at the same time may both refuse.
+            await run.until(lambda: connections(run) >= min(number + 1, 5))  # noqa: B023 - awaited at once
         async with asyncio.timeout(10):
             refused = 0
             for reader in readers:
@@ -81,9 +89,7 @@ async def test_a_process_that_is_killed_takes_its_clients_along_and_is_replaced(
 ) -> None:
     engine = FakeEngine()
     async with running(tmp_path, engine, http_processes=2) as run:
-        engine.hold()
-        first = asyncio.create_task(run.predict(1))
-        await run.until(lambda: engine.batches == [[1]])
+        first = await run.hold_first()
         readers = await spread(run)
         await run.until(lambda: run.service.queue_length == 24)
         mine = run.fronts._ledger.read(0, 0)  # type: ignore[union-attr]
@@ -149,9 +155,7 @@ async def test_a_model_that_is_swapped_is_retired_when_no_process_holds_it_any_m
     async with running(tmp_path, engine, http_processes=2, admin_key="root") as run:
         old = run.service.store.live
         assert old is not None
-        engine.hold()
-        waits = asyncio.create_task(run.predict(1))
-        await run.until(lambda: engine.batches == [[1]])
+        waits = await run.hold_first()
         (tmp_path / "1").rename(tmp_path / "2")  # the same files, and so another version
         engine.let_go()
         assert (await run.client.post("/models/reload", headers={"x-api-key": "root"})).json()["live"] == 2

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from service.admission import Admission
 from service.errors import Overloaded
 from service.ledger import BYTES, IN_FLIGHT, PICTURES, Ledger, SharedAdmission, Totals
-from service.link import LENGTH_BYTES, Alive, Ask, Cancel, FromEngine, FromFront, Link, Message, Released, Submit
+from service.link import LENGTH_BYTES, Link
+from service.messages import Alive, Ask, Cancel, FromEngine, FromFront, Message, Released, Submit
 
 MESSAGES = st.lists(
     st.one_of(

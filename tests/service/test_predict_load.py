@@ -23,9 +23,7 @@ def answered(run: Running) -> list[int]:
 async def test_a_full_house_is_503_with_retry_after(tmp_path: Path) -> None:
     engine = FakeEngine(max_batch_size=1)
     async with running(tmp_path, engine, max_queue_size=2, max_pictures=2) as run:
-        engine.hold()
-        held = [asyncio.create_task(run.predict(1))]
-        await run.until(lambda: engine.batches == [[1]])  # of two connections either may be read first
+        held = [await run.hold_first()]  # of two connections either may be read first
         held.append(asyncio.create_task(run.predict(2)))
         await run.until(lambda: run.service.house.pictures == 2)
         response = await run.predict(3)
@@ -82,9 +80,7 @@ async def test_slow_senders_do_not_keep_others_out(tmp_path: Path) -> None:
 async def test_a_picture_whose_deadline_passes_in_the_queue_is_not_run(tmp_path: Path) -> None:
     engine = FakeEngine(max_batch_size=1)
     async with running(tmp_path, engine) as run:
-        engine.hold()
-        first = asyncio.create_task(run.predict(1))
-        await run.until(lambda: engine.batches == [[1]])
+        first = await run.hold_first()
         response = await run.client.post("/predict", content=png(2), headers=IMAGE | {"x-request-timeout-ms": "30"})
         assert (response.status_code, error_of(response.content)) == (504, "deadline_exceeded")
         assert not first.done()
@@ -98,9 +94,7 @@ async def test_a_picture_whose_deadline_passes_in_the_queue_is_not_run(tmp_path:
 async def test_the_setting_bounds_what_a_client_asks_for(tmp_path: Path) -> None:
     engine = FakeEngine(max_batch_size=1)
     async with running(tmp_path, engine, request_timeout_ms=500) as run:
-        engine.hold()
-        first = asyncio.create_task(run.predict(1))
-        await run.until(lambda: engine.batches == [[1]])
+        first = await run.hold_first()
         headers = IMAGE | {"x-request-timeout-ms": "9999999999"}
         assert (await run.client.post("/predict", content=png(2), headers=headers)).status_code == 504
         engine.release()
@@ -136,9 +130,7 @@ async def test_decoding_takes_no_more_threads_than_it_may(tmp_path: Path) -> Non
 async def test_a_client_that_leaves_takes_its_queued_picture_along(tmp_path: Path) -> None:
     engine = FakeEngine(max_batch_size=1)
     async with running(tmp_path, engine) as run:
-        engine.hold()
-        first = asyncio.create_task(run.predict(1))
-        await run.until(lambda: engine.batches == [[1]])
+        first = await run.hold_first()
         _, writer = await run.connect()
         writer.write(request_head(len(png(2))) + png(2))
         await run.until(lambda: run.service.queue_length == 1)

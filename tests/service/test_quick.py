@@ -177,9 +177,7 @@ async def test_an_answer_that_is_no_number_is_an_error(tmp_path: Path) -> None:
 async def test_who_leaves_is_not_run_and_counted(tmp_path: Path, ways: list[str]) -> None:
     engine = FakeEngine()
     async with running(tmp_path, engine) as run:
-        engine.hold()
-        first = asyncio.create_task(run.predict(1))
-        await run.until(lambda: engine.batches == [[1]])
+        first = await run.hold_first()
         _, writer = await run.connect()
         writer.write(request(png(2)))
         await run.until(lambda: run.service.queue_length == 1)

@@ -1,0 +1,38 @@
+"""Sockets that several processes listen on."""
+
+import socket
+from contextlib import ExitStack
+from typing import Any
+
+from service.settings import Settings
+
+
+def listen(settings: Settings, processes: int) -> list[list[socket.socket]]:
+    """Bind the sockets of each process to the address of the settings.
+
+    Raises:
+        OSError: the address is not there or in use, or the name is not known.
+    """
+    found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    addresses: list[tuple[int, Any]] = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+    # Alone first: with SO_REUSEPORT, a second service on the same port would share its connections unnoticed.
+    with ExitStack() as stack:
+        alone = [stack.enter_context(bound(family, address, shared=False)) for family, address in addresses]
+        addresses = [(one.family, one.getsockname()) for one in alone]
+    return [[bound(family, address, shared=True) for family, address in addresses] for _ in range(processes)]
+
+
+def bound(family: int, address: Any, *, shared: bool) -> socket.socket:
+    """Return a socket of its own on an address."""
+    one = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if shared:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        one.bind(address)
+    except BaseException:
+        one.close()
+        raise
+    return one
