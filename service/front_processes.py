@@ -162,9 +162,9 @@ class FrontProcess:
             self._process.kill()
 
     @property
-    def is_running(self) -> bool:
-        """Whether it has not ended."""
-        return self._process is not None
+    def pid(self) -> int | None:
+        """Of the process, unless it has ended."""
+        return None if self._process is None else self._process.pid
 
     def _end(self) -> None:
         """Nobody waits any more."""
@@ -326,6 +326,7 @@ class FrontProcesses:
         self._tasks: list[asyncio.Task[None]] = []
         service.house = Totals(self._ledger)
         service.metrics.http_processes.set_function(lambda: sum(front.is_listening.is_set() for front in self._fronts))
+        service.metrics.each_http_process.pids = self.pids
 
     @property
     def in_flight(self) -> int:
@@ -336,6 +337,10 @@ class FrontProcesses:
     def drain_seconds(self) -> float:
         """Seconds left to finish what was accepted."""
         return max(0.0, self._drain_until - time.monotonic())
+
+    def pids(self) -> dict[int, int]:
+        """Return the ids of those processes that have not ended, by number."""
+        return {front.row: pid for front in self._fronts if (pid := front.pid) is not None}
 
     def start(self) -> None:
         """Start the processes."""
@@ -369,7 +374,7 @@ class FrontProcesses:
     @property
     def is_running(self) -> bool:
         """Whether any process has not ended."""
-        return any(front.is_running for front in self._fronts)
+        return any(front.pid is not None for front in self._fronts)
 
     async def stop(self) -> None:
         """End those that have not."""

@@ -14,6 +14,7 @@ from service.artifact import ModelMetadata
 from service.front import known_route
 from service.gpu import GpuCollector
 from service.histogram import PendingHistogram
+from service.process_metrics import HttpProcessCollector
 
 # 0.5 ms to 10 s: from the answer of an idle service with a small model to the default timeout.
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -106,6 +107,7 @@ class Metrics:
             "HTTP processes that have ended by themselves and were started anew.",
             registry=registry,
         )
+        self.each_http_process = HttpProcessCollector(registry)
         self._request_counters: dict[tuple[str, int], Counter] = {}  # labels() looks its arguments over each time
         for result in ("loaded", "refused"):
             self.reloads.labels(result)

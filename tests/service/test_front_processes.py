@@ -19,7 +19,7 @@ from tests.service.harness import Running, png, read_answer, request_head, runni
 
 def pids(run: Running) -> list[int]:
     assert run.fronts is not None
-    return [front._process.pid for front in run.fronts._fronts if front._process is not None]
+    return list(run.fronts.pids().values())
 
 
 def connections(run: Running) -> int:
@@ -66,6 +66,16 @@ async def test_every_process_counts_and_a_scrape_has_all_of_it(tmp_path: Path) -
         assert await run.metric("perceiver_http_processes") == 2
         await run.client.get("/no/such/path")
         assert await run.metric('perceiver_requests_total{code="404",route="other"}') == 1
+
+
+async def test_what_each_process_takes_is_told(tmp_path: Path) -> None:
+    async with running(tmp_path, http_processes=2) as run:
+        for process in ("0", "1"):
+            of_it = f'{{process="{process}"}}'
+            assert await run.metric(f"perceiver_http_process_cpu_seconds_total{of_it}") > 0
+            assert await run.metric(f"perceiver_http_process_resident_memory_bytes{of_it}") > 10 * 2**20
+            assert await run.metric(f"perceiver_http_process_open_fds{of_it}") > 3
+        assert (await run.client.get("/metrics", headers={"accept": "application/openmetrics-text"})).status_code == 200
 
 
 async def test_connections_are_bounded_over_all_processes(tmp_path: Path) -> None:

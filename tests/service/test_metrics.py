@@ -33,6 +33,9 @@ FAMILIES = {
     "perceiver_max_batch_size": "gauge",
     "perceiver_http_processes": "gauge",
     "perceiver_http_process_restarts": "counter",
+    "perceiver_http_process_cpu_seconds": "counter",
+    "perceiver_http_process_resident_memory_bytes": "gauge",
+    "perceiver_http_process_open_fds": "gauge",
     "perceiver_admitted_pictures": "gauge",
     "perceiver_admitted_bytes": "gauge",
 }
