@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import re
-from functools import partial
 from hmac import compare_digest
 from time import perf_counter
 from typing import Final
@@ -25,7 +24,7 @@ from service.errors import (
     Unauthorized,
     Unavailable,
 )
-from service.front import Front
+from service.front import PREDICT, Front
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("service.access")
@@ -33,7 +32,7 @@ access_logger = logging.getLogger("service.access")
 # Bounded, because it becomes a header, a log field and an exemplar; OpenMetrics allows an exemplar 128 characters.
 REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}", re.ASCII)
 RELOAD: Final = ("POST", "/models/reload")
-KEYED: Final = frozenset({("POST", "/predict"), ("GET", "/models")})
+KEYED: Final = frozenset({("POST", PREDICT), ("GET", "/models")})
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -49,22 +48,10 @@ class Observe:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] == "http":
-            await self._serve(self.app, perf_counter(), scope, receive, send)
-        else:
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
-
-    def failing(self, error: Exception, started: float) -> ASGIApp:
-        """Return an application that answers a request with an error, begun at `started` by `perf_counter`."""
-
-        errors = [error]  # an error that this frame holds, and whose traceback holds this frame, would be a cycle
-
-        async def fail(scope: Scope, receive: Receive, send: Send) -> None:
-            raise errors.pop()
-
-        return partial(self._serve, fail, started)
-
-    async def _serve(self, app: ASGIApp, started: float, scope: Scope, receive: Receive, send: Send) -> None:
+            return
+        started = perf_counter()
         request_id = self.request_id(scope["headers"])
         scope["state"]["request_id"] = request_id
         status = 0
@@ -85,20 +72,17 @@ class Observe:
             ):  # "/models\n" would match the route of "/models", but not the list of keyed paths
                 path = ascii(path)
                 raise NotFound()
-            await app(scope, receive, send_with_id)
-        except ServiceError as error:
-            self._log(error, request_id)
-            self.service.metrics.rejected(error.code)
-            await send_error(send_with_id, error, request_id)
-        except Exception:
-            logger.exception("request %s failed", request_id, extra={"request_id": request_id})
-            if not status:  # FastAPI has answered for its own routes
-                self.service.metrics.rejected(ServiceError.code)
-                await send_error(send_with_id, ServiceError(), request_id)
+            await self.app(scope, receive, send_with_id)
+        except Exception as error:
+            told = self.told(error, request_id)
+            if not status:  # FastAPI has answered, and counted, for its own routes
+                self.service.metrics.rejected(told.code)
+                await send_error(send_with_id, told, request_id)
+            del told  # it may be `error`, whose traceback holds this frame: a cycle for the collector
         finally:
             seconds = perf_counter() - started
             self.service.metrics.request(path, status)
-            if path == "/predict":
+            if path == PREDICT:
                 self.service.metrics.predicted(seconds, request_id)
             if self.service.settings.access_log:
                 extra = {"request_id": request_id, "status": status, "milliseconds": round(seconds * 1000, 3)}
@@ -111,9 +95,15 @@ class Observe:
                 return value.decode()
         return f"{self._prefix}-{next(self._numbers)}"
 
-    def _log(self, error: ServiceError, request_id: str) -> None:
+    def told(self, error: Exception, request_id: str) -> ServiceError:
+        """Return what a client is told of an error; log it where the service is to blame."""
+        extra = {"request_id": request_id}
+        if not isinstance(error, ServiceError):
+            logger.error("request %s failed", request_id, exc_info=error, extra=extra)
+            return ServiceError()
         if error.status == ServiceError.status:
-            logger.error("request %s: %s", request_id, error.message, extra={"request_id": request_id})
+            logger.error("request %s: %s", request_id, error.message, extra=extra)
+        return error
 
 
 class RequireKey:

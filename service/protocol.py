@@ -11,14 +11,13 @@ from urllib.parse import unquote
 from uuid import uuid4
 
 import httptools
-from starlette.types import ASGIApp
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from service.cycle import Cycle
 from service.errors import BadRequest, BodyTimeout, HeadersTimeout, HeadersTooLarge, ServiceError, Unavailable
-from service.front import PREDICT, Front
+from service.front import Front
 from service.middleware import error_body, error_headers
 from service.predict import Options
 from service.quick import Quick, QuickAnswer
@@ -181,23 +180,40 @@ class BoundedProtocol(HttpToolsProtocol):
             and not (self.expect_100_continue or self.flow.write_paused)
         )
 
-    def _begin_cycle(self, body: bytes, *, more_body: bool, app: ASGIApp | None = None) -> None:
+    def _begin_cycle(self, body: bytes, *, more_body: bool) -> None:
         """Start the application, as uvicorn does, but with a `Cycle` of ours."""
         parser = self.parser
         version = parser.get_http_version()
         url = httptools.parse_url(self.url)
         path = url.path.decode("ascii")
         busy = self.cycle is not None and not self.cycle.response_complete
-        cycle = self.cycle = self._cycle_of(
-            {
-                "http_version": version,
-                "headers": self.headers,
-                "method": parser.get_method().decode("ascii"),
-                "path": unquote(path) if "%" in path else path,
-                "raw_path": url.path,
-                "query_string": url.query or b"",
-            },
+        scope: Any = {
+            "type": "http",
+            "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
+            "http_version": version,
+            "server": self.server,
+            "client": self.client,
+            "scheme": self.scheme,
+            "root_path": self.root_path,
+            "headers": self.headers,
+            "state": self.app_state.copy(),
+            "method": parser.get_method().decode("ascii"),
+            "path": unquote(path) if "%" in path else path,
+            "raw_path": url.path,
+            "query_string": url.query or b"",
+        }
+        cycle = self.cycle = Cycle(
+            scope=scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=False,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue,
             keep_alive=version != "1.0" and parser.should_keep_alive(),
+            on_response=self.on_response_complete,
         )
         cycle.body += body
         cycle.more_body = more_body
@@ -207,31 +223,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.flow.pause_reading()
             self.pipeline.appendleft((cycle, self.app))
         else:
-            self._start_asgi_task(cycle, cast("Any", app or self.app))
-
-    def _cycle_of(self, scope: dict[str, Any], *, keep_alive: bool) -> Cycle:
-        connection: Any = {
-            "type": "http",
-            "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
-            "server": self.server,
-            "client": self.client,
-            "scheme": self.scheme,
-            "root_path": self.root_path,
-            "state": self.app_state.copy(),
-        }
-        return Cycle(
-            scope=connection | scope,
-            transport=self.transport,
-            flow=self.flow,
-            logger=self.logger,
-            access_logger=self.access_logger,
-            access_log=False,
-            default_headers=self.server_state.default_headers,
-            message_event=asyncio.Event(),
-            expect_100_continue=self.expect_100_continue,
-            keep_alive=keep_alive,
-            on_response=self.on_response_complete,
-        )
+            self._start_asgi_task(cycle, self.app)
 
     def on_body(self, body: bytes) -> None:
         """Keep a piece of the body."""
@@ -258,35 +250,20 @@ class BoundedProtocol(HttpToolsProtocol):
             else:
                 self._begin_cycle(self._body, more_body=False)
         except Exception as error:
-            self._begin_cycle(self._body, more_body=False, app=self._quick.observe.failing(error, answer.began))
+            self.cycle = cast("Any", answer)
+            answer.refuse(error)
 
-    def reply(self, answer: QuickAnswer, head: bytes, body: bytes) -> None:
+    def reply(self, answer: QuickAnswer, status: int, head: bytes, body: bytes) -> None:
         """Send the answer to a request that went the short way."""
         answer.response_started = answer.response_complete = True
         if self.transport.is_closing():
             return
         default = b"".join([b"%b: %b\r\n" % header for header in self.server_state.default_headers])
         is_last = self.service.draining or not answer.keep_alive
-        self.transport.write(b"%b%b%b%b\r\n%b" % (STATUS_LINE[200], default, head, CLOSE if is_last else b"", body))
+        self.transport.write(b"%b%b%b%b\r\n%b" % (STATUS_LINE[status], default, head, CLOSE if is_last else b"", body))
         if is_last:
             self.transport.close()
         self.on_response_complete()
-
-    def reply_with(self, answer: QuickAnswer, app: ASGIApp) -> None:
-        """Have an application answer such a request, behind which others may wait already."""
-        scope = {
-            "http_version": "1.1",
-            "headers": answer.headers,
-            "method": "POST",
-            "path": PREDICT,
-            "raw_path": PREDICT.encode(),
-            "query_string": b"",
-        }
-        cycle = self._cycle_of(scope, keep_alive=answer.keep_alive)
-        cycle.more_body = False
-        if cast("Any", self.cycle) is answer:
-            self.cycle = cycle
-        self._start_asgi_task(cycle, cast("Any", app))
 
     def on_response_complete(self) -> None:
         """Go on with the next request, or wait for it; linger where the answer came before the end of the body."""

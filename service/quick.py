@@ -9,14 +9,12 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import Final, Protocol
 
-from starlette.types import ASGIApp
-
 from service.admission import Ticket
 from service.answers import AnswerWriter
 from service.errors import ClientDisconnected, ServiceError
 from service.fair_queue import Prediction
 from service.front import PREDICT, Front, ServedModel
-from service.middleware import Headers, Observe, check_key
+from service.middleware import Headers, Observe, check_key, error_body, error_headers
 from service.predict import Options, PredictEndpoint, checked_top_k, read_options, server_timing
 
 PATH: Final = PREDICT.encode()
@@ -25,11 +23,8 @@ PATH: Final = PREDICT.encode()
 class Connection(Protocol):
     """Where an answer goes."""
 
-    def reply(self, answer: "QuickAnswer", head: bytes, body: bytes) -> None:
-        """Send an answer of status 200; `head` are lines of its head, each with its end."""
-
-    def reply_with(self, answer: "QuickAnswer", app: ASGIApp) -> None:
-        """Have an application answer instead."""
+    def reply(self, answer: "QuickAnswer", status: int, head: bytes, body: bytes) -> None:
+        """Send an answer; `head` are lines of its head, each with its end."""
 
 
 class Quick:
@@ -38,7 +33,7 @@ class Quick:
     Args:
         front: the service.
         predict: the long way.
-        observe: gives request ids, and answers with errors.
+        observe: gives request ids, and knows what is told of errors.
     """
 
     def __init__(self, front: Front, predict: PredictEndpoint, observe: Observe) -> None:
@@ -161,9 +156,9 @@ class QuickAnswer:
         try:
             body = self._writer.write(result, self._filenames, self._top_k)
         except Exception as error:  # a logit is not a number
-            self._end(error)
+            self.set_exception(error)
             return
-        connection, front = self._end_here()
+        self._let_go()
         seconds = perf_counter() - self.began
         timing = server_timing(result, self._decode_seconds, seconds)
         request_id = self._quick.observe.request_id(self.headers)
@@ -172,24 +167,39 @@ class QuickAnswer:
             timing,
             request_id.encode(),
         )
-        front.metrics.request(PREDICT, 200)
-        front.metrics.predicted(seconds, request_id)
-        connection.reply(self, head, body)
+        self._reply(200, seconds, request_id, head, body)
 
     def set_exception(self, exception: Exception, /) -> None:
         """Answer with an error."""
         self._is_done = True
-        self._end(exception)
-
-    def _end(self, error: Exception) -> None:
-        connection, _ = self._end_here()
-        connection.reply_with(self, self._quick.observe.failing(error, self.began))
-
-    def _end_here(self) -> tuple[Connection, Front]:
         self._let_go()
-        connection, self._connection = self._connection, None
+        self.refuse(exception)
+
+    def refuse(self, error: Exception) -> None:
+        """Answer with the error that `begin` raised."""
+        observe = self._quick.observe
+        request_id = observe.request_id(self.headers)
+        told = observe.told(error, request_id)
+        self._quick.front.metrics.rejected(told.code)
+        body = error_body(told, request_id)
+        lines = [
+            *error_headers(told),
+            (b"content-length", b"%d" % len(body)),
+            (b"x-request-id", request_id.encode()),
+        ]
+        head = b"".join([b"%b: %b\r\n" % line for line in lines])
+        self._reply(told.status, perf_counter() - self.began, request_id, head, body)
+
+    def _reply(self, status: int, seconds: float, request_id: str, head: bytes, body: bytes) -> None:
+        self._note(status, seconds, request_id)
+        connection, self._connection = self._connection, None  # which may hold this, its cycle: a cycle of references
         assert connection is not None
-        return connection, self._quick.front
+        connection.reply(self, status, head, body)
+
+    def _note(self, status: int, seconds: float, request_id: str) -> None:
+        metrics = self._quick.front.metrics
+        metrics.request(PREDICT, status)
+        metrics.predicted(seconds, request_id)
 
     # What uvicorn asks of the cycle of a connection
 
@@ -204,8 +214,8 @@ class QuickAnswer:
             return
         self._is_done = self._is_cancelled = True
         self._live.batcher.withdraw(self._number)
-        self._end_here()
-        metrics, error = self._quick.front.metrics, ClientDisconnected
-        metrics.rejected(error.code)
-        metrics.request(PREDICT, error.status)
-        metrics.predicted(perf_counter() - self.began, self._quick.observe.request_id(self.headers))
+        self._let_go()
+        self._connection = None
+        self._quick.front.metrics.rejected(ClientDisconnected.code)
+        request_id = self._quick.observe.request_id(self.headers)
+        self._note(ClientDisconnected.status, perf_counter() - self.began, request_id)

@@ -19,7 +19,12 @@ LIMITS = (
     "--max-queue-size=256",
 )
 MEMORY_GROWTH = 64 * 1024 * 1024
-AT_REST = {"perceiver_ready": 1, "perceiver_admitted_pictures": 0, "perceiver_queue_length": 0}
+AT_REST = {
+    "perceiver_ready": 1,
+    "perceiver_admitted_pictures": 0,
+    "perceiver_queue_length": 0,
+    "perceiver_http_process_restarts_total": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -39,10 +44,10 @@ class Vitals:
         files = [-1, -2]
         while files[-1] != files[-2]:
             time.sleep(0.3)
-            files.append(sample(client, "process_open_fds"))
+            files.append(of_all(client, "process_open_fds"))
         return cls(
             open_files=files[-1],
-            memory=sample(client, "process_resident_memory_bytes"),
+            memory=of_all(client, "process_resident_memory_bytes"),
             answer=predict(client),
             at_rest={name: sample(client, name) for name in AT_REST},
             traceback=process.stderr[-3000:] if "Traceback" in process.stderr else "",
@@ -64,10 +69,15 @@ class Vitals:
         return [*found, now.traceback] if now.traceback else found
 
 
-def sample(client: httpx.Client, name: str) -> int:
-    """The value of a metric without labels; 0 where the platform does not have it, as macOS the process's own."""
+def sample(client: httpx.Client, *names: str) -> int:
+    """The sum of metrics over all labels; 0 where the platform does not have them, as macOS those of processes."""
     lines = client.get("/metrics").text.splitlines()
-    return int(next((float(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0))
+    return int(sum(float(line.split()[-1]) for line in lines if line.split()[0].partition("{")[0] in names))
+
+
+def of_all(client: httpx.Client, name: str) -> int:
+    """What the processes of the service have together."""
+    return sample(client, name, f"perceiver_http_{name}")
 
 
 def predict(client: httpx.Client) -> bytes:
