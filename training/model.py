@@ -113,13 +113,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, d
     Returns:
         float [B, n, heads * size].
     """
+    bias = None if bias is None else bias.to(q.dtype)
     if q.device.type != "cpu":
-        bias = None if bias is None else bias.to(q.dtype)
         return merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale))
     scores = (q * scale) @ k.transpose(-2, -1)
     if bias is not None:
         scores = scores + bias
-    weights = F.dropout(scores.softmax(-1).to(v.dtype), dropout, training=dropout > 0)
+    # Autocast would store scores and their gradients in float32; the kernel computes in float32 either way.
+    with torch.autocast("cpu", enabled=False):
+        weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0)
     return merge_heads(weights @ v)
 
 
