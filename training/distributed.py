@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from training.memory import keep_freed_memory
+
 T = TypeVar("T")
 
 
@@ -99,7 +101,7 @@ class World:
 
 
 def join(device: str) -> World:
-    """Join the process group that ``torchrun``'s environment describes, or be alone.
+    """Make this process ready to train: in the process group that ``torchrun``'s environment describes, or alone.
 
     Args:
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
@@ -118,6 +120,8 @@ def join(device: str) -> World:
         where = torch.device("cuda", local)
         torch.cuda.set_device(where)
         torch.set_float32_matmul_precision("high")
+    else:
+        keep_freed_memory()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(0, 1, where)

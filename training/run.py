@@ -21,7 +21,6 @@ from training.cli import DEFAULT_PRESET
 from training.config import Preset
 from training.dataset import DataError, DataSet
 from training.distributed import PeerFailed, World, join, leave
-from training.memory import keep_freed_memory
 from training.model import count_parameters
 from training.train import Trainer
 from training.transfer import find, origin_of
@@ -77,8 +76,6 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
     deadline = time.monotonic() + 60 * args.max_minutes if args.max_minutes is not None else None
     if args.threads:
         torch.set_num_threads(args.threads)
-    if world.device.type == "cpu":
-        keep_freed_memory()
     run, data_set, folder = world.main_first(lambda: prepare(args, preset, world))
     run = run.model_copy(
         update={"init": world.broadcast(run.init)}

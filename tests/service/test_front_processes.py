@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service import front_processes
+from service import front_peer, front_processes
 from service.ledger import CONNECTIONS
 from service.settings import Settings
 from service.sockets import bound, listen
@@ -123,7 +123,7 @@ async def test_a_process_that_is_killed_takes_its_clients_along_and_is_replaced(
 
 async def test_a_process_that_hangs_is_killed_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(front_processes, "HANG_SECONDS", 0.5)
-    monkeypatch.setattr(front_processes, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(front_peer, "PATIENCE_SECONDS", 0.1)
     monkeypatch.setattr(front_processes, "ASK_SECONDS", 0.1)
     async with running(tmp_path, http_processes=1) as run:
         (hung,) = pids(run)
@@ -137,7 +137,7 @@ async def test_a_process_that_hangs_is_killed_and_replaced(tmp_path: Path, monke
 async def test_a_scrape_does_not_wait_for_a_process_that_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(front_processes, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(front_peer, "PATIENCE_SECONDS", 0.2)
     async with running(tmp_path, http_processes=1) as run:
         assert run.fronts is not None
         (pid,) = pids(run)
@@ -154,7 +154,7 @@ async def test_a_scrape_does_not_wait_for_a_process_that_hangs(
 async def test_processes_that_can_not_start_fail_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(front_processes, "FIRST_PAUSE_SECONDS", 0.01)
     async with running(tmp_path, http_processes=1) as run:
-        monkeypatch.setattr(front_processes.sys, "executable", "/bin/false")
+        monkeypatch.setattr(front_peer.sys, "executable", "/bin/false")
         os.kill(pids(run)[0], signal.SIGKILL)
         await run.until(lambda: run.service.failure != "")
         assert run.service.failure == "the HTTP process 0 ended 3 times before it could listen"
