@@ -37,6 +37,7 @@ class Admission:
         bytes: bytes in the house.
         pictures_elsewhere: pictures that other processes have in the house, see `service.ledger`.
         bytes_elsewhere: likewise.
+        rate_elsewhere: pictures a second that leave them.
     """
 
     def __init__(self, max_pictures: int, max_bytes: int, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -46,6 +47,7 @@ class Admission:
         self.bytes = 0
         self.pictures_elsewhere = 0
         self.bytes_elsewhere = 0
+        self.rate_elsewhere = 0.0
         self._clock = clock
         self._rate = 0.0
         self._window_start = 0.0
@@ -59,12 +61,16 @@ class Admission:
         """
         return Ticket(self, pictures, bytes)
 
+    def is_full(self) -> bool:
+        """Whether there is no room for another picture."""
+        return self.pictures + self.pictures_elsewhere >= self.max_pictures
+
     def retry_after(self) -> float:
-        """Seconds until what is here now will have left, at the measured rate; at least 1, at most 60."""
+        """Seconds until what is in the house will have left, at the measured rate; at least 1, at most 60."""
         elapsed = self._clock() - self._window_start
         running = self._window_count / elapsed if elapsed > 0 else 0.0
-        rate = max(self._rate, running)
-        seconds = self.pictures / rate if rate > 0 else 0.0
+        rate = max(self._rate, running) + self.rate_elsewhere
+        seconds = (self.pictures + self.pictures_elsewhere) / rate if rate > 0 else 0.0
         return min(max(seconds, 1.0), MAX_RETRY_AFTER_SECONDS)
 
     def _take(self, ticket: "Ticket", pictures: int, size: int) -> None:

@@ -109,9 +109,16 @@ class Waiting:
     def __init__(self) -> None:
         self._outcomes: dict[int, Outcome | asyncio.Future[Called]] = {}
         self._last = 0
+        self._is_over = False
 
     def begin(self, outcome: "Outcome | asyncio.Future[Called]") -> int:
-        """Return the number of a new request, whose answer will end `outcome`."""
+        """Return the number of a new request, whose answer will end `outcome`.
+
+        Raises:
+            NotReady: the other process is gone.
+        """
+        if self._is_over:
+            raise NotReady(GONE)
         self._last += 1
         self._outcomes[self._last] = outcome
         return self._last
@@ -131,7 +138,8 @@ class Waiting:
             outcome.set_exception(error)
 
     def fail_all(self) -> None:
-        """The other process is gone."""
+        """The other process is gone, and no answer will come any more."""
+        self._is_over = True
         for number in list(self._outcomes):
             self.fail(number, NotReady(GONE))
 

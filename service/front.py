@@ -131,3 +131,6 @@ class Front(ABC):
     def may_connect(self, connections: int) -> bool:
         """Tell whether so many connections to this process, the newest included, are not too many."""
         return connections <= self.settings.max_connections
+
+    def disconnected(self, connections: int) -> None:  # noqa: B027 - one process alone need not know
+        """Take note that one has closed, and so many are left."""

@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import os
 import socket
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import groupby
 from typing import Final, Protocol
 
@@ -30,6 +32,8 @@ from service.messages import (
     Submit,
 )
 from service.models import LiveModel
+from service.settings import without_settings
+from service.sockets import bound
 from service.state import Service
 from service.translation import Recorded, pack, refusal, scope_of
 
@@ -98,7 +102,7 @@ class FrontProcess:
         service: what they are the front of.
         routes: the application behind all other routes than /predict.
         ledger: what is in the house.
-        sockets: that it listens on.
+        addresses: sockets bound to where it listens.
 
     Attributes:
         is_listening: whether it accepts connections.
@@ -113,7 +117,7 @@ class FrontProcess:
         service: Service,
         routes: ASGIApp,
         ledger: Ledger,
-        sockets: Sequence[socket.socket],
+        addresses: Sequence[socket.socket],
     ) -> None:
         self.row = row
         self.is_listening = asyncio.Event()
@@ -123,7 +127,7 @@ class FrontProcess:
         self._service = service
         self._routes = routes
         self._ledger = ledger
-        self._sockets = sockets
+        self._addresses = addresses
         self._link: Link | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._replies: dict[int, Reply] = {}
@@ -138,20 +142,20 @@ class FrontProcess:
     # The process
 
     async def run(self) -> int:
-        """Start the process, and serve it until it has ended; return its exit status."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            descriptors = [theirs.fileno(), self._ledger.descriptor, *(one.fileno() for one in self._sockets)]
-            numbers = [descriptors[0], descriptors[1], self._ledger.rows, self.row, *descriptors[2:]]
-            self._process = process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "service.front_process",
-                *map(str, numbers),
-                stdin=asyncio.subprocess.PIPE,
-                pass_fds=descriptors,
-            )
+        """Start the process, and serve it until it has ended; return its exit status.
+
+        Raises:
+            OSError: it could not be started.
+        """
         self.has_listened = False
+        self.heard = time.monotonic()
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                self._process = process = await self._spawn(theirs)
+        except BaseException:
+            ours.close()
+            raise
         self._link = link = Link(FromFront, self._received, lambda: None, self._collect)
         await Link.open(ours, link)
         self.tell()
@@ -161,6 +165,24 @@ class FrontProcess:
         finally:
             self._process = None
             self._end()
+
+    async def _spawn(self, link: socket.socket) -> asyncio.subprocess.Process:
+        with ExitStack() as stack:
+            # Only that process keeps them: the connections of one that has ended go to the others.
+            sockets = [
+                stack.enter_context(bound(one.family, one.getsockname(), shared=True)) for one in self._addresses
+            ]
+            descriptors = [link.fileno(), self._ledger.descriptor, *(one.fileno() for one in sockets)]
+            numbers = [descriptors[0], descriptors[1], self._ledger.rows, self.row, *descriptors[2:]]
+            return await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "service.front_process",
+                *map(str, numbers),
+                stdin=asyncio.subprocess.PIPE,
+                pass_fds=descriptors,
+                env=without_settings(os.environ),
+            )
 
     def kill(self) -> None:
         """End the process at once."""
@@ -187,8 +209,6 @@ class FrontProcess:
             model.__exit__()
         self._models.clear()
         self._told = None
-        for task in self._calls:
-            task.cancel()
 
     # What it is told
 
@@ -281,21 +301,24 @@ class FrontProcess:
             self.refuse(number, error)
 
     async def _call(self, message: Call) -> None:
-        """Answer a request for another route."""
+        """Answer a request for another route. It goes on when the process that asked has ended: a reload is for all."""
+        link = self._link
+        assert link is not None
         if message.path == "/metrics":
             await self._house.ask_all()
         answer = Recorded()
         try:
             await self._routes(scope_of(message), answer.receive, answer.send)
         except Exception as error:
+            told = error
             if not isinstance(error, ServiceError):
                 logger.exception("request %s failed", message.request_id, extra={"request_id": message.request_id})
+                told = ServiceError()
             if not answer.status:
-                self.refuse(message.number, error)
+                link.send(refusal(message.number, told))
                 return
         self._house.tell()  # a reload should be true everywhere before its answer is read
-        if self._link is not None:
-            self._link.send(Called(message.number, answer.status, answer.headers, b"".join(answer.body)))
+        link.send(Called(message.number, answer.status, answer.headers, b"".join(answer.body)))
 
     def _count(self, counts: Counts) -> None:
         metrics = self._service.metrics

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import logging
 import socket
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ from service.protocol import BoundedConfig
 from service.server import Server, configuration
 from service.settings import Settings
 from service.translation import call_of, error_of, unpack
+
+logger = logging.getLogger(__name__)
 
 
 class DistantService(Front):
@@ -100,6 +103,10 @@ class DistantService(Front):
         self._ledger.write(self._row, CONNECTIONS, connections)
         return self._ledger.total(CONNECTIONS) <= self.settings.max_connections
 
+    def disconnected(self, connections: int) -> None:
+        """Tell the others."""
+        self._ledger.write(self._row, CONNECTIONS, connections)
+
     async def call(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Have a request for any other route answered by the process that runs the model; an ASGI application."""
         future: asyncio.Future[Called] = asyncio.get_running_loop().create_future()
@@ -143,8 +150,9 @@ class DistantService(Front):
 
     def _lost(self) -> None:
         self._waiting.fail_all()
-        if not self.draining:
+        if not self.draining and not self._failure:
             self._status, self._failure = "failed", GONE
+            logger.critical("%s", GONE)
 
 
 class FrontServer(Server):
@@ -152,6 +160,9 @@ class FrontServer(Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Do nothing: Ctrl-C reaches every process of a terminal's group."""
+
+    def report_failure(self) -> None:
+        """Do nothing: whoever found it has logged it."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so."""

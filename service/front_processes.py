@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 TELL_SECONDS: Final = 0.02  # how late a new state may be noticed
 ASK_SECONDS: Final = 1.0  # between two askings for counts
 HANG_SECONDS: Final = 30.0  # a process that has not answered for so long is replaced
+START_SECONDS: Final = 60.0  # likewise one that does not come to listen
 FIRST_PAUSE_SECONDS: Final = 0.1  # before a process that has ended is started anew; doubled each time
 LONGEST_PAUSE_SECONDS: Final = 5.0
 MOST_FAILURES: Final = 3  # to start, in a row
@@ -35,20 +36,20 @@ class FrontProcesses:
     Args:
         service: what they are the front of; what is in its house is what they let in.
         routes: the application behind all other routes than /predict.
-        sockets: of each process, those that it listens on.
+        addresses: sockets bound to where they listen; see `service.sockets.reserve`.
+        processes: how many.
 
     Attributes:
         settings: what each process is told at its start.
     """
 
-    def __init__(self, service: Service, routes: ASGIApp, sockets: Sequence[Sequence[socket.socket]]) -> None:
+    def __init__(self, service: Service, routes: ASGIApp, addresses: Sequence[socket.socket], processes: int) -> None:
         self._service = service
-        self._sockets = sockets
-        self._ledger = Ledger(len(sockets))
+        self._ledger = Ledger(processes)
         self._drain_until = 0.0
         # Made once: a process that is started later must not ask for other keys, whatever became of their file.
         self.settings = service.settings.for_http_process()
-        self._fronts = [FrontProcess(row, self, service, routes, self._ledger, own) for row, own in enumerate(sockets)]
+        self._fronts = [FrontProcess(row, self, service, routes, self._ledger, addresses) for row in range(processes)]
         self._tasks: list[asyncio.Task[None]] = []
         service.house = Totals(self._ledger)
         service.metrics.http_processes.set_function(lambda: sum(front.is_listening.is_set() for front in self._fronts))
@@ -92,10 +93,8 @@ class FrontProcesses:
     def drain(self, seconds: float) -> None:
         """Let each finish what it has accepted and end, within so many seconds."""
         self._drain_until = time.monotonic() + seconds
+        self._service.draining = True  # not before: each is told once that it drains, and how long it may
         self.tell()
-        for own in self._sockets:
-            for one in own:
-                one.close()  # or the kernel would go on taking connections in
 
     @property
     def is_running(self) -> bool:
@@ -118,19 +117,30 @@ class FrontProcesses:
         """Start a process, and another in its place when it ends."""
         pause = FIRST_PAUSE_SECONDS
         failures = 0
-        while True:
+        while not self._is_ending:
             begun = time.monotonic()
-            status = await front.run()
-            if self._service.draining or self._service.failure:
+            how = await self._run(front)
+            if self._is_ending:
                 return
             failures = 0 if front.has_listened else failures + 1
-            if failures >= MOST_FAILURES:
-                self._service.fail(f"the HTTP process {front.row} ended {failures} times before it could listen")
+            if failures >= MOST_FAILURES and not any(other.is_listening.is_set() for other in self._fronts):
+                self._service.fail(f"the HTTP process {front.row} ended {failures} times before it could listen: {how}")
                 return
-            logger.error("the HTTP process %d has ended with status %d; it is started anew", front.row, status)
+            logger.error("the HTTP process %d %s; it is started anew", front.row, how)
             self._service.metrics.http_process_restarts.inc()
             pause = FIRST_PAUSE_SECONDS if time.monotonic() - begun > 60 else min(2 * pause, LONGEST_PAUSE_SECONDS)
             await asyncio.sleep(pause)
+
+    async def _run(self, front: FrontProcess) -> str:
+        """Start a process; say how it ended."""
+        try:
+            return f"has ended with status {await front.run()}"
+        except OSError as error:  # no memory, no process, no open file left
+            return f"could not be started: {error}"
+
+    @property
+    def _is_ending(self) -> bool:
+        return self._service.draining or bool(self._service.failure)
 
     async def _tell_for_ever(self) -> None:
         while True:
@@ -142,6 +152,7 @@ class FrontProcesses:
             await asyncio.sleep(ASK_SECONDS)
             await self.ask_all()
             for front in self._fronts:
-                if front.is_listening.is_set() and time.monotonic() - front.heard > HANG_SECONDS:
-                    logger.critical("the HTTP process %d has hung for %g s; it is killed", front.row, HANG_SECONDS)
+                patience = HANG_SECONDS if front.is_listening.is_set() else START_SECONDS
+                if front.pid is not None and time.monotonic() - front.heard > patience:
+                    logger.critical("the HTTP process %d has hung for %g s; it is killed", front.row, patience)
                     front.kill()

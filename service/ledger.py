@@ -14,7 +14,8 @@ PICTURES: Final = 0
 BYTES: Final = 1
 CONNECTIONS: Final = 2
 IN_FLIGHT: Final = 3
-COLUMNS: Final = 4
+RATE: Final = 4  # pictures that leave in a thousand seconds
+COLUMNS: Final = 5
 
 
 class Ledger:
@@ -88,10 +89,23 @@ class SharedAdmission(Admission):
         self._ledger = ledger
         self._row = row
 
+    def is_full(self) -> bool:
+        """Whether there is no room for another picture in any process."""
+        self._look_elsewhere()
+        return super().is_full()
+
+    def retry_after(self) -> float:
+        """Seconds until what is in the house will have left, at the rate of all processes."""
+        self._look_elsewhere()
+        self.rate_elsewhere = (self._ledger.total(RATE) - self._ledger.read(self._row, RATE)) / 1000
+        return super().retry_after()
+
+    def _look_elsewhere(self) -> None:
+        self.pictures_elsewhere = self._ledger.total(PICTURES) - self.pictures
+        self.bytes_elsewhere = self._ledger.total(BYTES) - self.bytes
+
     def _take(self, ticket: Ticket, pictures: int, size: int) -> None:
-        ledger = self._ledger
-        self.pictures_elsewhere = ledger.total(PICTURES) - self.pictures
-        self.bytes_elsewhere = ledger.total(BYTES) - self.bytes
+        self._look_elsewhere()
         super()._take(ticket, pictures, size)
         self._enter()
 
@@ -102,3 +116,4 @@ class SharedAdmission(Admission):
     def _enter(self) -> None:
         self._ledger.write(self._row, PICTURES, self.pictures)
         self._ledger.write(self._row, BYTES, self.bytes)
+        self._ledger.write(self._row, RATE, round(1000 * self._rate))

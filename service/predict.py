@@ -101,7 +101,7 @@ class PredictEndpoint:
     def _check_room(self, options: Options) -> None:
         """Refuse what will not fit before a large body is sent for nothing."""
         admission = self.service.admission
-        if admission.pictures + admission.pictures_elsewhere >= admission.max_pictures:
+        if admission.is_full():
             raise Overloaded(retry_after=admission.retry_after())
         if options.content_length is not None:
             check_size(options.content_length, self.service.settings.max_body_bytes)

@@ -110,6 +110,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Watch it no more."""
         self._clock.discard(self)
         super().connection_lost(exc)
+        self.service.disconnected(len(self.connections))
 
     def data_received(self, data: bytes) -> None:
         """Parse; then bound what is left incomplete."""

@@ -54,6 +54,10 @@ class Server(uvicorn.Server):
         self.service.draining = True
         self._drain_until = time.monotonic() + seconds
 
+    def report_failure(self) -> None:
+        """Log why the service can't go on."""
+        logger.critical("%s", self.service.failure)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say where; on sockets that were given, whoever gave them says it."""
         await super().startup(sockets)
@@ -65,7 +69,7 @@ class Server(uvicorn.Server):
         if await super().on_tick(counter):
             return True
         if self.service.failure:
-            logger.critical("%s", self.service.failure)
+            self.report_failure()
             self.failed = True
             self.config.timeout_graceful_shutdown = 1
             return True

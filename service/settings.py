@@ -7,6 +7,7 @@ An empty variable counts as unset. Errors are collected by `service.command_line
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -235,6 +236,12 @@ class Settings(BaseSettings):
         if self.admin_key is not None:
             return self.admin_key.get_secret_value()
         return next(iter(_read_keys(self.admin_key_file)), None)
+
+
+def without_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of an environment that are no settings."""
+    prefix = Settings.model_config["env_prefix"]
+    return {name: value for name, value in environment.items() if not name.upper().startswith(prefix)}
 
 
 def _is_key(key: str) -> bool:

@@ -7,8 +7,10 @@ from typing import Any
 from service.settings import Settings
 
 
-def listen(settings: Settings, processes: int) -> list[list[socket.socket]]:
-    """Bind the sockets of each process to the address of the settings.
+def reserve(settings: Settings) -> list[socket.socket]:
+    """Take the address of the settings for processes that share it, one socket for each family; none of them listens.
+
+    They keep the port while a process ends and another takes its place.
 
     Raises:
         OSError: the address is not there or in use, or the name is not known.
@@ -19,7 +21,7 @@ def listen(settings: Settings, processes: int) -> list[list[socket.socket]]:
     with ExitStack() as stack:
         alone = [stack.enter_context(bound(family, address, shared=False)) for family, address in addresses]
         addresses = [(one.family, one.getsockname()) for one in alone]
-    return [[bound(family, address, shared=True) for family, address in addresses] for _ in range(processes)]
+    return [bound(family, address, shared=True) for family, address in addresses]
 
 
 def bound(family: int, address: Any, *, shared: bool) -> socket.socket:

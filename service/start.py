@@ -12,7 +12,7 @@ from service.app import PerceiverApp
 from service.front_processes import STOP_SECONDS, FrontProcesses
 from service.server import Server, configuration, log_addresses, settle
 from service.settings import Settings
-from service.sockets import listen
+from service.sockets import reserve
 from service.state import Service
 
 logger = logging.getLogger(__name__)
@@ -35,13 +35,13 @@ def run(settings: Settings) -> int:
     if not settings.http_processes:
         return run_alone(Server(config))
     try:
-        sockets = listen(settings, settings.http_processes)
+        addresses = reserve(settings)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         logger.error("can't listen on %s:%d: %s", settings.host, settings.port, reason)
         return 1
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        return runner.run(run_with_processes(service, app, sockets))
+        return runner.run(run_with_processes(service, app, addresses))
 
 
 def run_alone(server: Server) -> int:
@@ -55,20 +55,19 @@ def run_alone(server: Server) -> int:
     return 1 if server.failed else 0
 
 
-async def run_with_processes(service: Service, app: PerceiverApp, sockets: list[list[socket.socket]]) -> int:
+async def run_with_processes(service: Service, app: PerceiverApp, addresses: list[socket.socket]) -> int:
     """Run the model here, and HTTP in other processes."""
-    stopping = Stopping(service)
-    fronts = FrontProcesses(service, app.routes_alone, sockets)
+    stopping = Stopping()
+    fronts = FrontProcesses(service, app.routes_alone, addresses, service.settings.http_processes)
     service.start()
     fronts.start()
     listening = asyncio.create_task(fronts.listening())
-    addresses = sockets[0]
-    is_settled = False
-    while not service.failure and not service.draining:
+    is_logged = is_settled = False
+    while not service.failure and not stopping.asked:
         await asyncio.sleep(TICK_SECONDS)
-        if addresses and listening.done():
+        if not is_logged and listening.done():
+            is_logged = True
             log_addresses(addresses, service.settings)
-            addresses = []
         if not is_settled and service.status == "ready":
             is_settled = True
             settle()
@@ -94,16 +93,15 @@ class Stopping:
     """What signals ask for: the first a drain, the second an end.
 
     Attributes:
+        asked: whether there was a first.
         at_once: whether there was a second.
     """
 
-    def __init__(self, service: Service) -> None:
-        self.at_once = False
-        self._service = service
+    def __init__(self) -> None:
+        self.asked = self.at_once = False
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop)
 
     def _stop(self) -> None:
-        self.at_once = self._service.draining
-        self._service.draining = True
+        self.at_once, self.asked = self.asked, True

@@ -19,7 +19,7 @@ from service.engine import Engine
 from service.front_processes import FrontProcesses
 from service.server import Server, configuration
 from service.settings import Settings
-from service.sockets import listen
+from service.sockets import reserve
 from service.state import Service
 from service.versions import EngineOptions
 from tests.fakes import FakeEngine, picture
@@ -157,20 +157,19 @@ async def alone(app: PerceiverApp) -> AsyncIterator[tuple[Server, None, int]]:
 async def with_processes(app: PerceiverApp) -> AsyncIterator[tuple[None, FrontProcesses, int]]:
     """HTTP in processes of its own, the rest in the test's."""
     service: Service = app.state.service
-    sockets = listen(service.settings, service.settings.http_processes)
-    fronts = FrontProcesses(service, app.routes_alone, sockets)
+    addresses = reserve(service.settings)
+    fronts = FrontProcesses(service, app.routes_alone, addresses, service.settings.http_processes)
     service.start()
     fronts.start()
     try:
         async with asyncio.timeout(20):
             await fronts.listening()
-        yield None, fronts, sockets[0][0].getsockname()[1]
+        yield None, fronts, addresses[0].getsockname()[1]
     finally:
         await fronts.stop()
         await service.stop()
-        for own in sockets:
-            for one in own:
-                one.close()
+        for one in addresses:
+            one.close()
 
 
 async def stop(server: Server) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from service import front_peer, front_processes
 from service.ledger import CONNECTIONS
 from service.settings import Settings
-from service.sockets import bound, listen
+from service.sockets import bound, reserve
 from tests.fakes import FakeEngine
 from tests.service.harness import Running, png, read_answer, request_head, running
 
@@ -92,6 +93,9 @@ async def test_connections_are_bounded_over_all_processes(tmp_path: Path) -> Non
                     async with asyncio.timeout(0.5):
                         refused += b"503" in await reader.readline()
         assert refused == 3
+        for writer in run.writers:
+            writer.close()
+        await run.until(lambda: connections(run) == 0)
 
 
 async def test_a_process_that_is_killed_takes_its_clients_along_and_is_replaced(
@@ -157,7 +161,63 @@ async def test_processes_that_can_not_start_fail_the_service(tmp_path: Path, mon
         monkeypatch.setattr(front_peer.sys, "executable", "/bin/false")
         os.kill(pids(run)[0], signal.SIGKILL)
         await run.until(lambda: run.service.failure != "")
-        assert run.service.failure == "the HTTP process 0 ended 3 times before it could listen"
+        assert run.service.failure.startswith("the HTTP process 0 ended 3 times before it could listen: has ended with")
+
+
+async def test_a_process_that_can_not_be_replaced_leaves_its_clients_to_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(front_processes, "FIRST_PAUSE_SECONDS", 0.01)
+    async with running(tmp_path, http_processes=2) as run:
+        monkeypatch.setattr(front_peer.sys, "executable", str(tmp_path / "nowhere"))
+        os.kill(pids(run)[0], signal.SIGKILL)
+        restarts = run.service.metrics.http_process_restarts._value
+        await run.until(lambda: restarts.get() >= front_processes.MOST_FAILURES + 1)
+        assert run.service.failure == ""
+        assert [(await read_answer(reader))[0] for reader in await spread(run)] == [200] * 24
+        assert "the HTTP process 0 could not be started: [Errno 2]" in caplog.text
+        monkeypatch.undo()
+        await run.until(lambda: len(pids(run)) == 2)
+
+
+async def test_a_process_that_takes_the_place_of_another_has_the_settings_of_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path, http_processes=1, api_keys="secret") as run:
+        monkeypatch.setenv("PERCEIVER_API_KEYS_FILE", str(tmp_path / "gone"))
+        monkeypatch.setenv("PERCEIVER_ADMIN_KEY", "not a key")
+        (killed,) = pids(run)
+        os.kill(killed, signal.SIGKILL)
+        await run.until(lambda: pids(run) not in ([killed], []), 20)
+        assert run.fronts is not None
+        await run.until(lambda: run.fronts._fronts[0].is_listening.is_set(), 30)
+        assert (await run.client.post("/predict", content=png(1))).status_code == 401
+        keyed = await run.client.post("/predict", content=png(1), headers={"x-api-key": "secret"})
+        assert keyed.status_code == 200
+
+
+async def test_a_reload_goes_on_when_the_process_that_asked_ends(tmp_path: Path) -> None:
+    async with running(tmp_path, http_processes=1, admin_key="root") as run:
+        (tmp_path / "1").rename(tmp_path / "2")
+        store = run.service.store
+        async with store._reloading:  # so that the request waits
+            _, writer = await run.connect()
+            writer.write(b"POST /models/reload HTTP/1.1\r\nhost: a\r\nx-api-key: root\r\ncontent-length: 0\r\n\r\n")
+            assert run.fronts is not None
+            await run.until(lambda: len(run.fronts._fronts[0]._calls) == 1)
+            os.kill(pids(run)[0], signal.SIGKILL)
+            await run.until(lambda: not run.fronts._fronts[0].is_listening.is_set())
+        await run.until(lambda: store.live is not None and store.live.version == 2)
+
+
+async def test_every_process_is_told_how_long_a_drain_may_take(tmp_path: Path) -> None:
+    async with running(tmp_path, http_processes=2) as run:
+        assert run.fronts is not None
+        run.fronts.drain(60)
+        told = [front._told for front in run.fronts._fronts]
+        assert all(one is not None and one.status == "draining" and one.drain_seconds > 50 for one in told)
+        await run.until(lambda: not run.fronts.is_running)  # idle, so at once
+        assert run.service.failure == ""
 
 
 async def test_a_model_that_is_swapped_is_retired_when_no_process_holds_it_any_more(tmp_path: Path) -> None:
@@ -181,15 +241,14 @@ def settings(**values: object) -> Settings:
     return Settings.model_validate({"port": 0} | values)
 
 
-def test_each_process_has_sockets_of_its_own_on_the_same_address() -> None:
-    sockets = listen(settings(), 3)
-    try:
-        assert len(sockets) == 3
-        assert len({one.getsockname() for own in sockets for one in own}) == 1
-        assert len({one.fileno() for own in sockets for one in own}) == 3
-    finally:
-        for own in sockets:
-            own[0].close()
+def test_an_address_that_is_taken_can_be_shared_and_gets_no_connection_itself() -> None:
+    (taken,) = reserve(settings())
+    with taken, bound(taken.family, taken.getsockname(), shared=True) as one:
+        one.listen()
+        one.setblocking(False)
+        for _ in range(20):
+            with socket.create_connection(one.getsockname()):
+                one.accept()[0].close()
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -197,4 +256,4 @@ def test_a_port_that_another_service_has_is_refused_even_where_it_could_be_share
     with bound(2, ("127.0.0.1", 0), shared=shared) as other:
         other.listen()
         with pytest.raises(OSError, match="already in use"):
-            listen(settings(port=other.getsockname()[1]), 2)
+            reserve(settings(port=other.getsockname()[1]))

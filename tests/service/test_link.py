@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import cast
 
 import msgspec
 import pytest
@@ -13,10 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.admission import Admission
-from service.errors import Overloaded
+from service.distant import Waiting
+from service.errors import NotReady, Overloaded
+from service.front_peer import FrontProcess, Reply
 from service.ledger import BYTES, IN_FLIGHT, PICTURES, Ledger, SharedAdmission, Totals
 from service.link import LENGTH_BYTES, Link
 from service.messages import Alive, Ask, Cancel, FromEngine, FromFront, Message, Released, Submit
+from tests.service.test_admission import Clock
 
 MESSAGES = st.lists(
     st.one_of(
@@ -199,3 +203,35 @@ def test_two_processes_in_turn_admit_what_one_would(steps: Sequence[tuple[int, i
         if tickets:
             held.append((tickets[0], tickets[1]))
         assert (ledger.total(PICTURES), ledger.total(BYTES)) == (alone.pictures, alone.bytes)
+
+
+def test_a_process_that_was_refused_sees_when_there_is_room_again() -> None:
+    ledger = Ledger(2)
+    here, there = (SharedAdmission(10, 100, ledger, row) for row in range(2))
+    with here.admit(pictures=10):
+        assert there.is_full()
+        with pytest.raises(Overloaded), there.admit():
+            pass
+    assert not there.is_full()
+
+
+def test_retry_after_counts_what_is_elsewhere_and_how_fast_it_leaves() -> None:
+    ledger = Ledger(2)
+    here, there = (SharedAdmission(1000, 100, ledger, row) for row in range(2))
+    clock = Clock()
+    here._clock = clock
+    with here.admit(pictures=100):
+        clock.now += 1
+    assert there.retry_after() == 1
+    with here.admit(pictures=500):
+        assert there.is_full() is False
+        assert there.retry_after() == pytest.approx(5)
+    ledger.clear(0)
+    assert there.retry_after() == 1
+
+
+def test_what_is_posted_when_the_other_process_is_gone_is_refused_and_does_not_wait() -> None:
+    waiting = Waiting()
+    waiting.fail_all()
+    with pytest.raises(NotReady):
+        waiting.begin(Reply(cast("FrontProcess", None), 1))
