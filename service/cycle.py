@@ -62,7 +62,7 @@ class Cycle(RequestResponseCycle):
 
     def _finish(self, answer: bytes) -> None:
         self.waiting_for_100_continue = False
-        if self.disconnected:
+        if self.disconnected or self.transport.is_closing():
             return
         self.transport.write(answer)
         self.response_complete = True

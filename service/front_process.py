@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from service import logs
 from service.artifact import ModelMetadata
+from service.connections import BoundedConfig
 from service.distant import GONE, DistantModel, Notes, Waiting
 from service.entry import Entry
 from service.errors import NotReady
@@ -32,7 +33,6 @@ from service.messages import (
     State,
 )
 from service.predict import PredictEndpoint
-from service.protocol import BoundedConfig
 from service.server import Server, configuration
 from service.settings import Settings
 from service.translation import call_of, error_of, unpack

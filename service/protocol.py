@@ -15,13 +15,12 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from service.connections import BoundedConfig, head_without_upgrade
 from service.cycle import Cycle
 from service.errors import BadRequest, BodyTimeout, HeadersTimeout, HeadersTooLarge, ServiceError, Unavailable
-from service.front import Front
 from service.middleware import error_body, error_headers
 from service.predict import Options
-from service.quick import Quick, QuickAnswer
-from service.recurring import Recurring
+from service.quick import QuickAnswer
 
 MAX_HEADER_BYTES: Final = 64 * 1024
 # After an answer that came before the end of the body (413, 503), the rest is read and thrown away for this long, so
@@ -29,44 +28,6 @@ MAX_HEADER_BYTES: Final = 64 * 1024
 LINGER_SECONDS: Final = 2.0
 MOST_PIPELINED: Final = 64  # requests that wait on one connection; no client of ours sends a second one unanswered
 CLOSE: Final = b"connection: close\r\n"
-LOOK_SECONDS: Final = 0.1  # how much later than its limit a slow client may be cut off
-
-
-class BoundedConfig(Config):
-    """uvicorn's configuration, and what its connections share.
-
-    Attributes:
-        service: whose limits they keep.
-        clock: ends what takes too long on any connection.
-        quick: answers ordinary requests; None where each must pass the application.
-    """
-
-    service: Front
-    quick: Quick | None
-    clock: "ConnectionClock"
-
-
-class ConnectionClock:
-    """Looks over the open connections for those whose time is up."""
-
-    def __init__(self) -> None:
-        self._connections: set[BoundedProtocol] = set()
-        self._looks = Recurring(self._look, LOOK_SECONDS)
-
-    def add(self, connection: "BoundedProtocol") -> None:
-        """Watch a connection."""
-        self._connections.add(connection)
-        self._looks.wake()
-
-    def discard(self, connection: "BoundedProtocol") -> None:
-        """Forget a connection."""
-        self._connections.discard(connection)
-
-    def _look(self) -> bool:
-        now = asyncio.get_running_loop().time()
-        for connection in [each for each in self._connections if each.due <= now]:
-            connection.time_is_up()
-        return bool(self._connections)
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -89,6 +50,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.due = math.inf
         self._clock = config.clock
         self._quick = config.quick
+        self._answering: Any = None  # the cycle whose turn it is; others may wait behind it
         self._options: Options | None = None  # of a request that goes the short way if its body is here
         self._body = b""
         self._is_idle = False  # between an answer and the next request's first byte
@@ -107,8 +69,12 @@ class BoundedProtocol(HttpToolsProtocol):
             self.refuse(Unavailable("Too many connections are open."))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Watch it no more."""
+        """Watch it no more; who is being answered has left, and who waits behind that too."""
         self._clock.discard(self)
+        self.pipeline.clear()
+        if self._answering is not None and not self._answering.response_complete:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
         super().connection_lost(exc)
         self.service.disconnected(len(self.connections))
 
@@ -121,10 +87,12 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._is_idle:
             self._is_idle = False
             self._in_time()
-        super().data_received(data)
+        self._parse(data)
         if self._options is not None:  # its body is not all here
             self._options = None
             self._begin_cycle(self._body, more_body=True)
+        if self.transport.is_closing():
+            return
         if self._is_head_alone and self._in_head:
             self._head_bytes += len(data)
         if self._head_bytes > MAX_HEADER_BYTES:
@@ -133,6 +101,21 @@ class BoundedProtocol(HttpToolsProtocol):
             self.end(BadRequest(f"More than {MOST_PIPELINED} requests wait on this connection."))
         elif self.due == math.inf and not self._is_working():
             self._set_due()
+
+    def _parse(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            parser = self.parser
+            if parser.get_method() == b"CONNECT":
+                self.end(BadRequest("CONNECT is for proxies, and this is none."))
+                return
+            head = head_without_upgrade(parser.get_method(), self.url, parser.get_http_version(), self.headers)
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn
+            self._parse(head + data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.end(BadRequest("This is not HTTP."))
 
     def pause_writing(self) -> None:
         """Give the client its time to read."""
@@ -161,6 +144,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """End their time, and start the application, unless the request may go the short way."""
+        if self.parser.should_upgrade():  # it will be parsed again, see `_parse`
+            return
         self._in_head = self._is_head_alone = False
         self._head_bytes = 0
         self._in_time()
@@ -183,28 +168,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _begin_cycle(self, body: bytes, *, more_body: bool) -> None:
         """Start the application, as uvicorn does, but with a `Cycle` of ours."""
-        parser = self.parser
-        version = parser.get_http_version()
-        url = httptools.parse_url(self.url)
-        path = url.path.decode("ascii")
         busy = self.cycle is not None and not self.cycle.response_complete
-        scope: Any = {
-            "type": "http",
-            "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
-            "http_version": version,
-            "server": self.server,
-            "client": self.client,
-            "scheme": self.scheme,
-            "root_path": self.root_path,
-            "headers": self.headers,
-            "state": self.app_state.copy(),
-            "method": parser.get_method().decode("ascii"),
-            "path": unquote(path) if "%" in path else path,
-            "raw_path": url.path,
-            "query_string": url.query or b"",
-        }
         cycle = self.cycle = Cycle(
-            scope=scope,
+            scope=self._request_scope(),
             transport=self.transport,
             flow=self.flow,
             logger=self.logger,
@@ -213,7 +179,7 @@ class BoundedProtocol(HttpToolsProtocol):
             default_headers=self.server_state.default_headers,
             message_event=asyncio.Event(),
             expect_100_continue=self.expect_100_continue,
-            keep_alive=version != "1.0" and parser.should_keep_alive(),
+            keep_alive=self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
         cycle.body += body
@@ -226,6 +192,30 @@ class BoundedProtocol(HttpToolsProtocol):
         else:
             self._start_asgi_task(cycle, self.app)
 
+    def _request_scope(self) -> Any:
+        url = httptools.parse_url(self.url)
+        path = url.path.decode("ascii")
+        headers, self.headers = self.headers, []  # what comes after the body, as a trailer, is none of the head
+        return {
+            "type": "http",
+            "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
+            "http_version": self.parser.get_http_version(),
+            "server": self.server,
+            "client": self.client,
+            "scheme": self.scheme,
+            "root_path": self.root_path,
+            "headers": headers,
+            "state": self.app_state.copy(),
+            "method": self.parser.get_method().decode("ascii"),
+            "path": unquote(path) if "%" in path else path,
+            "raw_path": url.path,
+            "query_string": url.query or b"",
+        }
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
     def on_body(self, body: bytes) -> None:
         """Keep a piece of the body."""
         if self._options is None:
@@ -235,6 +225,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """End the body's time; a request that is whole in one read may go the short way."""
+        if self.parser.should_upgrade():
+            return
         if self._options is None:
             super().on_message_complete()
         else:
@@ -246,13 +238,17 @@ class BoundedProtocol(HttpToolsProtocol):
         self._options = None
         answer = QuickAnswer(self._quick, self, self.headers)
         try:
-            if answer.begin(options, self._body, self.loop.time()):
-                self.cycle = cast("Any", answer)  # what uvicorn asks of a cycle it has
-            else:
+            if not answer.begin(options, self._body, self.loop.time()):
                 self._begin_cycle(self._body, more_body=False)
+                return
         except Exception as error:
-            self.cycle = cast("Any", answer)
+            self._answer_quickly(answer)
             answer.refuse(error)
+        else:
+            self._answer_quickly(answer)
+
+    def _answer_quickly(self, answer: QuickAnswer) -> None:
+        self.cycle = self._answering = cast("Any", answer)  # what uvicorn asks of a cycle it has
 
     def reply(self, answer: QuickAnswer, status: int, head: bytes, body: bytes) -> None:
         """Send the answer to a request that went the short way."""
@@ -279,10 +275,6 @@ class BoundedProtocol(HttpToolsProtocol):
         self._set_due()
 
     # Answers that no application gives
-
-    def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP."""
-        self.refuse(BadRequest(msg))
 
     def refuse(self, error: ServiceError) -> None:
         """Answer with an error and close the connection."""

@@ -16,8 +16,9 @@ from typing import Literal
 import uvicorn
 from starlette.types import ASGIApp
 
+from service.connections import BoundedConfig, ConnectionClock
 from service.front import Front
-from service.protocol import BoundedConfig, BoundedProtocol, ConnectionClock
+from service.protocol import BoundedProtocol
 from service.quick import Quick
 from service.settings import Settings
 

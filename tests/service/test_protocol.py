@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service import protocol
+from service import connections, protocol
 from tests.fakes import FakeEngine
 from tests.service.harness import error_of, png, read_answer, request_head, running
 
@@ -64,7 +64,7 @@ async def test_line_ends_between_requests_do_not_hold_a_connection(tmp_path: Pat
 
 
 async def test_an_idle_connection_outlives_the_header_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(connections, "LOOK_SECONDS", 0.01)
     async with running(tmp_path, header_timeout_s=0.1, keep_alive_s=60) as run:
         reader, writer = await run.connect()
         for _ in range(2):
