@@ -61,9 +61,12 @@ class Admission:
         """
         return Ticket(self, pictures, bytes)
 
-    def is_full(self) -> bool:
-        """Whether there is no room for another picture."""
-        return self.pictures + self.pictures_elsewhere >= self.max_pictures
+    def is_full(self, size: int = 0) -> bool:
+        """Whether there is no room for another picture, or for so many bytes."""
+        return (
+            self.pictures + self.pictures_elsewhere >= self.max_pictures
+            or self.bytes + self.bytes_elsewhere + size > self.max_bytes
+        )
 
     def retry_after(self) -> float:
         """Seconds until what is in the house will have left, at the measured rate; at least 1, at most 60."""

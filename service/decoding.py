@@ -19,16 +19,14 @@ from PIL import Image
 from service.artifact import ModelMetadata
 from service.bodies import Upload, parse_body
 from service.errors import DeadlineExceeded, ServiceError, TooManyPixels
-from service.images import open_picture, to_array
+from service.images import JPEG_SCAN, open_picture, to_array
 from service.jpeg import decode_exact_jpeg
 from service.settings import Settings
 from service.worker import report
 
 T = TypeVar("T")
 
-# A small progressive JPEG may hold thousands of scans, each of which is a pass over all pixels.
-JPEG_SCAN: Final = b"\xff\xda"
-MOST_SCANS: Final = 20
+MOST_SCANS: Final = 20  # of a JPEG that is decoded on the event loop
 Pixels = NDArray[np.uint8]
 
 

@@ -8,6 +8,7 @@ Two steps, so that a caller can decide between them where the second one runs:
 Nothing is normalised here: that is part of the model's graph. Colour profiles are ignored, as they were in training.
 """
 
+import re
 from io import BytesIO
 from typing import Final
 
@@ -50,6 +51,12 @@ BMP_HEADER_SIZES: Final = frozenset({12, 16, 40, 52, 56, 64, 108, 124})
 # documentation calls the result indistinguishable from resizing the whole picture.
 REDUCING_GAP: Final = 3
 
+# A progressive JPEG comes in scans, each a pass over all pixels, which an empty one costs too. Encoders make about ten.
+JPEG_SCAN: Final = b"\xff\xda"
+MOST_JPEG_SCANS: Final = 100
+# The marker, its length and the number of channels: the marker alone also occurs in films behind a phone's pictures.
+JPEG_SCAN_HEAD: Final = re.compile(rb"\xff\xda\0(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
+
 WHITE: Final = (255, 255, 255)
 
 
@@ -62,11 +69,13 @@ def open_picture(data: bytes, *, max_pixels: int) -> Image.Image:
 
     Raises:
         NotAnImage: the bytes are no picture.
-        UnsupportedFormat: they are one in another format.
+        UnsupportedFormat: they are one in another format, or a JPEG of very many scans.
         TooManyPixels: the header announces more than `max_pixels`.
         TruncatedImage: the header is damaged or incomplete.
     """
     name = sniff(data)
+    if name == "JPEG" and has_many_scans(data):
+        raise UnsupportedFormat(f"The JPEG has more than {MOST_JPEG_SCANS} scans, which no encoder makes.")
     if name == "WEBP":
         check_pixels(webp_size(data), max_pixels)  # its decoder allocates the canvas when it is opened
     try:
@@ -152,6 +161,11 @@ def other_format(head: bytes) -> str | None:
         b"v/1\1": "OpenEXR",
     }
     return next((name for signature, name in signatures.items() if head.startswith(signature)), None)
+
+
+def has_many_scans(data: bytes) -> bool:
+    """Whether a JPEG would take its decoder for seconds, however small it is."""
+    return data.count(JPEG_SCAN) > MOST_JPEG_SCANS and len(JPEG_SCAN_HEAD.findall(data)) > MOST_JPEG_SCANS
 
 
 def webp_size(data: bytes) -> tuple[int, int]:

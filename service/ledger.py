@@ -89,10 +89,10 @@ class SharedAdmission(Admission):
         self._ledger = ledger
         self._row = row
 
-    def is_full(self) -> bool:
-        """Whether there is no room for another picture in any process."""
+    def is_full(self, size: int = 0) -> bool:
+        """Whether there is no room for another picture, or for so many bytes, counting what all processes hold."""
         self._look_elsewhere()
-        return super().is_full()
+        return super().is_full(size)
 
     def retry_after(self) -> float:
         """Seconds until what is in the house will have left, at the rate of all processes."""

@@ -73,13 +73,10 @@ class PredictEndpoint:
         service.check_ready()
         options = read_options(dict(scope["headers"]), scope["query_string"], settings.request_timeout_ms)
         self._check_room(options)
-        # Only bytes are counted until the body is here: slow senders must not keep the pictures of quick ones out.
-        with service.admission.admit(pictures=0, bytes=options.content_length or 0) as ticket:
-            body = await read_body(
-                receive,
-                max_bytes=settings.max_body_bytes,
-                grew=None if options.content_length is not None else lambda size: ticket.add(bytes=size),
-            )
+        # Only bytes are counted until the body is here, and only those that have come: who sends slowly, or announces
+        # much and sends nothing, must not keep others out.
+        with service.admission.admit(pictures=0) as ticket:
+            body = await read_body(receive, max_bytes=settings.max_body_bytes, grew=lambda size: ticket.add(bytes=size))
             received = perf_counter()
             deadline = asyncio.get_running_loop().time() + options.timeout
             with DisconnectGuard(receive, self._guards), service.lease() as live:
@@ -100,11 +97,11 @@ class PredictEndpoint:
 
     def _check_room(self, options: Options) -> None:
         """Refuse what will not fit before a large body is sent for nothing."""
+        announced = options.content_length or 0
+        check_size(announced, self.service.settings.max_body_bytes)
         admission = self.service.admission
-        if admission.is_full():
+        if admission.is_full(announced):
             raise Overloaded(retry_after=admission.retry_after())
-        if options.content_length is not None:
-            check_size(options.content_length, self.service.settings.max_body_bytes)
 
     def writer_of(self, live: ServedModel) -> AnswerWriter:
         """Return the writer of a model's answers, which is kept while it is the live one."""

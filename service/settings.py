@@ -19,7 +19,12 @@ MIB = 1024 * 1024
 
 def split_list(value: object) -> object:
     """Turn "a, b" from the environment or a flag into ["a", "b"]; anything else passes."""
-    return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    items = [item.strip() for item in value.split(",") if item.strip()]
+    if not items:
+        raise ValueError("is set and holds nothing; leave it out, or write values with commas between them")
+    return items
 
 
 def bounded(default: float, low: float, high: float, description: str) -> Any:
@@ -117,7 +122,8 @@ class Settings(BaseSettings):
         10_000,
         1,
         600_000,
-        "Milliseconds from a request's headers to its answer; a picture still queued then is not run: 504. "
+        "Milliseconds from the last byte of a request's body until its run begins; a picture still queued then is not "
+        "run: 504. "
         "Clients may ask for less with X-Request-Timeout-Ms.",
     )
     drain_timeout_s: float = bounded(
@@ -186,6 +192,13 @@ class Settings(BaseSettings):
         for key in value if isinstance(value, tuple) else (value,):
             if isinstance(key, SecretStr) and not _is_key(key.get_secret_value()):
                 raise ValueError("a key must be printable ASCII without spaces")
+        return value
+
+    @field_validator("device_ids")
+    @classmethod
+    def _devices_differ(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("names a device twice; each runs one copy of the model")
         return value
 
     @field_validator("cors_origins")

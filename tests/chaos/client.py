@@ -133,6 +133,27 @@ async def wrong_content_type(wire: Wire, rng: random.Random) -> int:
     return await wire.status()
 
 
+@deserves(200)
+async def wish_for_another_protocol(wire: Wire, rng: random.Random) -> int:
+    await wire.post(any_picture(rng), "image/png", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c")
+    return await wire.status()
+
+
+@deserves(415)
+async def jpeg_of_many_scans(wire: Wire, rng: random.Random) -> int:
+    data = encode(pixels(48, 64), "JPEG", progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    await wire.post(data[:-2] + scan * rng.randint(101, 5000) + data[-2:], "image/jpeg")
+    return await wire.status()
+
+
+@deserves(400, 413)
+async def wide_json(wire: Wire, rng: random.Random) -> int:
+    item = rng.choice([b"[],", b"{},", b"1,", b'"",'])
+    await wire.post(b'{"images":[' + item * rng.randint(1000, 1_000_000) + b"0]}", "application/json")
+    return await wire.status()
+
+
 @deserves(400)
 async def deep_json(wire: Wire, rng: random.Random) -> int:
     await wire.post(rng.choice([b"[", b'{"a":']) * rng.randint(1000, 50_000), "application/json")

@@ -74,7 +74,7 @@ def test_a_drain_does_not_wait_longer_than_it_may(tmp_path: Path) -> None:
         socket.create_connection((client.base_url.host, client.base_url.port)) as half,
     ):
         half.sendall(request_head(1000) + b"abc")
-        process.wait(lambda: "perceiver_admitted_bytes 1000.0" in client.get("/metrics").text)
+        process.wait(lambda: "perceiver_admitted_bytes 3.0" in client.get("/metrics").text)
         process.signal()
         assert process.exit_status() == 0
         half.settimeout(10)
@@ -102,7 +102,7 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
         socket.create_connection((client.base_url.host, client.base_url.port)) as half,
     ):
         half.sendall(request_head(1000) + b"abc")
-        process.wait(lambda: "perceiver_admitted_bytes 1000.0" in client.get("/metrics").text)
+        process.wait(lambda: "perceiver_admitted_bytes 3.0" in client.get("/metrics").text)
         process.signal(signal.SIGINT)
         process.wait(lambda: "draining: 1 requests" in process.stderr)
         process.signal(signal.SIGINT)

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import tracemalloc
+from codecs import BOM_UTF8
 from collections.abc import Iterable
 
 import pytest
@@ -200,6 +202,46 @@ def test_json_of_other_shapes_is_refused(body: bytes) -> None:
         parse("application/json", body)
 
 
+@pytest.mark.parametrize(
+    ("begin", "filling", "end"),
+    [
+        (b'{"images": [', b"[],", b"[]]}"),
+        (b'{"images": [', b"{},", b"{}]}"),
+        (b'{"images": [', b"0,", b"0]}"),
+        (b'{"images": [', b'"",', b'""]}'),
+        (b'{"images": ["x"], "more": [', b"[],", b"[]]}"),
+        (b'{"image": 1.', b"1", b"}"),
+        (b'{"image": "!', b" ", b'"}'),
+        (b'{"image": "!', rb"\n", b'"}'),
+        (b'{"image": "!', rb"\u0020", b'"}'),
+        (b"", b" ", b"}"),
+    ],
+)
+def test_a_json_body_of_many_small_things_takes_no_more_memory_than_one_of_pictures(
+    begin: bytes, filling: bytes, end: bytes
+) -> None:
+    body = begin + filling * (2**22 // len(filling)) + end
+    tracemalloc.start()
+    try:
+        with pytest.raises((InvalidJson, InvalidBase64)):
+            parse("application/json", body)
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(body)
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_wrong_with_json_is_told() -> None:
+    with pytest.raises(InvalidJson, match=r'form \{"image".*Expected `str`, got `int` - at `\$.images\[1\]`'):
+        parse("application/json", b'{"images": ["aaaa", 1]}')
+    with pytest.raises(InvalidJson, match=r"is not JSON: .*trailing"):
+        parse("application/json", b'{"image": "aaaa"}}')
+
+
+def test_json_may_begin_with_a_byte_order_mark_and_escape_its_slashes() -> None:
+    text = TEXT.replace("/", "\\/")
+    assert parse("application/json", BOM_UTF8 + b'{"image": "%b"}' % text.encode()) == [Upload(DATA)]
+
+
 @pytest.mark.parametrize("body", [b'{"images": []}', b'{"image": ""}', b'{"images": [""]}'])
 def test_json_without_a_picture(body: bytes) -> None:
     with pytest.raises(NoPicture):
@@ -238,7 +280,7 @@ async def test_a_body_is_put_together() -> None:
 async def test_a_body_that_is_too_large_is_not_read_to_its_end() -> None:
     channel = Channel([b"abc"] * 10)
     with pytest.raises(BodyTooLarge, match="5 bytes"):
-        await read_body(channel, max_bytes=5)
+        await read_body(channel, max_bytes=5, grew=lambda size: None)
     assert channel.taken == 2
 
 
@@ -254,4 +296,4 @@ async def test_no_room_ends_the_reading() -> None:
 
 async def test_a_client_that_leaves_is_noticed() -> None:
     with pytest.raises(ClientDisconnected):
-        await read_body(Channel([b"abc", None]), max_bytes=500)
+        await read_body(Channel([b"abc", None]), max_bytes=500, grew=lambda size: None)

@@ -1,5 +1,6 @@
 """What is no picture, too large or damaged, and what clients are told."""
 
+import random
 import struct
 import warnings
 
@@ -109,3 +110,22 @@ def test_nothing_but_service_errors_and_no_warning_for_garbage_after_each_signat
             for _ in range(20):
                 with pytest.raises(ServiceError):
                     decode(signature + rng.bytes(200))
+
+
+def with_scans(scans: int) -> bytes:
+    """A progressive JPEG whose last scan is there so often."""
+    data = encode(pixels(40, 60), "JPEG", progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + scan * (scans - data.count(b"\xff\xda")) + data[-2:]
+
+
+def test_a_jpeg_of_very_many_scans_would_hold_a_thread_for_seconds() -> None:
+    assert open_picture(with_scans(100), max_pixels=10_000).size == (60, 40)
+    with pytest.raises(UnsupportedFormat, match="more than 100 scans"):
+        open_picture(with_scans(101), max_pixels=10_000)
+
+
+def test_what_looks_like_scans_in_a_film_behind_a_picture_is_none() -> None:
+    film = random.Random(0).randbytes(2**24)
+    assert film.count(b"\xff\xda") > 200
+    assert open_picture(encode(pixels(40, 60), "JPEG") + film, max_pixels=10_000).size == (60, 40)

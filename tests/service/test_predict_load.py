@@ -52,10 +52,13 @@ async def test_pictures_of_one_body_are_counted_before_they_are_decoded(tmp_path
 async def test_bytes_in_the_house_are_bounded(tmp_path: Path) -> None:
     async with running(tmp_path, max_queue_bytes=10_000, max_body_bytes=10_000) as run:
         _, writer = await run.connect()
-        writer.write(request_head(8_000) + bytes(10))
+        writer.write(request_head(8_001) + bytes(8_000))
         await run.until(lambda: run.service.house.bytes == 8_000)
         response = await run.client.post("/predict", content=bytes(3_000), headers=IMAGE)
         assert error_of(response.content) == "overloaded"
+        reader, other = await run.connect()
+        other.write(request_head(None, "Transfer-Encoding: chunked") + b"bb8\r\n" + bytes(3000))
+        assert error_of((await read_answer(reader))[2]) == "overloaded"
         writer.close()
         await run.until(lambda: run.service.house.bytes == 0)
         assert (await run.predict()).status_code == 200
@@ -71,6 +74,16 @@ async def test_slow_senders_do_not_keep_others_out(tmp_path: Path) -> None:
         assert (await run.predict(2)).status_code == 200
         writer.write(body[20:])
         assert (await read_answer(reader))[0] == 200
+
+
+@pytest.mark.usefixtures("either_way")
+async def test_bodies_that_are_announced_and_do_not_come_keep_nobody_out(tmp_path: Path) -> None:
+    async with running(tmp_path, max_queue_bytes=10_000, max_body_bytes=10_000) as run:
+        for _ in range(8):
+            _, writer = await run.connect()
+            writer.write(request_head(9_000) + b"a")
+        await run.until(lambda: run.service.house.bytes == 8)
+        assert (await run.predict()).status_code == 200
 
 
 # Deadlines
