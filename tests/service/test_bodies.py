@@ -223,7 +223,7 @@ def test_a_json_body_of_many_small_things_takes_no_more_memory_than_one_of_pictu
     body = begin + filling * (2**22 // len(filling)) + end
     tracemalloc.start()
     try:
-        with pytest.raises((InvalidJson, InvalidBase64)):
+        with pytest.raises((InvalidJson, InvalidBase64, TooManyPictures)):
             parse("application/json", body)
         assert tracemalloc.get_traced_memory()[1] < 4 * len(body)
     finally:
@@ -251,6 +251,8 @@ def test_json_without_a_picture(body: bytes) -> None:
 def test_too_many_in_json_are_refused_before_any_is_decoded() -> None:
     with pytest.raises(TooManyPictures):
         parse("application/json", json.dumps({"images": ["not base64!"] * 5}).encode())
+    with pytest.raises(TooManyPictures):
+        parse("application/json", json.dumps({"images": [""] * 5000}).encode())
 
 
 # Reading
