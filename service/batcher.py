@@ -197,6 +197,21 @@ class DynamicBatcher:
         self._refusal = self._refusal or Draining
         await self._idle.wait()
 
+    def cut_off(self) -> None:
+        """Refuse what comes, and answer what waits and what runs with Draining, now."""
+        self._refusal = self._refusal or Draining
+        self._queue.fail_all(Draining)
+        for slot in self._slots:
+            if slot.batch is not None:
+                slot.batch.fail(Draining)
+        self._look_whether_idle()
+
+    def abandon(self) -> None:
+        """Close the engines when their threads come to it, which nobody waits for; only where it was never started."""
+        slots, self._slots = self._slots, []
+        for slot in slots:
+            slot.thread.abandon(slot.engine.close)
+
     async def close(self) -> None:
         """Refuse what comes and what waits, let runs end, close the engines. `drain` first, and nothing is refused."""
         self._refusal = self._refusal or Draining

@@ -3,11 +3,11 @@
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Self, cast
 
 from service.artifact import ModelMetadata
-from service.errors import NotReady, ServiceError
+from service.errors import ServiceError
 from service.fair_queue import Image, Outcome, Pixels, Prediction
 from service.front import known_route
 from service.link import Link
@@ -109,16 +109,16 @@ class Waiting:
     def __init__(self) -> None:
         self._outcomes: dict[int, Outcome | asyncio.Future[Called]] = {}
         self._last = 0
-        self._is_over = False
+        self._over: Callable[[], ServiceError] | None = None
 
     def begin(self, outcome: "Outcome | asyncio.Future[Called]") -> int:
         """Return the number of a new request, whose answer will end `outcome`.
 
         Raises:
-            NotReady: the other process is gone.
+            ServiceError: no answers come any more, see `fail_all`.
         """
-        if self._is_over:
-            raise NotReady(GONE)
+        if self._over is not None:
+            raise self._over()
         self._last += 1
         self._outcomes[self._last] = outcome
         return self._last
@@ -137,11 +137,11 @@ class Waiting:
         if (outcome := self._taken(number)) is not None:
             outcome.set_exception(error)
 
-    def fail_all(self) -> None:
-        """The other process is gone, and no answer will come any more."""
-        self._is_over = True
+    def fail_all(self, error: Callable[[], ServiceError]) -> None:
+        """Give an error each to all that wait and all that come: no answer will."""
+        self._over = error
         for number in list(self._outcomes):
-            self.fail(number, NotReady(GONE))
+            self.fail(number, error())
 
     def _taken(self, number: int) -> "Outcome | asyncio.Future[Called] | None":
         outcome = self._outcomes.pop(number, None)

@@ -118,6 +118,10 @@ class Front(ABC):
             NotReady: nothing is live yet.
         """
 
+    @abstractmethod
+    def cut_off(self) -> None:
+        """Answer everything that waits for the model with Draining: the time to finish is over."""
+
     def check_ready(self) -> None:
         """Raise NotReady or Draining unless predictions are served."""
         match self.status:

@@ -17,7 +17,7 @@ from service.artifact import ModelMetadata
 from service.connections import BoundedConfig
 from service.distant import GONE, DistantModel, Notes, Waiting
 from service.entry import Entry
-from service.errors import NotReady
+from service.errors import Draining, NotReady
 from service.front import Front, Status
 from service.ledger import CONNECTIONS, IN_FLIGHT, Ledger, SharedAdmission
 from service.link import Link
@@ -107,6 +107,10 @@ class DistantService(Front):
         """Tell the others."""
         self._ledger.write(self._row, CONNECTIONS, connections)
 
+    def cut_off(self) -> None:
+        """Answer everything that waits for the other process with Draining."""
+        self._waiting.fail_all(Draining)
+
     async def call(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Have a request for any other route answered by the process that runs the model; an ASGI application."""
         future: asyncio.Future[Called] = asyncio.get_running_loop().create_future()
@@ -149,7 +153,7 @@ class DistantService(Front):
             self.server.drain(state.drain_seconds)
 
     def _lost(self) -> None:
-        self._waiting.fail_all()
+        self._waiting.fail_all(lambda: NotReady(GONE))
         if not self.draining and not self._failure:
             self._status, self._failure = "failed", GONE
             logger.critical("%s", GONE)

@@ -3,6 +3,7 @@
 Pure ASGI: behind `@app.middleware("http")` a client's disconnect would never be seen.
 """
 
+import asyncio
 import itertools
 import json
 import logging
@@ -18,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import (
     BodyTimeout,
     ClientDisconnected,
+    Draining,
     NotFound,
     ReloadDisabled,
     ServiceError,
@@ -73,7 +75,7 @@ class Observe:
                 path = ascii(path)
                 raise NotFound()
             await self.app(scope, receive, send_with_id)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             told = self.told(error, request_id)
             if not status:  # FastAPI has answered, and counted, for its own routes
                 self.service.metrics.rejected(told.code)
@@ -95,9 +97,11 @@ class Observe:
                 return value.decode()
         return f"{self._prefix}-{next(self._numbers)}"
 
-    def told(self, error: Exception, request_id: str) -> ServiceError:
+    def told(self, error: BaseException, request_id: str) -> ServiceError:
         """Return what a client is told of an error; log it where the service is to blame."""
         extra = {"request_id": request_id}
+        if isinstance(error, asyncio.CancelledError) and self.service.draining:
+            return Draining()
         if not isinstance(error, ServiceError):
             logger.error("request %s failed", request_id, exc_info=error, extra=extra)
             return ServiceError()

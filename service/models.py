@@ -15,9 +15,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from service.artifact import GOLDEN_FILE, ModelVersion, load_golden
+from service.artifact import GOLDEN_FILE, Golden, ModelVersion, load_golden
 from service.batcher import DynamicBatcher
-from service.engine import Engine, GoldenMismatchError, Provider, check_golden
+from service.engine import Engine, EngineError, GoldenMismatchError, Provider, check_golden
 from service.errors import NotReady
 from service.observers import StoreObserver
 from service.versions import (
@@ -26,6 +26,7 @@ from service.versions import (
     NoUsableVersionError,
     Seen,
     VersionStatus,
+    open_beside,
     open_engines,
     scan,
 )
@@ -124,15 +125,23 @@ class ModelStore:
             statuses[self.live.version] = VersionStatus(self.live.version, "live", "", self.live.metadata)
         return [statuses[number] for number in sorted(statuses)]
 
+    def cut_off(self) -> None:
+        """Answer all that waits in any model, and all that runs, with Draining, now."""
+        for model in self._serving():
+            model.batcher.cut_off()
+
     async def close(self) -> None:
         """Serve what is queued in all models, and free them."""
         async with self._reloading:
-            models = list(self._retiring.values()) + ([self.live] if self.live is not None else [])
+            models = self._serving()
             for task in self._retiring:
                 task.cancel()
             for model in models:
                 await model.batcher.drain()
                 await model.batcher.close()
+
+    def _serving(self) -> list[LiveModel]:
+        return [*self._retiring.values(), *([self.live] if self.live is not None else [])]
 
     async def _look(self) -> None:
         """Take note of what is in the folder; what has changed counts as new."""
@@ -146,12 +155,17 @@ class ModelStore:
         }
 
     async def _take_best(self) -> None:
-        """Go down from the best candidate to the first that is live already or passes."""
+        """Go down from the best candidate to the first that is live already or passes.
+
+        What is live goes on from memory where its own files have changed and do not pass.
+        """
         for number in sorted(self._seen, reverse=True):
             seen = self._seen[number]
             if seen.serving:
                 return
             if (self._pinned is None or number == self._pinned) and not seen.reason and await self._try(seen):
+                return
+            if self.live is not None and number == self.live.version:
                 return
 
     async def _try(self, seen: Seen) -> bool:
@@ -182,9 +196,22 @@ class ModelStore:
             return await self._open_file(version, replace(self._options, precision="float32"))
 
     async def _open_file(self, version: ModelVersion, options: EngineOptions) -> LiveModel:
-        """Load, warm up and verify a version; the engines do the last two in the threads that will serve."""
+        """Load, warm up and verify a version, within the time that it may take."""
         golden = await asyncio.to_thread(load_golden, version.path / GOLDEN_FILE)
-        engines = await asyncio.to_thread(self._open_engines, version.path, options)
+        try:
+            async with asyncio.timeout(options.load_timeout_s) as limit:
+                return await self._checked(
+                    version, await open_beside(partial(self._open_engines, version.path, options)), golden
+                )
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise EngineError(
+                f"{version.path}: it was not loaded, warm and checked within {options.load_timeout_s:g} s"
+            ) from error
+
+    async def _checked(self, version: ModelVersion, engines: Sequence[Engine], golden: Golden) -> LiveModel:
+        """Warm up and verify opened engines, each in the thread that will serve."""
         batcher = DynamicBatcher(
             engines,
             max_queue_delay_ms=self._options.max_queue_delay_ms,
@@ -195,7 +222,10 @@ class ModelStore:
         try:
             await batcher.on_each_engine(lambda engine: engine.warm_up())
             reports = await batcher.on_each_engine(lambda engine: check_golden(engine, golden))
-        except BaseException as error:
+        except asyncio.CancelledError:
+            batcher.abandon()  # a run that hangs must not hold up who stops waiting for it
+            raise
+        except Exception as error:
             if isinstance(error, GoldenMismatchError):
                 self._golden_checked(error.report.max_abs_difference)
             await batcher.close()

@@ -55,6 +55,12 @@ class Server(uvicorn.Server):
         self.service.draining = True
         self._drain_until = time.monotonic() + seconds
 
+    def _cut_off(self) -> None:
+        """Have what was not finished in time answered, while there still are connections to do it on."""
+        self.service.cut_off()
+        for task in self.server_state.tasks:
+            task.cancel()  # which becomes Draining in `service.middleware.Observe`
+
     def report_failure(self) -> None:
         """Log why the service can't go on."""
         logger.critical("%s", self.service.failure)
@@ -80,6 +86,8 @@ class Server(uvicorn.Server):
         if not self.service.draining:
             return False
         left = self._drain_until - time.monotonic()
+        if left <= 0:
+            self._cut_off()
         self.config.timeout_graceful_shutdown = max(1, math.ceil(left))
         return self.service.in_flight == 0 or left <= 0
 

@@ -109,6 +109,14 @@ class Settings(BaseSettings):
         "with status 1, so that it is started anew.",
     )
 
+    load_timeout_s: float = bounded(
+        600.0,
+        0.1,
+        86_400,
+        "Seconds that a model version may take to be loaded, warm and checked; then it is refused. Building a TensorRT "
+        "engine takes minutes.",
+    )
+
     max_queue_size: int = bounded(
         512, 1, 1_000_000, "Pictures accepted and not yet answered; above it 503 with Retry-After."
     )
@@ -127,7 +135,11 @@ class Settings(BaseSettings):
         "Clients may ask for less with X-Request-Timeout-Ms.",
     )
     drain_timeout_s: float = bounded(
-        30.0, 0, 3600, "Seconds that accepted requests get to finish after SIGTERM; then they are cut off."
+        30.0,
+        0,
+        3600,
+        "Seconds that accepted requests get to finish after SIGTERM; then they are answered 503, and the process "
+        "ends within six seconds more.",
     )
 
     max_body_bytes: int = bounded(

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from typing import Final
 
 from service.admission import Admission, House
 from service.front import Front, Status
@@ -11,6 +12,8 @@ from service.settings import Settings
 from service.versions import open_engines
 
 logger = logging.getLogger(__name__)
+
+STOP_SECONDS: Final = 3.0  # for what runs to end, after what was accepted has been answered or cut off
 
 
 class Service(Front):
@@ -58,13 +61,21 @@ class Service(Front):
         self._task = asyncio.create_task(self._serve_models(), name="models")
 
     async def stop(self) -> None:
-        """Refuse what comes, serve what was accepted, and free everything."""
+        """Refuse what comes, serve what was accepted, and free everything; what hangs is left behind."""
         self.draining = True
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-        await self.store.close()
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                if self._task is not None:
+                    self._task.cancel()
+                    await asyncio.wait([self._task])
+                await self.store.close()
+        except TimeoutError:
+            logger.warning("the model does not come to an end within %g s and is left as it is", STOP_SECONDS)
         self.decoder.close()
+
+    def cut_off(self) -> None:
+        """Answer everything that waits for a model with Draining."""
+        self.store.cut_off()
 
     @property
     def failure(self) -> str:
@@ -118,4 +129,5 @@ def engine_options(settings: Settings) -> EngineOptions:
         tune_batch_size=settings.tune_batch_size,
         max_queue_delay_ms=settings.max_queue_delay_ms,
         run_timeout_ms=settings.run_timeout_ms,
+        load_timeout_s=settings.load_timeout_s,
     )

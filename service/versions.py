@@ -3,13 +3,14 @@
 import asyncio
 import logging
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from service.artifact import ArtifactError, ModelMetadata, ModelVersion, list_versions
+from service.artifact import GOLDEN_FILE, MODEL_FILES, ArtifactError, ModelMetadata, ModelVersion, list_versions
 from service.batcher import DynamicBatcher
 from service.engine import (
     Engine,
@@ -22,10 +23,12 @@ from service.engine import (
     read_metadata,
     resolve_provider,
 )
+from service.worker import EngineThread
 
 logger = logging.getLogger(__name__)
 
-# Name, size and time of change (ns) of each file: one of them must differ before a refused version is tried again.
+SERVED_FILES = frozenset({*MODEL_FILES.values(), GOLDEN_FILE})
+# Name, size and time of change (ns) of each of these: one must differ before a version is looked at anew.
 Fingerprint = tuple[tuple[str, int, int], ...]
 
 # A folder or more and a name; what ends it also separates words in the messages of libraries.
@@ -38,7 +41,7 @@ class NoUsableVersionError(Exception):
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How each version is loaded: the arguments of `OnnxEngine` and `DynamicBatcher`.
+    """How each version is loaded: the arguments of `OnnxEngine` and `DynamicBatcher`, and how long that may take.
 
     Attributes:
         device_ids: GPUs, one engine each; on the CPU there is one engine and these have no meaning.
@@ -56,6 +59,7 @@ class EngineOptions:
     tune_batch_size: bool = False
     max_queue_delay_ms: float = 0
     run_timeout_ms: float = 30_000
+    load_timeout_s: float = 600
 
 
 @dataclass(frozen=True)
@@ -159,8 +163,9 @@ def _fingerprint(folder: Path) -> Fingerprint:
     files = []
     with suppress(OSError):  # it is being removed: what is still there will do
         for file in folder.iterdir():
-            status = file.stat()
-            files.append((file.name, status.st_size, status.st_mtime_ns))
+            if file.name in SERVED_FILES:
+                status = file.stat()
+                files.append((file.name, status.st_size, status.st_mtime_ns))
     return tuple(sorted(files))
 
 
@@ -180,6 +185,27 @@ def open_engines(folder: Path, options: EngineOptions) -> list[Engine]:
             engines.append(engine)
         opened.pop_all()
     return engines
+
+
+async def open_beside(open_them: Callable[[], Sequence[Engine]]) -> Sequence[Engine]:
+    """Open engines in a thread that nobody has to wait for: a driver may hang. What comes too late is closed there."""
+    is_late = threading.Event()
+
+    def job() -> Sequence[Engine]:
+        engines = open_them()
+        if is_late.is_set():
+            for engine in engines:
+                engine.close()
+        return engines
+
+    thread = EngineThread("open")
+    try:
+        return await thread.call(job)
+    except asyncio.CancelledError:
+        is_late.set()
+        raise
+    finally:
+        thread.stop()
 
 
 def _open_engine(path: Path, options: EngineOptions, provider: Provider, device_id: int) -> Engine:

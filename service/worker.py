@@ -42,6 +42,16 @@ class EngineThread:
         self.post(job)
         return await future
 
+    def abandon(self, last: Callable[[], None]) -> None:
+        """End the thread after the jobs that wait and this one; nobody learns whether it fails."""
+
+        def job() -> None:
+            with suppress(Exception):
+                last()
+
+        self.post(job)
+        self.stop()
+
     def stop(self) -> None:
         """End the thread after the jobs that wait."""
         self._jobs.put(None)

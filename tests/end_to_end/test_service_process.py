@@ -5,12 +5,14 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 
+from tests.chaos.slow_service import MODULE, VARIABLE
 from tests.end_to_end.process import ROOT, Process, make_slow_model, on_model, started
 from tests.fakes import HEIGHT, WIDTH, make_model_folder, tiny_logits
 from tests.service.harness import png, request_head
@@ -79,6 +81,39 @@ def test_a_drain_does_not_wait_longer_than_it_may(tmp_path: Path) -> None:
         assert process.exit_status() == 0
         half.settimeout(10)
         half.recv(10_000)  # whatever it says, it does not hang
+
+
+@pytest.mark.usefixtures("either_way")
+def test_what_a_drain_does_not_finish_is_told_so(tmp_path: Path) -> None:
+    make_slow_model(tmp_path / "m", steps=10**9)
+    slow = encode(np.full((HEIGHT, WIDTH, 3), 255, np.uint8), "PNG")
+    arguments = on_model(tmp_path / "m", "--drain-timeout-s", "0.5", "--run-timeout-ms", "600000")
+    with started(tmp_path, *arguments) as process, process.ready() as client, ThreadPoolExecutor(8) as pool:
+        posts = [pool.submit(client.post, "/predict", content=slow, headers=IMAGE)]
+        process.wait(lambda: "perceiver_admitted_pictures 1.0" in client.get("/metrics").text)
+        posts += [pool.submit(client.post, "/predict", content=slow, headers=IMAGE) for _ in range(3)]
+        posts += [pool.submit(client.post, "/predict", content=iter([slow]), headers=IMAGE) for _ in range(3)]
+        process.wait(lambda: "perceiver_admitted_pictures 7.0" in client.get("/metrics").text)
+        process.signal()
+        for post in posts:
+            response = post.result(20)
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "draining")
+            assert response.headers["x-request-id"]
+        assert process.exit_status() == 0
+        assert "Traceback" not in process.stderr
+
+
+@pytest.mark.usefixtures("either_way")
+def test_a_service_whose_model_hangs_in_its_first_run_can_be_stopped(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m")
+    hanging = {VARIABLE: "3600000"}
+    with started(tmp_path, *on_model(tmp_path / "m"), module=MODULE, **hanging) as process:
+        with httpx.Client(base_url=process.url(), timeout=20) as client:
+            assert client.get("/health/ready").status_code == 503
+        process.signal()
+        assert process.exit_status() == 0
+    with started(tmp_path, *on_model(tmp_path / "m", "--load-timeout-s", "0.5"), module=MODULE, **hanging) as process:
+        refused(process, 1, "not loaded, warm and checked within 0.5 s")
 
 
 @pytest.mark.usefixtures("either_way")

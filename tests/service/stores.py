@@ -58,10 +58,13 @@ class FakeOpener:
 
     def __init__(self) -> None:
         self.engines: dict[int, FakeEngine] = {}
+        self.held = False  # whether what it opens hangs in its first run
 
     def __call__(self, folder: Path, options: EngineOptions) -> Sequence[Engine]:
         version = int(folder.name)
         self.engines[version] = AnyGolden(tag=version)
+        if self.held:
+            self.engines[version].hold()
         return [self.engines[version]]
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.admission import Admission
-from service.distant import Waiting
+from service.distant import GONE, Waiting
 from service.errors import NotReady, Overloaded
 from service.front_peer import FrontProcess, Reply
 from service.ledger import BYTES, IN_FLIGHT, PICTURES, Ledger, SharedAdmission, Totals
@@ -232,6 +232,6 @@ def test_retry_after_counts_what_is_elsewhere_and_how_fast_it_leaves() -> None:
 
 def test_what_is_posted_when_the_other_process_is_gone_is_refused_and_does_not_wait() -> None:
     waiting = Waiting()
-    waiting.fail_all()
+    waiting.fail_all(lambda: NotReady(GONE))
     with pytest.raises(NotReady):
         waiting.begin(Reply(cast("FrontProcess", None), 1))

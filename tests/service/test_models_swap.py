@@ -2,13 +2,16 @@
 
 import asyncio
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from service.models import EngineOptions, ModelStore
+from service.engine import Engine
+from service.models import EngineOptions, ModelStore, NoUsableVersionError
 from tests.fakes import make_model_folder, picture, tiny_images, tiny_logits
-from tests.service.stores import FakeOpener, Make, Opener, assert_serves
+from tests.service.stores import AnyGolden, FakeOpener, Make, Opener, assert_serves
 
 
 async def test_loading_happens_beside_the_event_loop(make: Make, tmp_path: Path) -> None:
@@ -141,3 +144,47 @@ async def test_an_engine_that_hangs_fails_the_store(tmp_path: Path) -> None:
     assert lost.exception() is not None
     await store.close()
     opener.engines[3].let_go()
+
+
+# A load that does not end
+
+
+async def test_a_version_that_takes_too_long_to_warm_up_is_refused_and_closed_when_it_comes_to_an_end(
+    tmp_path: Path,
+) -> None:
+    make_model_folder(tmp_path, 1)
+    opener = FakeOpener()
+    store = ModelStore(tmp_path, EngineOptions(provider="cpu", load_timeout_s=0.2), open_engines=opener)
+    await store.load()
+    opener.held = True
+    make_model_folder(tmp_path, 2)
+    await store.reload()
+    (_, refused) = store.versions()
+    assert (refused.state, refused.reason) == ("refused", "2: it was not loaded, warm and checked within 0.2 s")
+    assert store.lease().version == 1
+    hung = opener.engines[2]
+    assert not hung.closed
+    hung.let_go()
+    async with asyncio.timeout(5):
+        while not hung.closed:  # noqa: ASYNC110 - in another thread
+            await asyncio.sleep(0.01)
+    await store.close()
+
+
+async def test_a_version_that_takes_too_long_to_open_is_refused_and_closed_when_it_is(tmp_path: Path) -> None:
+    make_model_folder(tmp_path, 1)
+    may_open = threading.Event()
+    engine = AnyGolden(tag=1)
+
+    def open_late(folder: Path, options: EngineOptions) -> Sequence[Engine]:
+        assert may_open.wait(5)
+        return [engine]
+
+    store = ModelStore(tmp_path, EngineOptions(provider="cpu", load_timeout_s=0.2), open_engines=open_late)
+    with pytest.raises(NoUsableVersionError, match=r"not loaded, warm and checked within 0\.2 s"):
+        await store.load()
+    may_open.set()
+    async with asyncio.timeout(5):
+        while not engine.closed:  # noqa: ASYNC110 - in another thread
+            await asyncio.sleep(0.01)
+    await store.close()

@@ -122,3 +122,33 @@ async def test_a_broken_version_that_nobody_tried_is_found_out(make: Make, tmp_p
     await store.load()
     assert lines(store) == [(1, "refused"), (2, "live")]
     assert "must be JSON" in store.versions()[0].reason
+
+
+async def test_what_is_live_goes_on_when_its_own_file_is_overwritten_with_half_of_one(
+    make: Make, tmp_path: Path
+) -> None:
+    for version in (1, 2):
+        make_model_folder(tmp_path, version)
+    notes = Notes()
+    store = make(observer=notes)
+    await store.load()
+    file = tmp_path / "2" / "model.onnx"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    await store.reload()
+    await assert_serves(store, 2)
+    assert [number for number, _ in notes.refused] == [2]
+    file.write_bytes(whole)
+    await store.reload()
+    await assert_serves(store, 2)
+    assert [number for number, _, _ in notes.live] == [2, 2]
+
+
+async def test_a_note_in_a_version_folder_is_no_change(make: Make, tmp_path: Path) -> None:
+    make_model_folder(tmp_path, 1)
+    opener = Opener()
+    store = make(open_engines=opener)
+    await store.load()
+    (tmp_path / "1" / "README.md").write_text("good")
+    await store.reload()
+    assert opener.opened == [1]
