@@ -1,6 +1,6 @@
 """Train, then export what came out as the next version of the model folder that the service watches.
 
-Arguments go to `python -m training`. The variable RUN names the run's folder; a run that it holds already goes on.
+Arguments go to `python -m training`. The variable RUN names the run's folder; a run that has a checkpoint goes on.
 MODEL_NAME names the model folder, below /models. One process does both, so that signals reach the training.
 """
 
@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
         return refuse(folder)
     if not os.access(folder, os.W_OK | os.X_OK):  # known now, not after hours of training
         return refuse(folder)
-    where = "--resume" if (run / "config.json").exists() else "--out"
+    where = "--resume" if (run / "last.safetensors").exists() else "--out"
     # Stopped with a checkpoint counts as a failure here: nothing half-trained is served.
     return train([where, str(run), *arguments]) or export([str(run), "--out", str(folder)])
 

@@ -42,6 +42,7 @@ from service.artifact import (
     to_props,
 )
 from service.engine import EngineError, OnnxEngine
+from training.checkpoint import digest
 from training.dataset import DataSet
 
 
@@ -199,13 +200,19 @@ def metrics_json(source: Source, exported: Exported) -> str:
 
 
 def fill(folder: Path, source: Source, exported: Exported) -> None:
-    """Write the files of a version."""
+    """Write the files of a version.
+
+    Raises:
+        ExportError: the checkpoint is no longer the one that was exported.
+    """
     (folder / MODEL_FILE).write_bytes(exported.model)
     for variant in exported.variants:
         (folder / MODEL_FILES[variant.precision]).write_bytes(variant.model)
     save_golden(folder / GOLDEN_FILE, exported.golden)
     if source.checkpoint is not None:
         shutil.copyfile(source.checkpoint, folder / CHECKPOINT_FILE)
+        if digest(folder / CHECKPOINT_FILE) != source.checkpoint_sha256:
+            raise ExportError(f"{source.checkpoint}: has changed since the export began, as by a run; export again.")
     card = write_card(source, exported.metadata, exported.operations, exported.comparisons, exported.variants)
     (folder / "README.md").write_text(card)
     (folder / METRICS_FILE).write_text(metrics_json(source, exported))

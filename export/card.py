@@ -36,6 +36,7 @@ def figures(source: Source) -> str:
             ("validation, before the temperature", report.val_uncalibrated),
             ("test, before the temperature", report.test_uncalibrated),
             ("**test, as served**", report.test),
+            ("**validation, as served**", None if report.test else report.val),
         ]
     cells = [
         (name, f"{m.n:,}", f"{m.top1:.2%}", f"{m.top5:.2%}", f"{m.loss:.4f}", f"{m.ece:.4f}") for name, m in rows if m

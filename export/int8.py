@@ -74,12 +74,18 @@ def find_products(model: ModelProto) -> list[Product]:
         Product(
             name=node.output[0],
             source=node.input[0],
-            weight=numpy_helper.to_array(constants[node.input[1]]),
+            weight=_right_side(node, numpy_helper.to_array(constants[node.input[1]])),
             bias=node.input[2] if len(node.input) > 2 else None,
         )
         for node in model.graph.node
         if node.op_type in ("MatMul", "Gemm") and node.input[1] in constants and node.input[0] not in constants
     ]
+
+
+def _right_side(node: NodeProto, constant: Floats) -> Floats:
+    """Return the matrix [I, O] of a product; a Gemm may hold it transposed, as torch's dense layers do."""
+    transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+    return np.ascontiguousarray(constant.T) if transposed else constant
 
 
 def open_session(model: ModelProto) -> Any:

@@ -1,5 +1,6 @@
 """The card's section on how a model was made, and what it takes to make it again."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -58,7 +59,8 @@ def training_command(launcher: str, run: RunConfig, more: Sequence[str]) -> str:
     """Return the command of one run: preset, every flag that differs from it, and more."""
     words = [launcher, "-m training", f"--preset {run.preset}", *more]
     if run.data and run.dataset != CIFAR100:
-        words.append(f"--data DATA/{run.dataset}")  # where it was on the trainer's machine is nobody else's matter
+        # Where it was on the trainer's machine is nobody else's matter.
+        words.append(f"--data {shlex.quote(f'DATA/{run.dataset}')}")
     preset = PRESETS.get(run.preset)
     changes = (changed_fields(run.model, preset.model) | changed_fields(run.train, preset.train)) if preset else {}
     changes.pop("num_classes", None)  # the data decide it

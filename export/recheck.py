@@ -143,6 +143,8 @@ def _load(path: Path, golden: Golden, metadata: ModelMetadata, data: Path | None
     try:
         split = load_data(source, data).val
     except ExportError as error:
+        if data is not None:
+            raise  # who names the data wants the labels compared
         return Version(path, golden, torch, None, [f"labels were not compared: {error}"])
     images = split.images.numpy()
     return Version(path, golden, torch, Pictures("val", images, split.labels.numpy(), torch(images)), [])

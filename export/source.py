@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -103,10 +104,11 @@ def load_source(path: Path) -> Source:
         raise ExportError(f"{path}: does not exist; name the folder of a run, or a .safetensors file in it.")
     checkpoint = find_checkpoint(path) if path.is_dir() else path
     try:
+        # Before it is read, so that `export.build` sees if a run that goes on replaces it meanwhile.
+        sha256 = digest(checkpoint) if checkpoint.is_file() else ""
         model, preprocess, header = load_model(checkpoint)
     except CheckpointError as error:
         raise ExportError(str(error)) from error
-    sha256 = digest(checkpoint)
     report, notes = read_report(checkpoint.parent, sha256)
     return Source(
         model=model,
@@ -156,17 +158,22 @@ def read_report(folder: Path, sha256: str) -> tuple[Report | None, tuple[str, ..
 
 def exported_report(path: Path) -> str | None:
     """Return the report in the `metrics.json` of a version folder as JSON; None where there is none."""
-    try:
-        report = json.loads(path.read_text())["report"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    report = exported_part(path, "report")
     return json.dumps(report) if report else None
 
 
-def epochs_of(folder: Path) -> tuple[Line, ...]:
-    """Read `metrics.jsonl`; nothing where it is damaged, since only the card uses it."""
+def exported_part(path: Path, key: str) -> Any:
+    """Return a part of the `metrics.json` of a version folder; None where there is none."""
     try:
-        lines = read_lines(folder)
+        return json.loads(path.read_text())[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def epochs_of(folder: Path) -> tuple[Line, ...]:
+    """Read `metrics.jsonl`, or what a version folder has of it; nothing where it is damaged: only the card uses it."""
+    try:
+        lines = read_lines(folder) or exported_part(folder / METRICS_FILE, "epochs") or []
     except ValueError:
         return ()
     return tuple(lines) if all("epoch" in line for line in lines) else ()

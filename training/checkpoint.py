@@ -113,11 +113,21 @@ def make_header(run: RunConfig, epoch: int, step: int, val: Metrics | None, stat
 
 
 def save(path: Path, tensors: dict[str, Tensor], header: Header) -> None:
-    """Write a checkpoint under another name, then rename it: a run that is killed leaves the last one whole."""
+    """Write a checkpoint under another name, then rename it: a run that is killed leaves the last one whole.
+
+    Raises:
+        CheckpointError: it can't be written, say since the disk is full.
+    """
     partial = path.with_suffix(".partial")
     # Clones, because weights that share storage are refused, and expanded ones are not contiguous.
     held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(held, partial, metadata={HEADER: header.model_dump_json()})
+    try:
+        save_file(held, partial, metadata={HEADER: header.model_dump_json()})
+    except SafetensorError as error:  # also where the disk is full
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path}: can't be written ({error}); make room, and go on from the last whole checkpoint with --resume."
+        ) from error
     partial.replace(path)
 
 

@@ -155,7 +155,9 @@ class TrainConfig(BaseModel):
     cutmix: float = Field(0.0, ge=0, description="alpha of CutMix's Beta distribution; 0: off")
     mix_probability: float = Field(0.5, ge=0, le=1, description="share of the batches that mixup or CutMix changes")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="decay of the weight average that is evaluated; 0: off")
-    best_by: Literal["top1", "loss"] = Field("top1", description="validation figure that chooses the best checkpoint")
+    best_by: Literal["top1", "loss"] = Field(
+        "top1", description="validation figure that chooses the best checkpoint; of equal top1 the lower loss"
+    )
 
     precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast type of the forward pass")
     compile: bool = Field(False, description="torch.compile the training step")

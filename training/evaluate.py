@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from training.dataset import Split
 from training.preprocessing import Preprocess
 
 CALIBRATION_BINS = 15
+PRIOR_DEVIATION = 0.5  # of a temperature's logarithm, before any picture is seen
 
 
 class Metrics(BaseModel):
@@ -194,8 +196,9 @@ def most_confused(
 def fit_temperature(logits: Tensor, labels: Tensor, largest: float = 10.0) -> float:
     """The temperature that makes ``logits / temperature`` likeliest (Guo et al. 2017, section 4.2).
 
-    The loss is convex in the inverse temperature: bisection finds where its slope changes sign. With few pictures, all
-    classified right (or wrong), it has no minimum; so the temperature stays between ``1 / largest`` and ``largest``.
+    Bisection finds where the slope of the loss over the inverse temperature changes sign. Few pictures, all classified
+    right or wrong, say nothing of a temperature: so its logarithm is taken to be normal about 0, of `PRIOR_DEVIATION`,
+    beforehand. That moves the temperature of 5,000 pictures by less than a thousandth.
 
     Args:
         logits: float32 [N, K] of the validation pictures.
@@ -208,5 +211,6 @@ def fit_temperature(logits: Tensor, labels: Tensor, largest: float = 10.0) -> fl
     for _ in range(50):
         inverse = (low + high) / 2
         slope = ((logits * inverse).softmax(-1) * logits).sum(-1).mean() - of_label
+        slope += math.log(inverse) / (inverse * PRIOR_DEVIATION**2 * len(labels))
         low, high = (low, inverse) if slope > 0 else (inverse, high)
     return 2 / (low + high)

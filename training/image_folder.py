@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from training.dataset import DataError, DataSet, Split
 from training.pictures import SUFFIXES, read_pictures
 
+# What others call the folder `val`: passed over, its pictures would be lost and some of train/ held out in their place.
+OTHER_NAMES = ("valid", "validation", "dev")
 LAYOUT = "DIR/<class>/*.jpg, or DIR/train/<class>/*.jpg with val/ and test/ beside train/"
 
 
@@ -39,6 +41,9 @@ def _labels_of(path: Path) -> tuple[str, ...]:
     if len(labels) < 2:
         found = f"only one class folder ({labels[0]})" if labels else "no class folder"
         raise DataError(f"{path}: has {found}; a classifier needs at least two, laid out as {LAYOUT}.")
+    for label in labels:
+        if label != label.encode(errors="replace").decode():
+            raise DataError(f"{path}: the name of the class folder {label!r} is not UTF-8; rename it.")
     return labels
 
 
@@ -112,6 +117,10 @@ def load(path: Path, *, input_size: int, validation_fraction: float, seed: int) 
     # A class may itself be called "train" (of the railway kind): only a folder of folders is the split.
     has_splits = (path / "train").is_dir() and bool(_class_folders(path / "train"))
     train_path = path / "train" if has_splits else path
+    if has_splits and not (path / "val").is_dir():
+        for name in OTHER_NAMES:
+            if (path / name).is_dir():
+                raise DataError(f"{path / name}: is passed over under this name; rename it val, or remove it.")
     labels = _labels_of(train_path)
     train = _list_split(train_path, labels)
     val, test = (

@@ -29,5 +29,10 @@ def append_line(folder: Path, line: Line) -> None:
 
 def forget_lines_after(folder: Path, epoch: int) -> None:
     """Drop epochs that were written after the checkpoint, by a run killed between the two."""
-    kept = [line for line in read_lines(folder) if line["epoch"] <= epoch]
-    (folder / FILE).write_text("".join(json.dumps(line) + "\n" for line in kept))
+    kept = "".join(json.dumps(line) + "\n" for line in read_lines(folder) if line["epoch"] <= epoch)
+    path, partial = folder / FILE, folder / f"{FILE}.partial"
+    if path.exists() and path.read_text() == kept:
+        return
+    # Under another name first: where the disk is full, the epochs that there are stay.
+    partial.write_text(kept)
+    partial.replace(path)

@@ -88,7 +88,8 @@ def save_confusion(pairs: Sequence[ConfusedPair], path: Path) -> None:
     rows = range(len(pairs))
     bars = axes.barh(rows, [pair.share for pair in pairs], color=BLUE, height=0.7)
     axes.bar_label(bars, [f"{pair.share:.1%}  ({pair.count})" for pair in pairs], padding=4, color="#444444")
-    axes.set_yticks(rows, [f"{pair.true}  →  {pair.predicted}" for pair in pairs])
+    # Names are text, whatever signs are in them: of two dollar signs matplotlib would make a formula.
+    axes.set_yticks(rows, [f"{pair.true}  →  {pair.predicted}" for pair in pairs], parse_math=False)
     axes.set_ylim(len(pairs) - 0.4, -0.6)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
@@ -147,5 +148,5 @@ def save_answers(rows: Mapping[str, Sequence[tuple[NDArray[np.uint8], str]]], pa
         line[0].text(-0.12, 0.5, kind, transform=line[0].transAxes, ha="right", va="center", fontweight="bold")
         for axes, (picture, words) in zip(line, answers, strict=False):
             axes.imshow(picture, interpolation="nearest")
-            axes.text(0.5, -0.06, words, transform=axes.transAxes, ha="center", va="top", fontsize=8)
+            axes.text(0.5, -0.06, words, transform=axes.transAxes, ha="center", va="top", fontsize=8, parse_math=False)
     figure.savefig(path)

@@ -48,8 +48,8 @@ class Preprocess(nn.Module):
         count = sum(images.numel() for images in splits) // 3
         mean = total / count
         self.mean.copy_(mean)
-        # A channel that never changes would divide by zero; Keras' Normalization floors the deviation likewise.
-        self.variance.copy_((squares / count - mean.square()).clamp(min=1e-7))
+        # A channel that never changes (in fluorescence, say) would divide by zero: its deviation counts as one level.
+        self.variance.copy_((squares / count - mean.square()).clamp(min=1.0))
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, H, W, 3] (0..255, RGB) -> float [B, 3, image_size, image_size], normalised."""

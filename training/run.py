@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import signal
 import sys
@@ -27,6 +28,9 @@ from training.transfer import find, origin_of
 
 # Below so many steps, a preset's batch is halved, but not below this size.
 STEPS_OF_FEW, SMALLEST_BATCH = 4, 8
+
+# What a write that fails says of a disk without room; it names no file.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 DONE, FAILED, USER_ERROR, STOPPED, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -58,6 +62,8 @@ def execute(args: argparse.Namespace, preset: Preset | None) -> int:
     except FloatingPointError as error:
         return complain(error, FAILED)
     except OSError as error:
+        if error.errno in FULL:
+            return complain(f"{error.strerror}: make room, and go on with the run by --resume.", USER_ERROR)
         if error.filename is None:
             raise
         return complain(f"{error.filename}: {error.strerror}.", USER_ERROR)
@@ -179,6 +185,8 @@ def refuse_existing(folder: Path | None, world: World) -> None:
         raise ValueError(f"--out {folder}: is a file; name a folder for the run.")
     if (folder / "last.safetensors").exists():
         raise ValueError(f"{folder} holds a run already: go on with it by --resume {folder}, or name another --out.")
+    if (folder / "report.json").exists():
+        raise ValueError(f"{folder} holds a run that has ended, without last.safetensors: name another --out.")
 
 
 def resumed(args: argparse.Namespace) -> tuple[RunConfig, DataSet]:
@@ -191,6 +199,11 @@ def resumed(args: argparse.Namespace) -> tuple[RunConfig, DataSet]:
     except ValidationError as error:
         raise CheckpointError(f"{path} is not of this version of the project: {error.errors()[0]['msg']}.") from error
     if not (args.resume / "last.safetensors").exists():
+        if (args.resume / "report.json").exists():
+            raise CheckpointError(
+                f"--resume {args.resume}: this run has ended, and its last.safetensors is gone; "
+                f"export it, or start another with --init {args.resume}."
+            )
         raise CheckpointError(
             f"--resume {args.resume}: this run ended before its first checkpoint; "
             f"start it again with --out {args.resume}" + (", and with the same --init." if run.init else ".")

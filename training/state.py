@@ -43,6 +43,7 @@ class TrainState:
         step: finished steps.
         seconds: spent on the current epoch's steps.
         best_top1: highest validation top-1 so far.
+        best_top1_loss: lowest validation loss of the epochs that had it, which decides between them.
     """
 
     run: RunConfig
@@ -57,16 +58,25 @@ class TrainState:
     step: int = 0
     seconds: float = 0.0
     best_top1: float = -1.0
+    best_top1_loss: float = 0.0
 
     @property
     def evaluated(self) -> nn.Module:
         """The weights that count: their average where one is kept."""
         return self.average.module if self.average is not None else self.model
 
+    def take_in(self, val: Metrics) -> bool:
+        """Remember an epoch's figures; returns whether they are better than all before."""
+        is_best = self.is_best(val)
+        if (val.top1, -val.loss) > (self.best_top1, -self.best_top1_loss):
+            self.best_top1, self.best_top1_loss = val.top1, val.loss
+        self.plateau.update(val.loss, self.run.train)
+        return is_best
+
     def is_best(self, val: Metrics) -> bool:
         """Whether these figures, not yet taken in, are better than all before."""
         if self.run.train.best_by == "top1":
-            return val.top1 > self.best_top1
+            return (val.top1, -val.loss) > (self.best_top1, -self.best_top1_loss)
         return self.plateau.best_any is None or val.loss < self.plateau.best_any
 
     def save_best(self, path: Path, val: Metrics) -> None:
@@ -90,6 +100,7 @@ class TrainState:
         state: dict[str, Any] = {
             "plateau": vars(self.plateau),
             "best_top1": self.best_top1,
+            "best_top1_loss": self.best_top1_loss,
             "seconds": self.seconds,
             "pictures": self.pictures,
             "optimizers": [scalars for _, scalars in packed],
@@ -112,6 +123,8 @@ class TrainState:
                 f"{path}: belongs to another configuration (preset {header.run.preset}) than "
                 f"{path.with_name('config.json')} (preset {self.run.preset}); start a new run."
             )
+        if "optimizers" not in header.state:
+            raise CheckpointError(f"{path}: holds weights alone (as best does); to begin with them, use --init.")
         # Checkpoints of the first days don't tell how many.
         pictures = header.state.get("pictures", self.pictures)
         if pictures != self.pictures:
@@ -124,6 +137,8 @@ class TrainState:
             checkpoint.unpack_optimizer(optimizer, checkpoint.under(f"optimizer.{i}", tensors), scalars)
         self.plateau = Plateau(**header.state["plateau"])
         self.best_top1, self.seconds = header.state["best_top1"], header.state["seconds"]
+        # A run of before ties were decided goes on as it began: the earlier epoch stays.
+        self.best_top1_loss = header.state.get("best_top1_loss", 0.0)
         self.loss_sum.copy_(tensors["loss_sum"])
         self.epoch, self.step = header.epoch, header.step
 

@@ -190,9 +190,7 @@ class Trainer:
         assert val is not None
         if not math.isfinite(val.loss):
             raise FloatingPointError(self._diverged("validation", val.loss))
-        is_best = state.is_best(val)
-        state.best_top1 = max(state.best_top1, val.top1)
-        state.plateau.update(val.loss, self.config)
+        is_best = state.take_in(val)
         seconds, state.seconds = state.seconds, 0.0
         if self.world.is_main:
             append_line(self.folder, self._line(train_loss, val, seconds))

@@ -79,6 +79,8 @@ def check_fits(path: Path, theirs: ModelConfig, mine: ModelConfig) -> None:
     if mine.latent_init == "grid" and not theirs.cross_position_bias:
         differing.append("latent_init")  # which needs what that model lacks
     if differing:
+        if theirs.kernel != mine.kernel:
+            differing += ["patch_size", "patch_overlap"]
         flags = " ".join(flag_with(name, getattr(theirs, name)) for name in differing)
         raise CheckpointError(f"{path}: is of a model that this one can't begin with; it could with {flags}.")
     if theirs.kernel != mine.kernel:

@@ -120,6 +120,10 @@ def test_training_is_followed_by_the_export(training, tmp_path: Path):
 def test_training_goes_on_where_the_run_has_begun(training):
     Path("runs/night").mkdir(parents=True)
     Path("runs/night/config.json").touch()
+    assert training.main([]) == 0  # killed before its first checkpoint
+    assert training.calls[0] == ["train", "--out", "runs/night"]
+    training.calls.clear()
+    Path("runs/night/last.safetensors").touch()
     assert training.main([]) == 0
     assert training.calls[0] == ["train", "--resume", "runs/night"]
 

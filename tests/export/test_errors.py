@@ -4,14 +4,17 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from export import build
 from export.__main__ import main
 from export.card import figures, nothing_else
 from export.making import first_epochs, origin, training_commands
 from export.source import Source, load_source
 from tests.export.conftest import LABELS, write_run
+from training import checkpoint
 from training.checkpoint import Origin
 from training.config import PRESETS
 
@@ -188,3 +191,39 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
         main(arguments)
     assert stopped.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_a_run_replaces_meanwhile(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+
+    def to_onnx(*args: Any) -> Any:
+        tensors, header = checkpoint.load(copy / "best.safetensors")
+        checkpoint.save(copy / "best.safetensors", tensors, header.model_copy(update={"epoch": 3}))
+        return original(*args)
+
+    original = build.to_onnx
+    monkeypatch.setattr(build, "to_onnx", to_onnx)
+    error = fails(
+        [str(copy), "--out", str(tmp_path / "out"), "--golden", "2", "--max-batch", "2", "--variants"], capsys
+    )
+    assert "has changed since the export began" in error
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_card_without_test_pictures_tells_what_is_served(run: Path) -> None:
+    source = load_source(run)
+    assert source.report is not None
+    val = source.report.val.model_copy(update={"ece": 0.0321})
+    report = source.report.model_copy(update={"test": None, "test_uncalibrated": None, "val": val})
+    assert "| **validation, as served** | 20 | 50.00% | 100.00% | 1.0000 | 0.0321 |" in figures(
+        replace(source, report=report)
+    )
+    assert "validation, as served" not in figures(source)
+
+
+def test_a_data_sets_name_with_a_space_is_quoted(run: Path) -> None:
+    source = load_source(run)
+    named = source.run.model_copy(update={"dataset": "my things"})
+    (command,) = training_commands(replace(source, run=named))
+    assert "--data 'DATA/my things'" in command

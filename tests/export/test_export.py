@@ -12,6 +12,7 @@ import torch
 from export import build
 from export.__main__ import main
 from export.serving_model import TrainingForm
+from export.source import load_source
 from service.artifact import from_props, list_versions, load_golden
 from service.engine import OnnxEngine, check_golden
 from tests.export.conftest import LABELS, SIZE, TINY
@@ -191,3 +192,7 @@ def test_random_weights_need_no_data_and_say_so(
     assert "random weights" in card
     assert "## Figures" not in card
     assert open_engine(tmp_path / "x" / "1").metadata.metrics is None
+
+
+def test_an_exported_version_keeps_the_epochs(exported: Path, run: Path) -> None:
+    assert load_source(exported).lines == load_source(run).lines != ()

@@ -146,3 +146,15 @@ def test_a_picture_gets_the_same_answer_alone_and_in_any_batch(
     together = session.run(None, {"images": images})[0]
     alone = np.concatenate([session.run(None, {"images": image[None]})[0] for image in images])
     np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_a_dense_layer_that_holds_its_matrix_transposed_is_quantised_as_well() -> None:
+    torch.manual_seed(0)
+    perceiver = Perceiver(TINY)
+    perturb(perceiver)
+    plain = to_onnx(TrainingForm(Preprocess(SIZE), perceiver).eval(), (SIZE, SIZE))
+    images = noise(32)
+    whole, rough = (
+        search.logits_of(graph, images) for graph in (plain, quantise(plain, search.quantise_all(plain, images)))
+    )
+    assert 0 < np.abs(whole - rough).max() < 0.2

@@ -8,8 +8,9 @@ import numpy as np
 import onnx
 import pytest
 
-from export import precision, search
+from export import precision, recheck, search
 from export.__main__ import main
+from export.golden import load_data
 from export.precision import describe, times_as_fast, why_refused
 from export.source import load_source
 from service.artifact import VariantGate
@@ -21,6 +22,11 @@ GATE = VariantGate(
     provider="cpu", split="val", n=5000, labels_equal=0.995, top1=0.59, top1_float32=0.593, speed=((1, 1.01), (8, 1.2))
 )
 FAST = ((1, 1.1), (4, 1.5))
+
+
+@pytest.fixture(autouse=True)
+def few_pictures_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "LEAST_PICTURES", 20)
 
 
 def changed(**changes: object) -> VariantGate:
@@ -40,6 +46,7 @@ def test_a_gate_lets_pass_at_its_bounds() -> None:
         ({"top1": 0.5899}, "top-1 falls from 59.30% to 58.99%, 0.3 points are allowed"),
         ({"speed": ((1, 1.3), (8, 0.97))}, "not faster than float32: 0.97 at batch 8"),
         ({"speed": ((1, 1.0),)}, "not faster"),
+        ({"n": 19}, "19 val pictures are too few to tell how many labels differ, 20 are asked for"),
     ],
 )
 def test_a_gate_says_what_it_refuses(changes: dict[str, object], words: str) -> None:
@@ -72,6 +79,7 @@ def version(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("models") / "things"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "TARGETS", (0.05, 0.01))
+        patch.setattr(precision, "LEAST_PICTURES", 20)
         patch.setattr(precision, "LEAST_EQUAL", 0.8)
         patch.setattr(precision, "LARGEST_LOSS", 1.0)
         patch.setattr(precision, "times_as_fast", lambda base, variant, batches: FAST)
@@ -142,10 +150,15 @@ def test_verify_runs_all_gates_again(
     assert "model.int8.onnx: it is not faster" in capsys.readouterr().err
 
 
-def test_verify_says_what_it_could_not_run(version: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_says_what_it_could_not_run(
+    version: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["--verify", str(tmp_path / "1"), "--provider", "cpu", "--max-batch", "2"]
     shutil.copytree(version, tmp_path / "1")
-    assert main([*arguments, "--data", str(tmp_path / "gone")]) == 0
+    assert main([*arguments, "--data", str(tmp_path / "gone")]) == 2
+    assert "gone: does not exist" in capsys.readouterr().err
+    monkeypatch.setattr(recheck, "load_data", lambda source, data: load_data(source, tmp_path / "gone"))
+    assert main(arguments) == 0
     assert "labels were not compared" in capsys.readouterr().out
     (tmp_path / "1" / "checkpoint.safetensors").unlink()
     assert main(arguments) == 0

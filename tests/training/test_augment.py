@@ -89,6 +89,14 @@ def test_zoom_is_that_of_keras(height: int, width: int) -> None:
         np.testing.assert_allclose(result, keras_zoom(image, height_zoom, width_zoom), atol=1e-9)
 
 
+def test_zoom_is_not_rounded_by_autocast() -> None:
+    torch.manual_seed(0)
+    draws, pixels = augment.draw(TrainConfig(zoom=0.2), 4), torch.rand(4, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        zoomed = augment.zoom(pixels, draws)
+    assert torch.equal(zoomed, augment.zoom(pixels, draws))
+
+
 # --- draws
 
 

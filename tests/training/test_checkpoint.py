@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -197,3 +198,18 @@ def test_an_optimiser_goes_on_exactly_from_its_packed_state(tmp_path: Path, name
         assert scalars == expected_scalars
         assert moments.keys() == expected_moments.keys()
         assert all(torch.equal(moment, expected_moments[name]) for name, moment in moments.items())
+
+
+def test_a_full_disk_is_told_and_leaves_the_last_one_whole(tmp_path: Path) -> None:
+    path = tmp_path / "last.safetensors"
+    model, _, header = written(path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"last\.safetensors: can't be written"):
+            checkpoint.save(path, checkpoint.prefixed("model", model.state_dict()), header)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

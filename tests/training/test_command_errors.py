@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from PIL import Image
 
 from tests.training.commands import RECIPE, at_step
+from training import train
 from training.__main__ import main
 
 Arrange = Callable[[Path, Path], list[str]]
@@ -41,6 +44,24 @@ def run_is_there(folder: Path, pictures: Path) -> list[str]:
     return ["--data", str(pictures)]
 
 
+def ended_run_is_there(folder: Path, pictures: Path) -> list[str]:
+    (folder / "run").mkdir()
+    (folder / "run" / "report.json").write_text("{}")
+    return ["--data", str(pictures)]
+
+
+def misnamed_validation(folder: Path, pictures: Path) -> list[str]:
+    shutil.copytree(pictures, folder / "data")
+    (folder / "data" / "val").rename(folder / "data" / "valid")
+    return ["--data", str(folder / "data")]
+
+
+def name_that_is_not_utf8(folder: Path, pictures: Path) -> list[str]:
+    shutil.copytree(pictures, folder / "data")
+    (folder / "data" / "train" / "cat").rename(folder / "data" / "train" / os.fsdecode(b"caf\xe9"))
+    return ["--data", str(folder / "data")]
+
+
 def a_file_in_its_place(folder: Path, pictures: Path) -> list[str]:
     (folder / "run").write_text("")
     return ["--data", str(pictures)]
@@ -56,6 +77,9 @@ WRONG: dict[str, tuple[Arrange, str]] = {
     "class without pictures": (empty_class, "bee: this class folder has no pictures"),
     "unreadable picture": (unreadable_picture, "002.png: this picture cannot be read"),
     "run is there": (run_is_there, "run holds a run already: go on with it by --resume"),
+    "ended run is there": (ended_run_is_there, "holds a run that has ended, without last.safetensors: name another"),
+    "misnamed validation": (misnamed_validation, "valid: is passed over under this name; rename it val, or remove it"),
+    "name that is not UTF-8": (name_that_is_not_utf8, r"'caf\udce9' is not UTF-8; rename it"),
     "file in its place": (a_file_in_its_place, "is a file; name a folder for the run"),
     "below a file": (below_a_file, "file/run: Not a directory"),
 }
@@ -77,6 +101,15 @@ def emptied(run: Path) -> None:
 
 def without_checkpoint(run: Path) -> None:
     (run / "last.safetensors").unlink()
+    (run / "report.json").unlink()
+
+
+def ended_and_without_checkpoint(run: Path) -> None:
+    (run / "last.safetensors").unlink()
+
+
+def with_best_in_its_place(run: Path) -> None:
+    shutil.copyfile(run / "best.safetensors", run / "last.safetensors")
 
 
 def with_broken_config(run: Path) -> None:
@@ -112,6 +145,8 @@ def with_another_picture(run: Path) -> None:
 UNRESUMABLE: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "no run": (emptied, [], "is no run; it has no config.json"),
     "no checkpoint yet": (without_checkpoint, [], "ended before its first checkpoint; start it again with --out"),
+    "checkpoint gone": (ended_and_without_checkpoint, [], "has ended, and its last.safetensors is gone; export it"),
+    "best in its place": (with_best_in_its_place, [], "holds weights alone (as best does); to begin with them, use"),
     "broken configuration": (with_broken_config, [], "config.json is not of this version of the project"),
     "broken checkpoint": (with_truncated_checkpoint, [], "last.safetensors: damaged or not a safetensors file"),
     "another preset": (of_another_preset, [], r"another configuration (preset compact) than"),
@@ -200,3 +235,14 @@ def test_cuda_that_is_not_there(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert main(["--data", str(pictures), "--device=cuda"]) == 2
     assert "error: --device cuda: torch sees no CUDA device; use --device cpu" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(folder: Path, line: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(train, "append_line", full)
+    assert main([*RECIPE, "--data", str(pictures), "--out", str(tmp_path / "run")]) == 2
+    assert "error: No space left on device: make room" in capsys.readouterr().err

@@ -122,3 +122,10 @@ def test_drawing_needs_no_display() -> None:
     """pyplot keeps every figure alive and looks for a display: it stays out."""
     code = "import sys, training.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_names_with_dollar_signs_are_no_formulas(tmp_path: Path) -> None:
+    save_confusion([ConfusedPair("price_$_low", "price_$_high", 3, 0.25)], tmp_path / "confusion.png")
+    save_answers({"noise": [(np.zeros((8, 8, 3), np.uint8), "$a_$ 50%")]}, tmp_path / "answers.png")
+    assert_picture(tmp_path / "confusion.png")
+    assert_picture(tmp_path / "answers.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -143,3 +144,18 @@ def test_an_average_of_weights_is_what_the_report_measures(tmp_path: Path, witho
     averaged = trainer.state.evaluated.state_dict()
     assert all(torch.equal(weight, loaded[name]) for name, weight in averaged.items())
     assert not torch.equal(trainer.state.model.latents, loaded["latents"])
+
+
+def test_a_full_disk_takes_no_epochs_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for epoch in (1, 2, 3):
+        append_line(tmp_path, {"epoch": epoch})
+
+    def full(path: Path, text: str) -> None:
+        path.open("w").close()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    forget_lines_after(tmp_path, 3)  # nothing to write
+    with pytest.raises(OSError, match="No space"):
+        forget_lines_after(tmp_path, 2)
+    assert [line["epoch"] for line in read_lines(tmp_path)] == [1, 2, 3]

@@ -215,7 +215,7 @@ def test_the_best_epoch_is_chosen_by_what_the_recipe_says(tmp_path: Path, best_b
     trainer = trainer_in(tmp_path / "run", run)
     trainer.fit()
     lines = lines_of(trainer)
-    key = {"top1": lambda line: -line["val_top1"], "loss": lambda line: line["val_loss"]}[best_by]
+    key = {"top1": lambda line: (-line["val_top1"], line["val_loss"]), "loss": lambda line: line["val_loss"]}[best_by]
     _, header = checkpoint.load(trainer.folder / "best.safetensors")
     assert header.epoch == min(lines, key=key)["epoch"]
     assert header.val is not None
@@ -295,3 +295,19 @@ def test_every_presets_recipe_trains(name: str, tmp_path: Path, without_curves: 
     before = trainer.state.model.latents.detach().clone()
     assert trainer.fit()
     assert not torch.equal(trainer.state.model.latents, before)
+
+
+def test_of_epochs_that_are_as_good_the_one_of_the_lowest_loss_is_kept(tmp_path: Path) -> None:
+    # Of a single picture most epochs are as good.
+    run = run_config(DROPOUT, optimizer="adamw", learning_rate=0.003, epochs=12, early_stop_patience=0)
+    trainer = trainer_in(tmp_path / "run", run, val=1)
+    for max_steps in (17, None):
+        if max_steps is None:
+            trainer = trainer_in(tmp_path / "run", run, val=1)
+            trainer.resume()
+        trainer.fit(max_steps=max_steps)
+    ranked = sorted(lines_of(trainer), key=lambda line: (-line["val_top1"], line["val_loss"]))
+    assert ranked[0]["epoch"] != next(
+        line["epoch"] for line in lines_of(trainer) if line["val_top1"] == ranked[0]["val_top1"]
+    )
+    assert checkpoint.load(trainer.folder / "best.safetensors")[1].epoch == ranked[0]["epoch"]

@@ -92,6 +92,7 @@ def test_other_labels_get_a_fresh_head(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"dim": 32, "num_latents": 9}, "it could with --dim 16 --num-latents 4."),
+        ({"dim": 32, "patch_overlap": 1}, "it could with --dim 16 --patch-size 4 --patch-overlap 0."),
         ({"bias": False}, "it could with --bias."),
         ({"cross_position_bias": True}, "it could with --no-cross-position-bias."),
         ({"sharing": "none"}, "it could with --sharing all."),
