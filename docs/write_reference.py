@@ -6,6 +6,7 @@ Run where the project is installed, in the environment that `make test` makes: p
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 from service import errors
 from service.gpu import GpuCollector
@@ -47,8 +48,9 @@ METRICS = """
 ## Metrics
 
 `GET /metrics`, Prometheus text, or OpenMetrics (with request ids as exemplars on `perceiver_request_seconds`) where the
-client accepts it. Times are in seconds. Counters end in `_total`. Those of the process and of Python's collector are
-`prometheus_client`'s own; those that begin with `perceiver_gpu_` are there on a host with an NVIDIA driver (NVML).
+client accepts it. Times are in seconds. A histogram has `_bucket`, `_sum` and `_count` behind its name. Those of the
+process and of Python's collector are `prometheus_client`'s own; those that begin with `perceiver_gpu_` are there on a
+host with an NVIDIA driver (NVML).
 
 | metric | type | labels | what it is |
 |---|---|---|---|
@@ -60,7 +62,11 @@ def settings() -> Iterator[str]:
     for name, field in Settings.model_fields.items():
         default = DEFAULTS.get(name, show(field.default))
         text = (field.description or "").replace("|", "\\|")
-        yield f"| `PERCEIVER_{name.upper()}` | `--{name.replace('_', '-')}` | {default} | {text} |"
+        flag = f"--{name.replace('_', '-')}"
+        flags = f"`{flag}`, `--no-{flag[2:]}`" if field.annotation is bool else f"`{flag}`"
+        if get_origin(field.annotation) is Literal:
+            text += f" One of {', '.join(f'`{choice}`' for choice in get_args(field.annotation))}."
+        yield f"| `PERCEIVER_{name.upper()}` | {flags} | {default} | {text} |"
 
 
 def show(value: object) -> str:
@@ -92,7 +98,8 @@ def metrics() -> Iterator[str]:
         for family in collector.describe():
             labels = ", ".join(f"`{label}`" for label in getattr(family, "_labelnames", collector_labels(collector)))
             if family.name.startswith("perceiver_"):
-                yield f"| `{family.name}` | {family.type} | {labels} | {family.documentation} |"
+                name = f"{family.name}_total" if family.type == "counter" else family.name
+                yield f"| `{name}` | {family.type} | {labels} | {family.documentation} |"
 
 
 def collector_labels(collector: object) -> tuple[str, ...]:

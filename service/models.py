@@ -90,12 +90,19 @@ class ModelStore:
 
     async def watch(self) -> None:
         """Look for new versions for ever; run it as a task."""
+        trouble = ""
         while True:
             await asyncio.sleep(self._poll_seconds)
             try:
                 await self.reload()
-            except Exception:  # the folder may be away for a moment; what serves goes on
+            except OSError as error:  # the folder may be away for a moment; what serves goes on
+                if str(error) != trouble:  # once, and not every poll_seconds
+                    logger.error("%s: can't be looked into for new versions: %s", self._folder, error)
+                trouble = str(error)
+            except Exception:
                 logger.exception("%s: looking for new versions failed", self._folder)
+            else:
+                trouble = ""
 
     async def reload(self) -> list[VersionStatus]:
         """Look into the folder now, swap if a better version is there, and return `versions()`."""

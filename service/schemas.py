@@ -86,7 +86,9 @@ class VersionResponse(Schema):
     """One version in the model folder."""
 
     version: int
-    state: str = Field(description="live, available, refused, ...")
+    state: Literal["live", "available", "refused"] = Field(
+        description="available: lower than the live one, or not the pinned one."
+    )
     reason: str | None = Field(description="Why it is refused; the log has it with the full paths.")
     metadata: ModelMetadata | None = Field(description="null where the file can't be read.")
 

@@ -111,6 +111,8 @@ class Service(Front):
             await self.store.watch()
         except NoUsableVersionError as error:
             self.fail(str(error))
+        except OSError as error:
+            self.fail(f"{self.settings.model_dir}: the model folder can't be read: {error.strerror or error}.")
         except Exception as error:
             logger.exception("watching the model folder failed")
             self.fail(f"Watching the model folder failed: {error!r}.")

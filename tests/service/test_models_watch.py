@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from service import models
 from service.artifact import MODEL_FILE
 from service.models import VersionStatus
 from tests.fakes import make_model_folder, tiny_images, tiny_logits
@@ -152,3 +153,28 @@ async def test_a_note_in_a_version_folder_is_no_change(make: Make, tmp_path: Pat
     (tmp_path / "1" / "README.md").write_text("good")
     await store.reload()
     assert opener.opened == [1]
+
+
+async def test_a_folder_that_can_not_be_read_is_told_once(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_model_folder(tmp_path, 1)
+    store = make(poll_seconds=0.001)
+    await store.load()
+    looks = 0
+
+    def refused(folder: Path) -> list[object]:
+        nonlocal looks
+        looks += 1
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(models, "scan", refused)
+    watching = asyncio.create_task(store.watch())
+    async with asyncio.timeout(5):
+        while looks < 4:  # noqa: ASYNC110 - in another thread
+            await asyncio.sleep(0.01)
+    watching.cancel()
+    await asyncio.wait([watching])
+    assert [record.exc_info for record in caplog.records] == [None]
+    assert "can't be looked into for new versions: [Errno 13] Permission denied" in caplog.text
+    await assert_serves(store, 1)
