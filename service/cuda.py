@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from service.artifact import INPUT_NAME, OUTPUT_NAME, ModelMetadata
 from service.runners import BucketRunner, Images, Logits
-from service.session import EngineError, SessionSpec, open_session
+from service.session import SessionSpec, open_session
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +34,18 @@ class CaptureGate:
         self._changed = threading.Condition()
         self._users = 0
         self._capturing = False
-        self._waiting = 0
+        self._waiting = 0  # to capture
+        self._held_up = 0  # by a capture
+        self._turns = 0  # of those, before the next capture
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Use CUDA; waits for a capture that runs or is waiting to begin."""
+        """Use CUDA; waits for the capture that runs or is waiting to begin, and for no other after it."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._capturing and not self._waiting)
+            self._held_up += 1
+            self._changed.wait_for(lambda: not self._capturing and (not self._waiting or self._turns > 0))
+            self._held_up -= 1
+            self._turns = max(0, self._turns - 1)
             self._users += 1
         try:
             yield
@@ -54,7 +59,7 @@ class CaptureGate:
         """Capture; waits until nobody else uses CUDA."""
         with self._changed:
             self._waiting += 1
-            self._changed.wait_for(lambda: not self._capturing and not self._users)
+            self._changed.wait_for(lambda: not self._capturing and not self._users and not self._turns)
             self._waiting -= 1
             self._capturing = True
         try:
@@ -62,6 +67,7 @@ class CaptureGate:
         finally:
             with self._changed:
                 self._capturing = False
+                self._turns = self._held_up
                 self._changed.notify_all()
 
 
@@ -77,7 +83,7 @@ class CudaBatch:
         images: uint8 [B, H, W, 3] in page-locked host memory, to be filled before a run.
     """
 
-    def __init__(self, session: Any, metadata: ModelMetadata, images: Images, device_id: int) -> None:
+    def __init__(self, session: Any, metadata: ModelMetadata, images: Images, device_id: int, captures: bool) -> None:
         size = len(images)
         self.images = images
         self._input = ort.OrtValue.ortvalue_from_shape_and_type(images.shape, np.uint8, "cuda", device_id)
@@ -89,7 +95,7 @@ class CudaBatch:
         self._binding.bind_ortvalue_output(OUTPUT_NAME, self._output)
         self._options = ort.RunOptions()
         self._options.add_run_config_entry("gpu_graph_id", str(size))
-        self._runs_until_captured = RUNS_UNTIL_CAPTURED
+        self._runs_until_captured = RUNS_UNTIL_CAPTURED if captures else 0
 
     def run(self) -> Logits:
         """Copy in, run or replay, copy out: a new float32 [B, C]. The session waits for the device."""
@@ -101,23 +107,19 @@ class CudaBatch:
 
 
 def open_cuda_session(path: Path, spec: SessionSpec) -> Any:
-    """Open a session on CUDA or TensorRT, without CUDA graphs where this graph can't be captured."""
+    """Open a session on CUDA or TensorRT."""
     with gate.shared():
-        if not spec.cuda_graphs:
-            return open_session(path, spec)
-        try:
-            return open_session(path, spec)
-        except EngineError as error:
-            logger.warning("%s: no CUDA graphs, kernels are launched one by one: %s", path, error)
-            return open_session(path, spec.without_graphs())
+        return open_session(path, spec)
 
 
-def cuda_runner(session: Any, metadata: ModelMetadata, sizes: Sequence[int], device_id: int) -> BucketRunner:
+def cuda_runner(session: Any, metadata: ModelMetadata, sizes: Sequence[int], spec: SessionSpec) -> BucketRunner:
     """Make the buffers for all batch sizes; they share one page-locked host buffer."""
     with gate.shared():
         host = page_locked_zeros((max(sizes), *metadata.input_size, 3))
         return BucketRunner(
-            lambda size: CudaBatch(session, metadata, host[:size], device_id), sizes, warm_up_runs=RUNS_UNTIL_CAPTURED
+            lambda size: CudaBatch(session, metadata, host[:size], spec.device_id, spec.cuda_graphs),
+            sizes,
+            warm_up_runs=RUNS_UNTIL_CAPTURED if spec.cuda_graphs else 1,
         )
 
 

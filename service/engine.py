@@ -110,7 +110,8 @@ class OnnxEngine:
             raise EngineError(f"max_batch_size must be at least 1, and is {max_batch_size}")
         self.path = path
         self.provider: Provider = resolve_provider(provider, device_id)
-        spec = SessionSpec(
+        self._buckets = buckets
+        self._spec = SessionSpec(
             provider=self.provider,
             device_id=device_id,
             intra_op_threads=intra_op_threads,
@@ -118,8 +119,8 @@ class OnnxEngine:
             gpu_memory_limit_bytes=gpu_memory_limit_bytes,
             cuda_graphs=cuda_graphs and self.provider == "cuda",
         )
-        self._runner: Runner | None
-        self.metadata, self._runner = _open(path, spec, buckets)
+        self._runner: Runner | None = None
+        self._open()
         self.max_batch_size = max_batch_size
         self._tunes = tune_batch_size and self.provider == "cpu"
 
@@ -147,9 +148,23 @@ class OnnxEngine:
         A size that there is no memory for is given up, and `max_batch_size` falls. With `tune_batch_size` it also falls
         to a size that is clearly faster than it, in pictures a second.
 
+        Where CUDA graphs can't be captured, kernels are launched one by one from then on.
+
         Raises:
             EngineError: as `run`.
         """
+        try:
+            self._run_each_size()
+        except EngineError as error:
+            if not self._spec.cuda_graphs:
+                raise
+            self.close()  # before another session needs the memory
+            self._open_without_graphs(error)
+            self._run_each_size()
+        if self._tunes:
+            self._tune(self._open_runner())
+
+    def _run_each_size(self) -> None:
         runner = self._open_runner()
         warm: set[int] = set()
         while cold := [size for size in runner.sizes if size not in warm]:
@@ -162,8 +177,6 @@ class OnnxEngine:
                 if not is_out_of_memory(error):
                     raise self._failed(images, error) from error
                 self._lower_ceiling(runner, images, error)
-        if self._tunes:
-            self._tune(runner)
 
     def _tune(self, runner: Runner) -> None:
         """Lower `max_batch_size` to a batch size that is clearly faster, if there is one."""
@@ -181,6 +194,19 @@ class OnnxEngine:
         """Free the session and its buffers."""
         with gate.shared():  # freeing device memory would spoil another model's capture
             self._runner = None
+
+    def _open(self) -> None:
+        try:
+            self.metadata, self._runner = _open(self.path, self._spec, self._buckets)
+        except EngineError as error:
+            if not self._spec.cuda_graphs:
+                raise
+            self._open_without_graphs(error)
+
+    def _open_without_graphs(self, reason: EngineError) -> None:
+        logger.warning("%s: no CUDA graphs, kernels are launched one by one: %s", self.path, reason)
+        self._spec = self._spec.without_graphs()
+        self.metadata, self._runner = _open(self.path, self._spec, self._buckets)
 
     def _blank(self, size: int) -> Images:
         return np.zeros((size, *self.metadata.input_size, 3), dtype=np.uint8)
@@ -227,7 +253,7 @@ def _open(path: Path, spec: SessionSpec, buckets: Sequence[int] | None) -> tuple
     sizes = sorted({*(buckets or default_buckets(spec.max_batch_size)), spec.max_batch_size})
     if sizes[0] < 1 or sizes[-1] > spec.max_batch_size:
         raise EngineError(f"buckets must lie between 1 and max_batch_size {spec.max_batch_size}, and are {buckets}")
-    return metadata, cuda_runner(session, metadata, sizes, spec.device_id)
+    return metadata, cuda_runner(session, metadata, sizes, spec)
 
 
 @dataclass(frozen=True)

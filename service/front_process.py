@@ -168,9 +168,8 @@ class FrontServer(Server):
     def report_failure(self) -> None:
         """Do nothing: whoever found it has logged it."""
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
-        await super().startup(sockets)
+    def report_listening(self) -> None:
+        """Tell the process that runs the model."""
         assert isinstance(self.service, DistantService)
         self.service.link.send(Listening())
 

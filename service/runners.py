@@ -14,8 +14,17 @@ from service.artifact import INPUT_NAME, OUTPUT_NAME
 Images = NDArray[np.uint8]
 Logits = NDArray[np.float32]
 
-# onnxruntime has no exception class for this; these are the words of its arena, of CUDA, of cuBLAS and of C++.
-OUT_OF_MEMORY_WORDS = ("failed to allocate memory", "out of memory", "alloc_failed", "bad_alloc", "bad allocation")
+# onnxruntime has no exception class for this; these are the words of its arena (without room, and at its limit), of
+# CUDA and its libraries, and of C++.
+OUT_OF_MEMORY_WORDS = (
+    "failed to allocate memory",
+    "is smaller than requested bytes",
+    "out of memory",
+    "alloc_failed",
+    "allocation_failed",
+    "bad_alloc",
+    "bad allocation",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -66,10 +66,13 @@ class Server(uvicorn.Server):
         logger.critical("%s", self.service.failure)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say where; on sockets that were given, whoever gave them says it."""
+        """Listen, and say so."""
         await super().startup(sockets)
-        if sockets is None:
-            log_addresses((one for server in self.servers for one in server.sockets), self.service.settings)
+        self.report_listening()
+
+    def report_listening(self) -> None:
+        """Log where it listens."""
+        log_addresses((one for server in self.servers for one in server.sockets), self.service.settings)
 
     async def on_tick(self, counter: int) -> bool:
         """Look ten times a second whether it is time to end."""

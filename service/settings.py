@@ -79,7 +79,11 @@ class Settings(BaseSettings):
         "auto", description="Which of a version's files runs; auto takes what is best where the model runs."
     )
     gpu_memory_limit_bytes: int | None = Field(
-        None, ge=MIB, description="Bytes of GPU memory that onnxruntime may take on each device; unset: all of it."
+        None,
+        ge=MIB,
+        description="Bytes of GPU memory that onnxruntime's arena may take on each device for one model version; "
+        "unset: all of it. While a version takes over from another there are two; cuBLAS, CUDA graphs and buffers "
+        "come on top.",
     )
     cuda_graphs: bool = Field(True, description="Capture CUDA graphs at warm-up: faster, and takes more GPU memory.")
     intra_op_threads: int = bounded(

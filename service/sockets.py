@@ -1,4 +1,4 @@
-"""Sockets that several processes listen on."""
+"""Sockets that a process listens on, alone or with others."""
 
 import socket
 from contextlib import ExitStack
@@ -7,20 +7,31 @@ from typing import Any
 from service.settings import Settings
 
 
-def reserve(settings: Settings) -> list[socket.socket]:
-    """Take the address of the settings for processes that share it, one socket for each family; none of them listens.
-
-    They keep the port while a process ends and another takes its place.
+def alone(settings: Settings) -> list[socket.socket]:
+    """Bind sockets of their own to the address of the settings, one for each family.
 
     Raises:
         OSError: the address is not there or in use, or the name is not known.
     """
     found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     addresses: list[tuple[int, Any]] = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(bound(family, address, shared=False)) for family, address in addresses]
+        stack.pop_all()
+    return sockets
+
+
+def reserve(settings: Settings) -> list[socket.socket]:
+    """Take the address of the settings for processes that share it, one socket for each family; none of them listens.
+
+    They keep the port while a process ends and another takes its place.
+
+    Raises:
+        OSError: as `alone`.
+    """
     # Alone first: with SO_REUSEPORT, a second service on the same port would share its connections unnoticed.
     with ExitStack() as stack:
-        alone = [stack.enter_context(bound(family, address, shared=False)) for family, address in addresses]
-        addresses = [(one.family, one.getsockname()) for one in alone]
+        addresses = [(one.family, stack.enter_context(one).getsockname()) for one in alone(settings)]
     return [bound(family, address, shared=True) for family, address in addresses]
 
 

@@ -12,7 +12,7 @@ from service.app import PerceiverApp
 from service.front_processes import STOP_SECONDS, FrontProcesses
 from service.server import Server, configuration, log_addresses, settle
 from service.settings import Settings
-from service.sockets import reserve
+from service.sockets import alone, reserve
 from service.state import Service
 
 logger = logging.getLogger(__name__)
@@ -30,29 +30,34 @@ def run(settings: Settings) -> int:
     try:
         config.load()
     except OSError as error:  # ssl.SSLError is one
-        logger.critical("the TLS files can't be used: %s", error)
+        logger.critical("the TLS files %s and %s can't be used: %s", settings.tls_cert, settings.tls_key, error)
         return 1
-    if not settings.http_processes:
-        return run_alone(Server(config))
     try:
-        addresses = reserve(settings)
+        sockets = reserve(settings) if settings.http_processes else alone(settings)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        logger.error("can't listen on %s:%d: %s", settings.host, settings.port, reason)
-        return 1
+        return can_not_listen(settings, error)
+    if not settings.http_processes:
+        return run_alone(Server(config), sockets)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        return runner.run(run_with_processes(service, app, addresses))
+        return runner.run(run_with_processes(service, app, sockets))
 
 
-def run_alone(server: Server) -> int:
+def run_alone(server: Server, sockets: list[socket.socket]) -> int:
     """Serve in this process."""
     try:
-        server.run()
-    except SystemExit:  # uvicorn could not listen, and has said why
-        return 1
+        server.run(sockets)
     except KeyboardInterrupt:  # a second Ctrl-C
         return 130
+    except OSError as error:  # another service was bound at the same time, and listened first
+        return can_not_listen(server.service.settings, error)
     return 1 if server.failed else 0
+
+
+def can_not_listen(settings: Settings, error: OSError) -> int:
+    """Say so; return the exit status."""
+    reason = (error.strerror or str(error)).lower()
+    logger.error("can't listen on %s:%d: %s; name another with --host and --port", settings.host, settings.port, reason)
+    return 1
 
 
 async def run_with_processes(service: Service, app: PerceiverApp, addresses: list[socket.socket]) -> int:

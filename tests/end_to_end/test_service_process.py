@@ -201,7 +201,9 @@ def test_a_port_in_use(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         with started(tmp_path, *on_model(tmp_path / "m", "--port", port)) as process:
-            refused(process, 1, "address already in use", port)
+            refused(process, 1, f"can't listen on 127.0.0.1:{port}: address already in use; name another with --host")
+    with started(tmp_path, *on_model(tmp_path / "m", "--host", "no such host")) as process:
+        refused(process, 1, "can't listen on no such host:0: ")
 
 
 @pytest.mark.usefixtures("either_way")
@@ -227,7 +229,7 @@ def test_tls_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "junk.pem").write_text("junk")
     junk = str(tmp_path / "junk.pem")
     with started(tmp_path, *on_model(tmp_path / "m", "--tls-cert", junk, "--tls-key", junk)) as process:
-        refused(process, 1, "TLS files can't be used")
+        refused(process, 1, f"the TLS files {junk} and {junk} can't be used: ")
 
 
 def test_wrong_settings(tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service import cuda as cuda_module
-from service.cuda import RUNS_UNTIL_CAPTURED, CaptureGate, cuda_runner, open_cuda_session, page_locked_zeros
+from service import engine as engine_module
+from service.artifact import ModelMetadata
+from service.cuda import RUNS_UNTIL_CAPTURED, CaptureGate, cuda_runner, page_locked_zeros
 from service.engine import EngineError, OnnxEngine
 from service.runners import BucketRunner, default_buckets
-from service.session import SessionSpec
+from service.session import SessionSpec, open_session
 from tests.fakes import (
     HEIGHT,
     WIDTH,
@@ -165,6 +167,24 @@ def test_a_capture_waits_for_users_and_those_who_come_later_wait_for_it() -> Non
     assert order == ["capture", "use"]
 
 
+def test_who_was_held_up_by_a_capture_goes_before_the_next() -> None:
+    gate = CaptureGate()
+    order: list[str] = []
+
+    def use() -> None:
+        with gate.shared():
+            order.append("use")
+
+    with gate.exclusive():
+        using, _ = in_thread(use)
+        while not gate._held_up:
+            using.join(0.001)
+    with gate.exclusive():  # a warm-up captures one batch size after another
+        order.append("capture")
+    using.join(WAIT)
+    assert order == ["use", "capture"]
+
+
 def test_nobody_is_inside_while_one_captures() -> None:
     gate = CaptureGate()
     inside = 0
@@ -251,7 +271,7 @@ def fake_ort(monkeypatch: pytest.MonkeyPatch) -> FakeSession:
 
 
 def test_each_batch_size_has_its_buffers_and_its_graph(fake_ort: FakeSession) -> None:
-    runner = cuda_runner(fake_ort, tiny_metadata(), [1, 2, 4], device_id=1)
+    runner = cuda_runner(fake_ort, tiny_metadata(), [1, 2, 4], SessionSpec("cuda", device_id=1, cuda_graphs=True))
     assert fake_ort.bindings == 3
     for n in (4, 1, 3, 2, 4):
         images = tiny_images(n, seed=n)
@@ -261,7 +281,7 @@ def test_each_batch_size_has_its_buffers_and_its_graph(fake_ort: FakeSession) ->
 
 
 def test_runs_that_capture_are_alone_and_later_ones_are_not(fake_ort: FakeSession) -> None:
-    runner = cuda_runner(fake_ort, tiny_metadata(), [2], device_id=0)
+    runner = cuda_runner(fake_ort, tiny_metadata(), [2], SessionSpec("cuda", cuda_graphs=True))
     assert runner.warm_up_runs == RUNS_UNTIL_CAPTURED
     for _ in range(RUNS_UNTIL_CAPTURED + 2):
         runner.run(tiny_images(2))
@@ -277,29 +297,68 @@ def test_host_buffers_are_ordinary_memory_where_the_cuda_runtime_is_not(
     assert "not page-locked" in caplog.text
 
 
-def test_a_graph_that_cuda_can_not_capture_runs_without(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    opened: list[SessionSpec] = []
+def test_without_graphs_no_run_has_to_be_alone(fake_ort: FakeSession) -> None:
+    runner = cuda_runner(fake_ort, tiny_metadata(), [2], SessionSpec("cuda"))
+    assert runner.warm_up_runs == 1
+    runner.run(tiny_images(2))
+    assert fake_ort.alone == [False]
 
-    def open_session(path: Path, spec: SessionSpec) -> str:
-        opened.append(spec)
-        if spec.cuda_graphs:
+
+class FakeCuda:
+    """Sessions on a device on which CUDA graphs fail: when they are asked for, or when one is captured.
+
+    Attributes:
+        opened: whether each session was opened with graphs.
+    """
+
+    def __init__(self, fails_at: str) -> None:
+        self.fails_at = fails_at
+        self.opened: list[bool] = []
+        self.runs: list[int] = []
+
+    def open(self, path: Path, spec: SessionSpec) -> Any:
+        self.opened.append(spec.cuda_graphs)
+        if self.fails_at == "always" or (spec.cuda_graphs and self.fails_at == "opening"):
             raise EngineError("This session cannot use the graph capture feature as requested by the user")
-        return "session"
+        return open_session(path, SessionSpec("cpu", intra_op_threads=1))
 
-    monkeypatch.setattr(cuda_module, "open_session", open_session)
-    spec = SessionSpec("cuda", device_id=2, max_batch_size=8, cuda_graphs=True)
-    assert open_cuda_session(tmp_path, spec) == "session"
-    assert opened == [spec, SessionSpec("cuda", device_id=2, max_batch_size=8)]
-    assert "no CUDA graphs" in caplog.text
+    def runner(self, session: Any, metadata: ModelMetadata, sizes: list[int], spec: SessionSpec) -> BucketRunner:
+        captures = spec.cuda_graphs
+
+        class Bound(FakeBound):
+            def run(self) -> Logits:
+                if captures:
+                    raise RuntimeError("CUDA error 901: operation failed due to a previous error during capture")
+                return super().run()
+
+        return BucketRunner(lambda size: Bound(size, 1000, self.runs), sizes, RUNS_UNTIL_CAPTURED)
 
 
-def test_a_session_that_fails_without_graphs_too_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def open_session(path: Path, spec: SessionSpec) -> str:
-        raise EngineError("no such device")
+def on_cuda(monkeypatch: pytest.MonkeyPatch, fails_at: str) -> FakeCuda:
+    fake = FakeCuda(fails_at)
+    monkeypatch.setattr(engine_module, "resolve_provider", lambda choice, device_id: "cuda")
+    monkeypatch.setattr(engine_module, "open_cuda_session", fake.open)
+    monkeypatch.setattr(engine_module, "cuda_runner", fake.runner)
+    return fake
 
-    monkeypatch.setattr(cuda_module, "open_session", open_session)
-    for graphs in (True, False):
-        with pytest.raises(EngineError, match="no such device"):
-            open_cuda_session(tmp_path, SessionSpec("cuda", cuda_graphs=graphs))
+
+@pytest.mark.parametrize("fails_at", ["opening", "capture"])
+def test_where_graphs_can_not_be_captured_kernels_are_launched_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, folder: Path, fails_at: str
+) -> None:
+    fake = on_cuda(monkeypatch, fails_at)
+    engine = OnnxEngine(folder / "model.onnx", provider="cuda", max_batch_size=4)
+    engine.warm_up()
+    assert fake.opened == [True, False]
+    assert fake.runs == [4, 4, 4, 2, 2, 2, 1, 1, 1]
+    assert caplog.text.count("no CUDA graphs") == 1
+    images = tiny_images(3)
+    np.testing.assert_array_equal(engine.run(images), tiny_logits(images, 1))
+
+
+def test_what_fails_without_graphs_too_fails(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    for graphs, opened in ((True, [True, False]), (False, [False])):
+        fake = on_cuda(monkeypatch, "always")
+        with pytest.raises(EngineError, match="graph capture"):
+            OnnxEngine(folder / "model.onnx", provider="cuda", cuda_graphs=graphs)
+        assert fake.opened == opened

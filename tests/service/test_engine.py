@@ -32,6 +32,7 @@ from tests.fakes import (
     tiny_logits,
     tiny_metadata,
 )
+from tests.service.gpu_models import make_hungry_folder
 
 TOLERANCE = 1e-4
 
@@ -197,6 +198,31 @@ def test_warm_up_finds_the_batch_size_that_fits(folder: Path) -> None:
     with pytest.raises(EngineError, match="not enough memory for a single picture"):
         engine.warm_up()
     assert session.sizes == [8, 4, 2, 1]
+
+
+ARENA = """
+import numpy as np, onnxruntime as ort, sys
+from service.runners import is_out_of_memory
+info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+ort.create_and_register_allocator(info, ort.OrtArenaCfg({"max_mem": 2**26, "arena_extend_strategy": 1}))
+options = ort.SessionOptions()
+options.log_severity_level = 4
+options.add_session_config_entry("session.use_env_allocators", "1")
+session = ort.InferenceSession(sys.argv[1], options, ["CPUExecutionProvider"])
+try:
+    session.run(None, {"images": np.zeros((64, *map(int, sys.argv[2:]), 3), np.uint8)})
+except Exception as error:
+    sys.exit(0 if is_out_of_memory(error) else f"not taken for want of memory: {error}")
+sys.exit("there was enough memory")
+"""
+
+
+def test_what_onnxruntime_says_at_its_memory_limit_is_understood(tmp_path: Path) -> None:
+    """In a process of its own, since an arena's limit is the process's; it is the same arena as on a GPU."""
+    model = make_hungry_folder(tmp_path, 24 * 2**20) / "model.onnx"
+    command = [sys.executable, "-c", ARENA, str(model), str(HEIGHT), str(WIDTH)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_any_other_failure_is_no_reason_to_try_again(folder: Path) -> None:
