@@ -192,7 +192,10 @@ class UnsupportedMediaType(Unsupported):
     """A Content-Type that `POST /predict` does not take."""
 
     code = "unsupported_media_type"
-    default = "Send the picture as multipart/form-data, as image/*, as application/octet-stream or as application/json."
+    default = (
+        "Send the picture as multipart/form-data (curl -F file=@picture.jpg), or its bytes with a Content-Type of "
+        "image/* or application/octet-stream, or as application/json."
+    )
 
 
 class HeadersTooLarge(ServiceError):

@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from service.artifact import GOLDEN_FILE, Golden, ModelVersion, load_golden
+from service.artifact import GOLDEN_FILE, MODEL_FILE, Golden, ModelVersion, load_golden
 from service.batcher import DynamicBatcher
 from service.engine import Engine, EngineError, GoldenMismatchError, Provider, check_golden
 from service.errors import NotReady
@@ -268,6 +268,10 @@ class ModelStore:
         if self._pinned is not None and self._pinned not in self._seen:
             there = ", ".join(map(str, self._seen)) or "none"
             return f"{self._folder}: version {self._pinned} is pinned and not there; there are: {there}"
+        if (self._folder / MODEL_FILE).is_file():
+            return (
+                f"{self._folder}: this is one version; name the folder that holds it, {self._folder.absolute().parent}"
+            )
         if not self._seen:
             return f"{self._folder}: there is no model version; it must hold folders named 1, 2, ... with a model.onnx"
         reasons = "; ".join(f"version {number}: {seen.reason}" for number, seen in self._seen.items() if seen.reason)

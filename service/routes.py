@@ -22,7 +22,7 @@ FAILED = error_responses([*CONNECTION_ERRORS, errors.ServiceError])
 
 def create_router(service: Service) -> APIRouter:
     """Return the routes of a service."""
-    router = APIRouter(responses=FAILED)
+    router = APIRouter(responses=FAILED, generate_unique_id_function=lambda route: route.name)
     add_health(router, service)
     add_models(router, service)
 

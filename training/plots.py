@@ -32,10 +32,11 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, colour
     axes.plot(x, y, label=label, color=colour, linewidth=1.8, marker="o", markersize=3 if len(x) <= 60 else 0)
 
 
-def _draw_accuracy(axes: Axes, epochs: Sequence[float], top1: Sequence[float], top5: Sequence[float]) -> None:
+def _draw_accuracy(axes: Axes, columns: Mapping[str, Sequence[float]]) -> None:
+    epochs, top1, top5 = columns["epoch"], columns["val_top1"], columns["val_top5"]
     _line(axes, epochs, top5, "top-5", GREEN)
     _line(axes, epochs, top1, "top-1", BLUE)
-    best = int(np.argmax(top1))
+    best = max(range(len(top1)), key=lambda row: (top1[row], -columns["val_loss"][row]))  # as `TrainState.is_best`
     axes.plot(epochs[best], top1[best], marker="o", markersize=9, markerfacecolor="none", color=ORANGE, linestyle="")
     axes.annotate(
         f"best {top1[best]:.1%}\nepoch {epochs[best]:g}",
@@ -68,7 +69,7 @@ def save_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
     _line(loss, epochs, columns["val_loss"], "validation", BLUE)
     _style(loss, "Loss", "epoch", "cross-entropy, nats a picture")
     loss.legend(frameon=False, loc="best")
-    _draw_accuracy(accuracy, epochs, columns["val_top1"], columns["val_top5"])
+    _draw_accuracy(accuracy, columns)
     _line(rate, epochs, columns["learning_rate"], "learning rate", ORANGE)
     rate.set_ylim(0, 1.1 * max(columns["learning_rate"]) or 1)
     _style(rate, "Learning rate", "epoch", "learning rate at the epoch's end")

@@ -58,6 +58,14 @@ async def test_a_pinned_version_serves_whatever_comes(make: Make, tmp_path: Path
     assert lines(store) == [(1, "live"), (2, "available"), (3, "available")]
 
 
+async def test_the_folder_of_one_version_is_told_from_that_of_all(tmp_path: Path) -> None:
+    version = make_model_folder(tmp_path / "things", 1)
+    with pytest.raises(
+        NoUsableVersionError, match=f"this is one version; name the folder that holds it, {tmp_path}/things$"
+    ):
+        await ModelStore(version, OPTIONS).load()
+
+
 async def test_a_pinned_version_that_is_not_there_is_named(make: Make, tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1)
     with pytest.raises(NoUsableVersionError, match="version 7 is pinned and not there; there are: 1"):
