@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from service.entry import Entry
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
 from service.front import PREDICT
-from service.middleware import RequireKey, error_body, error_headers
+from service.middleware import RequireKey, error_answer
 from service.predict import PredictEndpoint
 from service.routes import create_router
 from service.schemas import SECURITY, SECURITY_SCHEMES, predict_operation, predict_schemas
@@ -96,8 +96,8 @@ async def answer_error(request: Request, exception: Exception) -> Response:
     else:
         error = ServiceError()
     request.app.state.service.metrics.rejected(error.code)
-    headers |= {name.decode(): value.decode() for name, value in error_headers(error)}
-    return Response(error_body(error, request.state.request_id), error.status, headers)
+    own, body = error_answer(error, request.state.request_id)
+    return Response(body, error.status, headers | {name.decode(): value.decode() for name, value in own})
 
 
 def package_version() -> str:

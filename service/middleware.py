@@ -141,27 +141,23 @@ def check_key(headers: Headers, keys: list[bytes]) -> None:
         raise Unauthorized()
 
 
-def error_body(error: ServiceError, request_id: str) -> bytes:
-    """Return the JSON of `ErrorResponse`."""
-    return json.dumps({"error": {"code": error.code, "message": error.message, "request_id": request_id}}).encode()
-
-
-def error_headers(error: ServiceError) -> Headers:
-    """Return the headers that belong to an error, the content's own excepted."""
-    headers = [(b"content-type", b"application/json")]
+def error_answer(error: ServiceError, request_id: str) -> tuple[Headers, bytes]:
+    """Return the headers of an error's answer and its body, the JSON of `ErrorResponse`."""
+    content = {"error": {"code": error.code, "message": error.message, "request_id": request_id}}
+    body = json.dumps(content).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     if isinstance(error, Unavailable):
         headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))
     if isinstance(error, Unauthorized):
         headers.append((b"www-authenticate", b"Bearer"))
     if isinstance(error, BodyTimeout):  # the rest of the body may still come, and is no request
         headers.append((b"connection", b"close"))
-    return headers
+    return headers, body
 
 
 async def send_error(send: Send, error: ServiceError, request_id: str) -> None:
     """Answer with an error; a client that has left gets nothing, but is counted."""
-    body = error_body(error, request_id)
-    headers = [*error_headers(error), (b"content-length", b"%d" % len(body))]
+    headers, body = error_answer(error, request_id)
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     if not isinstance(error, ClientDisconnected):
         await send({"type": "http.response.body", "body": body})

@@ -18,7 +18,7 @@ from uvicorn.server import ServerState
 from service.connections import BoundedConfig, head_without_upgrade
 from service.cycle import Cycle
 from service.errors import BadRequest, BodyTimeout, HeadersTimeout, HeadersTooLarge, ServiceError, Unavailable
-from service.middleware import error_body, error_headers
+from service.middleware import error_answer
 from service.predict import Options
 from service.quick import QuickAnswer
 
@@ -280,10 +280,9 @@ class BoundedProtocol(HttpToolsProtocol):
         """Answer with an error and close the connection."""
         if self.transport.is_closing():
             return
-        body = error_body(error, uuid4().hex)
-        headers = [*error_headers(error), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
-        lines = b"".join(b"%s: %s\r\n" % header for header in headers)
-        self.transport.write(STATUS_LINE[error.status] + lines + b"\r\n" + body)
+        headers, body = error_answer(error, uuid4().hex)
+        lines = b"".join(b"%b: %b\r\n" % header for header in headers if header[0] != b"connection")
+        self.transport.write(STATUS_LINE[error.status] + lines + CLOSE + b"\r\n" + body)
         self.close()
         self.service.metrics.rejected(error.code)
 

@@ -14,7 +14,7 @@ from service.answers import AnswerWriter
 from service.errors import ClientDisconnected, ServiceError
 from service.fair_queue import Prediction
 from service.front import PREDICT, Front, ServedModel
-from service.middleware import Headers, Observe, check_key, error_body, error_headers
+from service.middleware import Headers, Observe, check_key, error_answer
 from service.predict import Options, PredictEndpoint, checked_top_k, read_options, server_timing
 
 PATH: Final = PREDICT.encode()
@@ -181,13 +181,8 @@ class QuickAnswer:
         request_id = observe.request_id(self.headers)
         told = observe.told(error, request_id)
         self._quick.front.metrics.rejected(told.code)
-        body = error_body(told, request_id)
-        lines = [
-            *error_headers(told),
-            (b"content-length", b"%d" % len(body)),
-            (b"x-request-id", request_id.encode()),
-        ]
-        head = b"".join([b"%b: %b\r\n" % line for line in lines])
+        headers, body = error_answer(told, request_id)
+        head = b"".join([b"%b: %b\r\n" % line for line in (*headers, (b"x-request-id", request_id.encode()))])
         self._reply(told.status, perf_counter() - self.began, request_id, head, body)
 
     def _reply(self, status: int, seconds: float, request_id: str, head: bytes, body: bytes) -> None:
