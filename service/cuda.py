@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 
 from service.artifact import INPUT_NAME, OUTPUT_NAME, ModelMetadata
 from service.runners import BucketRunner, Images, Logits
-from service.session import SessionSpec, open_session
+from service.session import EngineError, SessionSpec, open_session
 
 logger = logging.getLogger(__name__)
 
 # onnxruntime's CUDA provider runs a shape twice as usual, captures in the third run and replays from the fourth on.
 RUNS_UNTIL_CAPTURED = 3
+# A run takes milliseconds. Who uses CUDA for so long may hang, as a load that was given up does.
+CAPTURE_PATIENCE_SECONDS = 5.0
 
 
 class CaptureGate:
@@ -34,6 +36,7 @@ class CaptureGate:
         self._changed = threading.Condition()
         self._users = 0
         self._capturing = False
+        self._captures = 0  # so far
         self._waiting = 0  # to capture
         self._held_up = 0  # by a capture
         self._turns = 0  # of those, before the next capture
@@ -56,10 +59,20 @@ class CaptureGate:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Capture; waits until nobody else uses CUDA."""
+        """Capture; waits until nobody else uses CUDA.
+
+        Raises:
+            EngineError: that did not come about in time; those who were held up meanwhile go on.
+        """
         with self._changed:
             self._waiting += 1
-            self._changed.wait_for(lambda: not self._capturing and not self._users and not self._turns)
+            captures = self._captures
+            while not self._changed.wait_for(self._is_unused, CAPTURE_PATIENCE_SECONDS):
+                if captures == self._captures and not self._capturing:  # else others captured meanwhile
+                    self._waiting -= 1
+                    self._changed.notify_all()
+                    raise EngineError(f"CUDA was in use for {CAPTURE_PATIENCE_SECONDS:g} s: no graph is captured")
+                captures = self._captures
             self._waiting -= 1
             self._capturing = True
         try:
@@ -67,8 +80,12 @@ class CaptureGate:
         finally:
             with self._changed:
                 self._capturing = False
+                self._captures += 1
                 self._turns = self._held_up
                 self._changed.notify_all()
+
+    def _is_unused(self) -> bool:
+        return not self._capturing and not self._users and not self._turns
 
 
 gate = CaptureGate()  # one a process, as the prohibition is

@@ -63,6 +63,7 @@ class Cycle(RequestResponseCycle):
     def _finish(self, answer: bytes) -> None:
         self.waiting_for_100_continue = False
         if self.disconnected or self.transport.is_closing():
+            self.disconnected = True  # or uvicorn would log that the answer is not complete
             return
         self.transport.write(answer)
         self.response_complete = True

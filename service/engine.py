@@ -153,13 +153,16 @@ class OnnxEngine:
         Raises:
             EngineError: as `run`.
         """
+        reason = ""
         try:
             self._run_each_size()
         except EngineError as error:
             if not self._spec.cuda_graphs:
                 raise
+            reason = str(error)
+        if reason:  # not before the error is gone, whose traceback holds the session
             self.close()  # before another session needs the memory
-            self._open_without_graphs(error)
+            self._open_without_graphs(reason)
             self._run_each_size()
         if self._tunes:
             self._tune(self._open_runner())
@@ -196,14 +199,17 @@ class OnnxEngine:
             self._runner = None
 
     def _open(self) -> None:
+        reason = ""
         try:
             self.metadata, self._runner = _open(self.path, self._spec, self._buckets)
         except EngineError as error:
             if not self._spec.cuda_graphs:
                 raise
-            self._open_without_graphs(error)
+            reason = str(error)
+        if reason:
+            self._open_without_graphs(reason)
 
-    def _open_without_graphs(self, reason: EngineError) -> None:
+    def _open_without_graphs(self, reason: str) -> None:
         logger.warning("%s: no CUDA graphs, kernels are launched one by one: %s", self.path, reason)
         self._spec = self._spec.without_graphs()
         self.metadata, self._runner = _open(self.path, self._spec, self._buckets)

@@ -157,12 +157,13 @@ class FrontProcess:
             ours.close()
             raise
         self._link = link = Link(FromFront, self._received, lambda: None, self._collect)
-        await Link.open(ours, link)
-        self.tell()
         try:
+            await Link.open(ours, link)
+            self.tell()
             await process.communicate(self._house.settings)
             return await process.wait()
         finally:
+            self.kill()  # where it has not ended, this was cancelled or failed
             self._process = None
             self._end()
 
@@ -185,8 +186,8 @@ class FrontProcess:
             )
 
     def kill(self) -> None:
-        """End the process at once."""
-        if self._process is not None:
+        """End the process at once, unless it has ended."""
+        if self._process is not None and self._process.returncode is None:
             self._process.kill()
 
     @property
@@ -277,8 +278,8 @@ class FrontProcess:
                 case Cancel():
                     if (reply := self._replies.pop(message.number, None)) is not None:
                         reply.cancel()
-                case Call():
-                    task = asyncio.create_task(self._call(message))
+                case Call() if self._link is not None:
+                    task = asyncio.create_task(self._call(message, self._link))
                     self._calls.add(task)
                     task.add_done_callback(self._calls.discard)
                 case Counts():
@@ -300,10 +301,8 @@ class FrontProcess:
         except Exception as error:
             self.refuse(number, error)
 
-    async def _call(self, message: Call) -> None:
+    async def _call(self, message: Call, link: Link) -> None:
         """Answer a request for another route. It goes on when the process that asked has ended: a reload is for all."""
-        link = self._link
-        assert link is not None
         if message.path == "/metrics":
             await self._house.ask_all()
         answer = Recorded()

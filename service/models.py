@@ -26,6 +26,7 @@ from service.versions import (
     NoUsableVersionError,
     Seen,
     VersionStatus,
+    beside,
     open_beside,
     open_engines,
     scan,
@@ -110,7 +111,7 @@ class ModelStore:
             await self._look()
             await self._take_best()
             if self.live is not None:
-                await asyncio.to_thread(self._describe, self.live.provider)
+                await beside(partial(self._describe, self.live.provider))
         return self.versions()
 
     def lease(self) -> LiveModel:
@@ -152,7 +153,7 @@ class ModelStore:
 
     async def _look(self) -> None:
         """Take note of what is in the folder; what has changed counts as new."""
-        found = await asyncio.to_thread(scan, self._folder)
+        found = await beside(partial(scan, self._folder))
         known = self._seen
         self._seen = {
             version.number: known[version.number]
@@ -204,12 +205,11 @@ class ModelStore:
 
     async def _open_file(self, version: ModelVersion, options: EngineOptions) -> LiveModel:
         """Load, warm up and verify a version, within the time that it may take."""
-        golden = await asyncio.to_thread(load_golden, version.path / GOLDEN_FILE)
         try:
             async with asyncio.timeout(options.load_timeout_s) as limit:
-                return await self._checked(
-                    version, await open_beside(partial(self._open_engines, version.path, options)), golden
-                )
+                golden = await beside(partial(load_golden, version.path / GOLDEN_FILE))
+                engines = await open_beside(partial(self._open_engines, version.path, options))
+                return await self._checked(version, engines, golden)
         except TimeoutError as error:
             if not limit.expired():
                 raise

@@ -55,8 +55,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._body = b""
         self._is_idle = False  # between an answer and the next request's first byte
         self._in_head = False
-        self._is_head_alone = False  # what is being parsed began with this head
-        self._head_bytes = 0
+        self._bare_bytes = 0  # since the last of a body, or the end of a head: of a head that grows, or of trailers
 
     # The connection
 
@@ -82,8 +81,9 @@ class BoundedProtocol(HttpToolsProtocol):
         """Parse; then bound what is left incomplete."""
         if self.transport.is_closing():
             return
-        # Where a head begins behind another request, nobody knows how much of the data is its own.
-        self._is_head_alone = self._in_head or self._is_idle or self.cycle is None
+        # Where a head or a trailer begins behind something else, nobody knows how much of the data is its own: then
+        # the parser's callbacks set this back, and it is counted from the next data on.
+        self._bare_bytes += len(data)
         if self._is_idle:
             self._is_idle = False
             self._in_time()
@@ -93,9 +93,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._begin_cycle(self._body, more_body=True)
         if self.transport.is_closing():
             return
-        if self._is_head_alone and self._in_head:
-            self._head_bytes += len(data)
-        if self._head_bytes > MAX_HEADER_BYTES:
+        if self._bare_bytes > MAX_HEADER_BYTES:
             self.end(HeadersTooLarge(f"The headers are larger than {MAX_HEADER_BYTES} bytes."))
         elif len(self.pipeline) > MOST_PIPELINED:
             self.end(BadRequest(f"More than {MOST_PIPELINED} requests wait on this connection."))
@@ -103,19 +101,27 @@ class BoundedProtocol(HttpToolsProtocol):
             self._set_due()
 
     def _parse(self, data: bytes) -> None:
+        rest: bytes | memoryview = data
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            parser = self.parser
-            if parser.get_method() == b"CONNECT":
-                self.end(BadRequest("CONNECT is for proxies, and this is none."))
-                return
-            head = head_without_upgrade(parser.get_method(), self.url, parser.get_http_version(), self.headers)
-            self.parser = httptools.HttpRequestParser(self)
-            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn
-            self._parse(head + data[upgrade.args[0] :])
+            while rest and len(self.pipeline) <= MOST_PIPELINED:
+                try:
+                    self.parser.feed_data(rest)
+                    return
+                except httptools.HttpParserUpgrade as upgrade:
+                    rest = memoryview(rest)[upgrade.args[0] :]
+                    self._parse_without_upgrade(self.parser)
+        except BadRequest as error:
+            self.end(error)
         except httptools.HttpParserError:
             self.end(BadRequest("This is not HTTP."))
+
+    def _parse_without_upgrade(self, parser: Any) -> None:
+        if parser.get_method() == b"CONNECT":
+            raise BadRequest("CONNECT is for proxies, and this is none.")
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn
+        head = head_without_upgrade(parser.get_method(), self.url, parser.get_http_version(), self.headers)
+        self.parser.feed_data(head)
 
     def pause_writing(self) -> None:
         """Give the client its time to read."""
@@ -146,8 +152,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """End their time, and start the application, unless the request may go the short way."""
         if self.parser.should_upgrade():  # it will be parsed again, see `_parse`
             return
-        self._in_head = self._is_head_alone = False
-        self._head_bytes = 0
+        self._in_head = False
+        self._bare_bytes = 0
         self._in_time()
         if self._quick is not None and self._is_plain():
             self._options = self._quick.options(self.url, dict(self.headers))
@@ -218,6 +224,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """Keep a piece of the body."""
+        self._bare_bytes = 0
         if self._options is None:
             super().on_body(body)
         else:
@@ -231,6 +238,7 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_message_complete()
         else:
             self._go_quickly(self._options)
+        self._bare_bytes = 0
         self._in_time()
 
     def _go_quickly(self, options: Options) -> None:
@@ -292,8 +300,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self.due = self.loop.time() + LINGER_SECONDS
 
     def end(self, error: ServiceError) -> None:
-        """Refuse, or only close where an earlier request is not answered yet, whose answer this would be taken for."""
-        if self._is_working():
+        """Refuse, or only close where this would be taken for the answer to an earlier request, or for a second one."""
+        cycle = self.cycle
+        if self._is_working() or (cycle is not None and cycle.more_body and cycle.response_started):
             self.close()
         else:
             self.refuse(error)

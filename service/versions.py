@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from service.artifact import GOLDEN_FILE, MODEL_FILES, ArtifactError, ModelMetadata, ModelVersion, list_versions
 from service.batcher import DynamicBatcher
@@ -26,6 +26,8 @@ from service.engine import (
 from service.worker import EngineThread
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SERVED_FILES = frozenset({*MODEL_FILES.values(), GOLDEN_FILE})
 # Name, size and time of change (ns) of each of these: one must differ before a version is looked at anew.
@@ -187,8 +189,17 @@ def open_engines(folder: Path, options: EngineOptions) -> list[Engine]:
     return engines
 
 
+async def beside(function: Callable[[], T]) -> T:
+    """Call a function in a thread that nobody has to wait for: a disk far away may hang, and so may a driver."""
+    thread = EngineThread("beside")
+    try:
+        return await thread.call(function)
+    finally:
+        thread.stop()
+
+
 async def open_beside(open_them: Callable[[], Sequence[Engine]]) -> Sequence[Engine]:
-    """Open engines in a thread that nobody has to wait for: a driver may hang. What comes too late is closed there."""
+    """Open engines beside the event loop, and close there what comes too late."""
     is_late = threading.Event()
 
     def job() -> Sequence[Engine]:
@@ -198,14 +209,11 @@ async def open_beside(open_them: Callable[[], Sequence[Engine]]) -> Sequence[Eng
                 engine.close()
         return engines
 
-    thread = EngineThread("open")
     try:
-        return await thread.call(job)
+        return await beside(job)
     except asyncio.CancelledError:
         is_late.set()
         raise
-    finally:
-        thread.stop()
 
 
 def _open_engine(path: Path, options: EngineOptions, provider: Provider, device_id: int) -> Engine:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from service.connections import head_without_upgrade
+from service.protocol import MAX_HEADER_BYTES
 from tests.fakes import FakeEngine
 from tests.service.harness import error_of, png, read_answer, request_head, running
 from tests.service.test_protocol import ended
@@ -86,6 +87,60 @@ async def test_a_trailer_is_no_header(tmp_path: Path) -> None:
         chunk = b"%x\r\n%b\r\n" % (len(png(1)), png(1))
         writer.write(request_head(None, "Transfer-Encoding: chunked") + chunk + b"0\r\nX-API-Key: secret\r\n\r\n")
         assert (await read_answer(reader))[0] == 401
+
+
+@pytest.mark.parametrize("trailer", [b"X-A: " + b"b" * 1000 + b"\r\n", b"b" * 1000])
+async def test_trailers_are_bounded(tmp_path: Path, trailer: bytes) -> None:
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        writer.write(request_head(None, "Transfer-Encoding: chunked") + b"1\r\na\r\n0\r\nX-A: b")
+        await writer.drain()
+        await run.until(lambda: run.in_flight == 1)
+        for _ in range(MAX_HEADER_BYTES // len(trailer) + 1):
+            writer.write(trailer)
+            await writer.drain()
+            await asyncio.sleep(0)
+        status, _, body = await read_answer(reader)
+        assert (status, error_of(body)) == (431, "headers_too_large")
+        assert await ended(reader)
+        await run.until(lambda: run.in_flight == 0)
+
+
+async def test_a_body_in_many_small_chunks_is_no_head(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        writer.write(request_head(None, "Transfer-Encoding: chunked"))
+        for byte in png(1):
+            writer.write(b"1;" + b"x" * 1000 + b"\r\n%c\r\n" % byte)
+            await writer.drain()
+        writer.write(b"0\r\nX-Checksum: 1\r\n\r\n")
+        assert (await read_answer(reader))[0] == 200
+
+
+async def test_garbage_in_a_body_that_was_answered_gets_no_second_answer(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        writer.write(request_head(None, "Transfer-Encoding: chunked", target="/nothing"))
+        assert (await read_answer(reader))[0] == 404
+        writer.write(b"this is no chunk\r\n")
+        assert await reader.read() == b""
+
+
+async def test_wishes_for_other_protocols_are_bounded_as_all_that_waits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        head = request_head(None, *WEBSOCKET, target="/health/live", method="GET")
+        writer.write(head * 50)
+        assert [(await read_answer(reader))[0] for _ in range(50)] == [200] * 50
+        begun: list[object] = []
+        (connection,) = [one for one in run.server.server_state.connections if not one._is_working()]
+        connection._begin_cycle, begin = lambda *a, **k: (begun.append(a), begin(*a, **k)), connection._begin_cycle
+        connection.data_received(head * 3000)
+        assert len(begun) < 70
+        assert await ended(reader)
+    assert "ASGI callable" not in caplog.text
 
 
 async def test_who_leaves_with_several_requests_waiting_has_none_of_them_run(tmp_path: Path) -> None:

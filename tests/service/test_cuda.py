@@ -1,6 +1,7 @@
 """Padding, buckets, captures and their gate, on a device that is made of NumPy. On a real one: test_gpu.py."""
 
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -203,6 +204,29 @@ def test_nobody_is_inside_while_one_captures() -> None:
     assert max(seen) == 1
 
 
+def test_who_never_lets_go_of_the_gate_keeps_captures_away_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_module, "CAPTURE_PATIENCE_SECONDS", 0.1)
+    gate = CaptureGate()
+    others: list[threading.Thread] = []
+
+    def use() -> None:
+        with gate.shared():
+            pass
+
+    with gate.shared():  # as a load that hangs in the driver and was given up
+        for _ in range(2):
+            with pytest.raises(EngineError, match="in use"), gate.exclusive():
+                pass
+        others = [threading.Thread(target=use, daemon=True) for _ in range(3)]
+        for thread in others:
+            thread.start()
+        for thread in others:
+            thread.join(5)
+        assert not any(thread.is_alive() for thread in others)
+    with gate.exclusive():
+        pass
+
+
 def test_the_gate_opens_again_after_an_error() -> None:
     gate = CaptureGate()
     for enter in (gate.shared, gate.exclusive, gate.exclusive, gate.shared):
@@ -309,14 +333,19 @@ class FakeCuda:
 
     Attributes:
         opened: whether each session was opened with graphs.
+        runners: those that were made.
+        held: of them, how many were still there when each session was opened.
     """
 
     def __init__(self, fails_at: str) -> None:
         self.fails_at = fails_at
         self.opened: list[bool] = []
         self.runs: list[int] = []
+        self.runners: list[weakref.ref[BucketRunner]] = []
+        self.held: list[int] = []
 
     def open(self, path: Path, spec: SessionSpec) -> Any:
+        self.held.append(sum(runner() is not None for runner in self.runners))
         self.opened.append(spec.cuda_graphs)
         if self.fails_at == "always" or (spec.cuda_graphs and self.fails_at == "opening"):
             raise EngineError("This session cannot use the graph capture feature as requested by the user")
@@ -331,7 +360,9 @@ class FakeCuda:
                     raise RuntimeError("CUDA error 901: operation failed due to a previous error during capture")
                 return super().run()
 
-        return BucketRunner(lambda size: Bound(size, 1000, self.runs), sizes, RUNS_UNTIL_CAPTURED)
+        runner = BucketRunner(lambda size: Bound(size, 1000, self.runs), sizes, RUNS_UNTIL_CAPTURED)
+        self.runners.append(weakref.ref(runner))
+        return runner
 
 
 def on_cuda(monkeypatch: pytest.MonkeyPatch, fails_at: str) -> FakeCuda:
@@ -350,6 +381,7 @@ def test_where_graphs_can_not_be_captured_kernels_are_launched_one_by_one(
     engine = OnnxEngine(folder / "model.onnx", provider="cuda", max_batch_size=4)
     engine.warm_up()
     assert fake.opened == [True, False]
+    assert fake.held == [0, 0]  # what could not be captured has given its memory back
     assert fake.runs == [4, 4, 4, 2, 2, 2, 1, 1, 1]
     assert caplog.text.count("no CUDA graphs") == 1
     images = tiny_images(3)

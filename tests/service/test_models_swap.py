@@ -1,6 +1,7 @@
 """One version takes over from another while requests are under way."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from service.artifact import GOLDEN_FILE
 from service.engine import Engine
 from service.models import EngineOptions, ModelStore, NoUsableVersionError
 from tests.fakes import make_model_folder, picture, tiny_images, tiny_logits
@@ -187,4 +189,22 @@ async def test_a_version_that_takes_too_long_to_open_is_refused_and_closed_when_
     async with asyncio.timeout(5):
         while not engine.closed:  # noqa: ASYNC110 - in another thread
             await asyncio.sleep(0.01)
+    await store.close()
+
+
+async def test_golden_pictures_that_can_not_be_read_in_time_are_a_reason_and_hold_nobody_up(tmp_path: Path) -> None:
+    make_model_folder(tmp_path, 1)
+    store = ModelStore(tmp_path, EngineOptions(provider="cpu", load_timeout_s=0.2), open_engines=FakeOpener())
+    await store.load()
+    golden = make_model_folder(tmp_path, 2) / GOLDEN_FILE
+    golden.unlink()
+    os.mkfifo(golden)  # as a disk far away that is not there: opening it does not end
+    async with asyncio.timeout(5):
+        await store.reload()
+    (live, refused) = store.versions()
+    assert (live.state, refused.reason) == ("live", "2: it was not loaded, warm and checked within 0.2 s")
+    threads = [thread for thread in threading.enumerate() if thread.name == "beside"]
+    assert threads
+    assert all(thread.daemon for thread in threads)  # or the process could not end
+    golden.open("wb").close()
     await store.close()
