@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.artifact import GOLDEN_FILE, load_golden
+from service.artifact import GOLDEN_FILE, list_versions, load_golden
 from service.cuda import page_locked_zeros
 from service.engine import EngineError, OnnxEngine, check_golden
 from service.models import EngineOptions, ModelStore
@@ -19,7 +19,7 @@ from service.versions import open_engines
 from tests.fakes import make_model_folder, tiny_images, tiny_logits
 from tests.service.gpu_models import make_half_folder, make_hungry_folder
 
-SHIPPED = Path(__file__).parents[2] / "models" / "perceiver-cifar100" / "1"
+SHIPPED = list_versions(Path(__file__).parents[2] / "models" / "perceiver-cifar100")[-1].path
 MIB = 1 << 20
 
 NO_CUDA = why_no_cuda()
