@@ -11,7 +11,7 @@ from typing import Final
 
 # The ceiling stays unless a smaller size is faster by more than that, in pictures a second: what is measured beside
 # other work is not exact, and too small a batch costs more, behind a queue, than too large a one.
-WORTH: Final = 1.05
+WORTH: Final = 1.1
 CLOSE: Final = 1.02  # of the sizes this near to the fastest, the smallest: it answers sooner
 LEAST_ROUNDS: Final = 3
 MOST_ROUNDS: Final = 5
@@ -28,8 +28,9 @@ def fastest_size(
 
     Faster is meant in pictures a second. By the time of a single picture, larger sizes are not even tried.
 
-    Each round runs every size once, so that what else the machine does meets all of them, and the fastest run of each
-    counts, since all that disturbs a run makes it longer.
+    Each round runs every size, as often as it takes for as many pictures as the largest has: what else the machine does
+    then meets all of them alike, where a short run would often slip through and a long one never. The fastest round of
+    each counts, since all that disturbs a run makes it longer.
 
     Args:
         run: runs a batch of so many pictures; the largest has been run before.
@@ -40,20 +41,21 @@ def fastest_size(
         One of `sizes`. There are three rounds at least; no fourth or fifth begins when a second is over.
     """
 
-    def timed(size: int) -> float:
+    def timed(size: int, times: int) -> float:
         start = clock()
-        run(size)
-        return max(clock() - start, 1e-9)
+        for _ in range(times):
+            run(size)
+        return max(clock() - start, 1e-9) / times
 
     end = clock() + BUDGET_SECONDS
-    one = min(timed(sizes[0]) for _ in range(LEAST_ROUNDS)) / sizes[0]
+    one = min(timed(sizes[0], 1) for _ in range(LEAST_ROUNDS)) / sizes[0]
     tried = [size for size in sizes if size * one <= LONGEST_RUN_SECONDS] or [sizes[0]]
     shortest = dict.fromkeys(tried, inf)
     for number in range(MOST_ROUNDS):
         if number >= LEAST_ROUNDS and clock() >= end:
             break
         for size in tried:
-            shortest[size] = min(shortest[size], timed(size))
+            shortest[size] = min(shortest[size], timed(size, tried[-1] // size))
     rates = {size: size / seconds for size, seconds in shortest.items()}
     best = max(rates.values())
     if rates[tried[-1]] * WORTH >= best:

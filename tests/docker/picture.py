@@ -22,6 +22,7 @@ from pathlib import Path
 import aiohttp
 
 from benchmarks.payloads import generate_pictures
+from service.artifact import list_versions
 from tests.docker import stack
 from tests.docker.files import DOCKER
 
@@ -71,25 +72,26 @@ async def both(url: str, version: Path, served: Path, seconds: float, peak: floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path, help="model folder; its version 1 is served")
+    parser.add_argument("model", type=Path, help="model folder; its highest version is served")
     parser.add_argument("--minutes", type=float, default=6)
     parser.add_argument("--peak", type=float, default=120, help="requests a second in the middle")
     parser.add_argument("--out", type=Path, default=Path("docs/dashboard.png"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder, served = Path(name), Path(name) / "models"
-        shutil.copytree(args.model / "1", served / "1")
+        version = list_versions(args.model)[-1].path
+        shutil.copytree(version, served / "1")
         seconds = args.minutes * 60
         with (
             stack.service(served, folder, provider="cpu", max_queue_size=64) as port,
             stack.prometheus(folder, port, SCRAPE_S) as server,
         ):
             time.sleep(10 * SCRAPE_S)
-            asyncio.run(both(f"http://127.0.0.1:{port}/predict", args.model / "1", served, seconds, args.peak))
+            asyncio.run(both(f"http://127.0.0.1:{port}/predict", version, served, seconds, args.peak))
             time.sleep(2 * SCRAPE_S)
             end = time.time()
             caption = (
-                f"{args.model.name} on {os.cpu_count()} cores ({platform.machine()}), shared with other work, no GPU; "
+                f"{args.model.name} on {os.cpu_count()} cores ({platform.machine()}), no GPU; "
                 f"up to {args.peak:g} requests a second; dotted: a version, an alarm"
             )
             command = [sys.executable, DOCKER / "grafana" / "render.py", "--url", server.url, "--caption", caption]
