@@ -1,0 +1,90 @@
+"""A model whose CUDA graphs can't be captured runs without, on a device that is made of NumPy."""
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service import engine as engine_module
+from service.artifact import ModelMetadata
+from service.cuda import RUNS_UNTIL_CAPTURED
+from service.engine import EngineError, OnnxEngine
+from service.runners import BucketRunner
+from service.session import SessionSpec, open_session
+from tests.fakes import Logits, make_model_folder, tiny_images, tiny_logits
+from tests.service.test_cuda import FakeBound
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_model_folder(tmp_path)
+
+
+class FakeCuda:
+    """Sessions on a device on which CUDA graphs fail: when they are asked for, or when one is captured.
+
+    Attributes:
+        opened: whether each session was opened with graphs.
+        runners: those that were made.
+        held: of them, how many were still there when each session was opened.
+    """
+
+    def __init__(self, fails_at: str) -> None:
+        self.fails_at = fails_at
+        self.opened: list[bool] = []
+        self.runs: list[int] = []
+        self.runners: list[weakref.ref[BucketRunner]] = []
+        self.held: list[int] = []
+
+    def open(self, path: Path, spec: SessionSpec) -> Any:
+        self.held.append(sum(runner() is not None for runner in self.runners))
+        self.opened.append(spec.cuda_graphs)
+        if self.fails_at == "always" or (spec.cuda_graphs and self.fails_at == "opening"):
+            raise EngineError("This session cannot use the graph capture feature as requested by the user")
+        return open_session(path, SessionSpec("cpu", intra_op_threads=1))
+
+    def runner(self, session: Any, metadata: ModelMetadata, sizes: list[int], spec: SessionSpec) -> BucketRunner:
+        captures = spec.cuda_graphs
+
+        class Bound(FakeBound):
+            def run(self) -> Logits:
+                if captures:
+                    raise RuntimeError("CUDA error 901: operation failed due to a previous error during capture")
+                return super().run()
+
+        runner = BucketRunner(lambda size: Bound(size, 1000, self.runs), sizes, RUNS_UNTIL_CAPTURED)
+        self.runners.append(weakref.ref(runner))
+        return runner
+
+
+def on_cuda(monkeypatch: pytest.MonkeyPatch, fails_at: str) -> FakeCuda:
+    fake = FakeCuda(fails_at)
+    monkeypatch.setattr(engine_module, "resolve_provider", lambda choice, device_id: "cuda")
+    monkeypatch.setattr(engine_module, "open_cuda_session", fake.open)
+    monkeypatch.setattr(engine_module, "cuda_runner", fake.runner)
+    return fake
+
+
+@pytest.mark.parametrize("fails_at", ["opening", "capture"])
+def test_where_graphs_can_not_be_captured_kernels_are_launched_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, folder: Path, fails_at: str
+) -> None:
+    fake = on_cuda(monkeypatch, fails_at)
+    engine = OnnxEngine(folder / "model.onnx", provider="cuda", max_batch_size=4)
+    engine.warm_up()
+    assert fake.opened == [True, False]
+    assert fake.held == [0, 0]  # what could not be captured has given its memory back
+    assert fake.runs == [4, 4, 4, 2, 2, 2, 1, 1, 1]
+    assert caplog.text.count("no CUDA graphs") == 1
+    images = tiny_images(3)
+    np.testing.assert_array_equal(engine.run(images), tiny_logits(images, 1))
+
+
+def test_what_fails_without_graphs_too_fails(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    for graphs, opened in ((True, [True, False]), (False, [False])):
+        fake = on_cuda(monkeypatch, "always")
+        with pytest.raises(EngineError, match="graph capture"):
+            OnnxEngine(folder / "model.onnx", provider="cuda", cuda_graphs=graphs)
+        assert fake.opened == opened
