@@ -61,10 +61,10 @@ class Admission:
         """
         return Ticket(self, pictures, bytes)
 
-    def is_full(self, size: int = 0) -> bool:
-        """Whether there is no room for another picture, or for so many bytes."""
+    def is_full(self, pictures: int = 1, size: int = 0) -> bool:
+        """Whether there is no room for so many pictures, or for so many bytes."""
         return (
-            self.pictures + self.pictures_elsewhere >= self.max_pictures
+            self.pictures + self.pictures_elsewhere + pictures > self.max_pictures
             or self.bytes + self.bytes_elsewhere + size > self.max_bytes
         )
 
@@ -81,10 +81,7 @@ class Admission:
             raise TooManyPictures(f"A request can hold at most {self.max_pictures} pictures; send several requests.")
         if ticket.bytes + size > self.max_bytes:
             raise BodyTooLarge(f"A request can hold at most {self.max_bytes} bytes; send several requests.")
-        if (
-            self.pictures + self.pictures_elsewhere + pictures > self.max_pictures
-            or self.bytes + self.bytes_elsewhere + size > self.max_bytes
-        ):
+        if self.is_full(pictures, size):
             raise Overloaded(retry_after=self.retry_after())
         if self.pictures == 0 == self.bytes:  # idle time tells nothing of how fast the house empties
             self._window_start, self._window_count = self._clock(), 0

@@ -112,9 +112,10 @@ JSON_BODY: Final = msgspec.json.Decoder(JsonBody)
 
 def parse_json(body: bytes, max_pictures: int) -> list[Upload]:
     """Read {"image": base64} or {"images": [base64, ...]}."""
-    if body.count(b'"') > 2 * (max_pictures + SPARE_STRINGS):
+    quotes = body.count(b'"')
+    if quotes > 2 * (max_pictures + SPARE_STRINGS):
         if b'"images"' in body[:100]:
-            check_count(max_pictures + 1, max_pictures)
+            check_count(quotes // 2, max_pictures)
         raise InvalidJson(f"The body holds more strings than {max_pictures} pictures need. {InvalidJson.default}")
     try:
         content = JSON_BODY.decode(body.removeprefix(BOM_UTF8))

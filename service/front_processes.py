@@ -27,7 +27,6 @@ START_SECONDS: Final = 60.0  # likewise one that does not come to listen
 FIRST_PAUSE_SECONDS: Final = 0.1  # before a process that has ended is started anew; doubled each time
 LONGEST_PAUSE_SECONDS: Final = 5.0
 MOST_FAILURES: Final = 3  # to start, in a row
-STOP_SECONDS: Final = 3.0  # to end, after what was accepted has been answered
 
 
 class FrontProcesses:

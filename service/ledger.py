@@ -89,10 +89,10 @@ class SharedAdmission(Admission):
         self._ledger = ledger
         self._row = row
 
-    def is_full(self, size: int = 0) -> bool:
-        """Whether there is no room for another picture, or for so many bytes, counting what all processes hold."""
+    def is_full(self, pictures: int = 1, size: int = 0) -> bool:
+        """Whether there is no room for so many pictures, or for so many bytes, counting what all processes hold."""
         self._look_elsewhere()
-        return super().is_full(size)
+        return super().is_full(pictures, size)
 
     def retry_after(self) -> float:
         """Seconds until what is in the house will have left, at the rate of all processes."""
@@ -105,7 +105,6 @@ class SharedAdmission(Admission):
         self.bytes_elsewhere = self._ledger.total(BYTES) - self.bytes
 
     def _take(self, ticket: Ticket, pictures: int, size: int) -> None:
-        self._look_elsewhere()
         super()._take(ticket, pictures, size)
         self._enter()
 

@@ -26,11 +26,11 @@ from service.versions import (
     NoUsableVersionError,
     Seen,
     VersionStatus,
-    beside,
     open_beside,
     open_engines,
     scan,
 )
+from service.worker import beside
 
 __all__ = ["EngineOptions", "LiveModel", "ModelStore", "NoUsableVersionError", "StoreObserver", "VersionStatus"]
 

@@ -100,7 +100,7 @@ class PredictEndpoint:
         announced = options.content_length or 0
         check_size(announced, self.service.settings.max_body_bytes)
         admission = self.service.admission
-        if admission.is_full(announced):
+        if admission.is_full(size=announced):
             raise Overloaded(retry_after=admission.retry_after())
 
     def writer_of(self, live: ServedModel) -> AnswerWriter:

@@ -9,11 +9,11 @@ import time
 from prometheus_client import disable_created_metrics
 
 from service.app import PerceiverApp
-from service.front_processes import STOP_SECONDS, FrontProcesses
+from service.front_processes import FrontProcesses
 from service.server import Server, configuration, log_addresses, settle
 from service.settings import Settings
 from service.sockets import alone, reserve
-from service.state import Service
+from service.state import STOP_SECONDS, Service
 
 logger = logging.getLogger(__name__)
 

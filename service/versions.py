@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from service.artifact import GOLDEN_FILE, MODEL_FILES, ArtifactError, ModelMetadata, ModelVersion, list_versions
 from service.batcher import DynamicBatcher
@@ -23,11 +23,9 @@ from service.engine import (
     read_metadata,
     resolve_provider,
 )
-from service.worker import EngineThread
+from service.worker import beside
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 SERVED_FILES = frozenset({*MODEL_FILES.values(), GOLDEN_FILE})
 # Name, size and time of change (ns) of each of these: one must differ before a version is looked at anew.
@@ -187,15 +185,6 @@ def open_engines(folder: Path, options: EngineOptions) -> list[Engine]:
             engines.append(engine)
         opened.pop_all()
     return engines
-
-
-async def beside(function: Callable[[], T]) -> T:
-    """Call a function in a thread that nobody has to wait for: a disk far away may hang, and so may a driver."""
-    thread = EngineThread("beside")
-    try:
-        return await thread.call(function)
-    finally:
-        thread.stop()
 
 
 async def open_beside(open_them: Callable[[], Sequence[Engine]]) -> Sequence[Engine]:

@@ -62,6 +62,15 @@ class EngineThread:
             del job  # or the last batch would stay in memory until the next comes
 
 
+async def beside(function: Callable[[], T]) -> T:
+    """Call a function in a thread that nobody has to wait for: a disk far away may hang, and so may a driver."""
+    thread = EngineThread("beside")
+    try:
+        return await thread.call(function)
+    finally:
+        thread.stop()
+
+
 def report(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: object) -> None:
     """Call back in the loop's thread; a loop that has closed meanwhile wants to know nothing any more."""
     with suppress(RuntimeError):

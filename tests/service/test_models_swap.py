@@ -12,7 +12,7 @@ import pytest
 from service.artifact import GOLDEN_FILE
 from service.engine import Engine
 from service.models import EngineOptions, ModelStore, NoUsableVersionError
-from tests.fakes import make_model_folder, picture, tiny_images, tiny_logits
+from tests.fakes import FakeEngine, make_model_folder, picture, tiny_images, tiny_logits
 from tests.service.stores import AnyGolden, FakeOpener, Make, Opener, assert_serves
 
 
@@ -151,6 +151,13 @@ async def test_an_engine_that_hangs_fails_the_store(tmp_path: Path) -> None:
 # A load that does not end
 
 
+async def closed(engine: FakeEngine) -> None:
+    """Wait until it is, in its thread."""
+    async with asyncio.timeout(5):
+        while not engine.closed:  # noqa: ASYNC110 - in another thread
+            await asyncio.sleep(0.01)
+
+
 async def test_a_version_that_takes_too_long_to_warm_up_is_refused_and_closed_when_it_comes_to_an_end(
     tmp_path: Path,
 ) -> None:
@@ -167,9 +174,7 @@ async def test_a_version_that_takes_too_long_to_warm_up_is_refused_and_closed_wh
     hung = opener.engines[2]
     assert not hung.closed
     hung.let_go()
-    async with asyncio.timeout(5):
-        while not hung.closed:  # noqa: ASYNC110 - in another thread
-            await asyncio.sleep(0.01)
+    await closed(hung)
     await store.close()
 
 
@@ -186,9 +191,7 @@ async def test_a_version_that_takes_too_long_to_open_is_refused_and_closed_when_
     with pytest.raises(NoUsableVersionError, match=r"not loaded, warm and checked within 0\.2 s"):
         await store.load()
     may_open.set()
-    async with asyncio.timeout(5):
-        while not engine.closed:  # noqa: ASYNC110 - in another thread
-            await asyncio.sleep(0.01)
+    await closed(engine)
     await store.close()
 
 
