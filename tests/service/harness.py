@@ -46,6 +46,13 @@ class Running:
         """Requests to /predict that are being answered, in whatever process."""
         return self.service.in_flight if self.fronts is None else self.fronts.in_flight
 
+    def drain(self) -> None:
+        """Begin what SIGTERM begins, with a minute for it."""
+        if self.fronts is None:
+            self.service.draining = True
+        else:
+            self.fronts.drain(60)
+
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A bare connection, closed at the end."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)

@@ -157,7 +157,7 @@ async def test_while_draining_what_was_accepted_finishes_and_nothing_new_begins(
     engine = FakeEngine()
     async with running(tmp_path, engine) as run:
         accepted = await run.hold_first()
-        run.service.draining = True
+        run.drain()
         for response in (await run.client.get("/health/ready"), await run.predict(2)):
             assert (response.status_code, error_of(response.content)) == (503, "draining")
             assert response.headers["connection"] == "close"
