@@ -164,7 +164,7 @@ async def test_while_draining_what_was_accepted_finishes_and_nothing_new_begins(
         assert (await run.client.get("/health")).json()["status"] == "draining"
         engine.release()
         assert (await accepted).status_code == 200
-        assert run.in_flight == 0
+        await run.until(lambda: run.in_flight == 0)  # another process counts after it has answered
 
 
 # Models
