@@ -1,4 +1,4 @@
-"""Begin a run with the weights of another: of the same data, to go on with finer patches, or of other data."""
+"""Begin a run with the weights of another: of the same data, with finer patches or more blocks, or of other data."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from training.cli import flag_with
 from training.config import ModelConfig
 from training.model import Perceiver
 
-# What two models with the same weights may differ in. The patches' size in pixels, which must agree, is checked apart.
+# What a model may differ in from the one whose weights it takes. What else must hold of the patches' size in pixels and
+# of the blocks, which may only be more, is checked apart.
 MAY_DIFFER = {
     "num_classes",
     "input_size",
     "image_size",
     "patch_size",
     "patch_overlap",
+    "num_blocks",
     "latent_init",
     "latent_std",
     "attention_fans",
@@ -76,6 +78,8 @@ def check_fits(path: Path, theirs: ModelConfig, mine: ModelConfig) -> None:
     """Raise CheckpointError, with the flags that would put it right, unless one model can take the other's weights."""
     differing = [name for name in ModelConfig.model_fields if name not in MAY_DIFFER]
     differing = [name for name in differing if getattr(theirs, name) != getattr(mine, name)]
+    if mine.num_blocks < theirs.num_blocks:
+        differing.append("num_blocks")
     if mine.latent_init == "grid" and not theirs.cross_position_bias:
         differing.append("latent_init")  # which needs what that model lacks
     if differing:
@@ -99,7 +103,9 @@ def begin_with(model: Perceiver, run: RunConfig, path: Path) -> None:
     """Copy a checkpoint's weights into a fresh model.
 
     What belongs to positions in the picture is interpolated where the patches stand closer or wider (bicubic, as
-    Dosovitskiy et al. 2021, section 3.2, do). The head stays fresh unless the labels are the same.
+    Dosovitskiy et al. 2021, section 3.2, do). Blocks that the checkpoint lacks stand after its own in each iteration,
+    and add nothing until they have learned to (zero output layers, as Goyal et al. 2017, section 5.1, begin their
+    residual blocks). The head stays fresh unless the labels are the same.
 
     Args:
         model: of ``run``.
@@ -120,9 +126,14 @@ def begin_with(model: Perceiver, run: RunConfig, path: Path) -> None:
             weights[name] = resample(weights[name].T, theirs.grid, run.model.grid).T.contiguous()
         elif name.endswith("position_bias"):
             weights[name] = resample(weights[name], theirs.grid, run.model.grid)
+    fresh = model.state_dict()
     if header.run.labels != run.labels:
-        fresh = model.state_dict()
         weights |= {name: fresh[name] for name in fresh if name.startswith("head.")}
+    for i, transformer in enumerate(model.transformers):
+        for j in range(theirs.num_blocks, len(transformer)):
+            block = checkpoint.under(f"transformers.{i}.{j}", fresh)
+            block |= {name: torch.zeros_like(block[name]) for name in block if ".output." in name}
+            weights |= checkpoint.prefixed(f"transformers.{i}.{j}", block)
     checkpoint.load_into(model, weights, path)
 
 

@@ -24,10 +24,11 @@ from tests.benchmarks.http_server import request
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 MODEL = ModelPlace(Path("/models/m"), 3, Path("/models/m/3"))
-# Starts a child that computes and then waits, as a server's worker does; answers any POST with the port it was told.
-FAKE_RIVAL = """
+# Starts a child that takes 0.3 s of CPU time, on any machine, and then waits, as a server's worker does; answers any
+# POST with its setting.
+FAKE_RIVAL = r"""
 import http.server, os, subprocess, sys
-subprocess.Popen([sys.executable, "-c", "sum(range(10_000_000)); import time; time.sleep(60)"])
+subprocess.Popen([sys.executable, "-c", "import time\nwhile time.process_time() < 0.3: pass\ntime.sleep(60)"])
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def do_POST(self):

@@ -1,4 +1,4 @@
-"""Runs that begin with the weights of another: the same function first, then finer patches, other classes, refusals."""
+"""Runs that begin with another's weights: the same function first, finer patches, more blocks, other classes."""
 
 from __future__ import annotations
 
@@ -66,6 +66,28 @@ def test_closer_patches_keep_all_but_the_positions_which_are_interpolated(tmp_pa
         torch.testing.assert_close(pooled.mean(2), coarse.reshape(1, -1, 4).mean(2), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("sharing", ["all", "none"])
+def test_more_blocks_begin_as_the_same_function_and_learn(tmp_path: Path, sharing: str) -> None:
+    wide = WIDE | {"sharing": sharing, "bias": True}
+    model, path = saved(tmp_path, run_config(wide | {"num_blocks": 1}))
+    run = run_config(wide | {"num_blocks": 3})
+    mine = begun(path, run)
+    pixels = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(mine(pixels), model(pixels), rtol=0, atol=0)
+    # They are no dead ends: a step moves their output layers, and by these all the rest.
+    optimizer = torch.optim.SGD(mine.parameters(), lr=0.1)
+    before = {name: value.clone() for name, value in mine.state_dict().items()}
+    for _ in range(2):
+        optimizer.zero_grad()
+        mine(pixels).square().mean().backward()
+        optimizer.step()
+    new = [name for name in before if name.startswith("transformers.") and name.split(".")[2] != "0"]
+    moved = [name for name in new if not torch.equal(before[name], mine.state_dict()[name])]
+    # A bias of keys adds the same to all scores of a query, which the softmax takes away.
+    assert set(new) - set(moved) <= {name for name in new if name.endswith("key.bias")}
+    assert len(new) == len(mine.transformers) * 2 * 16
+
+
 @pytest.mark.parametrize(("grid", "new_grid"), [(2, 4), (4, 2), (3, 5)])
 def test_what_is_even_stays_and_what_rises_rises(grid: int, new_grid: int) -> None:
     even = torch.full((2, 3, grid**2), 1.5)
@@ -96,6 +118,7 @@ def test_other_labels_get_a_fresh_head(tmp_path: Path) -> None:
         ({"bias": False}, "it could with --bias."),
         ({"cross_position_bias": True}, "it could with --no-cross-position-bias."),
         ({"sharing": "none"}, "it could with --sharing all."),
+        ({"num_blocks": 0}, "it could with --num-blocks 1."),
         ({"patch_overlap": 1}, r"its patches reach over 4 pixels, and this model's over 6: patch_size \+ 2"),
     ],
 )
@@ -166,8 +189,8 @@ def test_what_can_not_be_begun_with_is_told_before_anything_is_written(
 ) -> None:
     run = tmp_path / "run"
     flags = [*RECIPE, "--data", str(pictures), "--out", str(run)]
-    assert main([*flags, "--init", str(whole), "--num-blocks=2"]) == 2
-    assert f"it could with --num-blocks {MODEL['num_blocks']}." in capsys.readouterr().err
+    assert main([*flags, "--init", str(whole), "--num-latents=9"]) == 2
+    assert f"it could with --num-latents {MODEL['num_latents']}." in capsys.readouterr().err
     assert main([*flags, "--init", str(tmp_path / "nowhere")]) == 2
     assert "nowhere: no such checkpoint" in capsys.readouterr().err
     assert main(["--resume", str(whole), "--init", str(whole)]) == 2
