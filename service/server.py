@@ -4,6 +4,7 @@ uvicorn alone stops listening at SIGTERM: a probe sees a refused connection and 
 are told 503 and accepted ones finish; then uvicorn stops, and only then the lifespan ends.
 """
 
+import asyncio
 import gc
 import logging
 import math
@@ -15,6 +16,7 @@ from typing import Literal
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.config import STARTUP_FAILURE
 
 from service.connections import BoundedConfig, ConnectionClock
 from service.front import Front
@@ -66,9 +68,33 @@ class Server(uvicorn.Server):
         logger.critical("%s", self.service.failure)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
-        await super().startup(sockets)
+        """Listen, and say so.
+
+        As uvicorn does, which knows no limit for a TLS handshake but the loop's, of a minute.
+
+        Raises:
+            OSError: another service listens there.
+            SystemExit: the lifespan could not begin.
+        """
+        assert sockets is not None
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            raise SystemExit(STARTUP_FAILURE)
+        tls = self.config.ssl
+        handshake_s = None if tls is None else self.service.settings.header_timeout_s
+        loop = asyncio.get_running_loop()
+        self.servers = [
+            await loop.create_server(
+                self._connection, sock=one, ssl=tls, ssl_handshake_timeout=handshake_s, backlog=self.config.backlog
+            )
+            for one in sockets
+        ]
+        self.started = True
         self.report_listening()
+
+    def _connection(self) -> BoundedProtocol:
+        assert isinstance(self.config, BoundedConfig)
+        return BoundedProtocol(self.config, self.server_state, self.lifespan.state)
 
     def report_listening(self) -> None:
         """Log where it listens."""

@@ -173,7 +173,9 @@ class Settings(BaseSettings):
     decode_threads: int = bounded(min(4, os.cpu_count() or 1), 1, 256, "Threads that decode large pictures.")
 
     max_connections: int = bounded(1024, 1, 1_000_000, "Open connections; one more is answered 503 and closed.")
-    header_timeout_s: float = bounded(10.0, 0.1, 600, "Seconds for a request's headers; a slower client is cut off.")
+    header_timeout_s: float = bounded(
+        10.0, 0.1, 600, "Seconds for a request's headers, and for a TLS handshake; a slower client is cut off."
+    )
     body_timeout_s: float = bounded(
         30.0, 0.1, 3600, "Seconds for a request's body; a slower client gets 408 and is cut off."
     )

@@ -214,10 +214,15 @@ def test_https(tmp_path: Path) -> None:
     making = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
     subprocess.run([*making, "-out", certificate, "-keyout", key], check=True, capture_output=True)
     with (
-        started(tmp_path, *on_model(tmp_path / "m", "--tls-cert", certificate, "--tls-key", key)) as process,
+        started(
+            tmp_path, *on_model(tmp_path / "m", "--tls-cert", certificate, "--tls-key", key, "--header-timeout-s", "1")
+        ) as process,
         process.ready() as client,
     ):
         assert client.base_url.scheme == "https"
+        assert post(client).status_code == 200
+        with socket.create_connection(("127.0.0.1", client.base_url.port or 0), timeout=30) as silent:
+            assert silent.recv(1) == b""  # the loop alone would have waited for its handshake for a minute
         assert post(client).status_code == 200
         process.signal()
         assert process.exit_status() == 0

@@ -19,6 +19,7 @@ from service.engine import Engine
 from service.front_processes import FrontProcesses
 from service.server import Server, configuration
 from service.settings import Settings
+from service.sockets import alone as own_sockets
 from service.sockets import reserve
 from service.state import Service
 from service.versions import EngineOptions
@@ -153,7 +154,7 @@ async def alone(app: PerceiverApp) -> AsyncIterator[tuple[Server, None, int]]:
     config.load()
     server = Server(config)
     server.lifespan = config.lifespan_class(config)
-    await server.startup()
+    await server.startup(own_sockets(config.service.settings))
     try:
         yield server, None, server.servers[0].sockets[0].getsockname()[1]
     finally:
