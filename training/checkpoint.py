@@ -58,6 +58,7 @@ class RunConfig(BaseModel):
     superclass_names: tuple[str, ...] | None = None
     model: ModelConfig
     train: TrainConfig
+    pictures_sha256: str | None = Field(None, description="of training and validation pictures and labels")
     init: Origin | None = Field(None, description="whose weights it begins with; None: it begins at random")
 
 

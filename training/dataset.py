@@ -5,7 +5,9 @@ Shape letters: N pictures, H rows, W columns.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -32,6 +34,12 @@ class Split:
         """Return the same split on ``device``."""
         return Split(self.images.to(device), self.labels.to(device))
 
+    def digest(self) -> str:
+        """SHA-256 of all pictures and labels, in their order."""
+        sha256 = hashlib.sha256(self.images.contiguous().numpy().data)
+        sha256.update(self.labels.contiguous().numpy().data)
+        return sha256.hexdigest()
+
 
 @dataclass(frozen=True)
 class DataSet:
@@ -42,6 +50,8 @@ class DataSet:
     test: None where the source has no test pictures.
     superclasses: index of the superclass of each class, None where the source has none.
     superclass_names: the superclasses' names, None where the source has none.
+    class_folders: the folder of which each folder is a class, None where the source is no image folder.
+    passed_over: files there, and in the other splits, that were not taken for pictures.
     """
 
     name: str
@@ -51,3 +61,5 @@ class DataSet:
     test: Split | None
     superclasses: tuple[int, ...] | None = None
     superclass_names: tuple[str, ...] | None = None
+    class_folders: Path | None = None
+    passed_over: tuple[Path, ...] = ()

@@ -124,6 +124,8 @@ def unpack(archive: Path, folder: Path) -> None:
                     with source, (whole / name).open("wb") as target:
                         shutil.copyfileobj(source, target)
         except (tarfile.TarError, KeyError, EOFError, OSError, zlib.error) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # the disk's; gzip's own has no number
+                raise DataError(f"{archive}: cannot be unpacked to {folder.parent} ({error.strerror}).") from error
             raise DataError(
                 f"{archive}: is not the official archive ({error}); remove it and download it again."
             ) from error

@@ -107,6 +107,12 @@ def _hold_out(full: _Listing, path: Path, fraction: float, seed: int) -> tuple[_
     return full.at(training), full.at(validation)
 
 
+def _passed_over(path: Path, taken: set[Path]) -> list[Path]:
+    """Return the visible files at and below ``path`` that are not in ``taken``, sorted."""
+    files = (file for file in path.rglob("*") if file.is_file() and file not in taken)
+    return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts))
+
+
 def load(path: Path, *, input_size: int, validation_fraction: float, seed: int) -> DataSet:
     """Read an image folder, every picture brought to ``input_size`` x ``input_size`` once.
 
@@ -126,6 +132,8 @@ def load(path: Path, *, input_size: int, validation_fraction: float, seed: int) 
     val, test = (
         _list_split(path / name, labels) if has_splits and (path / name).is_dir() else None for name in ("val", "test")
     )
+    listings = [listing for listing in (train, val, test) if listing is not None]
+    passed_over = _passed_over(path, {file for listing in listings for file in listing.paths})
     if val is None:
         train, val = _hold_out(train, train_path, validation_fraction, seed)
     return DataSet(
@@ -134,4 +142,6 @@ def load(path: Path, *, input_size: int, validation_fraction: float, seed: int) 
         train=train.read(input_size, "training pictures"),
         val=val.read(input_size, "validation pictures"),
         test=test.read(input_size, "test pictures") if test is not None else None,
+        class_folders=train_path,
+        passed_over=tuple(passed_over),
     )

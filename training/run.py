@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import errno
+import hashlib
 import math
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,7 @@ from training.config import Preset
 from training.dataset import DataError, DataSet
 from training.distributed import PeerFailed, World, join, leave
 from training.model import count_parameters
+from training.pictures import SUFFIXES
 from training.train import Trainer
 from training.transfer import find, origin_of
 
@@ -129,6 +132,7 @@ def prepare(args: argparse.Namespace, preset: Preset | None, world: World) -> tu
         data_set = data.load(args.data, input_size=preset.model.input_size)
         folder = args.out or Path("runs") / f"{args.preset or DEFAULT_PRESET}-{data_set.name}"
         refuse_existing(folder, world)
+        refuse_among_classes(folder, data_set)
         train = preset.train
         if args.batch_size is None:
             train = train.model_copy(update={"batch_size": batch_for_few(train.batch_size, len(data_set.train), world)})
@@ -141,6 +145,7 @@ def prepare(args: argparse.Namespace, preset: Preset | None, world: World) -> tu
             superclass_names=data_set.superclass_names,
             model=preset.model.model_copy(update={"num_classes": len(data_set.labels)}),
             train=train,
+            pictures_sha256=digest(data_set),
             init=init,
         )
     return run, data_set, folder
@@ -170,6 +175,13 @@ def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterat
             f"{len(data_set.train)} training pictures are few: a step takes {run.train.batch_size} of them and not the "
             f"preset's {preset.train.batch_size}, so that an epoch has more steps (--batch-size decides otherwise)."
         )
+    if data_set.passed_over:
+        suffixes = Counter(file.suffix or file.name for file in data_set.passed_over)
+        shown = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))
+        yield (
+            f"{len(data_set.passed_over)} files are passed over ({shown}), the first is {data_set.passed_over[0]}: "
+            f"pictures lie in their class's own folder and end with {' '.join(sorted(SUFFIXES))}."
+        )
     seen = set(data_set.val.labels.tolist())
     unseen = [label for index, label in enumerate(run.labels) if index not in seen]
     if unseen:
@@ -187,6 +199,19 @@ def refuse_existing(folder: Path | None, world: World) -> None:
         raise ValueError(f"{folder} holds a run already: go on with it by --resume {folder}, or name another --out.")
     if (folder / "report.json").exists():
         raise ValueError(f"{folder} holds a run that has ended, without last.safetensors: name another --out.")
+
+
+def refuse_among_classes(folder: Path, data_set: DataSet) -> None:
+    """Raise ValueError when the run would lie among the class folders: the next run would take it for a class."""
+    if data_set.class_folders and folder.resolve().is_relative_to(data_set.class_folders.resolve()):
+        raise ValueError(
+            f"--out {folder}: lies in {data_set.class_folders}, where each folder is a class; name a folder elsewhere."
+        )
+
+
+def digest(data_set: DataSet) -> str:
+    """SHA-256 of what a run learns and chooses from."""
+    return hashlib.sha256((data_set.train.digest() + data_set.val.digest()).encode()).hexdigest()
 
 
 def resumed(args: argparse.Namespace) -> tuple[RunConfig, DataSet]:
@@ -212,6 +237,11 @@ def resumed(args: argparse.Namespace) -> tuple[RunConfig, DataSet]:
     if data_set.labels != run.labels:
         raise DataError(
             f"the data now has other classes than when {args.resume} began; restore it, or start a new run."
+        )
+    if run.pictures_sha256 not in (None, digest(data_set)):
+        raise DataError(
+            f"the data now has other pictures than when {args.resume} began; restore them, or start a new run "
+            f"with --init {args.resume}."
         )
     return run, data_set
 

@@ -32,7 +32,6 @@ class TrainState:
 
     Attributes:
         run: its configuration.
-        pictures: how many it trains on.
         model: the weights that are trained.
         preprocess: before the model.
         optimizers: of the model.
@@ -47,7 +46,6 @@ class TrainState:
     """
 
     run: RunConfig
-    pictures: int
     model: Perceiver
     preprocess: Preprocess
     optimizers: list[Optimizer]
@@ -102,7 +100,6 @@ class TrainState:
             "best_top1": self.best_top1,
             "best_top1_loss": self.best_top1_loss,
             "seconds": self.seconds,
-            "pictures": self.pictures,
             "optimizers": [scalars for _, scalars in packed],
         }
         checkpoint.save(path, tensors, checkpoint.make_header(self.run, self.epoch, self.step, val, state))
@@ -125,13 +122,6 @@ class TrainState:
             )
         if "optimizers" not in header.state:
             raise CheckpointError(f"{path}: holds weights alone (as best does); to begin with them, use --init.")
-        # Checkpoints of the first days don't tell how many.
-        pictures = header.state.get("pictures", self.pictures)
-        if pictures != self.pictures:
-            raise CheckpointError(
-                f"{path}: the run began with {pictures} training pictures, and now there are {self.pictures}; "
-                "restore the data, or start a new run."
-            )
         self._load_weights(tensors, path)
         for i, (optimizer, scalars) in enumerate(zip(self.optimizers, header.state["optimizers"], strict=True)):
             checkpoint.unpack_optimizer(optimizer, checkpoint.under(f"optimizer.{i}", tensors), scalars)
@@ -171,7 +161,6 @@ def initial_state(run: RunConfig, train: Tensor, val: Tensor, device: torch.devi
     decay = run.train.ema_decay
     return TrainState(
         run=run,
-        pictures=len(train),
         model=model,
         preprocess=preprocess.to(device),
         optimizers=make_optimizers(model, run.train),

@@ -67,6 +67,10 @@ def a_file_in_its_place(folder: Path, pictures: Path) -> list[str]:
     return ["--data", str(pictures)]
 
 
+def among_the_classes(folder: Path, pictures: Path) -> list[str]:
+    return ["--data", str(pictures), "--out", str(pictures / "val" / ".." / "train" / "run")]
+
+
 def below_a_file(folder: Path, pictures: Path) -> list[str]:
     (folder / "file").write_text("")
     return ["--data", str(pictures), "--out", str(folder / "file" / "run")]
@@ -81,6 +85,7 @@ WRONG: dict[str, tuple[Arrange, str]] = {
     "misnamed validation": (misnamed_validation, "valid: is passed over under this name; rename it val, or remove it"),
     "name that is not UTF-8": (name_that_is_not_utf8, r"'caf\udce9' is not UTF-8; rename it"),
     "file in its place": (a_file_in_its_place, "is a file; name a folder for the run"),
+    "among the classes": (among_the_classes, "where each folder is a class; name a folder elsewhere"),
     "below a file": (below_a_file, "file/run: Not a directory"),
 }
 
@@ -139,7 +144,8 @@ def with_another_class(run: Path) -> None:
 def with_another_picture(run: Path) -> None:
     data = Path(json.loads((run / "config.json").read_text())["data"])
     shutil.copytree(data, run / "data")
-    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(run / "data" / "train" / "cat" / "new.png")
+    first = min((run / "data" / "train" / "cat").iterdir())
+    Image.fromarray(255 - np.asarray(Image.open(first))).save(first)
 
 
 UNRESUMABLE: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
@@ -153,7 +159,7 @@ UNRESUMABLE: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "another preset's flag": (lambda run: None, ["--preset=reference"], "leave out --preset, or start a new run"),
     "conflicting flags": (lambda run: None, ["--epochs=9", "--dim=8"], "leave out --epochs, --dim, or start a new run"),
     "other classes": (with_another_class, ["--data=DATA"], "the data now has other classes than when"),
-    "other pictures": (with_another_picture, ["--data=DATA"], "began with 24 training pictures, and now there are 25"),
+    "other pictures": (with_another_picture, ["--data=DATA"], "the data now has other pictures than when"),
 }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
+import os
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -223,6 +225,19 @@ def test_no_path_of_an_archive_is_followed(tmp_path: Path) -> None:
     assert not (inside / FOLDER).is_symlink()
     assert not list(outside.iterdir())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inside", "outside"]
+
+
+def test_a_disk_without_room_is_not_taken_for_a_damaged_archive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(source: object, target: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "a.tar.gz").write_bytes(archive_bytes())
+    monkeypatch.setattr(download.shutil, "copyfileobj", no_room)
+    with pytest.raises(DataError, match=r"a\.tar\.gz: cannot be unpacked to .* \(No space left on device\)\.$"):
+        download.unpack(tmp_path / "a.tar.gz", tmp_path / FOLDER)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar.gz"]
 
 
 @pytest.mark.parametrize("damage", ["junk", "truncated", "flipped", "a member missing"])

@@ -37,11 +37,14 @@ def test_the_batch_of_few_pictures(batch_size: int, pictures: int, processes: in
 def test_few_pictures_are_told_and_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # A class of two pictures, and one of one, which cannot be validated; warm-up as long as the run.
     data = write_folder(tmp_path / "data", {"ant": 6, "bee": 2, "cow": 1})
+    for name in ("a.heic", "b.heic", "c.txt"):
+        (data / "ant" / name).write_text("")
     flags = [*FLAGS, "--epochs=1", "--threads=1", "--device=cpu", "--data", str(data)]
     assert main([*flags, "--out", str(tmp_path / "run")]) == 0
     output = capsys.readouterr().out
     assert "note: 7 training pictures are few: a step takes 8 of them and not the preset's 256" in output
     assert "note: no validation picture of cow: no figure tells how well that is known" in output
+    assert f"note: 3 files are passed over (2 .heic, 1 .txt), the first is {data}/ant/a.heic: pictures lie in" in output
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["batch_size"] == 8
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert (report["val"]["n"], report["training_pictures"], report["test"]) == (2, 7, None)

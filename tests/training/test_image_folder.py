@@ -59,7 +59,7 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     assert loaded.test is None
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.png", "a.PNG", "a.WebP", "a.bmp", "a.gif", "a.tif", "a.TIFF"])
+@pytest.mark.parametrize("name", ["a.JPEG", "a.jfif", "a.png", "a.PNG", "a.WebP", "a.bmp", "a.gif", "a.tif", "a.TIFF"])
 def test_formats_go_by_their_suffix_in_any_case(tmp_path: Path, name: str) -> None:
     write_folder(tmp_path / "train", {"cat": 2, "dog": 2})
     write_picture(tmp_path / "test" / "cat" / name)
@@ -68,12 +68,14 @@ def test_formats_go_by_their_suffix_in_any_case(tmp_path: Path, name: str) -> No
 
 def test_hidden_and_other_files_are_passed_over(tmp_path: Path) -> None:
     write_folder(tmp_path, {"cat": 2, "dog": 2})
-    for name in (".git/config", "cat/.hidden.png", "cat/notes.txt", "readme.md"):
+    told = ("cat/deep/a.png", "cat/notes.txt", "readme.md")
+    for name in (".git/config", "cat/.hidden.png", *told):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("no picture")
     loaded = load(tmp_path, input_size=8)
     assert loaded.labels == ("cat", "dog")
     assert len(loaded.train) + len(loaded.val) == 4
+    assert loaded.passed_over == tuple(tmp_path / name for name in told)
 
 
 def test_the_validation_split_depends_on_the_seed_alone(tmp_path: Path) -> None:
