@@ -1,6 +1,7 @@
 """Batches on an NVIDIA GPU: buffers bound once for each batch size, run as captured CUDA graphs."""
 
 import ctypes
+import functools
 import logging
 import threading
 import weakref
@@ -19,8 +20,11 @@ from service.session import EngineError, SessionSpec, open_session
 
 logger = logging.getLogger(__name__)
 
-# onnxruntime's CUDA provider runs a shape twice as usual, captures in the third run and replays from the fourth on.
-RUNS_UNTIL_CAPTURED = 3
+# A run with this graph's number is none that onnxruntime captures. The first is: libraries set themselves up in it,
+# convolutions look for their kernels and most memory is allocated, all of which others need not wait for. The next run
+# captures: within it, onnxruntime runs twice as usual, then captures, then replays.
+NO_GRAPH = -1
+RUNS_UNTIL_CAPTURED = 2
 # A run takes milliseconds. Who uses CUDA for so long may hang, as a load that was given up does.
 CAPTURE_PATIENCE_SECONDS = 5.0
 
@@ -110,17 +114,26 @@ class CudaBatch:
         self._binding = session.io_binding()
         self._binding.bind_ortvalue_input(INPUT_NAME, self._input)
         self._binding.bind_ortvalue_output(OUTPUT_NAME, self._output)
-        self._options = ort.RunOptions()
-        self._options.add_run_config_entry("gpu_graph_id", str(size))
+        self._device_id = device_id
+        self._plain, self._graph = _run_options(NO_GRAPH), _run_options(size)
         self._runs_until_captured = RUNS_UNTIL_CAPTURED if captures else 0
 
     def run(self) -> Logits:
         """Copy in, run or replay, copy out: a new float32 [B, C]. The session waits for the device."""
-        with gate.exclusive() if self._runs_until_captured else gate.shared():
+        captures = self._runs_until_captured == 1
+        options = self._plain if self._runs_until_captured > 1 else self._graph
+        with gate.exclusive() if captures else gate.shared():
+            use_device(self._device_id)
             self._input.update_inplace(self.images)
-            self._session.run_with_iobinding(self._binding, self._options)
+            self._session.run_with_iobinding(self._binding, options)
             self._runs_until_captured = max(0, self._runs_until_captured - 1)
             return np.asarray(self._output.numpy(), dtype=np.float32)
+
+
+def _run_options(graph: int) -> Any:
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph))
+    return options
 
 
 def open_cuda_session(path: Path, spec: SessionSpec) -> Any:
@@ -132,6 +145,7 @@ def open_cuda_session(path: Path, spec: SessionSpec) -> Any:
 def cuda_runner(session: Any, metadata: ModelMetadata, sizes: Sequence[int], spec: SessionSpec) -> BucketRunner:
     """Make the buffers for all batch sizes; they share one page-locked host buffer."""
     with gate.shared():
+        use_device(spec.device_id)
         host = page_locked_zeros((max(sizes), *metadata.input_size, 3))
         return BucketRunner(
             lambda size: CudaBatch(session, metadata, host[:size], spec.device_id, spec.cuda_graphs),
@@ -147,15 +161,35 @@ def page_locked_zeros(shape: tuple[int, ...]) -> NDArray[np.uint8]:
     registered with the CUDA runtime that is loaded already.
     """
     array: NDArray[np.uint8] = np.zeros(shape, dtype=np.uint8)
-    try:
-        cudart = ctypes.CDLL(f"libcudart.so.{ort.cuda_version.partition('.')[0]}")
-        pointer = ctypes.c_void_p(array.ctypes.data)
-        status = cudart.cudaHostRegister(pointer, ctypes.c_size_t(array.nbytes), ctypes.c_uint(0))
-    except (OSError, AttributeError) as error:
-        logger.info("host buffers are not page-locked: %s", error)
-        return array
+    pointer = ctypes.c_void_p(array.ctypes.data)
+    status = call_runtime("cudaHostRegister", pointer, ctypes.c_size_t(array.nbytes), ctypes.c_uint(0))
     if status == 0:
-        weakref.finalize(array, cudart.cudaHostUnregister, pointer)
+        weakref.finalize(array, call_runtime, "cudaHostUnregister", pointer)
     else:
-        logger.info("host buffers are not page-locked: cudaHostRegister returned %d", status)
+        reason = "the CUDA runtime can't be loaded" if status is None else f"cudaHostRegister returned {status}"
+        logger.info("host buffers are not page-locked: %s", reason)
     return array
+
+
+def use_device(device_id: int) -> None:
+    """Make a device the one of this thread, before its first plain copy would open a context on device 0."""
+    call_runtime("cudaSetDevice", ctypes.c_int(device_id))
+
+
+def call_runtime(name: str, *arguments: Any) -> int | None:
+    """Call a function of the CUDA runtime that onnxruntime has loaded; return its status, None where there is none."""
+    runtime = _runtime(ort.cuda_version.partition(".")[0])
+    if runtime is None:
+        return None
+    status: int = getattr(runtime, name)(*arguments)
+    if status != 0:
+        runtime.cudaGetLastError()  # it stays set otherwise, and the next kernel of this thread would be blamed for it
+    return status
+
+
+@functools.cache
+def _runtime(version: str) -> Any:
+    try:
+        return ctypes.CDLL(f"libcudart.so.{version}")
+    except OSError:
+        return None

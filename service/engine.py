@@ -120,8 +120,8 @@ class OnnxEngine:
             cuda_graphs=cuda_graphs and self.provider == "cuda",
         )
         self._runner: Runner | None = None
-        self._open()
         self.max_batch_size = max_batch_size
+        self._open()
         self._tunes = tune_batch_size and self.provider == "cpu"
 
     def run(self, images: Images) -> Logits:
@@ -145,8 +145,9 @@ class OnnxEngine:
     def warm_up(self) -> None:
         """Run every bucket, the largest first; on a GPU that captures it. On a CPU: the largest batch, and one.
 
-        A size that there is no memory for is given up, and `max_batch_size` falls. With `tune_batch_size` it also falls
-        to a size that is clearly faster than it, in pictures a second.
+        A size that there is no memory for is given up, and `max_batch_size` falls. It does not where a larger size is
+        warm (a captured graph keeps memory for itself), which takes those batches too. With `tune_batch_size` it also
+        falls to a size that is clearly faster than it, in pictures a second.
 
         Where CUDA graphs can't be captured, kernels are launched one by one from then on.
 
@@ -179,7 +180,11 @@ class OnnxEngine:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise self._failed(images, error) from error
-                self._lower_ceiling(runner, images, error)
+                if warm:
+                    logger.warning("%s: no memory for batches of %d of their own; they are padded", self.path, cold[0])
+                    runner.drop(cold[0])
+                else:
+                    self._lower_ceiling(runner, images, error)
 
     def _tune(self, runner: Runner) -> None:
         """Lower `max_batch_size` to a batch size that is clearly faster, if there is one."""
@@ -212,6 +217,7 @@ class OnnxEngine:
     def _open_without_graphs(self, reason: str) -> None:
         logger.warning("%s: no CUDA graphs, kernels are launched one by one: %s", self.path, reason)
         self._spec = self._spec.without_graphs()
+        self.max_batch_size = self._spec.max_batch_size
         self.metadata, self._runner = _open(self.path, self._spec, self._buckets)
 
     def _blank(self, size: int) -> Images:
@@ -274,6 +280,8 @@ class GoldenReport:
 def replay_golden(engine: Engine, golden: Golden) -> GoldenReport:
     """Run the golden pictures through `engine`, in batches as large as it takes, and compare.
 
+    On a GPU, then smaller batches of them: each size is a captured graph of its own, and may be wrong alone.
+
     Raises:
         EngineError: the golden pictures are of another size, or have other classes, than the model.
     """
@@ -283,16 +291,22 @@ def replay_golden(engine: Engine, golden: Golden) -> GoldenReport:
             f"golden pictures of shape {list(golden.images.shape[1:])} with {golden.logits.shape[1]} logits "
             f"do not belong to a model of shape {list(wanted[0])} with {wanted[1]} classes"
         )
-    logits = np.concatenate(list(_run_all(engine, golden.images)))
-    differ = int(np.count_nonzero(logits.argmax(axis=1) != golden.logits.argmax(axis=1)))
-    return GoldenReport(float(np.abs(logits - golden.logits).max()), differ, len(golden))
+    difference, wrong = 0.0, np.zeros(len(golden), dtype=np.bool_)
+    for part in _parts(engine, len(golden)):
+        logits, expected = engine.run(golden.images[part]), golden.logits[part]
+        difference = float(np.maximum(difference, np.abs(logits - expected).max()))  # which keeps a NaN
+        wrong[part] |= logits.argmax(axis=1) != expected.argmax(axis=1)
+    return GoldenReport(difference, int(np.count_nonzero(wrong)), len(golden))
 
 
-def _run_all(engine: Engine, images: Images) -> Iterator[Logits]:
-    while len(images):
-        size = engine.max_batch_size  # read anew: it falls when memory runs out
-        yield engine.run(images[:size])
-        images = images[size:]
+def _parts(engine: Engine, n: int) -> Iterator[slice]:
+    begin = 0
+    while begin < n:
+        end = min(n, begin + engine.max_batch_size)  # read anew: it falls when memory runs out
+        yield slice(begin, end)
+        begin = end
+    if engine.provider != "cpu":
+        yield from (slice(size) for size in default_buckets(min(n, engine.max_batch_size)))
 
 
 class GoldenMismatchError(EngineError):

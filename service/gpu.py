@@ -1,6 +1,7 @@
 """GPU memory and utilisation for Prometheus, read through NVML at each scrape; nothing where no NVIDIA driver is."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -32,14 +33,14 @@ class GpuCollector(Collector):
             return
         used, total, busy = self.describe()
         for index, handle in enumerate(self.handles):
-            try:
+            # A GPU that has fallen off the bus has no samples, and that is the alarm. One that is divided (MIG) can't
+            # tell how busy it is.
+            with suppress(pynvml.NVMLError):
                 memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-                rates = pynvml.nvmlDeviceGetUtilizationRates(handle)
-            except pynvml.NVMLError:  # a GPU that has fallen off the bus: its samples are absent, and that is the alarm
-                continue
-            used.add_metric([str(index)], memory.used)
-            total.add_metric([str(index)], memory.total)
-            busy.add_metric([str(index)], rates.gpu / 100)
+                used.add_metric([str(index)], memory.used)
+                total.add_metric([str(index)], memory.total)
+            with suppress(pynvml.NVMLError):
+                busy.add_metric([str(index)], pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
         yield from (used, total, busy)
 
 

@@ -20,6 +20,7 @@ OUT_OF_MEMORY_WORDS = (
     "failed to allocate memory",
     "is smaller than requested bytes",
     "out of memory",
+    "resource allocation failed",
     "alloc_failed",
     "allocation_failed",
     "bad_alloc",
@@ -49,6 +50,9 @@ class Runner(Protocol):
     def shrink(self, failed: int) -> int:
         """Give up the batch size that ran out of memory with `failed` pictures; return the new largest, 0 for none."""
 
+    def drop(self, size: int) -> None:
+        """Give up one of `sizes` alone: the next larger takes its batches from now on."""
+
 
 class HostRunner:
     """Runs batches as they are: on a CPU, padding would be paid for in full."""
@@ -68,6 +72,10 @@ class HostRunner:
         half = (failed + 1) // 2 if failed > 1 else 0
         self.sizes = _descending({1, half}) if half else ()
         return half
+
+    def drop(self, size: int) -> None:
+        """Nothing but the warm-up's choice."""
+        self.sizes = [one for one in self.sizes if one != size]
 
 
 class BoundBatch(Protocol):
@@ -110,6 +118,11 @@ class BucketRunner:
             del self._bound[size]
         self.sizes = _descending(self._bound)
         return self.sizes[0] if self.sizes else 0
+
+    def drop(self, size: int) -> None:
+        """Free the buffers of one bucket; its batches are padded to the next."""
+        del self._bound[size]
+        self.sizes = _descending(self._bound)
 
     def _bucket(self, n: int) -> int:
         return min(size for size in self.sizes if size >= n)

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import io
 import logging
 from collections.abc import Sequence
@@ -23,6 +24,16 @@ from service.artifact import (
 )
 
 logger = logging.getLogger(__name__)
+
+# What matters comes as an exception; raw lines on stderr would stand between those of the log.
+ort.set_default_logger_severity(3)
+
+# A model of one node: y = Cast(x), uint8 [1] to float32 [1]. A service needs no `onnx` to make it.
+PROBE = (
+    b'\x08\x08:B\n\x17\n\x01x\x12\x01y"\x04Cast*\t\n\x02to\x18\x01\xa0\x01\x02\x12\x05probe'
+    b"Z\x0f\n\x01x\x12\n\n\x08\x08\x02\x12\x04\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01"
+    b"B\x04\n\x00\x10\r"
+)
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 ProviderChoice = Literal["auto", "cpu", "cuda", "tensorrt"]
@@ -108,13 +119,21 @@ def why_no_cuda(device_id: int = 0) -> str | None:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
         return "there is no NVIDIA driver (libcuda.so.1)"
+    return _why_device_fails(device_id)
+
+
+@functools.cache  # it neither changes while a process lives, nor may it be tried while a graph is captured
+def _why_device_fails(device_id: int) -> str | None:
     complaints = preload_cuda_libraries()
     try:
-        # Allocating one byte loads the provider with all its libraries and touches the device.
+        # Allocating one byte loads the provider with all its libraries and touches the device. A kernel runs only where
+        # onnxruntime was built for the device's architecture.
         ort.OrtValue.ortvalue_from_shape_and_type([1], np.uint8, "cuda", device_id)
-    except RuntimeError as error:
+        device = [(EXECUTION_PROVIDERS["cuda"], {"device_id": str(device_id)})]
+        ort.InferenceSession(PROBE, providers=device, enable_fallback=0).run(None, {"x": np.zeros(1, np.uint8)})
+    except Exception as error:  # onnxruntime's exceptions share no base of their own
         logger.warning("an NVIDIA driver is there, but CUDA does not work: %s %s", error, complaints)
-        return f"CUDA device {device_id} can't be opened: {error} {complaints}".strip()
+        return f"CUDA device {device_id} can't be used: {error} {complaints}".strip()
     return None
 
 
@@ -194,6 +213,8 @@ def tensorrt_options(metadata: ModelMetadata, spec: SessionSpec) -> dict[str, st
     """Name the range of shapes, so that one TensorRT engine serves all batch sizes and is built once."""
     height, width = metadata.input_size
     options = {"device_id": str(spec.device_id)}
+    if metadata.precision == "float16":
+        options["trt_fp16_enable"] = "1"  # TensorRT builds no engine of a float16 graph without
     for bound, batch in (("min", 1), ("opt", spec.max_batch_size), ("max", spec.max_batch_size)):
         options[f"trt_profile_{bound}_shapes"] = f"{INPUT_NAME}:{batch}x{height}x{width}x3"
     return options

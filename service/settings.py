@@ -70,7 +70,8 @@ class Settings(BaseSettings):
     provider: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
         "auto",
         description="Where the model runs. auto takes CUDA where there is one; any other choice that is not "
-        "available stops the start, it is never replaced silently.",
+        "available stops the start, it is never replaced silently. tensorrt wants a TensorRT 10 of your own on "
+        "LD_LIBRARY_PATH (libnvinfer.so.10), and NVIDIA_TF32_OVERRIDE=0 for a float32 file; it has never been tried.",
     )
     device_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], NoDecode, BeforeValidator(split_list)] = Field(
         (0,), min_length=1, description="GPU numbers, separated by commas; each runs its own copy of the model."

@@ -1,6 +1,7 @@
 """Padding, buckets, captures and their gate, on a device that is made of NumPy. On a real one: test_gpu.py."""
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -260,6 +261,8 @@ class FakeSession:
         self.gate = gate
         self.graphs: list[str] = []
         self.alone: list[bool] = []
+        self.devices: list[int] = []
+        self.device: Callable[[], int] = lambda: 0
         self.bindings = 0
 
     def io_binding(self) -> Self:
@@ -277,6 +280,7 @@ class FakeSession:
     def run_with_iobinding(self, binding: Self, options: FakeRunOptions) -> None:
         self.graphs.append(options["gpu_graph_id"])
         self.alone.append(self.gate._capturing)
+        self.devices.append(self.device())
         binding.output.array[:] = tiny_logits(binding.input.array, 1)
 
 
@@ -297,7 +301,8 @@ def test_each_batch_size_has_its_buffers_and_its_graph(fake_ort: FakeSession) ->
     for n in (4, 1, 3, 2, 4):
         images = tiny_images(n, seed=n)
         np.testing.assert_array_equal(runner.run(images), tiny_logits(images, 1))
-    assert fake_ort.graphs == ["4", "1", "4", "2", "4"]
+    # The first run of each is none that is captured.
+    assert fake_ort.graphs == ["-1", "-1", "4", "-1", "4"]
     assert fake_ort.bindings == 3  # nothing is bound anew
 
 
@@ -306,7 +311,8 @@ def test_runs_that_capture_are_alone_and_later_ones_are_not(fake_ort: FakeSessio
     assert runner.warm_up_runs == RUNS_UNTIL_CAPTURED
     for _ in range(RUNS_UNTIL_CAPTURED + 2):
         runner.run(tiny_images(2))
-    assert fake_ort.alone == [True] * RUNS_UNTIL_CAPTURED + [False] * 2
+    assert fake_ort.graphs == ["-1", "2", "2", "2"]
+    assert fake_ort.alone == [False, True, False, False]
 
 
 def test_host_buffers_are_ordinary_memory_where_the_cuda_runtime_is_not(

@@ -23,16 +23,18 @@ def folder(tmp_path: Path) -> Path:
 
 
 class FakeCuda:
-    """Sessions on a device on which CUDA graphs fail: when they are asked for, or when one is captured.
+    """Sessions on a device on which CUDA graphs fail: when they are asked for, when one is captured, or always.
 
     Attributes:
+        without_memory: sizes whose capture there is no memory for.
         opened: whether each session was opened with graphs.
         runners: those that were made.
         held: of them, how many were still there when each session was opened.
     """
 
-    def __init__(self, fails_at: str) -> None:
+    def __init__(self, fails_at: str, without_memory: tuple[int, ...] = ()) -> None:
         self.fails_at = fails_at
+        self.without_memory = without_memory
         self.opened: list[bool] = []
         self.runs: list[int] = []
         self.runners: list[weakref.ref[BucketRunner]] = []
@@ -46,11 +48,14 @@ class FakeCuda:
         return open_session(path, SessionSpec("cpu", intra_op_threads=1))
 
     def runner(self, session: Any, metadata: ModelMetadata, sizes: list[int], spec: SessionSpec) -> BucketRunner:
-        captures = spec.cuda_graphs
+        captures, without_memory = spec.cuda_graphs, self.without_memory
+        fails = self.fails_at == "capture"
 
         class Bound(FakeBound):
             def run(self) -> Logits:
-                if captures:
+                if captures and len(self.images) in without_memory:
+                    raise RuntimeError("CUDA failure 2: out of memory")
+                if captures and fails:
                     raise RuntimeError("CUDA error 901: operation failed due to a previous error during capture")
                 return super().run()
 
@@ -59,8 +64,8 @@ class FakeCuda:
         return runner
 
 
-def on_cuda(monkeypatch: pytest.MonkeyPatch, fails_at: str) -> FakeCuda:
-    fake = FakeCuda(fails_at)
+def on_cuda(monkeypatch: pytest.MonkeyPatch, fails_at: str, without_memory: tuple[int, ...] = ()) -> FakeCuda:
+    fake = FakeCuda(fails_at, without_memory)
     monkeypatch.setattr(engine_module, "resolve_provider", lambda choice, device_id: "cuda")
     monkeypatch.setattr(engine_module, "open_cuda_session", fake.open)
     monkeypatch.setattr(engine_module, "cuda_runner", fake.runner)
@@ -76,10 +81,34 @@ def test_where_graphs_can_not_be_captured_kernels_are_launched_one_by_one(
     engine.warm_up()
     assert fake.opened == [True, False]
     assert fake.held == [0, 0]  # what could not be captured has given its memory back
-    assert fake.runs == [4, 4, 4, 2, 2, 2, 1, 1, 1]
+    assert fake.runs == [4, 4, 2, 2, 1, 1]
     assert caplog.text.count("no CUDA graphs") == 1
     images = tiny_images(3)
     np.testing.assert_array_equal(engine.run(images), tiny_logits(images, 1))
+
+
+def test_a_small_batch_without_memory_for_its_graph_is_padded_to_one_that_has_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, folder: Path
+) -> None:
+    fake = on_cuda(monkeypatch, "never", without_memory=(2, 1))
+    engine = OnnxEngine(folder / "model.onnx", provider="cuda", max_batch_size=8)
+    engine.warm_up()
+    assert fake.opened == [True]
+    assert engine.max_batch_size == 8
+    assert "no memory for batches of 2 of their own; they are padded" in caplog.text
+    fake.runs.clear()
+    for n in (8, 3, 2, 1):
+        images = tiny_images(n)
+        np.testing.assert_array_equal(engine.run(images), tiny_logits(images, 1))
+    assert fake.runs == [8, 4, 4, 4]
+
+
+def test_without_graphs_the_largest_batch_is_tried_again(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    on_cuda(monkeypatch, "capture", without_memory=(8,))
+    engine = OnnxEngine(folder / "model.onnx", provider="cuda", max_batch_size=8)
+    engine.warm_up()
+    assert engine.max_batch_size == 8
+    assert len(engine.run(tiny_images(8))) == 8
 
 
 def test_what_fails_without_graphs_too_fails(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -314,6 +314,25 @@ def test_golden_pictures_go_on_in_smaller_batches_when_memory_runs_out(folder: P
     assert session.sizes == [4, 2, 2, 2, 1]
 
 
+def test_golden_pictures_are_run_in_each_batch_size_of_a_gpu(folder: Path) -> None:
+    """A captured graph may be wrong alone, and 7 golden pictures fill none of the small ones."""
+
+    class OneWrongGraph:
+        metadata, max_batch_size = tiny_metadata(), 8
+
+        def __init__(self, provider: str) -> None:
+            self.provider = provider
+
+        def run(self, images: np.ndarray) -> np.ndarray:
+            return tiny_logits(images, 1) + (len(images) == 2)
+
+    golden = load_golden(folder / GOLDEN_FILE)
+    assert len(golden) == 7
+    check_golden(OneWrongGraph("cpu"), golden)
+    with pytest.raises(GoldenMismatchError, match="on cuda: the largest difference is 1 and"):
+        check_golden(OneWrongGraph("cuda"), golden)
+
+
 def test_golden_pictures_of_another_model_are_refused(tmp_path: Path) -> None:
     path = make_model_folder(tmp_path, defect="golden_of_other_size")
     with pytest.raises(EngineError, match=r"\[4, 4, 3\] with 5 logits do not belong to a model of shape \[4, 6, 3\]"):

@@ -31,6 +31,13 @@ def folder(tmp_path: Path) -> Path:
     return make_model_folder(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def graphs_captured(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """A capture that fails is made up for by plain kernels, which give the same: the log alone tells."""
+    yield
+    assert "no CUDA graphs" not in caplog.text
+
+
 @pytest.fixture
 def cuda_engine(folder: Path) -> Iterator[OnnxEngine]:
     engine = OnnxEngine(folder / "model.onnx", provider="cuda", max_batch_size=12)
@@ -43,7 +50,7 @@ def test_auto_takes_the_gpu(folder: Path) -> None:
 
 
 def test_onnxruntime_itself_says_that_it_runs_on_cuda(folder: Path) -> None:
-    for spec in (SessionSpec(provider="cuda"), SessionSpec(provider="cuda", cuda_graphs=False)):
+    for spec in (SessionSpec(provider="cuda", cuda_graphs=True), SessionSpec(provider="cuda")):
         assert open_session(folder / "model.onnx", spec).get_providers()[0] == "CUDAExecutionProvider"
 
 
@@ -68,7 +75,7 @@ def test_the_shipped_model_gives_its_golden_logits() -> None:
     check_golden(engine, load_golden(SHIPPED / GOLDEN_FILE))
 
 
-def test_the_captured_graph_of_each_bucket_gives_the_logits_of_plain_kernels(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_captured_graph_of_each_bucket_gives_the_logits_of_plain_kernels() -> None:
     engines = [
         OnnxEngine(SHIPPED / "model.onnx", provider="cuda", max_batch_size=16, cuda_graphs=graphs)
         for graphs in (True, False)
@@ -76,7 +83,6 @@ def test_the_captured_graph_of_each_bucket_gives_the_logits_of_plain_kernels(cap
     pictures = load_golden(SHIPPED / GOLDEN_FILE).images
     for engine in engines:
         engine.warm_up()
-    assert "no CUDA graphs" not in caplog.text
     for size in default_buckets(16):
         for turn in range(3):  # what is replayed must read the pictures of this run, not those of the capture
             images = np.resize(np.roll(pictures, turn + 1, axis=0), (size, *pictures.shape[1:]))
@@ -110,8 +116,9 @@ def test_a_batch_that_the_device_has_no_memory_for_is_run_in_smaller_ones(warm: 
         engine.warm_up()
     else:
         np.testing.assert_allclose(engine.run(images), tiny_logits(images, 1), atol=1e-3)
-    assert engine.max_batch_size == 32
-    np.testing.assert_allclose(engine.run(images[:32]), tiny_logits(images[:32], 1), atol=1e-3)
+    assert engine.max_batch_size in (16, 32)  # what a library takes for its own work counts as well
+    images = images[: engine.max_batch_size]
+    np.testing.assert_allclose(engine.run(images), tiny_logits(images, 1), atol=1e-3)
 
 
 async def test_swaps_under_load_fail_no_request_and_mix_no_answers(tmp_path: Path) -> None:
@@ -141,8 +148,10 @@ async def test_swaps_under_load_fail_no_request_and_mix_no_answers(tmp_path: Pat
         assert store.live is not None
         assert store.live.version == 2 - swap % 2
         before = sum(answers.values())
-        while sum(answers.values()) < before + 20:  # noqa: ASYNC110 - the clients are the code under test
+        while sum(answers.values()) < before + 20:
             await asyncio.sleep(0.001)
+            for ended in [client for client in clients if client.done()]:
+                await ended  # it has failed
     stop = True
     await asyncio.gather(*clients)
     await store.close()

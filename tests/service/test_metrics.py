@@ -173,7 +173,7 @@ async def test_requests_are_timed_and_counted_by_route_and_code(tmp_path: Path) 
 
 
 class FakeNvml:
-    """Two GPUs, the second of which has fallen off the bus."""
+    """Three GPUs: one, one that has fallen off the bus, and one that is divided and can't tell how busy it is."""
 
     class NVMLError(Exception):
         pass
@@ -192,7 +192,7 @@ class FakeNvml:
             raise self.NVMLError
 
     def nvmlDeviceGetCount(self) -> int:  # noqa: N802
-        return 2
+        return 3
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
         return index
@@ -203,6 +203,8 @@ class FakeNvml:
         return self.Memory()
 
     def nvmlDeviceGetUtilizationRates(self, handle: int) -> Rates:  # noqa: N802
+        if handle != 0:
+            raise self.NVMLError
         return self.Rates()
 
 
@@ -217,6 +219,8 @@ def test_gpus_are_read_through_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
         ("perceiver_gpu_memory_used_bytes", "0"): 3 << 30,
         ("perceiver_gpu_memory_total_bytes", "0"): 16 << 30,
         ("perceiver_gpu_utilization_ratio", "0"): 0.42,
+        ("perceiver_gpu_memory_used_bytes", "2"): 3 << 30,
+        ("perceiver_gpu_memory_total_bytes", "2"): 16 << 30,
     }
 
 

@@ -1,11 +1,13 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
 from service import session as session_module
 from service.engine import EngineError, OnnxEngine
 from service.session import ProviderChoice, SessionSpec, open_session, provider_options, resolve_provider, why_no_cuda
-from tests.fakes import HEIGHT, WIDTH, make_model_folder
+from tests.fakes import HEIGHT, WIDTH, make_model_folder, tiny_metadata
 
 
 @pytest.fixture
@@ -61,6 +63,62 @@ def test_a_build_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why_no_cuda() == "the installed onnxruntime is built without CUDA (it is in onnxruntime-gpu)"
 
 
+def test_the_probe_is_a_model_of_one_node() -> None:
+    x, y = (helper.make_tensor_value_info(*one, [1]) for one in (("x", TensorProto.UINT8), ("y", TensorProto.FLOAT)))
+    graph = helper.make_graph([helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)], "probe", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    assert model.SerializeToString() == session_module.PROBE
+    session = session_module.ort.InferenceSession(session_module.PROBE, providers=["CPUExecutionProvider"])
+    assert session.run(None, {"x": np.array([7], np.uint8)})[0].tolist() == [7.0]
+
+
+@pytest.mark.parametrize(
+    ("allocation", "kernel", "reason"),
+    [
+        (None, None, None),
+        ("CUDA failure 35: driver version is insufficient", None, "driver version is insufficient"),
+        (None, "CUDA failure 209: no kernel image is available", "no kernel image is available"),
+    ],
+)
+def test_a_device_is_tried_by_memory_and_by_a_kernel(
+    allocation: str | None, kernel: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(message: str | None) -> None:
+        if message:
+            raise RuntimeError(message)
+
+    tries = []
+
+    class Session:
+        def __init__(self, model: bytes, *, providers: list[tuple[str, dict[str, str]]], enable_fallback: int) -> None:
+            tries.append((providers, enable_fallback))
+
+        def run(self, outputs: None, inputs: dict[str, np.ndarray]) -> None:
+            fails(kernel)
+
+    class FakeOrt:
+        InferenceSession = Session
+        get_available_providers = staticmethod(lambda: ["CUDAExecutionProvider"])
+        preload_dlls = staticmethod(lambda: print("no cuDNN here"))
+
+        class OrtValue:
+            ortvalue_from_shape_and_type = staticmethod(lambda *arguments: fails(allocation))
+
+    monkeypatch.setattr(session_module, "ort", FakeOrt)
+    monkeypatch.setattr(session_module.ctypes, "CDLL", lambda name: None)
+    session_module._why_device_fails.cache_clear()
+    try:
+        said = [why_no_cuda(2), why_no_cuda(2)]
+    finally:
+        session_module._why_device_fails.cache_clear()
+    if reason is None:
+        assert said == [None, None]
+    else:
+        assert all(one is not None and reason in one and "no cuDNN here" in one for one in said)
+    assert tries in ([], [([("CUDAExecutionProvider", {"device_id": "2"})], 0)])  # once, where there is memory
+    assert bool(tries) == (allocation is None)
+
+
 def test_a_silent_fallback_of_onnxruntime_is_found_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """onnxruntime warns and takes the CPU where CUDA's libraries are missing; whoever asked for CUDA must know."""
     real = session_module.ort.InferenceSession
@@ -93,3 +151,6 @@ def test_tensorrt_gets_one_range_of_shapes_and_cuda_behind_it(folder: Path) -> N
     ]
     assert providers[0][1]["trt_profile_min_shapes"] == f"images:1x{HEIGHT}x{WIDTH}x3"
     assert providers[0][1]["trt_profile_max_shapes"] == f"images:16x{HEIGHT}x{WIDTH}x3"
+    assert "trt_fp16_enable" not in providers[0][1]
+    half = session_module.tensorrt_options(tiny_metadata(precision="float16"), SessionSpec("tensorrt"))
+    assert half["trt_fp16_enable"] == "1"
