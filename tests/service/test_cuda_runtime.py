@@ -1,0 +1,69 @@
+"""What is called of the CUDA runtime itself, on one that is made of Python. On a real one: test_gpu.py."""
+
+from typing import Any
+
+import pytest
+
+from service import cuda as cuda_module
+from service.cuda import cuda_runner, page_locked_zeros
+from service.session import SessionSpec
+from tests.fakes import HEIGHT, WIDTH, tiny_images, tiny_metadata
+from tests.service.test_cuda import FakeSession, fake_ort
+
+__all__ = ["fake_ort"]
+
+
+class FakeRuntime:
+    """libcudart, as far as it is called; knows the device of the one thread that calls it."""
+
+    def __init__(self, **statuses: int) -> None:
+        self.statuses = statuses
+        self.calls: list[str] = []
+        self.device = 0
+        self.error = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: self._call(name, *arguments)
+
+    def _call(self, name: str, *arguments: Any) -> int:
+        self.calls.append(name)
+        if name == "cudaGetLastError":
+            error, self.error = self.error, 0
+            return error
+        if name == "cudaSetDevice":
+            self.device = arguments[0].value
+        self.error = self.statuses.get(name, 0) or self.error
+        return self.statuses.get(name, 0)
+
+
+def test_what_the_runtime_refuses_is_not_left_for_the_next_kernel(
+    fake_ort: FakeSession, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime = FakeRuntime(cudaHostRegister=801)
+    monkeypatch.setattr(cuda_module, "_runtime", lambda version: runtime)
+    with caplog.at_level("INFO"):
+        page_locked_zeros((2, HEIGHT, WIDTH, 3))
+    assert "not page-locked: cudaHostRegister returned 801" in caplog.text
+    assert runtime.error == 0
+
+
+def test_page_locked_memory_is_given_back_with_its_array(
+    fake_ort: FakeSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = FakeRuntime(cudaHostUnregister=713)
+    monkeypatch.setattr(cuda_module, "_runtime", lambda version: runtime)
+    array = page_locked_zeros((2, HEIGHT, WIDTH, 3))
+    assert runtime.calls == ["cudaHostRegister"]
+    del array
+    assert runtime.calls == ["cudaHostRegister", "cudaHostUnregister", "cudaGetLastError"]
+    assert runtime.error == 0
+
+
+def test_every_run_is_on_its_own_device(fake_ort: FakeSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = FakeRuntime()
+    monkeypatch.setattr(cuda_module, "_runtime", lambda version: runtime)
+    runner = cuda_runner(fake_ort, tiny_metadata(), [2], SessionSpec("cuda", device_id=3))
+    runtime.device = 0  # another thread's is its own
+    fake_ort.device = lambda: runtime.device
+    runner.run(tiny_images(2))
+    assert fake_ort.devices == [3]
