@@ -231,6 +231,8 @@ def unpack_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], packed: d
     groups = optimizer.state_dict()["param_groups"]
     for group, saved in zip(groups, packed["param_groups"], strict=True):
         for key, value in saved.items():
+            if key in ("fused", "foreach"):
+                continue  # how it computes: the fresh one's choice, for the device it is on
             # JSON has no tuples: betas come back as a list.
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -85,7 +85,7 @@ def _add_run(group: Any) -> None:
         "--resume",
         type=Path,
         metavar="RUN",
-        help="go on with the run in this folder, bit for bit, as it was configured; a run that has ended is measured "
+        help="go on with the run in this folder as it was configured; a run that has ended is measured "
         "again, and its report written anew",
     )
     group.add_argument(

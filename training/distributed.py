@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -14,6 +17,9 @@ from torch import Tensor
 from training.memory import keep_freed_memory
 
 T = TypeVar("T")
+
+# Rank 0 may download or read a large folder of pictures while the others wait, for which NCCL would have ten minutes.
+PATIENCE = timedelta(hours=2)
 
 
 class PeerFailed(Exception):  # noqa: N818 -- says what happened, elsewhere
@@ -125,11 +131,22 @@ def join(device: str) -> World:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(0, 1, where)
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=PATIENCE)
     return World(dist.get_rank(), size, where)
 
 
-def leave(world: World) -> None:
-    """Leave the process group."""
-    if world.size > 1:
-        dist.destroy_process_group()
+def leave(world: World, failed_with: int | None = None) -> None:
+    """Leave the process group.
+
+    After a failure NCCL would wait for peers that wait for this process, so the process ends here and now, with
+    this exit status, and torchrun ends the others. With gloo they notice by themselves.
+    """
+    if world.size == 1:
+        return
+    if failed_with is not None and world.device.type == "cuda":
+        if sys.exc_info()[0] is not None:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(failed_with)
+    dist.destroy_process_group()

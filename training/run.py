@@ -52,6 +52,16 @@ def execute(args: argparse.Namespace, preset: Preset | None) -> int:
         world = join(args.device)
     except ValueError as error:
         return complain(error, USER_ERROR)
+    status = FAILED
+    try:
+        status = start_or_complain(args, preset, world)
+    finally:
+        leave(world, None if status in (DONE, STOPPED) else status)
+    return status
+
+
+def start_or_complain(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
+    """`start`, and a sentence for what a user can put right."""
     try:
         return start(args, preset, world)
     except (ValueError, DataError, CheckpointError) as error:
@@ -70,8 +80,6 @@ def execute(args: argparse.Namespace, preset: Preset | None) -> int:
         if error.filename is None:
             raise
         return complain(f"{error.filename}: {error.strerror}.", USER_ERROR)
-    finally:
-        leave(world)
 
 
 def complain(problem: object, status: int) -> int:

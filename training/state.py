@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from training import checkpoint
 from training.checkpoint import CheckpointError, RunConfig
@@ -57,6 +57,15 @@ class TrainState:
     seconds: float = 0.0
     best_top1: float = -1.0
     best_top1_loss: float = 0.0
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """As `AveragedModel.update_parameters`, which copies its counter to the device each time, and waits for it."""
+        if self.average is None:
+            return
+        decay = self.run.train.ema_decay if self.average.n_averaged > 0 else 0.0
+        torch._foreach_lerp_(list(self.average.module.parameters()), list(self.model.parameters()), 1 - decay)
+        self.average.n_averaged += 1
 
     @property
     def evaluated(self) -> nn.Module:
@@ -158,12 +167,11 @@ def initial_state(run: RunConfig, train: Tensor, val: Tensor, device: torch.devi
     # As the Keras example does, which adapts to all 50,000 pictures before it holds the last tenth out.
     preprocess.fit(train, val)
     model.to(device)
-    decay = run.train.ema_decay
     return TrainState(
         run=run,
         model=model,
         preprocess=preprocess.to(device),
         optimizers=make_optimizers(model, run.train),
-        average=AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None,
+        average=AveragedModel(model) if run.train.ema_decay else None,
         loss_sum=torch.zeros((), device=device),
     )

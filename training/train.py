@@ -1,7 +1,8 @@
 """The training loop: epochs, validation, checkpoints, early stop, resume, time budget.
 
 Everything random is a function of (seed, step, process): a step seeds torch's generators anew. So a run that stopped
-after any step goes on bit for bit from its weights, its optimiser's state and the number of that step.
+after any step goes on from its weights, its optimiser's state and the number of that step: bit for bit on a CPU; a GPU
+sums in any order.
 """
 
 from __future__ import annotations
@@ -82,13 +83,19 @@ class Trainer:
         world: this process.
 
     Raises:
-        ValueError: the batch can't be shared by the processes.
+        ValueError: the batch can't be shared by the processes, or the device has no room for the pictures.
     """
 
     def __init__(self, run: RunConfig, data: DataSet, folder: Path, world: World) -> None:
         self.run, self.config, self.folder, self.world = run, run.train, folder, world
         self.share = world.share(self.config.batch_size)
-        self.train_split, self.val_split = data.train.to(world.device), data.val.to(world.device)
+        try:
+            self.train_split, self.val_split = data.train.to(world.device), data.val.to(world.device)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                "too little memory on the device for the pictures, which all lie there: use fewer, a lower "
+                "--input-size, or --device cpu."
+            ) from error
         self.test_split = data.test
         self.state = initial_state(run, data.train.images, data.val.images, world.device)
         self.steps_per_epoch = math.ceil(len(data.train) / self.config.batch_size)
@@ -143,8 +150,7 @@ class Trainer:
         for optimizer in state.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if state.average is not None:
-            state.average.update_parameters(state.model)
+        state.update_average()
         state.loss_sum += loss.detach()
         state.step += 1
 

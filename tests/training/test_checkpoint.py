@@ -200,6 +200,19 @@ def test_an_optimiser_goes_on_exactly_from_its_packed_state(tmp_path: Path, name
         assert all(torch.equal(moment, expected_moments[name]) for name, moment in moments.items())
 
 
+def test_how_an_optimiser_computes_is_not_resumed(tmp_path: Path) -> None:
+    """A run begun on a CPU and resumed on a GPU takes the GPU's way, and the other way round."""
+    config = TrainConfig.model_validate({"optimizer": "adamw"})
+    _, (begun,) = trained(1, config, 2)
+    begun.param_groups[0]["fused"] = True
+    moments, scalars = checkpoint.pack_optimizer(begun)
+    _, (fresh,) = trained(2, config, 0)
+    before = fresh.param_groups[0]["fused"]
+    checkpoint.unpack_optimizer(fresh, moments, scalars)
+    assert fresh.param_groups[0]["fused"] == before
+    assert not before
+
+
 def test_a_full_disk_is_told_and_leaves_the_last_one_whole(tmp_path: Path) -> None:
     path = tmp_path / "last.safetensors"
     model, _, header = written(path)

@@ -218,6 +218,14 @@ def test_too_little_memory_for_the_data(
     assert "error: too little memory for the data" in capsys.readouterr().err
 
 
+def test_too_little_memory_on_the_device_for_the_data(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("training.dataset.Split.to", lambda split, device: raise_out_of_memory())
+    assert main([*RECIPE, "--data", str(pictures), "--out", str(tmp_path / "run")]) == 2
+    assert "error: too little memory on the device for the pictures, which all lie there" in capsys.readouterr().err
+
+
 def test_other_errors_are_not_taken_for_want_of_memory(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.training import two_processes
 from tests.training.tiny import ALONE, write_pictures
-from training import checkpoint
+from training import checkpoint, distributed
 from training.distributed import World, join
 from training.lines import read_lines
 
@@ -104,6 +104,41 @@ def test_the_command_leaves_one_run(pair: tuple[Path, str]) -> None:
     assert [line["epoch"] for line in read_lines(run)] == [1]
     assert json.loads((run / "report.json").read_text())["test"]["n"] == 6
     assert len(list((run / "tensorboard").iterdir())) == 1
+
+
+class LeftAtOnceError(Exception):
+    """The process would be gone."""
+
+
+@pytest.mark.parametrize(
+    ("device", "failed_with", "ends"), [("cuda", 2, True), ("cuda", None, False), ("cpu", 2, False)]
+)
+def test_with_nccl_who_fails_ends_at_once_and_says_why(
+    device: str,
+    failed_with: int | None,
+    ends: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its peers wait for it in a collective operation, and NCCL's own farewell would wait for them."""
+    left: list[str] = []
+
+    def leave_at_once(status: int) -> None:
+        raise LeftAtOnceError(status)
+
+    monkeypatch.setattr(os, "_exit", leave_at_once)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: left.append("group"))
+
+    def work() -> None:
+        try:
+            raise RuntimeError("no room")
+        finally:
+            distributed.leave(World(1, 2, torch.device(device)), failed_with)
+
+    with pytest.raises(LeftAtOnceError if ends else RuntimeError, match="2" if ends else "no room"):
+        work()
+    assert left == ([] if ends else ["group"])
+    assert ("RuntimeError: no room" in capsys.readouterr().err) == ends
 
 
 def test_shares_are_equal_and_leave_nothing_out() -> None:

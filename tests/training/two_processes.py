@@ -70,7 +70,7 @@ def train(folder: Path, mine: Path, world: World) -> dict[str, object]:
 
 def commands(folder: Path, world: World) -> dict[str, object]:
     """Exit statuses of the command itself, in the process group that is there: torch can't join one a second time."""
-    run.join, run.leave = lambda device: world, lambda world: None
+    run.join, run.leave = lambda device: world, lambda world, failed_with: None
     flags = [*FLAGS, "--device=cpu", "--epochs=1", "--batch-size=8"]
     return {
         "run": main([*flags, "--data", str(folder / "pictures"), "--out", str(folder / "run")]),
