@@ -1,7 +1,8 @@
 """Train, then export what came out as the next version of the model folder that the service watches.
 
 Arguments go to `python -m training`. The variable RUN names the run's folder; a run that has a checkpoint goes on.
-MODEL_NAME names the model folder, below /models. One process does both, so that signals reach the training.
+MODEL_NAME names the model folder, below /models; with data of one's own it has to. One process does both, so that
+signals reach the training.
 """
 
 import os
@@ -10,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 MODELS = Path("/models")
+SHIPPED = "perceiver-cifar100"
 
 
 def main(arguments: list[str]) -> int:
@@ -17,7 +19,15 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         return train(["--help"])
     run = Path(os.environ.get("RUN") or f"runs/{datetime.now(UTC):%Y%m%d-%H%M%S}")
-    folder = MODELS / (os.environ.get("MODEL_NAME") or "perceiver-cifar100")
+    name = os.environ.get("MODEL_NAME")
+    if not name and any(argument.partition("=")[0] == "--data" for argument in arguments):
+        print(
+            f"error: a model of your own pictures belongs in a folder of its own, not in {SHIPPED}: set MODEL_NAME in "
+            f".env, say MODEL_NAME=mine. Where --data is CIFAR-100, set MODEL_NAME={SHIPPED}.",
+            file=sys.stderr,
+        )
+        return 2
+    folder = MODELS / (name or SHIPPED)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -38,7 +38,7 @@ ERRORS = """
 ## Answers that are not a prediction
 
 One shape, `{"error": {"code", "message", "request_id"}}`; compare with the code, which stays. 503 carries `Retry-After`
-in seconds. None of the 4xx reaches the queue.
+in seconds. None of the 4xx reaches the queue, 499 excepted.
 
 | status | code | when |
 |---|---|---|

@@ -57,6 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--untimed", action="store_true", help="write a variant although its speed can't be measured here; it says so"
     )
     parser.add_argument(
+        "--other-classes", action="store_true", help="write beside versions that have other classes than this model"
+    )
+    parser.add_argument(
         "--provider", choices=("auto", "cpu", "cuda"), default="auto",
         help="where --verify runs; auto: CUDA where there is one",
     )  # fmt: skip
@@ -109,6 +112,7 @@ def run_export(args: argparse.Namespace) -> None:
         plain=args.plain,
         variants=chosen_variants(args),
         untimed=args.untimed,
+        other_classes=args.other_classes,
     )
     print(f"written: {export(source, options)}")
 
@@ -126,6 +130,9 @@ def main(argv: list[str] | None = None) -> int:
     except ExportError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

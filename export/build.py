@@ -37,11 +37,12 @@ from service.artifact import (
     ModelMetadata,
     Provenance,
     ResizePolicy,
+    list_versions,
     new_version,
     save_golden,
     to_props,
 )
-from service.engine import EngineError, OnnxEngine
+from service.engine import EngineError, OnnxEngine, read_metadata
 from training.checkpoint import digest
 from training.dataset import DataSet
 
@@ -59,6 +60,7 @@ class Options:
         plain: keep the form that was trained.
         variants: precisions that are tried beside float32.
         untimed: write a variant although its speed can't be measured here.
+        other_classes: write to a model folder whose newest version has other classes.
     """
 
     out: Path
@@ -69,6 +71,7 @@ class Options:
     plain: bool = False
     variants: tuple[VariantPrecision, ...] = ()
     untimed: bool = False
+    other_classes: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,23 @@ def pass_gate(model: bytes, trained: nn.Module, golden: Golden, max_batch: int) 
     return comparisons
 
 
+def check_pictures(source: Source, data: DataSet | None, options: Options) -> None:
+    """Tell where the data are no longer those of the run: a validation picture may be one that it was trained on.
+
+    Raises:
+        ExportError: they are to judge a variant, of which they would say too much good.
+    """
+    if data is None or source.run.pictures_sha256 in (None, data.digest()):
+        return
+    changed = "the data set has other pictures than the run was trained on"
+    if options.variants:
+        raise ExportError(
+            f"{changed}, so it can't judge {' and '.join(options.variants)}: restore it or name a copy by --data, or "
+            "export float32 alone by --variants with nothing after it."
+        )
+    print(f"note: {changed}; the golden pictures are taken from it as it is.")
+
+
 def build(source: Source, options: Options) -> Exported:
     """Translate a source and pass the gate; nothing is written.
 
@@ -163,6 +183,7 @@ def build(source: Source, options: Options) -> Exported:
     """
     trained = TrainingForm(source.preprocess, source.model, source.temperature).eval()
     data = None if source.checkpoint is None else load_data(source, options.data)
+    check_pictures(source, data, options)
     golden = make_golden(trained, source, data, options.golden)
     try:
         metadata = make_metadata(source, options.out.resolve().name if options.name is None else options.name)
@@ -220,6 +241,28 @@ def fill(folder: Path, source: Source, exported: Exported) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
+def check_classes(options: Options, labels: tuple[str, ...]) -> None:
+    """Refuse a model of other classes than the folder's newest version: the service would serve it seconds later.
+
+    Raises:
+        ExportError: says how to do it all the same.
+    """
+    versions = list_versions(options.out)
+    if not versions or options.other_classes:
+        return
+    newest = versions[-1]
+    try:
+        served = read_metadata(newest.path / MODEL_FILE).labels
+    except (ArtifactError, EngineError):
+        return  # nobody serves that one
+    if served != labels:
+        raise ExportError(
+            f"{options.out}: version {newest.number} has {len(served)} other classes ({', '.join(served[:3])} ...) "
+            f"than this model, which has {len(labels)} ({', '.join(labels[:3])} ...) and would be served in its place; "
+            "name another --out, or say --other-classes."
+        )
+
+
 def check_writable(out: Path) -> None:
     """Find out before the work, and not after it, that nothing can be written below `out`.
 
@@ -238,6 +281,7 @@ def export(source: Source, options: Options) -> Path:
         ExportError: nothing was written.
     """
     check_writable(options.out)
+    check_classes(options, source.run.labels)
     exported = build(source, options)
     try:
         with new_version(options.out) as (number, folder):

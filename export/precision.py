@@ -113,12 +113,17 @@ def describe(gate: VariantGate) -> str:
     )
 
 
+def too_few(n: int, split: str) -> str | None:
+    """Say that pictures are too few for a gate; None where they are enough."""
+    if n >= LEAST_PICTURES:
+        return None
+    return f"{n} {split} pictures are too few to tell how many labels differ, {LEAST_PICTURES} are asked for"
+
+
 def why_refused(gate: VariantGate) -> str | None:
     """Say what the gate does not let pass; None where it passes. A speed that was not measured is no reason."""
-    if gate.n < LEAST_PICTURES:
-        return (
-            f"{gate.n} {gate.split} pictures are too few to tell how many labels differ, {LEAST_PICTURES} are asked for"
-        )
+    if (few := too_few(gate.n, gate.split)) is not None:
+        return few
     if gate.labels_equal < LEAST_EQUAL:
         return (
             f"only {gate.labels_equal:.2%} of {gate.n:,} labels are those of float32, {LEAST_EQUAL:.1%} are asked for"

@@ -142,7 +142,10 @@ def read_report(folder: Path, sha256: str) -> tuple[Report | None, tuple[str, ..
     """
     without = "the model gets no temperature and no test figures"
     path = folder / REPORT_FILE
-    text = path.read_text() if path.is_file() else exported_report(folder / METRICS_FILE)
+    try:
+        text = path.read_text() if path.is_file() else exported_report(folder / METRICS_FILE)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExportError(f"{path}: can't be read ({error}); restore or remove it.") from error
     if text is None:
         return None, (f"there is no {path}, so {without}.",)
     try:

@@ -16,6 +16,7 @@ from export.precision import (
     gate_engine,
     graphs,
     provider_for,
+    too_few,
     variant_metadata,
     why_refused,
 )
@@ -79,6 +80,10 @@ def build_variant(base: Base, precision: VariantPrecision) -> Variant | None:
         print(
             f"{name}: not written, since its speed can't be measured here: {untimed}. --untimed writes it unmeasured."
         )
+        return None
+    few = None if base.pictures is None else too_few(len(base.pictures.images), base.pictures.split)
+    if few is not None:  # before the search, which would find nothing
+        print(f"{name}: not written: {few}.")
         return None
     for words, graph in graphs(precision, base.graph, base.calibration, base.pictures):
         difference, gate = _try(base, precision, graph, provider, timed=untimed is None)

@@ -35,6 +35,7 @@ MODEL_FILES: Mapping[Precision, str] = {"float32": MODEL_FILE, "float16": "model
 INPUT_NAME = "images"
 OUTPUT_NAME = "logits"
 KEY_PREFIX = "perceiver."
+MOST_DIGITS = 18  # of a version's number: it has to fit into 64 bits
 # What the ONNX specification itself says about image inputs ("Image Category Definition" in MetadataProps.md).
 IMAGE_PROPS = {
     "Image.BitmapPixelFormat": "Rgb8",
@@ -254,7 +255,8 @@ class ModelVersion:
 def list_versions(folder: Path) -> list[ModelVersion]:
     """List the versions in `folder`, ascending; [] where there is no such folder.
 
-    A version is a folder whose name is a plain positive integer ("3", not "03" or ".3-tmp"); all else is ignored.
+    A version is a folder whose name is a plain positive integer of at most 18 digits ("3", not "03" or ".3-tmp"); all
+    else is ignored.
     """
     try:
         entries = list(folder.iterdir())
@@ -264,7 +266,7 @@ def list_versions(folder: Path) -> list[ModelVersion]:
 
 
 def _is_version_name(name: str) -> bool:
-    return name.isascii() and name.isdigit() and not name.startswith("0")
+    return name.isascii() and name.isdigit() and not name.startswith("0") and len(name) <= MOST_DIGITS
 
 
 @contextmanager

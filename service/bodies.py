@@ -15,6 +15,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from service.errors import (
+    BodyTimeout,
     BodyTooLarge,
     ClientDisconnected,
     InvalidBase64,
@@ -27,6 +28,7 @@ from service.errors import (
 )
 from service.images import sniff
 
+LATE: Final = "perceiver.late"  # in a message of type http.disconnect: the client is there, and too slow
 BLANKS: Final = b" \t\r\n\f\v"
 SPARE_STRINGS: Final = 1000  # in JSON, beside the pictures; where there are more, no object is made of them
 
@@ -51,14 +53,15 @@ async def read_body(receive: Receive, *, max_bytes: int, grew: Callable[[int], N
 
     Raises:
         BodyTooLarge: at the chunk that exceeds `max_bytes`.
-        ClientDisconnected: the client left before the end, or was cut off.
+        ClientDisconnected: the client left before the end.
+        BodyTimeout: it is too slow.
     """
     chunks: list[bytes] = []
     size = 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise ClientDisconnected()
+            raise BodyTimeout() if message.get(LATE) else ClientDisconnected()
         chunk: bytes = message.get("body", b"")
         size += len(chunk)
         check_size(size, max_bytes)
@@ -136,16 +139,19 @@ def parse_json(body: bytes, max_pictures: int) -> list[Upload]:
 
 def decode_base64(text: str, where: str) -> bytes:
     """Decode base64, bare or as a data: URL; line breaks are allowed, other characters are not."""
-    if text.startswith("data:"):
+    scheme = text[:6].lower()
+    if scheme.startswith("data:"):
         head, comma, text = text.partition(",")
-        if not comma or not head.endswith(";base64"):
+        if not comma or not head.lower().endswith(";base64"):
             raise InvalidBase64(f"{where}: a data: URL must have the form data:image/png;base64,<base64>.")
-    elif text.startswith(("http:", "https:", "file:", "ftp:")):
+    elif scheme.startswith(("http:", "https:", "file:", "ftp:")):
         raise InvalidBase64(f"{where} is a URL, and URLs are not fetched; send the picture itself in base64.")
     try:
         return a2b_base64(text.encode("ascii").translate(None, BLANKS), strict_mode=True)
     except ValueError as error:
-        raise InvalidBase64(f"{where} is not valid base64.") from error
+        raise InvalidBase64(
+            f"{where} is not valid base64: the alphabet is A-Z, a-z, 0-9, + and /, padded with = to a multiple of 4."
+        ) from error
 
 
 def check_count(pictures: int, max_pictures: int) -> None:

@@ -5,6 +5,8 @@ from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
+from service.bodies import LATE
+
 NO_BODY: Final = frozenset({204, 304})
 CONTROL: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # line ends excepted, which are counted
 
@@ -18,6 +20,20 @@ class Cycle(RequestResponseCycle):
     """
 
     _start: Any = None  # the message that begins the answer, until its body comes
+
+    is_late = False  # whether the body has not come in its time
+
+    async def receive(self) -> Any:
+        """Return an ASGI message; of a body that is late, one that says so."""
+        message: Any = await super().receive()
+        if self.is_late and message["type"] == "http.request":
+            return {"type": "http.disconnect", LATE: True}
+        return message
+
+    def give_up(self) -> None:
+        """Tell the application that the body is late, so that it answers, and counts, as with any other error."""
+        self.is_late = True
+        self.message_event.set()
 
     async def send(self, message: Any) -> None:
         """Take an ASGI message."""

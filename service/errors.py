@@ -23,7 +23,8 @@
     │   └── TooManyPictures          413  too_many_pictures
     ├── Unsupported                  415  unsupported
     │   ├── UnsupportedFormat        415  unsupported_format
-    │   └── UnsupportedMediaType     415  unsupported_media_type
+    │   ├── UnsupportedMediaType     415  unsupported_media_type
+    │   └── UnsupportedEncoding      415  unsupported_encoding
     ├── HeadersTooLarge              431  headers_too_large
     ├── ClientDisconnected           499  client_disconnected (never sent: nobody is there to read it)
     ├── InferenceFailed              500  inference_failed
@@ -196,6 +197,13 @@ class UnsupportedMediaType(Unsupported):
         "Send the picture as multipart/form-data (curl -F file=@picture.jpg), or its bytes with a Content-Type of "
         "image/* or application/octet-stream, or as application/json."
     )
+
+
+class UnsupportedEncoding(Unsupported):
+    """`Content-Encoding` other than identity."""
+
+    code = "unsupported_encoding"
+    default = "The body is compressed (Content-Encoding); send it as it is, pictures are compressed already."
 
 
 class HeadersTooLarge(ServiceError):

@@ -5,6 +5,7 @@
 
 import asyncio
 import logging
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -202,6 +203,8 @@ def main(arguments: Sequence[str]) -> int:
     service = DistantService(settings, Ledger(processes, memory), row, processes)
     server = service.server = FrontServer(http_config(service))
     sockets = [socket.socket(fileno=listener) for listener in listeners]
+    if hasattr(signal, "SIGHUP"):  # as with Ctrl-C: the process that runs the model answers it, by a drain
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         failed = runner.run(serve(service, socket.socket(fileno=link), sockets))
     return 1 if failed else 0

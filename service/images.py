@@ -89,7 +89,7 @@ def open_picture(data: bytes, *, max_pixels: int) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooManyPixels(f"The picture has more than the {max_pixels} pixels that are allowed.") from error
     except Exception as error:  # whatever a parser raises on these bytes, the bytes are to blame
-        raise TruncatedImage(f"The {name} picture is truncated or damaged: its header can't be read.") from error
+        raise TruncatedImage(f"{damaged(name)} Its header can't be read.") from error
     return image
 
 
@@ -122,7 +122,13 @@ def to_array(image: Image.Image, *, size: tuple[int, int], resize: ResizePolicy)
     except (ServiceError, MemoryError):
         raise
     except Exception as error:  # as above
-        raise TruncatedImage(f"The {name} picture is truncated or damaged.") from error
+        raise TruncatedImage(damaged(name)) from error
+
+
+def damaged(name: str | None) -> str:
+    """Return the sentence about a picture that can't be decoded; of TIFF there are more variants than decoders."""
+    variant = ", or of a variant that is not decoded here" if name == "TIFF" else ""
+    return f"The {name} picture is truncated or damaged{variant}."
 
 
 def sniff(data: bytes) -> str:

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.answers import DEFAULT_TOP_K, AnswerWriter
 from service.bodies import check_size, read_body
-from service.errors import BadRequest, ClientDisconnected, InvalidTimeout, InvalidTopK, Overloaded
+from service.errors import BadRequest, ClientDisconnected, InvalidTimeout, InvalidTopK, Overloaded, UnsupportedEncoding
 from service.fair_queue import Prediction
 from service.front import Front, ServedModel
 from service.recurring import Recurring
@@ -187,7 +187,10 @@ def read_options(headers: dict[bytes, bytes], query: bytes, max_timeout_ms: int)
     Raises:
         InvalidTimeout, InvalidTopK: not an integer, or below 1.
         BadRequest: an unknown query parameter, which may be a misspelt one.
+        UnsupportedEncoding: the body is compressed.
     """
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise UnsupportedEncoding()
     length = headers.get(b"content-length")
     timeout_ms = max_timeout_ms
     if (asked := headers.get(b"x-request-timeout-ms")) is not None:

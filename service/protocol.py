@@ -17,7 +17,7 @@ from uvicorn.server import ServerState
 
 from service.connections import BoundedConfig, head_without_upgrade
 from service.cycle import Cycle
-from service.errors import BadRequest, BodyTimeout, HeadersTimeout, HeadersTooLarge, ServiceError, Unavailable
+from service.errors import BadRequest, HeadersTimeout, HeadersTooLarge, ServiceError, Unavailable
 from service.middleware import error_answer
 from service.predict import Options
 from service.quick import QuickAnswer
@@ -288,7 +288,9 @@ class BoundedProtocol(HttpToolsProtocol):
         """Answer with an error and close the connection."""
         if self.transport.is_closing():
             return
-        headers, body = error_answer(error, uuid4().hex)
+        request_id = uuid4().hex
+        headers, body = error_answer(error, request_id)
+        headers.append((b"x-request-id", request_id.encode()))
         lines = b"".join(b"%b: %b\r\n" % header for header in headers if header[0] != b"connection")
         self.transport.write(STATUS_LINE[error.status] + lines + CLOSE + b"\r\n" + body)
         self.close()
@@ -339,7 +341,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.abort()
         elif self._in_head:
             self.refuse(HeadersTimeout())
-        elif self.cycle is not None and not self.cycle.response_started:
-            self.refuse(BodyTimeout())
+        elif isinstance(self.cycle, Cycle) and not (self.cycle.response_started or self.cycle.is_late):
+            self.cycle.give_up()
+            self.due = self.loop.time() + LINGER_SECONDS
         else:
             self.close()

@@ -77,10 +77,16 @@ def add_models(router: APIRouter, service: Service) -> None:
         """All versions in the model folder, which of them serves, and why one was refused."""
         return models_of(service, service.store.versions())
 
-    @router.post("/models/reload", tags=["models"], responses=KEYED | error_responses([errors.ReloadDisabled]))
+    reloading = KEYED | error_responses([errors.ReloadDisabled, errors.Unavailable])
+
+    @router.post("/models/reload", tags=["models"], responses=reloading)
     async def reload() -> ModelsResponse:
         """Look into the model folder now instead of at the next poll; needs the admin key."""
-        return models_of(service, await service.store.reload())
+        try:
+            versions = await service.store.reload()
+        except OSError as error:
+            raise errors.Unavailable(f"The model folder can't be looked into: {error.strerror}.") from error
+        return models_of(service, versions)
 
 
 def health_of(service: Service) -> HealthResponse:

@@ -126,6 +126,7 @@ PREDICT_ERRORS: tuple[type[errors.ServiceError], ...] = (
     errors.TooManyPictures,
     errors.UnsupportedFormat,
     errors.UnsupportedMediaType,
+    errors.UnsupportedEncoding,
     errors.ServiceError,
     errors.InferenceFailed,
     errors.Overloaded,

@@ -156,6 +156,7 @@ def configuration(
         timeout_keep_alive=settings.keep_alive_s,
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
+        ssl_keyfile_password="none",  # noqa: S106 - for a key that has one: OpenSSL would ask for it on the terminal
     )
     config.service = service
     config.quick = quick

@@ -168,6 +168,10 @@ def open_session(path: Path, spec: SessionSpec) -> Any:
     if not path.is_file():
         raise EngineError(f"{path}: there is no such file; it must be an ONNX model")
     try:
+        path.open("rb").close()  # onnxruntime would say the error's number
+    except OSError as error:
+        raise EngineError(f"{path}: can't be read: {(error.strerror or str(error)).lower()}") from error
+    try:
         # The built-in fallback would go on with the CPU where CUDA fails, at the start or in any later run.
         session = ort.InferenceSession(path, session_options(spec), provider_options(path, spec), enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no base of their own

@@ -6,6 +6,7 @@ An empty variable counts as unset. Errors are collected by `service.command_line
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -203,7 +204,10 @@ class Settings(BaseSettings):
 
     log_format: Literal["plain", "json"] = Field("plain", description="One line or one JSON object per log record.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level logged.")
-    access_log: bool = Field(False, description="Log a line per request; the metrics count them in any case.")
+    access_log: bool = Field(
+        False,
+        description="Log a line per request; the metrics count them in any case. CORS preflights are in neither.",
+    )
 
     @field_validator("api_keys", "admin_key")
     @classmethod
@@ -248,6 +252,8 @@ class Settings(BaseSettings):
             path: Path | None = getattr(self, name)
             if path is not None and not path.is_file():
                 raise ValueError(f"{name}: there is no file {path}")
+        if self.admin_key_file is not None and self.administrator_key() is None:
+            raise ValueError(f"admin_key_file: {self.admin_key_file} holds no key, so reloading over HTTP would be off")
         if self.api_keys_file is not None and not self.client_keys():
             raise ValueError(f"api_keys_file: {self.api_keys_file} holds no key, which would leave the service open")
         return self
@@ -287,7 +293,7 @@ def _read_keys(path: Path | None) -> tuple[str, ...]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} can't be read as text: {error}") from error
-    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+    lines = [re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip() for line in text.splitlines()]
     keys = tuple(line for line in lines if line)
     if not all(map(_is_key, keys)):
         raise ValueError(f"a key in {path} is not printable ASCII without spaces")

@@ -30,11 +30,14 @@ def run(settings: Settings) -> int:
     try:
         config.load()
     except OSError as error:  # ssl.SSLError is one
-        logger.critical("the TLS files %s and %s can't be used: %s", settings.tls_cert, settings.tls_key, error)
+        files = (settings.tls_cert, settings.tls_key)
+        logger.critical(
+            "the TLS files %s and %s can't be used: %s; they must be PEM, with no pass phrase", *files, error
+        )
         return 1
     try:
         sockets = reserve(settings) if settings.http_processes else alone(settings)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a name that is none raises the latter
         return can_not_listen(settings, error)
     if not settings.http_processes:
         return run_alone(Server(config), sockets)
@@ -44,6 +47,8 @@ def run(settings: Settings) -> int:
 
 def run_alone(server: Server, sockets: list[socket.socket]) -> int:
     """Serve in this process."""
+    if hangup_ends():
+        signal.signal(signal.SIGHUP, server.handle_exit)  # uvicorn leaves it alone
     try:
         server.run(sockets)
     except KeyboardInterrupt:  # a second Ctrl-C
@@ -53,9 +58,9 @@ def run_alone(server: Server, sockets: list[socket.socket]) -> int:
     return 1 if server.failed else 0
 
 
-def can_not_listen(settings: Settings, error: OSError) -> int:
+def can_not_listen(settings: Settings, error: OSError | UnicodeError) -> int:
     """Say so; return the exit status."""
-    reason = (error.strerror or str(error)).lower()
+    reason = (getattr(error, "strerror", None) or str(error)).lower()
     logger.error("can't listen on %s:%d: %s; name another with --host and --port", settings.host, settings.port, reason)
     return 1
 
@@ -94,6 +99,11 @@ async def run_with_processes(service: Service, app: PerceiverApp, addresses: lis
     return 1 if failed else 0
 
 
+def hangup_ends() -> bool:
+    """Tell whether a closed terminal (SIGHUP) ends this process, which `nohup` keeps it from."""
+    return hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+
+
 class Stopping:
     """What signals ask for: the first a drain, the second an end.
 
@@ -105,7 +115,7 @@ class Stopping:
     def __init__(self) -> None:
         self.asked = self.at_once = False
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hangup_ends() else [])):
             loop.add_signal_handler(number, self._stop)
 
     def _stop(self) -> None:

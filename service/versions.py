@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 SERVED_FILES = frozenset({*MODEL_FILES.values(), GOLDEN_FILE})
 # Name, size and time of change (ns) of each of these: one must differ before a version is looked at anew.
-Fingerprint = tuple[tuple[str, int, int], ...]
+Fingerprint = tuple[tuple[str, int, int, int], ...]
 
 # A folder or more and a name; what ends it also separates words in the messages of libraries.
 ABSOLUTE_PATH = re.compile(r"(?<![\w./])(?:/[^\s/:,;'\"()]+)+/([^\s/:,;'\"()]+)")
@@ -165,7 +165,8 @@ def _fingerprint(folder: Path) -> Fingerprint:
         for file in folder.iterdir():
             if file.name in SERVED_FILES:
                 status = file.stat()
-                files.append((file.name, status.st_size, status.st_mtime_ns))
+                # ctime, since rights may have been put right
+                files.append((file.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     return tuple(sorted(files))
 
 

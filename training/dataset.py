@@ -63,3 +63,7 @@ class DataSet:
     superclass_names: tuple[str, ...] | None = None
     class_folders: Path | None = None
     passed_over: tuple[Path, ...] = ()
+
+    def digest(self) -> str:
+        """SHA-256 of what a run learns and chooses from: training and validation pictures and labels."""
+        return hashlib.sha256((self.train.digest() + self.val.digest()).encode()).hexdigest()

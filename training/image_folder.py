@@ -13,7 +13,7 @@ from training.dataset import DataError, DataSet, Split
 from training.pictures import SUFFIXES, read_pictures
 
 # What others call the folder `val`: passed over, its pictures would be lost and some of train/ held out in their place.
-OTHER_NAMES = ("valid", "validation", "dev")
+OTHER_NAMES = ("val", "valid", "validation", "dev")
 LAYOUT = "DIR/<class>/*.jpg, or DIR/train/<class>/*.jpg with val/ and test/ beside train/"
 
 
@@ -109,7 +109,8 @@ def _hold_out(full: _Listing, path: Path, fraction: float, seed: int) -> tuple[_
 
 def _passed_over(path: Path, taken: set[Path]) -> list[Path]:
     """Return the visible files at and below ``path`` that are not in ``taken``, sorted."""
-    files = (file for file in path.rglob("*") if file.is_file() and file not in taken)
+    # A link that leads nowhere is no file, and no folder.
+    files = (file for file in path.rglob("*") if not file.is_dir() and file not in taken)
     return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts))
 
 
@@ -124,9 +125,9 @@ def load(path: Path, *, input_size: int, validation_fraction: float, seed: int) 
     has_splits = (path / "train").is_dir() and bool(_class_folders(path / "train"))
     train_path = path / "train" if has_splits else path
     if has_splits and not (path / "val").is_dir():
-        for name in OTHER_NAMES:
-            if (path / name).is_dir():
-                raise DataError(f"{path / name}: is passed over under this name; rename it val, or remove it.")
+        for folder in _class_folders(path):
+            if folder.name.lower() in OTHER_NAMES:
+                raise DataError(f"{folder}: is passed over under this name; rename it val, or remove it.")
     labels = _labels_of(train_path)
     train = _list_split(train_path, labels)
     val, test = (

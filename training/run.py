@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import errno
-import hashlib
 import math
+import shlex
 import signal
 import sys
 import time
@@ -115,11 +115,13 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
         if not world.is_main:
             return DONE if finished else STOPPED
         if not finished:
-            print(f"stopped after step {trainer.state.step}; go on with: python -m training --resume {folder}")
+            resume = shlex.join(["python", "-m", "training", "--resume", str(folder)])
+            print(f"stopped after step {trainer.state.step}; go on with: {resume}")
             return STOPPED
         report = trainer.report()
     print(report.model_dump_json(include={"epoch", "temperature", "val", "test", "note"}, indent=2))
-    print(f"best checkpoint and report are in {folder}; export: python -m export {folder} --out models/NAME")
+    export = shlex.join(["python", "-m", "export", str(folder), "--out", "models/NAME"])
+    print(f"best checkpoint and report are in {folder}; export: {export}")
     return DONE
 
 
@@ -153,7 +155,7 @@ def prepare(args: argparse.Namespace, preset: Preset | None, world: World) -> tu
             superclass_names=data_set.superclass_names,
             model=preset.model.model_copy(update={"num_classes": len(data_set.labels)}),
             train=train,
-            pictures_sha256=digest(data_set),
+            pictures_sha256=data_set.digest(),
             init=init,
         )
     return run, data_set, folder
@@ -217,11 +219,6 @@ def refuse_among_classes(folder: Path, data_set: DataSet) -> None:
         )
 
 
-def digest(data_set: DataSet) -> str:
-    """SHA-256 of what a run learns and chooses from."""
-    return hashlib.sha256((data_set.train.digest() + data_set.val.digest()).encode()).hexdigest()
-
-
 def resumed(args: argparse.Namespace) -> tuple[RunConfig, DataSet]:
     """Configuration and data of the run in a folder."""
     path = args.resume / "config.json"
@@ -229,6 +226,8 @@ def resumed(args: argparse.Namespace) -> tuple[RunConfig, DataSet]:
         run = RunConfig.model_validate_json(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"--resume {args.resume}: is no run; it has no config.json.") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: is damaged, it is no text; restore it, or start a new run.") from error
     except ValidationError as error:
         raise CheckpointError(f"{path} is not of this version of the project: {error.errors()[0]['msg']}.") from error
     if not (args.resume / "last.safetensors").exists():
@@ -246,7 +245,7 @@ def resumed(args: argparse.Namespace) -> tuple[RunConfig, DataSet]:
         raise DataError(
             f"the data now has other classes than when {args.resume} began; restore it, or start a new run."
         )
-    if run.pictures_sha256 not in (None, digest(data_set)):
+    if run.pictures_sha256 not in (None, data_set.digest()):
         raise DataError(
             f"the data now has other pictures than when {args.resume} began; restore them, or start a new run "
             f"with --init {args.resume}."
@@ -267,7 +266,7 @@ def describe(trainer: Trainer) -> str:
 
 @contextmanager
 def stop_by_signal(trainer: Trainer) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM stop the run cleanly, and a second Ctrl-C at once.
+    """Let Ctrl-C, SIGTERM and a closed terminal stop the run cleanly, and a second Ctrl-C at once.
 
     ``torchrun`` passes on a Ctrl-C that its processes get as well, so there every one counts as the first.
     """
@@ -277,7 +276,10 @@ def stop_by_signal(trainer: Trainer) -> Iterator[None]:
         if trainer.world.size == 1:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    asking = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # `nohup` has it ignored
+        asking.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, request_stop) for number in asking}
     try:
         yield
     finally:

@@ -130,7 +130,8 @@ def test_models_are_read_only_for_the_service_and_shared_with_the_training():
     import train_and_export
 
     assert str(train_and_export.MODELS) == training["target"]
-    assert filled_in(SERVICES["training"]["environment"]["MODEL_NAME"]) == "perceiver-cifar100"
+    assert SERVICES["training"]["environment"]["MODEL_NAME"] is None  # as it is set; the script has the default
+    assert filled_in(SERVICES["service"]["environment"]["PERCEIVER_MODEL_DIR"]) == f"/models/{train_and_export.SHIPPED}"
     assert SERVICES["service"]["user"] == SERVICES["training"]["user"]
 
 

@@ -106,6 +106,7 @@ def training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(script, "calls", calls, raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RUN", "runs/night")
+    monkeypatch.delenv("MODEL_NAME", raising=False)
     return script
 
 
@@ -126,6 +127,18 @@ def test_training_goes_on_where_the_run_has_begun(training):
     Path("runs/night/last.safetensors").touch()
     assert training.main([]) == 0
     assert training.calls[0] == ["train", "--resume", "runs/night"]
+
+
+@pytest.mark.parametrize("arguments", [["--data", "/pictures"], ["--data=/pictures"]])
+def test_own_pictures_want_a_folder_of_their_own(
+    training, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    assert training.main(arguments) == 2
+    assert training.calls == []
+    assert "set MODEL_NAME in .env" in capsys.readouterr().err
+    monkeypatch.setenv("MODEL_NAME", "mine")
+    assert training.main(arguments) == 0
+    assert training.calls[1] == ["export", "runs/night", "--out", str(tmp_path / "models" / "mine")]
 
 
 def test_stopped_training_is_not_exported(training, monkeypatch: pytest.MonkeyPatch):

@@ -117,7 +117,7 @@ def test_a_service_whose_model_hangs_in_its_first_run_can_be_stopped(tmp_path: P
 
 
 @pytest.mark.usefixtures("either_way")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_idle_service_stops_at_once(tmp_path: Path, number: int) -> None:
     make_model_folder(tmp_path / "m")
     arguments = on_model(tmp_path / "m", "--log-format", "json", "--drain-timeout-s", "600")
@@ -204,6 +204,8 @@ def test_a_port_in_use(tmp_path: Path) -> None:
             refused(process, 1, f"can't listen on 127.0.0.1:{port}: address already in use; name another with --host")
     with started(tmp_path, *on_model(tmp_path / "m", "--host", "no such host")) as process:
         refused(process, 1, "can't listen on no such host:0: ")
+    with started(tmp_path, *on_model(tmp_path / "m", "--host", "a..b")) as process:
+        refused(process, 1, "can't listen on a..b:0: ")
 
 
 @pytest.mark.usefixtures("either_way")
@@ -226,6 +228,16 @@ def test_https(tmp_path: Path) -> None:
         assert post(client).status_code == 200
         process.signal()
         assert process.exit_status() == 0
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its key with the openssl command")
+def test_a_tls_key_with_a_pass_phrase_is_refused_and_nobody_is_asked(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m")
+    certificate, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    making = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-passout", "pass:secret", "-subj", "/CN=localhost"]
+    subprocess.run([*making, "-out", certificate, "-keyout", key], check=True, capture_output=True)
+    with started(tmp_path, *on_model(tmp_path / "m", "--tls-cert", certificate, "--tls-key", key)) as process:
+        refused(process, 1, "they must be PEM, with no pass phrase")
 
 
 @pytest.mark.usefixtures("either_way")

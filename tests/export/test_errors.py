@@ -14,6 +14,7 @@ from export.card import figures, nothing_else
 from export.making import first_epochs, origin, training_commands
 from export.source import Source, load_source
 from tests.export.conftest import LABELS, write_run
+from tests.fakes import make_model_folder
 from training import checkpoint
 from training.checkpoint import Origin
 from training.config import PRESETS
@@ -90,6 +91,49 @@ def test_data_of_other_classes(copy: Path, tmp_path: Path, pictures: Path, capsy
         (others / split / LABELS[0]).rename(others / split / "zebra")
     arguments = [str(copy), "--out", str(tmp_path / "out"), "--data", str(others)]
     assert "other classes" in fails(arguments, capsys)
+
+
+def test_a_folder_whose_model_has_other_classes(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The service that watches it would answer with other labels seconds later."""
+    served = make_model_folder(tmp_path / "served")
+    arguments = [str(copy), "--out", str(served.parent), "--golden", "2", "--max-batch", "2", "--variants"]
+    error = fails(arguments, capsys)
+    assert "version 1 has 5 other classes (class 0, class 1, class 2 ...)" in error
+    assert "name another --out, or say --other-classes" in error
+    assert main([*arguments, "--other-classes"]) == 0
+    assert main(arguments) == 0  # the newest version has them now
+
+
+def test_data_that_have_changed_since_the_run(
+    copy: Path, tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is a validation picture now may have been trained on: fit for golden pictures, not for a variant's gate."""
+    arguments = [str(copy), "--out", str(tmp_path / "out"), "--golden", "2", "--max-batch", "2"]
+    tensors, header = checkpoint.load(copy / "best.safetensors")
+    run = header.run.model_copy(update={"pictures_sha256": "0" * 64})
+    checkpoint.save(copy / "best.safetensors", tensors, header.model_copy(update={"run": run}))
+    (copy / "report.json").unlink()
+    assert "other pictures than the run was trained on, so it can't judge int8" in fails(
+        [*arguments, "--variants", "int8"], capsys
+    )
+    assert main([*arguments, "--variants"]) == 0
+    assert "note: the data set has other pictures than the run was trained on" in capsys.readouterr().out
+
+
+def test_a_report_that_is_no_text(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "report.json").write_bytes(b"\xff\xfe")
+    assert "report.json: can't be read" in fails([str(copy), "--out", str(tmp_path / "out")], capsys)
+
+
+def test_ctrl_c_is_no_traceback(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("export.__main__.export", interrupted)
+    assert main([str(copy), "--out", "out"]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing was written\n"
 
 
 def test_a_preset_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from service import models
 from service.settings import Settings
 from service.state import Service
 from tests.fakes import FakeEngine, make_model_folder
@@ -14,6 +15,10 @@ from tests.service.harness import error_of, fake_folder, listening, running
 def on_cpu(folder: Path, **settings: object) -> Settings:
     values = {"port": 0, "provider": "cpu", "intra_op_threads": 1, "http_processes": harness.HTTP_PROCESSES}
     return Settings.model_validate({"model_dir": folder} | values | settings)
+
+
+def no_entry(folder: Path) -> None:
+    raise PermissionError(13, "Permission denied", str(folder))
 
 
 # Request ids
@@ -171,7 +176,7 @@ async def test_while_draining_what_was_accepted_finishes_and_nothing_new_begins(
 
 
 @pytest.mark.usefixtures("either_way")
-async def test_models_lists_versions_with_metadata(tmp_path: Path) -> None:
+async def test_models_lists_versions_with_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_model_folder(tmp_path, 1)
     make_model_folder(tmp_path, 2)
     make_model_folder(tmp_path, 3, defect="golden_mismatch")
@@ -194,5 +199,9 @@ async def test_models_lists_versions_with_metadata(tmp_path: Path) -> None:
         assert (reloaded.status_code, reloaded.json()["live"]) == (200, 4)
         assert (await run.predict()).json()["version"] == 4
         assert await run.metric('perceiver_model_reloads_total{result="loaded"}') == 2
+        monkeypatch.setattr(models, "scan", no_entry)
+        refused = await run.client.post("/models/reload", headers={"x-api-key": "root"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
+        assert refused.json()["error"]["message"] == "The model folder can't be looked into: Permission denied."
         label = 'perceiver_model_info{name="tiny",precision="float32",provider="cpu",version="%d"}'
         assert [await run.metric(label % version) for version in (2, 4)] == [0, 1]

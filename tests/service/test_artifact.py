@@ -211,7 +211,7 @@ def test_a_missing_array_or_file_is_named(tmp_path: Path) -> None:
 
 
 def test_versions_are_plain_positive_integers_in_numeric_order(tmp_path: Path) -> None:
-    for name in ("10", "9", "1", "0", "02", "-3", "1.5", ".4-writing", "latest", "٣", "²"):
+    for name in ("10", "9", "1", "0", "02", "-3", "1.5", ".4-writing", "latest", "٣", "²", "1" * 19):
         (tmp_path / name).mkdir()
     (tmp_path / "7").write_text("a file")
     assert [version.number for version in list_versions(tmp_path)] == [1, 9, 10]

@@ -147,15 +147,17 @@ def test_base64_as_data_url_or_with_line_breaks() -> None:
     texts = [
         f"data:image/png;base64,{TEXT}",
         f"data:;base64,{TEXT}",
+        f"DATA:image/png;BASE64,{TEXT}",
         "\n".join(TEXT[i : i + 8] for i in range(0, 40, 8)),
     ]
-    assert parse("application/json", json.dumps({"images": texts}).encode()) == [Upload(DATA)] * 3
+    assert parse("application/json", json.dumps({"images": texts}).encode()) == [Upload(DATA)] * len(texts)
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "not base64!",
+        "HTTPS://example.org/a.png",
         TEXT[:-1],
         "====",
         "data:image/png,abc",

@@ -156,6 +156,7 @@ RAW_ERRORS = [
     ("", IMAGE, encode(pixels(300, 300), "BMP")[:-4000], 400, "truncated_image"),
     ("", IMAGE, b"%PDF-1.7", 415, "unsupported_format"),
     ("", {"content-type": "text/plain"}, png(1), 415, "unsupported_media_type"),
+    ("", IMAGE | {"content-encoding": "gzip"}, png(1), 415, "unsupported_encoding"),
     ("", IMAGE, png_announcing(1001, 1000), 413, "too_many_pixels"),
     ("", IMAGE, bytes(600_000), 413, "body_too_large"),
     ("", {"content-type": "application/json"}, b"{", 400, "invalid_json"),

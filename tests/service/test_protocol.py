@@ -89,13 +89,14 @@ async def test_what_is_no_http_gets_the_shape_of_all_errors(tmp_path: Path) -> N
         writer.write(b"\x16\x03\x01 I speak TLS\r\n\r\n")
         status, headers, body = await read_answer(reader)
         assert (status, error_of(body), headers["connection"]) == (400, "bad_request", "close")
+        assert json.loads(body)["error"]["request_id"] == headers["x-request-id"]
         assert await ended(reader)
 
 
 async def test_a_body_that_trickles_is_cut_off_however_steadily(tmp_path: Path) -> None:
     async with running(tmp_path, body_timeout_s=0.2) as run:
         reader, writer = await run.connect()
-        writer.write(request_head(10_000))
+        writer.write(request_head(10_000, "X-Request-Id: mine"))
 
         async def trickle() -> None:
             while True:
@@ -106,9 +107,13 @@ async def test_a_body_that_trickles_is_cut_off_however_steadily(tmp_path: Path) 
         status, headers, body = await read_answer(reader)
         task.cancel()
         assert (status, error_of(body), headers["connection"]) == (408, "body_timeout", "close")
+        assert headers["x-request-id"] == "mine"
         await run.until(lambda: run.in_flight == 0)
         assert run.service.house.bytes == 0
         assert run.engine.batches == []
+        assert await run.metric('perceiver_requests_total{code="408",route="/predict"}') == 1
+        assert await run.metric('perceiver_rejections_total{reason="body_timeout"}') == 1
+        assert await run.metric('perceiver_rejections_total{reason="client_disconnected"}') == 0
 
 
 async def test_the_timeouts_do_not_limit_the_answer(tmp_path: Path) -> None:

@@ -119,6 +119,15 @@ def test_a_device_is_tried_by_memory_and_by_a_kernel(
     assert bool(tries) == (allocation is None)
 
 
+def test_a_file_that_may_not_be_read_is_told_in_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path, mode: str) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(EngineError, match=r"model\.onnx: can't be read: permission denied"):
+        open_session(folder / "model.onnx", SessionSpec("cpu"))
+
+
 def test_a_silent_fallback_of_onnxruntime_is_found_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """onnxruntime warns and takes the CPU where CUDA's libraries are missing; whoever asked for CUDA must know."""
     real = session_module.ort.InferenceSession

@@ -109,6 +109,7 @@ def test_every_number_has_its_bounds_in_its_description() -> None:
         (["--max-request-pixels", "9"], "max_pixels must not exceed max_request_pixels"),
         (["--tls-cert", "/nowhere.pem"], "tls_cert and tls_key go together"),
         (["--tls-cert", "/nowhere.pem", "--tls-key", "/nowhere.key"], "tls_cert: there is no file /nowhere.pem"),
+        (["--admin-key-file", "/dev/null"], "admin_key_file: there is no file /dev/null"),
         (["--api-keys-file", "/nowhere"], "api_keys_file: there is no file /nowhere"),
         (["--prot", "1"], "--prot is not a flag; did you mean --port?"),
         (["--xyzzy"], "--xyzzy is not a flag; --help lists all."),
@@ -175,6 +176,25 @@ def test_a_key_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "keys").write_bytes(b"\xff\xfe\xfd")
     (problem,) = problems("--api-keys-file", str(tmp_path / "keys"))
     assert "can't be read as text" in problem
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"# later\n", "holds no key, so reloading over HTTP would be off"),
+        (b"\xff\xfe", "can't be read as text"),
+        (b"two words", "is not printable ASCII without spaces"),
+    ],
+)
+def test_an_admin_key_file_without_a_key_is_told_at_the_start(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "key").write_bytes(content)
+    (problem,) = problems("--admin-key-file", str(tmp_path / "key"))
+    assert said in problem
+
+
+def test_a_key_may_hold_what_begins_a_comment_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("# ours\ntr#sJ9kQ2\nother # of the proxy\n  #none\n")
+    assert Settings(api_keys_file=tmp_path / "keys").client_keys() == ("tr#sJ9kQ2", "other")
 
 
 def test_settings_do_not_change() -> None:

@@ -7,7 +7,7 @@ import pytest
 from service import versions as versions_module
 from service.engine import EngineError
 from service.models import EngineOptions
-from service.versions import open_engines, without_folders
+from service.versions import open_engines, scan, without_folders
 from tests.fakes import FakeEngine, make_model_folder
 
 
@@ -93,3 +93,12 @@ def test_nor_where_the_model_folder_is_a_relative_path_or_a_link(
     monkeypatch.chdir(tmp_path)
     for folder in (tmp_path / "link", tmp_path / "real", Path("link")):
         assert without_folders(f"{folder}/2/x: no; {tmp_path}/real/2/y: no", Path("link")) == "2/x: no; 2/y: no"
+
+
+def test_rights_that_are_put_right_are_a_change(tmp_path: Path) -> None:
+    """A version that could not be read is tried again; chmod leaves size and time of a file as they were."""
+    model = make_model_folder(tmp_path) / "model.onnx"
+    before = scan(tmp_path)
+    assert scan(tmp_path) == before
+    model.chmod(0o600)
+    assert scan(tmp_path) != before

@@ -113,7 +113,7 @@ def assert_finishes_as(run: Path, whole: Path) -> None:
     assert reports[0]["test"] == reports[1]["test"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_after_the_step(
     tmp_path: Path,
     pictures: Path,

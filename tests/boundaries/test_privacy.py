@@ -1,0 +1,47 @@
+"""Nobody is told how the service is used: onnxruntime's builds tell their maker unless they are asked not to."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fakes import make_model_folder
+
+ROOT = Path(__file__).parents[2]
+RUN = """
+import sys
+from pathlib import Path
+import {first}
+from service.engine import OnnxEngine
+OnnxEngine(Path(sys.argv[1]), provider="cpu")
+"""
+
+
+def traces(tmp_path: Path, first: str, **environment: str) -> list[str]:
+    """What a process that opens a model leaves in a new home: a number for the machine, and what is to be sent."""
+    home = tmp_path / "home"
+    home.mkdir()
+    clean = {
+        name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
+    }
+    subprocess.run(
+        [sys.executable, "-c", RUN.format(first=first), str(make_model_folder(tmp_path) / "model.onnx")],
+        env=clean | {"HOME": str(home)} | environment,
+        cwd=ROOT,
+        check=True,
+        timeout=100,
+    )
+    return [str(path) for path in home.rglob("*") if "onnxruntime" in path.name]
+
+
+@pytest.mark.parametrize("first", ["service", "export.to_onnx"])
+def test_onnxruntime_keeps_no_record_for_its_maker(tmp_path: Path, first: str) -> None:
+    assert traces(tmp_path, first) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks where it is kept on Linux")
+def test_who_wants_it_can_have_it(tmp_path: Path) -> None:
+    """So the test above could fail."""
+    assert traces(tmp_path, "service", ORT_DISABLE_TELEMETRY="0")
