@@ -6,6 +6,7 @@ signals reach the training.
 """
 
 import os
+import shlex
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +37,13 @@ def main(arguments: list[str]) -> int:
         return refuse(folder)
     where = "--resume" if (run / "last.safetensors").exists() else "--out"
     # Stopped with a checkpoint counts as a failure here: nothing half-trained is served.
-    return train([where, str(run), *arguments]) or export([str(run), "--out", str(folder)])
+    if status := train([where, str(run), *arguments]):
+        return status
+    command = ["-m", "export", str(run), "--out", str(folder)]
+    if status := export(command[2:]):
+        words = shlex.join(["docker", "compose", "--profile", "training", "run", "--rm", "--entrypoint", "python"])
+        print(f"the run is kept; export it alone by: {words} training {shlex.join(command)}", file=sys.stderr)
+    return status
 
 
 def train(arguments: list[str]) -> int:

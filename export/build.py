@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -241,24 +242,24 @@ def fill(folder: Path, source: Source, exported: Exported) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
+def newest_labels(folder: Path) -> tuple[str, ...] | None:
+    """Return the labels of the newest version that can be read, None where there is none."""
+    for newest in reversed(list_versions(folder)):
+        with suppress(ArtifactError, EngineError):
+            return read_metadata(newest.path / MODEL_FILE).labels
+    return None
+
+
 def check_classes(options: Options, labels: tuple[str, ...]) -> None:
     """Refuse a model of other classes than the folder's newest version: the service would serve it seconds later.
 
     Raises:
         ExportError: says how to do it all the same.
     """
-    versions = list_versions(options.out)
-    if not versions or options.other_classes:
-        return
-    newest = versions[-1]
-    try:
-        served = read_metadata(newest.path / MODEL_FILE).labels
-    except (ArtifactError, EngineError):
-        return  # nobody serves that one
-    if served != labels:
+    served = None if options.other_classes else newest_labels(options.out)
+    if served not in (None, labels):
         raise ExportError(
-            f"{options.out}: version {newest.number} has {len(served)} other classes ({', '.join(served[:3])} ...) "
-            f"than this model, which has {len(labels)} ({', '.join(labels[:3])} ...) and would be served in its place; "
+            f"{options.out}: its newest version has not the classes of this model, which would be served in its place; "
             "name another --out, or say --other-classes."
         )
 

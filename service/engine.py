@@ -181,7 +181,9 @@ class OnnxEngine:
                 if not is_out_of_memory(error):
                     raise self._failed(images, error) from error
                 if warm:
-                    logger.warning("%s: no memory for batches of %d of their own; they are padded", self.path, cold[0])
+                    logger.warning(
+                        "%s: no memory for batches of %d alone; the next size takes them", self.path, cold[0]
+                    )
                     runner.drop(cold[0])
                 else:
                     self._lower_ceiling(runner, images, error)
@@ -306,7 +308,7 @@ def _parts(engine: Engine, n: int) -> Iterator[slice]:
         yield slice(begin, end)
         begin = end
     if engine.provider != "cpu":
-        yield from (slice(size) for size in default_buckets(min(n, engine.max_batch_size)))
+        yield from (slice(size) for size in reversed(default_buckets(n)) if size <= engine.max_batch_size)
 
 
 class GoldenMismatchError(EngineError):

@@ -157,7 +157,7 @@ class ModelStore:
         known = self._seen
         self._seen = {
             version.number: known[version.number]
-            if version.number in known and known[version.number].fingerprint == fingerprint
+            if version.number in known and known[version.number].is_like(fingerprint)
             else Seen(version, fingerprint)
             for version, fingerprint in found
         }

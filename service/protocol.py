@@ -322,7 +322,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def _set_due(self) -> None:
         """Give the client its time for what it has to do next. Called where that changes, not at each byte."""
         settings, cycle = self.service.settings, self.cycle
-        if self.transport.is_closing() or self.flow.write_paused:
+        if isinstance(cycle, Cycle) and cycle.is_late:
+            seconds = LINGER_SECONDS
+        elif self.transport.is_closing() or self.flow.write_paused:
             seconds = settings.write_timeout_s
         elif self._is_working():
             seconds = math.inf

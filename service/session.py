@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import functools
 import io
 import logging
 from collections.abc import Sequence
@@ -122,8 +121,12 @@ def why_no_cuda(device_id: int = 0) -> str | None:
     return _why_device_fails(device_id)
 
 
-@functools.cache  # it neither changes while a process lives, nor may it be tried while a graph is captured
+_working_devices: set[int] = set()  # they are not tried again, least of all while a graph is captured
+
+
 def _why_device_fails(device_id: int) -> str | None:
+    if device_id in _working_devices:
+        return None
     complaints = preload_cuda_libraries()
     try:
         # Allocating one byte loads the provider with all its libraries and touches the device. A kernel runs only where
@@ -134,6 +137,7 @@ def _why_device_fails(device_id: int) -> str | None:
     except Exception as error:  # onnxruntime's exceptions share no base of their own
         logger.warning("an NVIDIA driver is there, but CUDA does not work: %s %s", error, complaints)
         return f"CUDA device {device_id} can't be used: {error} {complaints}".strip()
+    _working_devices.add(device_id)
     return None
 
 

@@ -55,7 +55,7 @@ def run_alone(server: Server, sockets: list[socket.socket]) -> int:
         return 130
     except OSError as error:  # another service was bound at the same time, and listened first
         return can_not_listen(server.service.settings, error)
-    return 1 if server.failed else 0
+    return 1 if server.failed or server.force_exit else 0
 
 
 def can_not_listen(settings: Settings, error: OSError | UnicodeError) -> int:

@@ -28,7 +28,7 @@ from service.worker import beside
 logger = logging.getLogger(__name__)
 
 SERVED_FILES = frozenset({*MODEL_FILES.values(), GOLDEN_FILE})
-# Name, size and time of change (ns) of each of these: one must differ before a version is looked at anew.
+# Name, size, and times of change of content and of status (ns) of each of these; see `Seen.is_like`.
 Fingerprint = tuple[tuple[str, int, int, int], ...]
 
 # A folder or more and a name; what ends it also separates words in the messages of libraries.
@@ -128,6 +128,15 @@ class Seen:
     reason: str = ""
     metadata: ModelMetadata | None = None
 
+    def is_like(self, fingerprint: Fingerprint) -> bool:
+        """Tell whether the folder is as it was when last looked at.
+
+        The status of a file (rights, owner, links) counts where the version was refused, since it may be why.
+        """
+        if self.reason:
+            return fingerprint == self.fingerprint
+        return [file[:3] for file in fingerprint] == [file[:3] for file in self.fingerprint]
+
     def status(self) -> VersionStatus:
         """Say it in the words of `GET /models`."""
         state: Literal["live", "available", "refused"]
@@ -165,7 +174,6 @@ def _fingerprint(folder: Path) -> Fingerprint:
         for file in folder.iterdir():
             if file.name in SERVED_FILES:
                 status = file.stat()
-                # ctime, since rights may have been put right
                 files.append((file.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     return tuple(sorted(files))
 

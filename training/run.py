@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import math
+import os
 import shlex
 import signal
 import sys
@@ -55,6 +56,9 @@ def execute(args: argparse.Namespace, preset: Preset | None) -> int:
     status = FAILED
     try:
         status = start_or_complain(args, preset, world)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+        raise
     finally:
         leave(world, None if status in (DONE, STOPPED) else status)
     return status
@@ -186,10 +190,11 @@ def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterat
             f"preset's {preset.train.batch_size}, so that an epoch has more steps (--batch-size decides otherwise)."
         )
     if data_set.passed_over:
-        suffixes = Counter(file.suffix or file.name for file in data_set.passed_over)
+        suffixes = Counter(printable(file.suffix or file.name) for file in data_set.passed_over)
         shown = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))
+        first = printable(data_set.passed_over[0])
         yield (
-            f"{len(data_set.passed_over)} files are passed over ({shown}), the first is {data_set.passed_over[0]}: "
+            f"{len(data_set.passed_over)} files are passed over ({shown}), the first is {first}: "
             f"pictures lie in their class's own folder and end with {' '.join(sorted(SUFFIXES))}."
         )
     seen = set(data_set.val.labels.tolist())
@@ -197,6 +202,11 @@ def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterat
     if unseen:
         shown = ", ".join(unseen[:5]) + (f" and {len(unseen) - 5} more" if len(unseen) > 5 else "")
         yield f"no validation picture of {shown}: no figure tells how well that is known; a class needs two pictures."
+
+
+def printable(path: Path | str) -> str:
+    """A path as text that any terminal takes, whatever bytes it is made of."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def refuse_existing(folder: Path | None, world: World) -> None:
@@ -247,8 +257,8 @@ def resumed(args: argparse.Namespace) -> tuple[RunConfig, DataSet]:
         )
     if run.pictures_sha256 not in (None, data_set.digest()):
         raise DataError(
-            f"the data now has other pictures than when {args.resume} began; restore them, or start a new run "
-            f"with --init {args.resume}."
+            f"the data now has other pictures than when {args.resume} began (or another Pillow decodes them "
+            f"otherwise): restore it, or start a new run with --init {args.resume}."
         )
     return run, data_set
 
@@ -271,8 +281,15 @@ def stop_by_signal(trainer: Trainer) -> Iterator[None]:
     ``torchrun`` passes on a Ctrl-C that its processes get as well, so there every one counts as the first.
     """
 
-    def request_stop(_signum: int, _frame: FrameType | None) -> None:
+    terminals = [stream.fileno() for stream in (sys.stdout, sys.stderr) if stream.isatty()]
+
+    def request_stop(signum: int, _frame: FrameType | None) -> None:
         trainer.stop_requested = True
+        if signum == getattr(signal, "SIGHUP", None):  # the terminal is gone, and writing to it would fail
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for terminal in terminals:
+                os.dup2(nowhere, terminal)
+            os.close(nowhere)
         if trainer.world.size == 1:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

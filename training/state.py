@@ -117,8 +117,12 @@ class TrainState:
         model = checkpoint.prefixed("model", self.evaluated.state_dict())
         return model | checkpoint.prefixed("preprocess", self.preprocess.state_dict())
 
-    def load_last(self, path: Path) -> None:
+    def load_last(self, path: Path, pictures: int) -> None:
         """Go back to what `save_last` wrote.
+
+        Args:
+            path: of the checkpoint.
+            pictures: how many there are to train on now.
 
         Raises:
             CheckpointError: it can't be read, or is not this run's.
@@ -131,6 +135,13 @@ class TrainState:
             )
         if "optimizers" not in header.state:
             raise CheckpointError(f"{path}: holds weights alone (as best does); to begin with them, use --init.")
+        # Older runs tell the number of their pictures alone.
+        began = header.state.get("pictures", pictures)
+        if self.run.pictures_sha256 is None and began != pictures:
+            raise CheckpointError(
+                f"{path}: the run began with {began} training pictures, and now there are {pictures}; "
+                "restore the data, or start a new run."
+            )
         self._load_weights(tensors, path)
         for i, (optimizer, scalars) in enumerate(zip(self.optimizers, header.state["optimizers"], strict=True)):
             checkpoint.unpack_optimizer(optimizer, checkpoint.under(f"optimizer.{i}", tensors), scalars)

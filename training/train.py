@@ -251,7 +251,7 @@ class Trainer:
         Raises:
             CheckpointError: there is none, or it is not this run's.
         """
-        self.state.load_last(self.folder / "last.safetensors")
+        self.state.load_last(self.folder / "last.safetensors", len(self.train_split))
 
     def begin_with(self, path: Path) -> None:
         """Take another run's weights before the first step; see `training.transfer.begin_with`."""

@@ -141,6 +141,12 @@ def test_own_pictures_want_a_folder_of_their_own(
     assert training.calls[1] == ["export", "runs/night", "--out", str(tmp_path / "models" / "mine")]
 
 
+def test_what_could_not_be_exported_is_told_how_to_be(training, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(training, "export", lambda arguments: 2)
+    assert training.main([]) == 2
+    assert "--entrypoint python training -m export runs/night --out " in capsys.readouterr().err
+
+
 def test_stopped_training_is_not_exported(training, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(training, "status", 3)
     assert training.main([]) == 3

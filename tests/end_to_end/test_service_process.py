@@ -3,9 +3,11 @@
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -215,11 +217,12 @@ def test_a_port_in_use(tmp_path: Path) -> None:
 def test_https(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     certificate, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    impatient = ("--header-timeout-s", "1", "--body-timeout-s", "0.5")
     making = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
     subprocess.run([*making, "-out", certificate, "-keyout", key], check=True, capture_output=True)
     with (
         started(
-            tmp_path, *on_model(tmp_path / "m", "--tls-cert", certificate, "--tls-key", key, "--header-timeout-s", "1")
+            tmp_path, *on_model(tmp_path / "m", "--tls-cert", certificate, "--tls-key", key, *impatient)
         ) as process,
         process.ready() as client,
     ):
@@ -227,6 +230,14 @@ def test_https(tmp_path: Path) -> None:
         assert post(client).status_code == 200
         with socket.create_connection(("127.0.0.1", client.base_url.port or 0), timeout=30) as silent:
             assert silent.recv(1) == b""  # the loop alone would have waited for its handshake for a minute
+        with socket.create_connection(("127.0.0.1", client.base_url.port or 0), timeout=15) as tcp:
+            late = ssl._create_unverified_context().wrap_socket(tcp.dup(), server_hostname="localhost")
+            late.sendall(request_head(1000) + b"abc")
+            assert late.recv(100).startswith(b"HTTP/1.1 408")
+            with suppress(ConnectionResetError):  # it need not wait for long until the client has said goodbye
+                while tcp.recv(1000):
+                    pass
+            late.close()
         assert post(client).status_code == 200
         process.signal()
         assert process.exit_status() == 0

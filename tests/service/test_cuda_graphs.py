@@ -95,7 +95,7 @@ def test_a_small_batch_without_memory_for_its_graph_is_padded_to_one_that_has_it
     engine.warm_up()
     assert fake.opened == [True]
     assert engine.max_batch_size == 8
-    assert "no memory for batches of 2 of their own; they are padded" in caplog.text
+    assert "no memory for batches of 2 alone; the next size takes them" in caplog.text
     fake.runs.clear()
     for n in (8, 3, 2, 1):
         images = tiny_images(n)

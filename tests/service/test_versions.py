@@ -7,7 +7,7 @@ import pytest
 from service import versions as versions_module
 from service.engine import EngineError
 from service.models import EngineOptions
-from service.versions import open_engines, scan, without_folders
+from service.versions import Seen, open_engines, scan, without_folders
 from tests.fakes import FakeEngine, make_model_folder
 
 
@@ -95,10 +95,14 @@ def test_nor_where_the_model_folder_is_a_relative_path_or_a_link(
         assert without_folders(f"{folder}/2/x: no; {tmp_path}/real/2/y: no", Path("link")) == "2/x: no; 2/y: no"
 
 
-def test_rights_that_are_put_right_are_a_change(tmp_path: Path) -> None:
-    """A version that could not be read is tried again; chmod leaves size and time of a file as they were."""
+def test_rights_that_are_put_right_are_a_change_of_what_was_refused_alone(tmp_path: Path) -> None:
+    """It is tried again; what serves is not loaded anew for a chmod, or for the hard link of a backup."""
     model = make_model_folder(tmp_path) / "model.onnx"
-    before = scan(tmp_path)
-    assert scan(tmp_path) == before
+    ((version, before),) = scan(tmp_path)
     model.chmod(0o600)
-    assert scan(tmp_path) != before
+    ((_, after),) = scan(tmp_path)
+    assert not Seen(version, before, reason="can't be read").is_like(after)
+    assert Seen(version, before, serving=True).is_like(after)
+    model.write_bytes(b"junk")
+    ((_, changed),) = scan(tmp_path)
+    assert not Seen(version, before, serving=True).is_like(changed)

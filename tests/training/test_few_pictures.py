@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def test_the_batch_of_few_pictures(batch_size: int, pictures: int, processes: in
 def test_few_pictures_are_told_and_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # A class of two pictures, and one of one, which cannot be validated; warm-up as long as the run.
     data = write_folder(tmp_path / "data", {"ant": 6, "bee": 2, "cow": 1})
-    for name in ("a.heic", "b.heic", "c.txt"):
+    for name in ("a.heic", "b.heic", os.fsdecode(b"c\xe9.txt")):
         (data / "ant" / name).write_text("")
     flags = [*FLAGS, "--epochs=1", "--threads=1", "--device=cpu", "--data", str(data)]
     assert main([*flags, "--out", str(tmp_path / "run")]) == 0

@@ -281,6 +281,16 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> Non
         other.resume()
 
 
+def test_an_older_run_knows_its_pictures_by_their_number(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path / "run", run_config())
+    trainer.fit(max_steps=1)
+    last = tmp_path / "run" / "last.safetensors"
+    tensors, header = checkpoint.load(last)
+    checkpoint.save(last, tensors, header.model_copy(update={"state": header.state | {"pictures": 41}}))
+    with pytest.raises(CheckpointError, match="began with 41 training pictures, and now there are 40"):
+        trainer_in(tmp_path / "run", run_config()).resume()
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_presets_recipe_trains(name: str, tmp_path: Path, without_curves: None) -> None:
     changes = {"epochs": 2, "batch_size": 8, "compile": False, "crop_padding": min(PRESETS[name].train.crop_padding, 7)}
