@@ -39,10 +39,10 @@ def main(arguments: list[str]) -> int:
     # Stopped with a checkpoint counts as a failure here: nothing half-trained is served.
     if status := train([where, str(run), *arguments]):
         return status
-    command = ["-m", "export", str(run), "--out", str(folder)]
-    if status := export(command[2:]):
-        words = shlex.join(["docker", "compose", "--profile", "training", "run", "--rm", "--entrypoint", "python"])
-        print(f"the run is kept; export it alone by: {words} training {shlex.join(command)}", file=sys.stderr)
+    exporting = [str(run), "--out", str(folder)]
+    if status := export(exporting):
+        in_container = "docker compose --profile training run --rm --entrypoint python training"
+        print(f"the run is kept; export it alone by: {in_container} -m export {shlex.join(exporting)}", file=sys.stderr)
     return status
 
 

@@ -308,7 +308,7 @@ def _parts(engine: Engine, n: int) -> Iterator[slice]:
         yield slice(begin, end)
         begin = end
     if engine.provider != "cpu":
-        yield from (slice(size) for size in reversed(default_buckets(n)) if size <= engine.max_batch_size)
+        yield from (slice(size) for size in reversed(default_buckets(n)) if size < min(n, engine.max_batch_size))
 
 
 class GoldenMismatchError(EngineError):

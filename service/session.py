@@ -107,6 +107,9 @@ def resolve_provider(choice: ProviderChoice, device_id: int = 0) -> Provider:
     return choice
 
 
+_working_devices: set[int] = set()  # they are not tried again, least of all while a graph is captured
+
+
 def why_no_cuda(device_id: int = 0) -> str | None:
     """Say why CUDA can't be used, or None where it can: package, driver, libraries and device are all really tried.
 
@@ -118,13 +121,6 @@ def why_no_cuda(device_id: int = 0) -> str | None:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
         return "there is no NVIDIA driver (libcuda.so.1)"
-    return _why_device_fails(device_id)
-
-
-_working_devices: set[int] = set()  # they are not tried again, least of all while a graph is captured
-
-
-def _why_device_fails(device_id: int) -> str | None:
     if device_id in _working_devices:
         return None
     complaints = preload_cuda_libraries()
