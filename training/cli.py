@@ -159,11 +159,17 @@ def choose_preset(args: argparse.Namespace) -> Preset | None:
         raise ValueError(f"--preset {name}: there is no such preset; there are {', '.join(PRESETS)}.")
     preset = PRESETS[name]
     try:
-        return Preset(model=_changed(preset.model, changes), train=_changed(preset.train, changes))
+        chosen = Preset(model=_changed(preset.model, changes), train=_changed(preset.train, changes))
     except ValidationError as error:
         first = error.errors()[0]
         flag = "".join(f"{_flag(str(part))} {first['input']}: " for part in first["loc"])
         raise ValueError(flag + first["msg"].removeprefix("Value error, ") + ".") from error
+    if chosen.train.distillation and args.init is None:
+        raise ValueError(
+            f"--distillation {chosen.train.distillation} takes its targets from the model that the run begins with: "
+            "name one with --init."
+        )
+    return chosen
 
 
 def _refuse(given: list[str]) -> None:

@@ -154,6 +154,15 @@ class TrainConfig(BaseModel):
     mixup: float = Field(0.0, ge=0, description="alpha of mixup's Beta distribution; 0: off")
     cutmix: float = Field(0.0, ge=0, description="alpha of CutMix's Beta distribution; 0: off")
     mix_probability: float = Field(0.5, ge=0, le=1, description="share of the batches that mixup or CutMix changes")
+    distillation: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the targets that the model of --init answers (knowledge distillation); 0: off",
+    )
+    distillation_temperature: float = Field(
+        2.0, gt=0, description="what divides both logits where the answers are compared"
+    )
     ema_decay: float = Field(0.0, ge=0, lt=1, description="decay of the weight average that is evaluated; 0: off")
     best_by: Literal["top1", "loss"] = Field(
         "top1", description="validation figure that chooses the best checkpoint; of equal top1 the lower loss"

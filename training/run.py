@@ -24,6 +24,7 @@ from training.checkpoint import CheckpointError, RunConfig
 from training.cli import DEFAULT_PRESET
 from training.config import Preset
 from training.dataset import DataError, DataSet
+from training.distillation import check_teacher
 from training.distributed import PeerFailed, World, join, leave
 from training.model import count_parameters
 from training.pictures import SUFFIXES
@@ -162,6 +163,7 @@ def prepare(args: argparse.Namespace, preset: Preset | None, world: World) -> tu
             pictures_sha256=data_set.digest(),
             init=init,
         )
+        check_teacher(run)
     return run, data_set, folder
 
 

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from training import checkpoint
 from training.checkpoint import CheckpointError, RunConfig
+from training.distillation import Teacher
 from training.evaluate import Metrics
 from training.model import Perceiver
 from training.optim import Plateau, make_optimizers
@@ -37,6 +38,7 @@ class TrainState:
         optimizers: of the model.
         average: moving average of the weights, None where none is kept.
         loss_sum: float32 [], loss summed over the current epoch's steps.
+        teacher: the model that the run began with, None where it is not asked.
         plateau: what the validation losses have led to.
         epoch: finished epochs.
         step: finished steps.
@@ -51,6 +53,7 @@ class TrainState:
     optimizers: list[Optimizer]
     average: AveragedModel | None
     loss_sum: Tensor
+    teacher: Teacher | None = None
     plateau: Plateau = field(default_factory=Plateau)
     epoch: int = 0
     step: int = 0
@@ -101,6 +104,8 @@ class TrainState:
         if self.average is not None:
             tensors |= checkpoint.prefixed("raw", self.model.state_dict())
             tensors["average.n"] = self.average.n_averaged
+        if self.teacher is not None:
+            tensors |= checkpoint.prefixed("teacher", self.teacher.state_dict())
         packed = [checkpoint.pack_optimizer(optimizer) for optimizer in self.optimizers]
         for i, (moments, _) in enumerate(packed):
             tensors |= checkpoint.prefixed(f"optimizer.{i}", moments)
@@ -160,6 +165,8 @@ class TrainState:
             self.average.n_averaged.copy_(tensors["average.n"])
             weights = checkpoint.under("raw", tensors)
         checkpoint.load_into(self.model, weights, path)
+        if self.teacher is not None:
+            checkpoint.load_into(self.teacher, checkpoint.under("teacher", tensors), path)
 
 
 def initial_state(run: RunConfig, train: Tensor, val: Tensor, device: torch.device) -> TrainState:
@@ -178,6 +185,7 @@ def initial_state(run: RunConfig, train: Tensor, val: Tensor, device: torch.devi
     # As the Keras example does, which adapts to all 50,000 pictures before it holds the last tenth out.
     preprocess.fit(train, val)
     model.to(device)
+    teacher = Teacher(run.init).to(device) if run.init is not None and run.train.distillation else None
     return TrainState(
         run=run,
         model=model,
@@ -185,4 +193,5 @@ def initial_state(run: RunConfig, train: Tensor, val: Tensor, device: torch.devi
         optimizers=make_optimizers(model, run.train),
         average=AveragedModel(model) if run.train.ema_decay else None,
         loss_sum=torch.zeros((), device=device),
+        teacher=teacher,
     )

@@ -24,6 +24,7 @@ from training import augment
 from training.checkpoint import RunConfig
 from training.config import TrainConfig
 from training.dataset import DataSet
+from training.distillation import Teacher, distilled
 from training.distributed import World
 from training.evaluate import Metrics, measure, predict_logits
 from training.figures import Report
@@ -51,26 +52,35 @@ def epoch_order(seed: int, epoch: int, count: int, batch_size: int) -> Tensor:
 
 
 class TrainStep(nn.Module):
-    """Pictures to loss: augment, preprocess, mix, forward, cross-entropy. What ``torch.compile`` compiles."""
+    """Pictures to loss: augment, preprocess, mix, forward, cross-entropy. What ``torch.compile`` compiles.
 
-    def __init__(self, model: nn.Module, preprocess: Preprocess, config: TrainConfig) -> None:
+    A teacher sees the same pixels: augmented, mixed and all (Beyer et al. 2022, section 3.1, "function matching").
+    """
+
+    def __init__(self, model: nn.Module, preprocess: Preprocess, config: TrainConfig, teacher: Teacher | None) -> None:
         super().__init__()
         self.model = model
         self.preprocess = preprocess
         self.config = config
+        self.teacher = teacher
 
     def forward(self, images: Tensor, labels: Tensor, draws: augment.Draws, weight: Tensor | None) -> Tensor:
         """uint8 [B, H, W, 3], int64 [B], what was drawn -> mean loss, float32 []."""
         images = augment.flip_and_shift(images, draws)
         if self.config.trivial_augment:
             images = trivial_augment(images, draws.operation, draws.strength)
-        pixels = self.preprocess(images)
+        logits = self.model(self._pixels(self.preprocess, images, draws, weight)).float()
+        loss = augment.mixed_cross_entropy(logits, labels, weight, self.config.label_smoothing)
+        if self.teacher is None:
+            return loss
+        teacher = self.teacher(self._pixels(self.teacher.preprocess, images, draws, weight))
+        return distilled(loss, logits, teacher, self.config.distillation, self.config.distillation_temperature)
+
+    def _pixels(self, preprocess: Preprocess, images: Tensor, draws: augment.Draws, weight: Tensor | None) -> Tensor:
+        pixels: Tensor = preprocess(images)
         if self.config.zoom:
             pixels = augment.zoom(pixels, draws)
-        if weight is not None:
-            pixels = augment.mix(pixels, weight)
-        logits = self.model(pixels).float()
-        return augment.mixed_cross_entropy(logits, labels, weight, self.config.label_smoothing)
+        return pixels if weight is None else augment.mix(pixels, weight)
 
 
 class Trainer:
@@ -107,7 +117,7 @@ class Trainer:
         if self.world.size > 1:
             devices = [self.world.device] if self.world.device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=devices)
-        step = TrainStep(model, self.state.preprocess, self.config)
+        step = TrainStep(model, self.state.preprocess, self.config, self.state.teacher)
         return torch.compile(step) if self.config.compile else step
 
     @property
@@ -256,6 +266,8 @@ class Trainer:
     def begin_with(self, path: Path) -> None:
         """Take another run's weights before the first step; see `training.transfer.begin_with`."""
         begin_with(self.state.model, self.run, path)
+        if self.state.teacher is not None:
+            self.state.teacher.take(path)
 
     def fit(self, deadline: float | None = None, max_steps: int | None = None) -> bool:
         """Train until done or told to stop; writes ``last`` either way.

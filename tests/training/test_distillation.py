@@ -1,0 +1,173 @@
+"""Distillation: the paper's loss, a teacher that stays as it was, and runs that stop and go on with it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.training.commands import RECIPE
+from tests.training.tiny import ALONE, DROPOUT, data_set, run_config
+from training import checkpoint
+from training.__main__ import main
+from training.checkpoint import CheckpointError, RunConfig
+from training.distillation import Teacher, check_teacher, distilled
+from training.train import Trainer
+from training.transfer import origin_of
+
+pytestmark = pytest.mark.usefixtures("without_curves")
+
+# With all that changes the pixels, and all that a teacher must not do though its run did: drop out.
+MIXED = {"zoom": 0.2, "crop_padding": 1, "mixup": 0.4, "cutmix": 1.0, "trivial_augment": 1.0, "label_smoothing": 0.1}
+
+
+def taught(folder: Path, **train: object) -> tuple[RunConfig, Path]:
+    """A run that begins with one that has trained for an epoch and learns from it, and the latter's checkpoint."""
+    first = Trainer(run_config(DROPOUT, epochs=1), data_set(), folder, ALONE)
+    first.fit()
+    path = folder / "best.safetensors"
+    run = run_config(DROPOUT, **({"distillation": 0.5} | MIXED | train))
+    return run.model_copy(update={"init": origin_of(path, run.model)}), path
+
+
+def trainer_of(run: RunConfig, folder: Path, path: Path) -> Trainer:
+    folder.mkdir()
+    trainer = Trainer(run, data_set(), folder, ALONE)
+    trainer.begin_with(path)
+    return trainer
+
+
+def divergence(theirs: Tensor, mine: Tensor) -> Tensor:
+    """Kullback-Leibler divergence in nats, by its definition."""
+    return (theirs * (theirs.log() - mine.log())).sum(dim=1).mean()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_loss_is_that_of_the_paper(share: float, temperature: float) -> None:
+    logits = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    theirs, labels = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 3, 1, 1, 2])
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    found = torch.autograd.grad(distilled(loss, logits, theirs, share, temperature), logits, retain_graph=True)[0]
+    softened = ((values / temperature).softmax(dim=1) for values in (theirs, logits))
+    expected = (1 - share) * loss + share * temperature**2 * divergence(*softened)
+    # Cross-entropy and divergence differ by the teacher's entropy, which no weight of the student's moves.
+    torch.testing.assert_close(found, torch.autograd.grad(expected, logits)[0])
+
+
+def test_who_answers_as_the_teacher_does_has_nothing_to_learn_from_it() -> None:
+    theirs = torch.randn(5, 4, dtype=torch.float64)
+    logits = theirs.clone().requires_grad_()
+    distilled(logits.sum() * 0, logits, theirs, 1.0, 2.0).backward()
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad, torch.zeros_like(theirs), rtol=0, atol=1e-12)
+
+
+def test_the_teacher_is_the_model_that_the_run_began_with_and_stays_it(tmp_path: Path) -> None:
+    run, path = taught(tmp_path)
+    trainer = trainer_of(run, tmp_path / "run", path)
+    teacher = trainer.state.teacher
+    assert teacher is not None
+    began, preprocess, _ = checkpoint.load_model(path)
+    trainer.fit()
+    for mine, theirs in ((teacher.model, began), (teacher.preprocess, preprocess)):
+        for name, tensor in theirs.state_dict().items():
+            assert torch.equal(mine.state_dict()[name], tensor), name
+    assert any(not torch.equal(a, b) for a, b in zip(trainer.state.model.parameters(), began.parameters(), strict=True))
+    # It answers as it would when it is served: no dropout.
+    images = data_set().val.images
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(teacher.preprocess(images)), began(preprocess(images)), rtol=0, atol=0)
+
+
+def test_the_teacher_sees_the_pixels_that_the_model_sees(tmp_path: Path) -> None:
+    run, path = taught(tmp_path, mix_probability=1.0)
+    trainer = trainer_of(run, tmp_path / "run", path)
+    seen: dict[str, list[Tensor]] = {"model": [], "teacher": []}
+    assert trainer.state.teacher is not None
+    for name, model in (("model", trainer.state.model), ("teacher", trainer.state.teacher.model)):
+        model.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0]))
+    for indices in torch.arange(16).view(2, 8):
+        trainer.one_step(indices)
+    assert len(seen["model"]) == 2
+    for mine, theirs in zip(seen["model"], seen["teacher"], strict=True):
+        # Both took mean and variance from the same pictures.
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+        plain = trainer.state.preprocess(trainer.train_split.images[:8])
+        assert not torch.allclose(mine, plain)
+
+
+def test_a_share_of_nothing_is_the_run_without_a_teacher(tmp_path: Path) -> None:
+    run, path = taught(tmp_path, distillation=1e-30, epochs=1)
+    without = run.model_copy(update={"train": run.train.model_copy(update={"distillation": 0.0})})
+    trainers = [trainer_of(each, tmp_path / name, path) for each, name in ((run, "with"), (without, "without"))]
+    assert trainers[1].state.teacher is None
+    for trainer in trainers:
+        trainer.fit()
+    for mine, theirs in zip(*(trainer.state.model.parameters() for trainer in trainers), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit_without_the_one_it_began_with(tmp_path: Path) -> None:
+    run, path = taught(tmp_path, precision="bfloat16", ema_decay=0.8)
+    whole = trainer_of(run, tmp_path / "whole", path)
+    whole.fit()
+    trainer_of(run, tmp_path / "stopped", path).fit(max_steps=7)
+    path.unlink()
+    resumed = Trainer(run, data_set(), tmp_path / "stopped", ALONE)
+    resumed.resume()
+    resumed.fit()
+    one, other = (checkpoint.load(trainer.folder / "last.safetensors")[0] for trainer in (whole, resumed))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def test_what_is_exported_holds_no_teacher(tmp_path: Path) -> None:
+    run, path = taught(tmp_path, epochs=1)
+    trainer = trainer_of(run, tmp_path / "run", path)
+    trainer.fit()
+    tensors, _ = checkpoint.load(trainer.folder / "best.safetensors")
+    assert not checkpoint.under("teacher", tensors)
+
+
+def test_a_teacher_of_other_classes_or_other_pixels_is_refused(tmp_path: Path) -> None:
+    run, _ = taught(tmp_path)
+    check_teacher(run)
+    with pytest.raises(CheckpointError, match=r"--distillation 0\.5 needs answers in the classes of these pictures"):
+        check_teacher(run.model_copy(update={"labels": ("ant", "bee", "dog")}))
+    larger = run.model.model_copy(update={"image_size": 16})
+    with pytest.raises(CheckpointError, match=r"it could with --image-size 8\.$"):
+        check_teacher(run.model_copy(update={"model": larger}))
+    check_teacher(run.model_copy(update={"train": run.train.model_copy(update={"distillation": 0.0}), "model": larger}))
+
+
+def test_a_teacher_of_its_own_depth_and_patches_teaches(tmp_path: Path) -> None:
+    _, path = taught(tmp_path)
+    run = run_config(DROPOUT | {"num_blocks": 2}, epochs=1, distillation=1.0, **MIXED)
+    run = run.model_copy(update={"init": origin_of(path, run.model)})
+    trainer = trainer_of(run, tmp_path / "run", path)
+    assert isinstance(trainer.state.teacher, Teacher)
+    assert len(trainer.state.teacher.model.transformers[0]) == 1
+    trainer.fit()
+
+
+# --- the command
+
+
+def test_the_command_asks_the_model_of_init_and_wants_one(
+    tmp_path: Path, whole: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    flags = [*RECIPE, "--data", str(pictures), "--out", str(run), "--distillation=0.5", "--epochs=2"]
+    assert main(flags) == 2
+    assert "--distillation 0.5 takes its targets from the model that the run begins with: name one with --init." in (
+        capsys.readouterr().err
+    )
+    assert not run.exists()
+    assert main([*flags, "--init", str(whole), "--max-steps=1"]) == 3
+    shutil.copytree(run, tmp_path / "again")
+    assert main(["--resume", str(tmp_path / "again")]) == 0

@@ -1,0 +1,80 @@
+"""Knowledge distillation: what the model that a run begins with says of a picture becomes part of the targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training import checkpoint
+from training.checkpoint import CheckpointError, Origin, RunConfig
+from training.cli import flag_with
+from training.model import Perceiver
+from training.preprocessing import Preprocess
+
+
+class Teacher(nn.Module):
+    """A model that is asked and never trained, with its own preprocessing. It begins with random weights.
+
+    Args:
+        origin: tells its architecture.
+    """
+
+    def __init__(self, origin: Origin) -> None:
+        super().__init__()
+        self.model = Perceiver(origin.run.model)
+        self.preprocess = Preprocess(origin.run.model.image_size)
+        self.requires_grad_(False).eval()
+
+    def take(self, path: Path) -> None:
+        """Take the weights of the checkpoint that `training.transfer.begin_with` has just read.
+
+        Raises:
+            CheckpointError: it can't be read.
+        """
+        tensors, _ = checkpoint.load(path)
+        checkpoint.load_into(self.model, checkpoint.under("model", tensors), path)
+        checkpoint.load_into(self.preprocess, checkpoint.under("preprocess", tensors), path)
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels that ``preprocess`` has normalised, float [B, 3, H, W] -> logits, float32 [B, K]."""
+        logits: Tensor = self.model(pixels)
+        return logits.float()
+
+
+def check_teacher(run: RunConfig) -> None:
+    """Raise CheckpointError unless the model that a run begins with can be asked about the run's pictures."""
+    if not run.train.distillation:
+        return
+    assert run.init is not None  # `training.cli` sees to it
+    theirs = run.init.run
+    if theirs.labels != run.labels:
+        raise CheckpointError(
+            f"--distillation {run.train.distillation} needs answers in the classes of these pictures, and the model of "
+            f"--init tells {len(theirs.labels)} others: begin with a model of these classes, or leave it out."
+        )
+    if theirs.model.image_size != run.model.image_size:
+        raise CheckpointError(
+            f"--distillation {run.train.distillation} shows the same pixels to the model of --init, which takes other "
+            f"sizes than this one: it could with {flag_with('image_size', theirs.model.image_size)}."
+        )
+
+
+def distilled(loss: Tensor, logits: Tensor, teacher: Tensor, share: float, temperature: float) -> Tensor:
+    """Loss of targets that are in part a teacher's answers (Hinton et al. 2015, section 2).
+
+    Args:
+        loss: of the labels, float [].
+        logits: float [B, K].
+        teacher: its logits of the same pictures, float [B, K].
+        share: of the teacher's part, 0..1.
+        temperature: divides both logits in the teacher's part, of which the square weighs the gradients up again.
+
+    Returns:
+        float []: mean over the pictures of the loss, and of the cross-entropy (nats) against the teacher's answers.
+    """
+    soft = F.cross_entropy(logits / temperature, (teacher / temperature).softmax(dim=1)) * temperature**2
+    return loss.lerp(soft, share)
