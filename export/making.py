@@ -80,6 +80,8 @@ def origin(source: Source) -> str:
             f"`{init.run.dataset}`, commit `{init.git_commit or 'unknown'}`, checkpoint's SHA-256 "
             f"`{init.checkpoint_sha256}`), which the command before the last trains."
         )
+        if share := source.run.train.distillation:
+            words += f" Of the targets {share:.0%} were that model's own answers (knowledge distillation)."
     return words
 
 

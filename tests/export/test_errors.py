@@ -206,6 +206,11 @@ def test_a_run_that_began_with_another_tells_the_way_from_the_beginning(copy: Pa
     assert "They began with the weights that epoch 9 of another run left (preset `reference` on `animals`, " in origin(
         source
     )
+    assert "distillation" not in origin(source)
+    taught = source.run.model_copy(update={"train": source.run.train.model_copy(update={"distillation": 0.3})})
+    assert origin(replace(source, run=taught)).endswith(
+        "Of the targets 30% were that model's own answers (knowledge distillation)."
+    )
     assert nothing_else(source) == "It began with weights that had been trained on `animals`."
     longer = source.run.model_copy(update={"init": init.model_copy(update={"run": source.run})})
     first, second, third = training_commands(replace(source, run=longer))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tests.training.tiny import ALONE, data_set, run_config
+from tests.training.tiny import ALONE, data_set, run_config, with_teacher
 from training.train import Trainer, epoch_order
 
 MIXED: dict[str, Any] = {"mixup": 0.4, "cutmix": 1.0, "mix_probability": 0.7, "crop_padding": 2, "zoom": 0.2}
@@ -28,20 +28,24 @@ def _fresh() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def loss_of_steps(folder: Path, model: dict[str, object], steps: int, **train: Any) -> float:
+def loss_of_steps(folder: Path, model: dict[str, object], steps: int, *, taught: bool = False, **train: Any) -> float:
     """The summed loss of the first steps of a run."""
-    trainer = Trainer(run_config(model, optimizer="adamw", epochs=20, **train), data_set(), folder, ALONE)
+    run = run_config(model, optimizer="adamw", epochs=20, **train)
+    trainer = Trainer(with_teacher(run) if taught else run, data_set(), folder, ALONE)
     for indices in epoch_order(0, 0, 40, 8).repeat(4, 1)[:steps]:
         trainer.one_step(indices)
     return trainer.state.loss_sum.item()
 
 
-def test_a_compiled_step_is_one_graph_with_the_same_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("taught", [False, True])
+def test_a_compiled_step_is_one_graph_with_the_same_loss(
+    taught: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Captures the graph, and leaves out the C++ compiler, which takes most of a minute for it.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    expected = loss_of_steps(tmp_path, {"num_iterations": 1}, 12, **MIXED)
+    expected = loss_of_steps(tmp_path, {"num_iterations": 1}, 12, taught=taught, **MIXED)
     assert not counters["stats"]
-    found = loss_of_steps(tmp_path, {"num_iterations": 1}, 12, compile=True, **MIXED)
+    found = loss_of_steps(tmp_path, {"num_iterations": 1}, 12, taught=taught, compile=True, **MIXED)
     assert found == pytest.approx(expected, rel=1e-5)
     # One with and one without a mix, whatever is drawn.
     assert counters["stats"]["unique_graphs"] == 2

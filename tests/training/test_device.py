@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.training.tiny import DROPOUT, data_set, run_config
+from tests.training.tiny import DROPOUT, data_set, run_config, with_teacher
 from training.config import PRESETS
 from training.distributed import World
 from training.train import Trainer
@@ -39,14 +39,18 @@ class OneDevice(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("preset", "optimizer"), [("reference", "lamb"), ("compact", "muon"), ("accurate", "adamw")])
+@pytest.mark.parametrize(
+    ("preset", "optimizer", "taught"),
+    [("reference", "lamb", False), ("compact", "muon", False), ("compact", "muon", True), ("accurate", "adamw", False)],
+)
 def test_a_step_keeps_to_its_device(
-    preset: str, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    preset: str, optimizer: str, taught: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # meta has none
     model = PRESETS[preset].model.model_dump(include=MODEL) | DROPOUT | {"num_blocks": 2}
     recipe = MIXED | {"trivial_augment": 0.5, "ema_decay": 0.9, "clip_norm": 1.0, "optimizer": optimizer}
-    trainer = Trainer(run_config(model, **recipe), data_set(), tmp_path, META)
+    run = run_config(model, **recipe)
+    trainer = Trainer(with_teacher(run) if taught else run, data_set(), tmp_path, META)
     trainer.state.model.train()
     with OneDevice():
         for _ in range(4):  # mixed and not

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from training.checkpoint import RunConfig
+from training.checkpoint import Origin, RunConfig
 from training.config import ModelConfig, TrainConfig
 from training.dataset import DataSet, Split
 from training.distributed import World
@@ -61,6 +61,13 @@ def run_config(model: dict[str, object] | None = None, **train: object) -> RunCo
         model=ModelConfig.model_validate(MODEL | (model or {})),
         train=TrainConfig.model_validate({"epochs": 3, "batch_size": 8} | train),
     )
+
+
+def with_teacher(run: RunConfig) -> RunConfig:
+    """The run as one that learns half of its targets from a model of its own architecture."""
+    origin = Origin(checkpoint_sha256="0" * 64, epoch=1, git_commit=None, run=run)
+    train = run.train.model_copy(update={"distillation": 0.5})
+    return run.model_copy(update={"init": origin, "train": train})
 
 
 def write_pictures(folder: Path, train: int = 24, val: int = 9, test: int = 6) -> Path:
