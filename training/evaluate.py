@@ -194,23 +194,42 @@ def most_confused(
 
 
 def fit_temperature(logits: Tensor, labels: Tensor, largest: float = 10.0) -> float:
-    """The temperature that makes ``logits / temperature`` likeliest (Guo et al. 2017, section 4.2).
+    """The temperature by which the probability of the first answer tells best how often that answer is right.
 
-    Bisection finds where the slope of the loss over the inverse temperature changes sign. Few pictures, all classified
-    right or wrong, say nothing of a temperature: so its logarithm is taken to be normal about 0, of `PRIOR_DEVIATION`,
-    beforehand. That moves the temperature of 5,000 pictures by less than a thousandth.
+    Divides the logits (Guo et al. 2017, section 4.2). Chosen is the one of lowest `top_label_loss`, not, as there, of
+    lowest cross-entropy: a network trained with label smoothing spreads probability over all classes, and what gives
+    cross-entropy that back makes its first answers too sure. Few pictures, all classified right or wrong, say nothing
+    of a temperature: so its logarithm is taken to be normal about 0, of `PRIOR_DEVIATION`, beforehand. That moves the
+    temperature of 5,000 pictures by less than a thousandth.
 
     Args:
         logits: float32 [N, K] of the validation pictures.
         labels: int64 [N].
-        largest: bound of the temperature.
+        largest: bound of the temperature; the inverse is the other.
     """
     logits = logits.double()
-    of_label = logits.gather(1, labels[:, None]).mean()
-    low, high = 1 / largest, largest
-    for _ in range(50):
-        inverse = (low + high) / 2
-        slope = ((logits * inverse).softmax(-1) * logits).sum(-1).mean() - of_label
-        slope += math.log(inverse) / (inverse * PRIOR_DEVIATION**2 * len(labels))
-        low, high = (low, inverse) if slope > 0 else (inverse, high)
-    return 2 / (low + high)
+
+    def cost(log_temperature: float) -> float:
+        prior = (log_temperature / PRIOR_DEVIATION) ** 2 / (2 * len(labels))
+        return top_label_loss(logits / math.exp(log_temperature), labels) + prior
+
+    best, bound = 0.0, math.log(largest)
+    step = bound / 25
+    while step > 1e-5:
+        # The cost is smooth and need not be convex: all of the range first, then closer around the lowest.
+        best = min((best + i * step for i in range(-25, 26) if abs(best + i * step) < bound + step / 2), key=cost)
+        step /= 20
+    return math.exp(best)
+
+
+def top_label_loss(logits: Tensor, labels: Tensor) -> float:
+    """Mean log loss, nats, of the probability of the most likely class as that of its being right.
+
+    Args:
+        logits: float64 [N, K].
+        labels: int64 [N].
+    """
+    others = logits.log_softmax(-1)
+    confidence, predicted = others.max(-1)
+    others = others.scatter(1, predicted[:, None], -math.inf).logsumexp(-1)
+    return -torch.where(predicted == labels, confidence, others).mean().item()

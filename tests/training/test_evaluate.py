@@ -19,6 +19,7 @@ from training.evaluate import (
     measure_superclasses,
     most_confused,
     predict_logits,
+    top_label_loss,
 )
 from training.model import Perceiver
 from training.preprocessing import Preprocess
@@ -81,9 +82,35 @@ def test_temperature_recovers_a_known_scale(scale: float) -> None:
     logits, labels = sampled(scale)
     temperature = fit_temperature(logits, labels)
     assert temperature == pytest.approx(scale, rel=0.03)
-    at = [measure(logits / t, labels, "val") for t in (temperature, 1.01 * temperature, temperature / 1.01)]
-    assert at[0].loss < min(at[1].loss, at[2].loss)
-    assert at[0].ece < 0.02
+    at = [top_label_loss(logits / t, labels) for t in (temperature, 1.01 * temperature, temperature / 1.01)]
+    assert at[0] < min(at[1], at[2])
+    assert measure(logits / temperature, labels, "val").ece < 0.02
+
+
+def test_the_loss_of_the_first_answer_by_hand() -> None:
+    logits = logits_of([0.6, 0.3, 0.1], [0.2, 0.5, 0.3]).double()
+    expected = -(math.log(0.6) + math.log(1 - 0.5)) / 2
+    assert top_label_loss(logits, torch.tensor([0, 2])) == pytest.approx(expected, rel=1e-6)
+    # Of a wrong answer it doesn't matter what else was thought likely, and one that is sure to the last bit costs most.
+    assert top_label_loss(logits[1:], torch.tensor([0])) == top_label_loss(logits[1:], torch.tensor([2]))
+    assert top_label_loss(torch.tensor([[0.0, 1e4]], dtype=torch.float64), torch.tensor([0])) == pytest.approx(1e4)
+
+
+def test_the_temperature_leaves_a_first_answer_alone_whose_probability_is_right() -> None:
+    true, labels = sampled(1.0)
+    p, first = true.softmax(-1).max(-1, keepdim=True)
+    # The rest is spread over the other classes, as label smoothing teaches: likelier logits would be sharper.
+    spread = ((1 - p) / 9).expand(-1, 10).scatter(1, first, p).log()
+    sure = p[:, 0] > 0.2  # where it stays the first answer
+    logits, labels = spread[sure], labels[sure]
+    assert fit_temperature(logits, labels) == pytest.approx(1.0, abs=0.03)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_temperature_has_bounds(right: bool) -> None:
+    logits = torch.eye(3).repeat(1000, 1)
+    labels = logits.argmax(1) if right else (logits.argmax(1) + 1) % 3
+    assert fit_temperature(logits, labels, largest=4) == pytest.approx(1 / 4 if right else 4, rel=0.05)
 
 
 def test_few_pictures_move_the_temperature_little() -> None:
