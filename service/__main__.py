@@ -1,17 +1,32 @@
 """python -m service: serve the model. `--help` lists every setting."""
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
-
-from service.command_line import UsageError, load_settings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 # Files, sockets and libraries beside the connections.
 SPARE_FILES = 256
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Return the exit status: 0 after a drain, 1 where the service could not start or go on, 2 for wrong settings."""
+    """Return the exit status.
+
+    0 after a drain, 1 where the service could not start or go on, 2 for wrong settings, 130 where Ctrl-C ended it at
+    once: before it listened for signals, or with a second one.
+    """
+    try:
+        return serve(arguments)
+    except KeyboardInterrupt:
+        return 130
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """Read the settings and serve; return the exit status."""
+    with killed_by_ctrl_c():
+        from service.command_line import UsageError, load_settings
+
     try:
         settings = load_settings(arguments)
     except UsageError as error:
@@ -19,11 +34,26 @@ def main(arguments: Sequence[str]) -> int:
             print(f"python -m service: {problem}", file=sys.stderr)
         return 2
 
-    from service import logs, start  # after the settings: --help and typing errors are answered at once
+    with killed_by_ctrl_c():
+        from service import logs, start  # after the settings: --help and typing errors are answered at once
 
     logs.configure(settings)
     allow_open_files(settings.max_connections + SPARE_FILES)
     return start.run(settings)
+
+
+@contextmanager
+def killed_by_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C end the process without a word: libraries being imported turn KeyboardInterrupt into errors."""
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is not signal.default_int_handler:  # a shell may have it ignored
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def allow_open_files(number: int) -> None:

@@ -132,6 +132,19 @@ def test_an_idle_service_stops_at_once(tmp_path: Path, number: int) -> None:
         assert all(line.startswith("{") for line in process.stderr.splitlines())
 
 
+@pytest.mark.skipif(signal.getsignal(signal.SIGINT) is signal.SIG_IGN, reason="a shell has what it starts ignore it")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what a process has loaded is read from Linux's /proc")
+@pytest.mark.parametrize("library", ["pydantic_core", "multiarray_umath", "onnxruntime_pybind11"])
+def test_ctrl_c_while_it_is_imported(tmp_path: Path, library: str) -> None:
+    make_model_folder(tmp_path / "m")
+    with started(tmp_path, *on_model(tmp_path / "m")) as process:
+        maps = Path(f"/proc/{process.popen.pid}/maps")
+        process.wait(lambda: library in maps.read_text())
+        process.signal(signal.SIGINT)
+        assert process.exit_status() in (-signal.SIGINT, 130)
+        assert process.stderr == ""
+
+
 @pytest.mark.usefixtures("either_way")
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
