@@ -74,7 +74,9 @@ def distilled(loss: Tensor, logits: Tensor, teacher: Tensor, share: float, tempe
         temperature: divides both logits in the teacher's part, of which the square weighs the gradients up again.
 
     Returns:
-        float []: mean over the pictures of the loss, and of the cross-entropy (nats) against the teacher's answers.
+        float []: mean over the pictures of the loss and of the Kullback-Leibler divergence (nats) from the teacher's
+        answers, which is 0 where the two agree.
     """
-    soft = F.cross_entropy(logits / temperature, (teacher / temperature).softmax(dim=1)) * temperature**2
-    return loss.lerp(soft, share)
+    answers = (teacher / temperature).softmax(dim=1)
+    divergence = F.cross_entropy(logits / temperature, answers) - torch.special.entr(answers).sum(dim=1).mean()
+    return loss.lerp(divergence * temperature**2, share)
