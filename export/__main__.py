@@ -59,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--other-classes", action="store_true", help="write beside versions that have other classes than this model"
     )
+    parser.add_argument("--even-if-worse", action="store_true", help="write beside a version that was right more often")
     parser.add_argument(
         "--provider", choices=("auto", "cpu", "cuda"), default="auto",
         help="where --verify runs; auto: CUDA where there is one",
@@ -113,6 +114,7 @@ def run_export(args: argparse.Namespace) -> None:
         variants=chosen_variants(args),
         untimed=args.untimed,
         other_classes=args.other_classes,
+        even_if_worse=args.even_if_worse,
     )
     print(f"written: {export(source, options)}")
 

@@ -62,6 +62,7 @@ class Options:
         variants: precisions that are tried beside float32.
         untimed: write a variant although its speed can't be measured here.
         other_classes: write to a model folder whose newest version has other classes.
+        even_if_worse: write to a model folder whose newest version was right more often, on the same pictures.
     """
 
     out: Path
@@ -73,6 +74,7 @@ class Options:
     variants: tuple[VariantPrecision, ...] = ()
     untimed: bool = False
     other_classes: bool = False
+    even_if_worse: bool = False
 
 
 @dataclass(frozen=True)
@@ -242,25 +244,41 @@ def fill(folder: Path, source: Source, exported: Exported) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def newest_labels(folder: Path) -> tuple[str, ...] | None:
-    """Return the labels of the newest version that can be read, None where there is none."""
+def newest_metadata(folder: Path) -> ModelMetadata | None:
+    """Return what the newest version that can be read says of itself, None where there is none."""
     for newest in reversed(list_versions(folder)):
         with suppress(ArtifactError, EngineError):
-            return read_metadata(newest.path / MODEL_FILE).labels
+            return read_metadata(newest.path / MODEL_FILE)
     return None
 
 
-def check_classes(options: Options, labels: tuple[str, ...]) -> None:
-    """Refuse a model of other classes than the folder's newest version: the service would serve it seconds later.
+def check_successor(options: Options, source: Source) -> None:
+    """Refuse a model of other classes than the folder's newest version, or one that is right less often.
+
+    A service that watches the folder would serve it seconds later, in that version's place.
 
     Raises:
         ExportError: says how to do it all the same.
     """
-    served = None if options.other_classes else newest_labels(options.out)
-    if served not in (None, labels):
+    served = newest_metadata(options.out)
+    if served is None:
+        return
+    if served.labels != source.run.labels:
+        if options.other_classes:
+            return
         raise ExportError(
             f"{options.out}: its newest version has not the classes of this model, which would be served in its place; "
             "name another --out, or say --other-classes."
+        )
+    theirs, mine = served.metrics, source.metrics
+    if options.even_if_worse or theirs is None or mine is None:
+        return
+    comparable = (served.dataset, theirs.split, theirs.n) == (source.run.dataset, mine.split, mine.n)
+    if comparable and mine.top1 < theirs.top1:
+        raise ExportError(
+            f"{options.out}: its newest version is right on {theirs.top1:.2%} of the {theirs.split} pictures and this "
+            f"model, which would be served in its place, on {mine.top1:.2%}; name another --out, or say "
+            "--even-if-worse."
         )
 
 
@@ -282,7 +300,7 @@ def export(source: Source, options: Options) -> Path:
         ExportError: nothing was written.
     """
     check_writable(options.out)
-    check_classes(options, source.run.labels)
+    check_successor(options, source)
     exported = build(source, options)
     try:
         with new_version(options.out) as (number, folder):

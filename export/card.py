@@ -11,6 +11,7 @@ from export.variants import Variant
 from export.verify import Comparison, summary
 from service.artifact import MODEL_FILES, ModelMetadata
 from training.figures import CURVES, PICTURES
+from training.transfer import has_other_pictures
 
 SPLIT_NAMES = {"val": "validation"}
 
@@ -75,10 +76,17 @@ def data(source: Source, metadata: ModelMetadata) -> str:
 def nothing_else(source: Source) -> str:
     """Say whether other pictures had a part in it."""
     mine = (source.run.dataset, source.run.labels)
-    others = [f"`{run.dataset}`" for run in chain_of(source.run) if (run.dataset, run.labels) != mine]
-    if not others:
-        return "Nothing else was used: no other pictures, and no weights that others have trained."
-    return f"It began with weights that had been trained on {' and '.join(others)}."
+    chain = chain_of(source.run)
+    others = dict.fromkeys(f"`{run.dataset}`" for run in chain if (run.dataset, run.labels) != mine)
+    if others:
+        return f"It began with weights that had been trained on {' and '.join(others)}."
+    words = "Nothing else was used: no other pictures, and no weights that others have trained."
+    if any(has_other_pictures(run) for run in chain):
+        words += (
+            " The data changed between its runs: some of the pictures that chose checkpoint and temperature may have "
+            "trained an earlier one, so that figures on them flatter."
+        )
+    return words
 
 
 def contract(metadata: ModelMetadata) -> str:

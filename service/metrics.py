@@ -29,11 +29,14 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
-            "perceiver_requests", "HTTP requests by route and status code.", ["route", "code"], registry=registry
+            "perceiver_requests",
+            "HTTP requests that were read, by route and status code; answers given before are rejections alone.",
+            ["route", "code"],
+            registry=registry,
         )
         self.request_seconds = PendingHistogram(
             "perceiver_request_seconds",
-            "Seconds from the headers of POST /predict to its answer, whatever its status.",
+            "Seconds from the headers of a request to /predict to its answer, whatever its method and status.",
             buckets=SECONDS,
             registry=registry,
         )

@@ -124,13 +124,16 @@ class Settings(BaseSettings):
     )
 
     max_queue_size: int = bounded(
-        512, 1, 1_000_000, "Pictures accepted and not yet answered; above it 503 with Retry-After."
+        512,
+        1,
+        1_000_000,
+        "Pictures accepted and not yet answered; above it 503 with Retry-After. At least max_pictures.",
     )
     max_queue_bytes: int = bounded(
         256 * MIB,
         1024,
         1024 * 1024 * MIB,
-        "Bytes of request bodies held in memory at once; above it 503 with Retry-After.",
+        "Bytes of request bodies held in memory at once; above it 503 with Retry-After. At least max_body_bytes.",
     )
     request_timeout_ms: int = bounded(
         10_000,
@@ -149,7 +152,10 @@ class Settings(BaseSettings):
     )
 
     max_body_bytes: int = bounded(
-        32 * MIB, 1024, 1024 * MIB, "Bytes of one request body; more is refused while reading: 413."
+        32 * MIB,
+        1024,
+        1024 * MIB,
+        "Bytes of one request body; more is refused while reading: 413. At most max_queue_bytes.",
     )
     max_pixels: int = bounded(
         50_000_000,
@@ -159,9 +165,12 @@ class Settings(BaseSettings):
         "thread needs up to 12 bytes a pixel.",
     )
     max_request_pixels: int = bounded(
-        400_000_000, 1, 1_000_000_000_000, "Pixels of all pictures of one request together; more: 413."
+        400_000_000,
+        1,
+        1_000_000_000_000,
+        "Pixels of all pictures of one request together; more: 413. At least max_pixels.",
     )
-    max_pictures: int = bounded(64, 1, 10_000, "Pictures in one request; more: 413.")
+    max_pictures: int = bounded(64, 1, 10_000, "Pictures in one request; more: 413. At most max_queue_size.")
     inline_decode_bytes: int = bounded(
         32 * 1024,
         0,
@@ -172,7 +181,12 @@ class Settings(BaseSettings):
     inline_decode_pixels: int = bounded(
         256 * 256, 0, 4_000_000, "Pixels of all pictures of a request together, as above."
     )
-    decode_threads: int = bounded(min(4, os.cpu_count() or 1), 1, 256, "Threads that decode large pictures.")
+    decode_threads: int = bounded(
+        min(4, os.cpu_count() or 1),
+        1,
+        256,
+        "Threads that decode large pictures; HTTP processes share them, one each at least.",
+    )
 
     max_connections: int = bounded(1024, 1, 1_000_000, "Open connections; one more is answered 503 and closed.")
     header_timeout_s: float = bounded(

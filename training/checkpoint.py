@@ -129,6 +129,11 @@ def save(path: Path, tensors: dict[str, Tensor], header: Header) -> None:
         raise CheckpointError(
             f"{path}: can't be written ({error}); make room, and go on from the last whole checkpoint with --resume."
         ) from error
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())  # a power cut would else leave a name without its bytes
+    mask = os.umask(0)
+    os.umask(mask)
+    partial.chmod(0o666 & ~mask)  # safetensors lets nobody else read it
     partial.replace(path)
 
 

@@ -26,7 +26,8 @@ USAGE = """python -m training [--preset NAME] [--data DIR] [--out RUN] [flags]
        torchrun --standalone --nproc-per-node N -m training ...    (N processes share each batch)"""
 
 EPILOG = """Exit status: 0 done; 1 failed; 2 something you can put right, said in a sentence; 3 stopped before the end
-by Ctrl-C, SIGTERM, --max-minutes or --max-steps, with a checkpoint to --resume from; 130 interrupted at once."""
+by Ctrl-C, SIGTERM, --max-minutes or --max-steps, with a checkpoint to --resume from; 130 interrupted at once. torchrun
+makes 1 of all but 0, and calls a stop a failure: look for the line "stopped after step", and resume by torchrun."""
 
 
 def positive_int(text: str) -> int:
@@ -168,6 +169,15 @@ def choose_preset(args: argparse.Namespace) -> Preset | None:
         raise ValueError(
             f"--distillation {chosen.train.distillation} takes its targets from the model that the run begins with: "
             "name one with --init."
+        )
+    if args.distillation_temperature is not None and not chosen.train.distillation:
+        raise ValueError(
+            f"--distillation-temperature {args.distillation_temperature} changes nothing without --distillation."
+        )
+    if chosen.model.input_size > chosen.model.image_size:
+        raise ValueError(
+            f"--input-size {chosen.model.input_size} would be shrunk again, without filtering, to --image-size "
+            f"{chosen.model.image_size}, which the patches are cut from: give both, or neither."
         )
     return chosen
 

@@ -149,7 +149,11 @@ class TrainConfig(BaseModel):
     zoom: float = Field(0.0, ge=0, lt=1, description="zoom height and width independently by up to this share")
     crop_padding: int = Field(0, ge=0, description="random shift by up to so many pixels, edges reflected")
     trivial_augment: float = Field(
-        0.0, ge=0, le=1, description="strength of TrivialAugment, one operation a picture; 1: the paper's; 0: off"
+        0.0,
+        ge=0,
+        le=1,
+        description="strength of TrivialAugment, one operation a picture; 1: the paper's; 0: off. What moves in is the "
+        "picture mirrored at its edge, whatever --flip says",
     )
     mixup: float = Field(0.0, ge=0, description="alpha of mixup's Beta distribution; 0: off")
     cutmix: float = Field(0.0, ge=0, description="alpha of CutMix's Beta distribution; 0: off")

@@ -100,6 +100,10 @@ class World:
         dist.all_reduce(total)
         return total / self.size
 
+    def meet(self) -> None:
+        """Wait until all processes are here."""
+        self.any(False)
+
     def synchronize(self) -> None:
         """Wait for what the device still has to do."""
         if self.device.type == "cuda":

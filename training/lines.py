@@ -14,11 +14,25 @@ Line = dict[str, Any]
 
 
 def read_lines(folder: Path) -> list[Line]:
-    """The epochs of a run; one that a killed run left unfinished is not among them."""
+    """The epochs of a run; one that a killed run left unfinished is not among them.
+
+    Raises:
+        ValueError: a line is damaged; a sentence for the user.
+    """
     path = folder / FILE
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            lines.append(json.loads(line))
+        except ValueError as error:  # UnicodeDecodeError is one
+            raise ValueError(
+                f"{path}: line {number} is damaged ({error}); take it out, or restore the file."
+            ) from error
+    return lines
 
 
 def append_line(folder: Path, line: Line) -> None:

@@ -105,7 +105,9 @@ def write_report(
         superclasses=figures_by_superclass(logits[shown], labels[shown], header.run),
         confidence=(measure_confidence(logits[shown] / temperature, labels[shown], SPLITS[shown]), *strange),
     )
-    (folder / figures.FILE).write_text(report.model_dump_json(indent=2) + "\n")
+    partial = folder / f"{figures.FILE}.partial"
+    partial.write_text(report.model_dump_json(indent=2) + "\n")
+    partial.replace(folder / figures.FILE)
     return report
 
 

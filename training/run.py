@@ -10,7 +10,6 @@ import shlex
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from training.dataset import DataError, DataSet
 from training.distillation import check_teacher
 from training.distributed import PeerFailed, World, join, leave
 from training.model import count_parameters
-from training.pictures import SUFFIXES
+from training.notes import notes_on
 from training.train import Trainer
 from training.transfer import find, origin_of
 
@@ -120,7 +119,8 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
         if not world.is_main:
             return DONE if finished else STOPPED
         if not finished:
-            resume = shlex.join(["python", "-m", "training", "--resume", str(folder)])
+            launcher = ["python"] if world.size == 1 else ["torchrun", "--standalone", f"--nproc-per-node={world.size}"]
+            resume = shlex.join([*launcher, "-m", "training", "--resume", str(folder)])
             print(f"stopped after step {trainer.state.step}; go on with: {resume}")
             return STOPPED
         report = trainer.report()
@@ -184,33 +184,6 @@ def batch_for_few(batch_size: int, pictures: int, world: World) -> int:
     return batch_size
 
 
-def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterator[str]:
-    """What a user should know of few pictures."""
-    if preset is not None and run.train.batch_size != preset.train.batch_size:
-        yield (
-            f"{len(data_set.train)} training pictures are few: a step takes {run.train.batch_size} of them and not the "
-            f"preset's {preset.train.batch_size}, so that an epoch has more steps (--batch-size decides otherwise)."
-        )
-    if data_set.passed_over:
-        suffixes = Counter(printable(file.suffix or file.name) for file in data_set.passed_over)
-        shown = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))
-        first = printable(data_set.passed_over[0])
-        yield (
-            f"{len(data_set.passed_over)} files are passed over ({shown}), the first is {first}: "
-            f"pictures lie in their class's own folder and end with {' '.join(sorted(SUFFIXES))}."
-        )
-    seen = set(data_set.val.labels.tolist())
-    unseen = [label for index, label in enumerate(run.labels) if index not in seen]
-    if unseen:
-        shown = ", ".join(unseen[:5]) + (f" and {len(unseen) - 5} more" if len(unseen) > 5 else "")
-        yield f"no validation picture of {shown}: no figure tells how well that is known; a class needs two pictures."
-
-
-def printable(path: Path | str) -> str:
-    """A path as text that any terminal takes, whatever bytes it is made of."""
-    return os.fsencode(path).decode(errors="replace")
-
-
 def refuse_existing(folder: Path | None, world: World) -> None:
     """Raise ValueError when the folder holds a run that can be resumed (or when a file is in its place)."""
     if folder is None or not world.is_main:
@@ -268,10 +241,11 @@ def resumed(args: argparse.Namespace) -> tuple[RunConfig, DataSet]:
 def describe(trainer: Trainer) -> str:
     """One line on what is about to be trained."""
     run, world = trainer.run, trainer.world
+    size = run.model.input_size
     return (
         f"{run.preset}: {count_parameters(trainer.state.model):,} parameters, "
         f"{run.dataset}: {len(trainer.train_split):,} training and {len(trainer.val_split):,} validation pictures "
-        f"of {len(run.labels)} classes, {world.size} x {world.device.type}, "
+        f"of {len(run.labels)} classes, each of {size} x {size} pixels, {world.size} x {world.device.type}, "
         f"{trainer.steps_per_epoch} steps an epoch, run in {trainer.folder}"
     )
 

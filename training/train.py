@@ -39,6 +39,9 @@ from training.trivial_augment import trivial_augment
 # To agree on stopping, the CPU waits for the GPU: not at every step.
 CUDA_STEPS_BETWEEN_STOP_CHECKS = 20
 
+# A stop waits for validation, and who asked may not: before one that takes longer, the epoch's steps are saved.
+LONG_VALIDATION_SECONDS = 5.0
+
 
 def epoch_order(seed: int, epoch: int, count: int, batch_size: int) -> Tensor:
     """The pictures of an epoch's batches, int64 [steps, batch_size].
@@ -111,6 +114,7 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(data.train) / self.config.batch_size)
         self.train_step = self._make_train_step()
         self.stop_requested = False
+        self.validation_seconds = math.inf  # that the last one took; of the first nobody knows
 
     def _make_train_step(self) -> Callable[..., Tensor]:
         model: nn.Module = self.state.model
@@ -199,13 +203,15 @@ class Trainer:
         """Validate, move the schedule on, write metrics and checkpoints."""
         state = self.state
         train_loss = self._finite_loss() / self.steps_per_epoch
-        state.loss_sum.zero_()
+        if self.world.is_main and self.validation_seconds > LONG_VALIDATION_SECONDS:
+            self.state.save_last(self.folder / "last.safetensors", None)
         state.epoch += 1
         # One process measures, and the others learn from it whether the run ends.
         val = self.world.broadcast(self.validate() if self.world.is_main else None)
         assert val is not None
         if not math.isfinite(val.loss):
             raise FloatingPointError(self._diverged("validation", val.loss))
+        state.loss_sum.zero_()
         is_best = state.take_in(val)
         seconds, state.seconds = state.seconds, 0.0
         if self.world.is_main:
@@ -248,10 +254,13 @@ class Trainer:
 
     def validate(self) -> Metrics:
         """Figures of the evaluated weights on the validation pictures."""
+        start = time.perf_counter()
         logits = predict_logits(
             self.state.evaluated, self.state.preprocess, self.val_split, self.evaluation_batch, self.autocast
         )
-        return measure(logits, self.val_split.labels, "val")
+        metrics = measure(logits, self.val_split.labels, "val")
+        self.validation_seconds = time.perf_counter() - start
+        return metrics
 
     # ---- the run
 
@@ -297,6 +306,7 @@ class Trainer:
                     self._finite_loss()
                     if self.world.is_main:
                         self.state.save_last(self.folder / "last.safetensors", None)
+                    self.world.meet()  # torchrun gives the others 30 s once one process has ended
                     return False
                 self.finish_epoch()
                 if events is not None:

@@ -83,8 +83,8 @@ def check_fits(path: Path, theirs: ModelConfig, mine: ModelConfig) -> None:
     if mine.latent_init == "grid" and not theirs.cross_position_bias:
         differing.append("latent_init")  # which needs what that model lacks
     if differing:
-        if theirs.kernel != mine.kernel:
-            differing += ["patch_size", "patch_overlap"]
+        # Of the same kernel another grid would do too, but is seldom what is wanted.
+        differing += [name for name in ("patch_size", "patch_overlap") if getattr(theirs, name) != getattr(mine, name)]
         flags = " ".join(flag_with(name, getattr(theirs, name)) for name in differing)
         raise CheckpointError(f"{path}: is of a model that this one can't begin with; it could with {flags}.")
     if theirs.kernel != mine.kernel:
@@ -97,6 +97,14 @@ def check_fits(path: Path, theirs: ModelConfig, mine: ModelConfig) -> None:
             f"{path}: its Fourier features are of a grid of {theirs.grid} x {theirs.grid} patches, and this model's "
             f"would be others, of {mine.grid} x {mine.grid}: image_size / patch_size must be the same."
         )
+
+
+def has_other_pictures(run: RunConfig) -> bool:
+    """Whether a run's pictures are not those of the run that it began with, as far as anybody knows."""
+    if run.init is None or run.init.run.labels != run.labels:
+        return False
+    digests = (run.pictures_sha256, run.init.run.pictures_sha256)
+    return None not in digests and digests[0] != digests[1]
 
 
 def begin_with(model: Perceiver, run: RunConfig, path: Path) -> None:

@@ -19,7 +19,8 @@ GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 BLENDS = ("brightness", "colour", "contrast", "sharpness")
 OPERATIONS = ("identity", *GEOMETRIC, *BLENDS, "posterize", "solarize", "autocontrast")
 
-_SHEAR, _TRANSLATE, _ROTATE = 0.99, 2.0, 0.75 * math.pi  # of grid coordinates, which go from -1 to 1
+_SHEAR, _ROTATE = 0.99, 0.75 * math.pi  # of grid coordinates, which go from -1 to 1
+_TRANSLATE = 32  # pixels
 _BLEND = 0.99
 _BITS = 6  # that posterize takes away at most
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as Pillow
@@ -54,12 +55,14 @@ def trivial_augment(images: Tensor, operation: Tensor, strength: Tensor) -> Tens
 
 def _move(pixels: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
     """Shear, translate or rotate those pictures that are to be; float [B, 3, H, W], bilinear, about the centre."""
+    height, width = pixels.shape[2:]
+    # The side is 2 in grid coordinates; a picture that moved by more would only come back as its own reflection.
+    across, along = (2 * min(_TRANSLATE / side, 1) for side in (width, height))
     shear_x, shear_y, right, down, angle = (
         torch.where(operation == OPERATIONS.index(name), strength * most, 0.0)
-        for name, most in zip(GEOMETRIC, (_SHEAR, _SHEAR, _TRANSLATE, _TRANSLATE, _ROTATE), strict=True)
+        for name, most in zip(GEOMETRIC, (_SHEAR, _SHEAR, across, along, _ROTATE), strict=True)
     )
     cosine, sine = angle.cos(), angle.sin()
-    height, width = pixels.shape[2:]
     y = ((2 * torch.arange(height, device=pixels.device) + 1) / height - 1)[:, None]
     x = (2 * torch.arange(width, device=pixels.device) + 1) / width - 1
     # No matrix product, which autocast would round to eight bits.

@@ -36,7 +36,7 @@ NOW = (
         unit="reqps",
         shows="Requests to /predict, answered with whatever status.",
         bad="0 where there should be traffic.",
-        do="Ask the load balancer and the clients; a request that arrives is counted here whatever becomes of it.",
+        do="Ask the load balancer and the clients; a request that was read is counted here whatever becomes of it.",
         queries=(Query(rate("perceiver_requests_total", 'route="/predict"'), "requests"),),
         width=3,
     ),

@@ -13,11 +13,13 @@ from export.__main__ import main
 from export.card import figures, nothing_else
 from export.making import first_epochs, origin, training_commands
 from export.source import Source, load_source
+from service.artifact import list_versions
 from tests.export.conftest import LABELS, write_run
 from tests.fakes import make_model_folder
 from training import checkpoint
 from training.checkpoint import Origin
 from training.config import PRESETS
+from training.figures import Report
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -103,6 +105,34 @@ def test_a_folder_whose_model_has_other_classes(copy: Path, tmp_path: Path, caps
     assert "name another --out, or say --other-classes" in error
     assert main([*arguments, "--other-classes"]) == 0
     assert main(arguments) == 0  # the newest version has them now
+
+
+def test_a_folder_whose_model_is_right_more_often(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The service that watches it would answer worse seconds later."""
+    out = tmp_path / "served"
+    arguments = [str(copy), "--out", str(out), "--golden", "2", "--max-batch", "2", "--variants"]
+
+    def reporting(**figures: float) -> list[str]:
+        report = Report.model_validate_json((copy / "report.json").read_text())
+        assert report.test is not None
+        report = report.model_copy(update={"test": report.test.model_copy(update=figures)})
+        (copy / "report.json").write_text(report.model_dump_json())
+        return arguments
+
+    assert main(reporting(top1=0.4)) == 0
+    assert main(reporting(top1=0.4)) == 0  # as good
+    error = fails(reporting(top1=0.39), capsys)
+    assert "its newest version is right on 40.00% of the test pictures and this model, which would be served" in error
+    assert "on 39.00%; name another --out, or say --even-if-worse." in error
+    assert len(list_versions(out)) == 2
+    assert main(reporting(n=31)) == 0  # other pictures, which say nothing
+    assert main(reporting(n=30)) == 0
+    assert fails(reporting(top1=0.38, n=30), capsys)
+    assert main([*arguments, "--even-if-worse"]) == 0
+    (copy / "report.json").unlink()  # nobody knows how often it is right
+    assert main(arguments) == 0
 
 
 def test_data_that_have_changed_since_the_run(
@@ -220,6 +250,17 @@ def test_a_run_that_began_with_another_tells_the_way_from_the_beginning(copy: Pa
     same = init.model_copy(update={"run": source.run.model_copy(update={"init": None})})
     again = source.run.model_copy(update={"init": same})
     assert nothing_else(replace(source, run=again)).startswith("Nothing else was used")
+    thrice = init.model_copy(update={"run": init.run.model_copy(update={"init": init})})
+    of_animals = source.run.model_copy(update={"init": thrice})
+    assert nothing_else(replace(source, run=of_animals)) == "It began with weights that had been trained on `animals`."
+    grown = again.model_copy(
+        update={
+            "pictures_sha256": "1" * 64,
+            "init": same.model_copy(update={"run": same.run.model_copy(update={"pictures_sha256": "2" * 64})}),
+        }
+    )
+    assert "The data changed between its runs" in nothing_else(replace(source, run=grown))
+    assert "The data changed" not in nothing_else(replace(source, run=again))
     others = again.model_copy(update={"labels": ("other", *again.labels[1:])})
     assert nothing_else(replace(source, run=others)) == "It began with weights that had been trained on `things`."
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
+import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +63,16 @@ def test_the_file_is_json_and_numbers(tmp_path: Path) -> None:
     assert Header.model_validate_json(listing.pop("__metadata__")["perceiver"]) == header
     assert len(content) == 8 + length + max(entry["data_offsets"][1] for entry in listing.values())
     assert set(listing) == {f"model.{name}" for name in model.state_dict()} | {"preprocess.mean", "preprocess.variance"}
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_who_may_read_it_is_as_with_other_files(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        written(tmp_path / "best.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "best.safetensors").stat().st_mode) == 0o666 & ~mask
 
 
 def test_the_header_says_where_it_comes_from(tmp_path: Path) -> None:

@@ -65,6 +65,15 @@ BAD_FLAGS = {
     "not finite": (["--learning-rate", "inf"], "--learning-rate inf: Input should be a finite number."),
     "patches": (["--image-size", "30"], "image_size 30 is no multiple of patch_size 4"),
     "crop": (["--crop-padding", "32"], "crop_padding 32 moves pictures of 32 pixels out of sight: at most 31"),
+    "distillation without a teacher": (["--distillation", "0.5"], "name one with --init."),
+    "a temperature of nothing": (
+        ["--distillation-temperature", "4"],
+        "--distillation-temperature 4.0 changes nothing without --distillation.",
+    ),
+    "pictures that would be shrunk": (
+        ["--input-size", "64"],
+        "--input-size 64 would be shrunk again, without filtering, to --image-size 32, which the patches are cut from",
+    ),
     "resume and a flag": (["--resume", "run", "--dim", "3"], "--resume goes on with the run as it was configured"),
     "resume and out": (["--resume", "run", "--preset", "compact", "--out", "x"], "leave out --preset, --out, or start"),
 }

@@ -59,7 +59,9 @@ def test_a_run_leaves_its_folder(tmp_path: Path, pictures: Path) -> None:
     assert report["checkpoint_sha256"] == checkpoint.digest(run / "best.safetensors")
     # On the terminal: what is trained, a line for each epoch, the figures; on stderr the bar.
     first, *rest = done.stdout.splitlines()
-    assert "24 training and 9 validation pictures of 3 classes, 1 x cpu, 3 steps an epoch" in first
+    assert (
+        "24 training and 9 validation pictures of 3 classes, each of 8 x 8 pixels, 1 x cpu, 3 steps an epoch" in first
+    )
     assert [line.split()[:2] for line in rest[:2]] == [["epoch", "1"], ["epoch", "2"]]
     assert '"top5": 1.0' in done.stdout
     for shown in ("epoch 1/2", "pictures/s", "24.0"):

@@ -88,6 +88,12 @@ def test_when_one_is_asked_to_stop_both_do(pair: tuple[Path, str]) -> None:
     assert (pair[0] / "asked" / "last.safetensors").exists()
 
 
+def test_after_a_stop_none_leaves_before_the_checkpoint_is_written(pair: tuple[Path, str]) -> None:
+    """torchrun kills what is left 30 s after the first has ended."""
+    (written, _), (left,) = (seen(pair[0], rank)["slow"] for rank in (0, 1))
+    assert left > written
+
+
 def test_the_first_says_what_is_wrong_and_the_other_follows(pair: tuple[Path, str]) -> None:
     folder, stderr = pair
     assert [seen(folder, rank)["refused"] for rank in (0, 1)] == ["ValueError", "PeerFailed"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,45 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
     assert again.fit()
     assert_same_tensors(before, tensors_of(again))
     assert len(lines_of(again)) == 3
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_what_ends_a_long_validation_ends_no_epoch(tmp_path: Path, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_config(DROPOUT, ema_decay=0.8)
+    whole = trainer_in(tmp_path / "whole", run)
+    whole.fit()
+    killed = trainer_in(tmp_path / "killed", run)
+    assert killed.validation_seconds == math.inf
+    killed.fit(max_steps=7)
+    assert 0 < killed.validation_seconds < math.inf
+    killed.validation_seconds = 60.0 if slow else 0.1
+
+    def die() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(killed, "validate", die)
+    with pytest.raises(KeyboardInterrupt):
+        killed.fit()
+    again = trainer_in(tmp_path / "killed", run)
+    again.resume()
+    # Of a short one, the steps since the last checkpoint are trained again.
+    assert (again.state.epoch, again.state.step) == (1, 10 if slow else 7)
+    assert again.fit()
+    assert_same_run(whole, again)
+
+
+def test_a_damaged_line_is_told_with_its_file(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, run_config(epochs=1))
+    trainer.fit()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + "{a\n")
+    with pytest.raises(
+        ValueError, match=r"metrics\.jsonl: line 2 is damaged \(.*\); take it out, or restore the file\."
+    ):
+        read_lines(tmp_path)
+    path.write_bytes(b"\xff\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 1 is damaged"):
+        read_lines(tmp_path)
 
 
 def test_lines_behind_the_checkpoint_are_written_anew(tmp_path: Path) -> None:

@@ -114,7 +114,8 @@ def test_other_labels_get_a_fresh_head(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"dim": 32, "num_latents": 9}, "it could with --dim 16 --num-latents 4."),
-        ({"dim": 32, "patch_overlap": 1}, "it could with --dim 16 --patch-size 4 --patch-overlap 0."),
+        ({"dim": 32, "patch_overlap": 1}, "it could with --dim 16 --patch-overlap 0."),
+        ({"dim": 32, "patch_size": 2, "patch_overlap": 1}, "it could with --dim 16 --patch-size 4 --patch-overlap 0."),
         ({"bias": False}, "it could with --bias."),
         ({"cross_position_bias": True}, "it could with --no-cross-position-bias."),
         ({"sharing": "none"}, "it could with --sharing all."),
@@ -165,6 +166,23 @@ def test_checkpoints_are_found_in_runs_and_model_folders(tmp_path: Path) -> None
 
 
 # --- the command
+
+
+@pytest.mark.usefixtures("without_curves")
+def test_what_a_user_should_know_of_another_grid_or_other_pictures_is_told(
+    tmp_path: Path, whole: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grown = Path(shutil.copytree(pictures, tmp_path / "grown"))
+    (picture,) = (grown / "train" / "ant").glob("000.png")
+    flags = [*RECIPE, "--epochs=1", "--init", str(whole)]
+    assert main([*flags, "--data", str(pictures), "--out", str(tmp_path / "same")]) == 0
+    assert "note:" not in capsys.readouterr().out
+    shutil.copyfile(picture, picture.with_name("more.png"))
+    closer = ["--patch-size=2", "--patch-overlap=3"]
+    assert main([*flags, *closer, "--data", str(grown), "--out", str(tmp_path / "other")]) == 0
+    told = capsys.readouterr().out
+    assert "note: the pictures are not those of the run that --init names" in told
+    assert "note: positions are interpolated from a grid of 2 x 2 patches to one of 4 x 4." in told
 
 
 @pytest.mark.usefixtures("without_curves")

@@ -73,6 +73,14 @@ def test_translations_move_by_their_share_of_the_side() -> None:
     torch.testing.assert_close(down[:, 6:], images[:, :18].float(), atol=0.01, rtol=0)
 
 
+def test_a_large_picture_moves_by_at_most_32_pixels() -> None:
+    images = smooth_pictures(2, 96, 128)
+    right = apply(images, "translate_x", 1.0)
+    torch.testing.assert_close(right[:, :, :96], images[:, :, 32:].float(), atol=0.05, rtol=0)
+    down = apply(images, "translate_y", -1.0)
+    torch.testing.assert_close(down[:, 32:], images[:, :64].float(), atol=0.05, rtol=0)
+
+
 def test_a_quarter_turn() -> None:
     images = smooth_pictures(2, 32, 32)
     turned = apply(images, "rotate", 90 / 135)

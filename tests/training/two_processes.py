@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,12 @@ def train(folder: Path, mine: Path, world: World) -> dict[str, object]:
     # The process that writes nothing asks, and the other must follow.
     asked.stop_requested = not world.is_main
     asked_result = asked.fit()
-    seen = {"stopped": [stopped, first.state.step], "asked": [asked_result, asked.state.step]}
+    slow = trainer_in(folder / "slow", world, NO_BIAS, PLAIN)
+    slow.state.save_last = lambda path, val: time.sleep(0.5) or times.append(time.monotonic())  # type: ignore[method-assign]
+    times: list[float] = []
+    slow.fit(max_steps=1)
+    times.append(time.monotonic())
+    seen = {"stopped": [stopped, first.state.step], "asked": [asked_result, asked.state.step], "slow": times}
     return {**seen, "refused": failing_first(world)}
 
 

@@ -1,0 +1,57 @@
+"""What a user should know of a run before it begins, though nothing is wrong."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from training.checkpoint import RunConfig
+from training.config import Preset
+from training.dataset import DataSet
+from training.pictures import SUFFIXES
+from training.transfer import has_other_pictures
+
+
+def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterator[str]:
+    """What a user should know of a run, a sentence each.
+
+    Args:
+        run: what is about to be trained.
+        data_set: its pictures.
+        preset: what was asked for; None where a run is resumed.
+    """
+    if preset is not None and run.train.batch_size != preset.train.batch_size:
+        yield (
+            f"{len(data_set.train)} training pictures are few: a step takes {run.train.batch_size} of them and not the "
+            f"preset's {preset.train.batch_size}, so that an epoch has more steps (--batch-size decides otherwise)."
+        )
+    if data_set.passed_over:
+        suffixes = Counter(printable(file.suffix or file.name) for file in data_set.passed_over)
+        shown = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))
+        first = printable(data_set.passed_over[0])
+        yield (
+            f"{len(data_set.passed_over)} files are passed over ({shown}), the first is {first}: "
+            f"pictures lie in their class's own folder and end with {' '.join(sorted(SUFFIXES))}."
+        )
+    if preset is not None and has_other_pictures(run):
+        yield (
+            "the pictures are not those of the run that --init names: where one folder of them was divided anew, some "
+            "that validate now have trained that run, and flatter this one. Folders train/ and val/ keep them apart."
+        )
+    if preset is not None and run.init is not None and (theirs := run.init.run.model.grid) != run.model.grid:
+        yield (
+            f"positions are interpolated from a grid of {theirs} x {theirs} patches to one of {run.model.grid} x "
+            f"{run.model.grid}."
+        )
+    seen = set(data_set.val.labels.tolist())
+    unseen = [label for index, label in enumerate(run.labels) if index not in seen]
+    if unseen:
+        shown = ", ".join(unseen[:5]) + (f" and {len(unseen) - 5} more" if len(unseen) > 5 else "")
+        yield f"no validation picture of {shown}: no figure tells how well that is known; a class needs two pictures."
+
+
+def printable(path: Path | str) -> str:
+    """A path as text that any terminal takes, whatever bytes it is made of."""
+    return os.fsencode(path).decode(errors="replace")
