@@ -75,6 +75,11 @@ class TrainState:
         """The weights that count: their average where one is kept."""
         return self.average.module if self.average is not None else self.model
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all weights are finite; waits for the device."""
+        return all(bool(weights.isfinite().all()) for weights in self.model.parameters())
+
     def take_in(self, val: Metrics) -> bool:
         """Remember an epoch's figures; returns whether they are better than all before."""
         is_best = self.is_best(val)

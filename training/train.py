@@ -203,8 +203,8 @@ class Trainer:
         """Validate, move the schedule on, write metrics and checkpoints."""
         state = self.state
         train_loss = self._finite_loss() / self.steps_per_epoch
-        if self.world.is_main and self.validation_seconds > LONG_VALIDATION_SECONDS:
-            self.state.save_last(self.folder / "last.safetensors", None)
+        if self.world.is_main and self.validation_seconds > LONG_VALIDATION_SECONDS and state.is_finite:
+            state.save_last(self.folder / "last.safetensors", None)
         state.epoch += 1
         # One process measures, and the others learn from it whether the run ends.
         val = self.world.broadcast(self.validate() if self.world.is_main else None)

@@ -285,12 +285,16 @@ def test_early_stop_ends_the_run(tmp_path: Path) -> None:
 # --- what goes wrong
 
 
-@pytest.mark.parametrize("what", ["training", "validation"])
-def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "part"), [("training", "weights"), ("validation", "weights"), ("validation", "preprocessing")]
+)
+def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(tmp_path: Path, what: str, part: str) -> None:
     trainer = trainer_in(tmp_path / "run", run_config(optimizer="adamw"))
     trainer.fit(max_steps=7)
     before = tensors_of(trainer)
-    broken = trainer.state.model.latents if what == "training" else trainer.state.preprocess.mean
+    broken = trainer.state.model.latents if part == "weights" else trainer.state.preprocess.mean
+    if part == "weights":
+        trainer.validation_seconds = 60.0  # so that the epoch's steps would be saved before
     with torch.no_grad():
         broken.fill_(float("nan"))
     if what == "validation":
