@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 
 from export.failures import failures
-from export.making import CIFAR100, chain_of, making
+from export.making import chain_of, making
 from export.markdown import bullet, paragraph, picture, table
 from export.precision import describe
 from export.source import Source
 from export.variants import Variant
 from export.verify import Comparison, summary
 from service.artifact import MODEL_FILES, ModelMetadata
+from training.dataset import CIFAR100
 from training.figures import CURVES, PICTURES
 from training.transfer import has_other_pictures
 

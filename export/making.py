@@ -12,10 +12,10 @@ from service.artifact import ModelMetadata
 from training.checkpoint import RunConfig
 from training.cli import flag_with
 from training.config import PRESETS
+from training.dataset import CIFAR100
 from training.lines import MACHINE
 
 BEGINNING = "runs/beginning"
-CIFAR100 = "cifar100"  # the data set that is downloaded where none is named
 FIRST_EPOCHS = (1, 2, 5)
 
 
@@ -58,7 +58,7 @@ def chain_of(run: RunConfig) -> list[RunConfig]:
 def training_command(launcher: str, run: RunConfig, more: Sequence[str]) -> str:
     """Return the command of one run: preset, every flag that differs from it, and more."""
     words = [launcher, "-m training", f"--preset {run.preset}", *more]
-    if run.data and run.dataset != CIFAR100:
+    if run.data and run.dataset != CIFAR100:  # which is downloaded where none is named
         # Where it was on the trainer's machine is nobody else's matter.
         words.append(f"--data {shlex.quote(f'DATA/{run.dataset}')}")
     preset = PRESETS.get(run.preset)

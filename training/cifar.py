@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from training.dataset import DataError, DataSet, Split
+from training.dataset import CIFAR100, DataError, DataSet, Split
 from training.pictures import resize_pictures
 
 FOLDER = "cifar-100-python"
@@ -142,7 +142,7 @@ def load(folder: Path, *, input_size: int, validation_fraction: float) -> DataSe
     held_out = min(max(round(len(full) * validation_fraction), 1), len(full) - 1)
     first_held_out = len(full) - held_out
     return DataSet(
-        name="cifar100",
+        name=CIFAR100,
         labels=labels,
         train=Split(full.images[:first_held_out], full.labels[:first_held_out]),
         val=Split(full.images[first_held_out:], full.labels[first_held_out:]),

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+CIFAR100 = "cifar100"
+
 
 class DataError(Exception):
     """The data cannot be used: one sentence with the path, what is wrong and what would be right."""
@@ -45,7 +47,7 @@ class Split:
 class DataSet:
     """Training, validation and test pictures of one size over one list of labels.
 
-    name: short name, "cifar100" or that of the image folder.
+    name: short name, `CIFAR100` or that of the image folder.
     labels: class names; the position is the class index.
     test: None where the source has no test pictures.
     superclasses: index of the superclass of each class, None where the source has none.

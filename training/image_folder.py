@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from training.dataset import DataError, DataSet, Split
+from training.dataset import CIFAR100, DataError, DataSet, Split
 from training.pictures import SUFFIXES, read_pictures
 
 # What others call the folder `val`: passed over, its pictures would be lost and some of train/ held out in their place.
@@ -137,8 +137,9 @@ def load(path: Path, *, input_size: int, validation_fraction: float, seed: int) 
     passed_over = _passed_over(path, {file for listing in listings for file in listing.paths})
     if val is None:
         train, val = _hold_out(train, train_path, validation_fraction, seed)
+    name = path.resolve().name
     return DataSet(
-        name=path.resolve().name,
+        name=f"{name}-folder" if name == CIFAR100 else name,  # which it is not, as far as anybody knows
         labels=labels,
         train=train.read(input_size, "training pictures"),
         val=val.read(input_size, "validation pictures"),

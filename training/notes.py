@@ -31,8 +31,9 @@ def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterat
         suffixes = Counter(printable(file.suffix or file.name) for file in data_set.passed_over)
         shown = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))
         first = printable(data_set.passed_over[0])
+        count = len(data_set.passed_over)
         yield (
-            f"{len(data_set.passed_over)} files are passed over ({shown}), the first is {first}: "
+            f"{count} {'files are' if count > 1 else 'file is'} passed over ({shown}), the first is {first}: "
             f"pictures lie in their class's own folder and end with {' '.join(sorted(SUFFIXES))}."
         )
     if preset is not None and has_other_pictures(run):

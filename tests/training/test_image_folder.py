@@ -144,6 +144,12 @@ def test_an_empty_split_folder(tmp_path: Path) -> None:
         load(tmp_path, input_size=8)
 
 
+def test_its_name_is_the_folders_unless_that_is_another_data_sets(tmp_path: Path) -> None:
+    for name, expected in (("pets", "pets"), ("cifar100", "cifar100-folder")):
+        write_folder(tmp_path / name, {"cat": 2, "dog": 2})
+        assert load(tmp_path / name, input_size=8).name == expected
+
+
 def test_nothing_to_hold_out(tmp_path: Path) -> None:
     write_folder(tmp_path, {"cat": 1, "dog": 1})
     with pytest.raises(DataError, match="no class has two pictures, so none can be held out for validation"):
