@@ -71,8 +71,9 @@ class Admission:
     def retry_after(self) -> float:
         """Seconds until what is in the house will have left, at the measured rate; at least 1, at most 60."""
         elapsed = self._clock() - self._window_start
-        running = self._window_count / elapsed if elapsed > 0 else 0.0
-        rate = max(self._rate, running) + self.rate_elsewhere
+        # A batch leaves at once, and with it a window begins: its first moments would show any rate.
+        rate = self._rate or (self._window_count / elapsed if elapsed > 0 else 0.0)
+        rate += self.rate_elsewhere
         seconds = (self.pictures + self.pictures_elsewhere) / rate if rate > 0 else 0.0
         return min(max(seconds, 1.0), MAX_RETRY_AFTER_SECONDS)
 

@@ -24,7 +24,7 @@ from service.engine import Engine
 from service.errors import Draining, InferenceFailed, NotReady
 from service.fair_queue import Batch, DropReason, FairQueue, Image, Outcome, Pixels, Prediction, Request
 from service.observers import BatchObserver, NoObserver
-from service.recurring import Recurring
+from service.recurring import TICK_SECONDS, Recurring
 from service.worker import EngineThread, report
 
 __all__ = ["BatchObserver", "DynamicBatcher", "NoObserver", "Prediction"]
@@ -245,9 +245,11 @@ class DynamicBatcher:
             self._note_dropped(batch.dropped)
 
     async def _wait_for_more(self, size: int) -> None:
+        """Return when there are so many, when the oldest has waited its time, or just before one would be too late."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._queue.oldest + self._delay - perf_counter()):
-                while self._queue.pictures < size:
+            while self._queue and self._queue.pictures < size:
+                in_time = self._queue.earliest_deadline() - self._loop.time() - 2 * TICK_SECONDS
+                async with asyncio.timeout(min(self._queue.oldest + self._delay - perf_counter(), in_time)):
                     self._arrived.clear()
                     await self._arrived.wait()
 

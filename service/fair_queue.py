@@ -4,12 +4,13 @@ A request of many pictures gives at most half a batch of them at its turn and th
 delays each request behind it by at most half a batch, however large it is.
 """
 
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,9 @@ from numpy.typing import NDArray
 from service.errors import DeadlineExceeded
 from service.outputs import Outputs
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 Image = NDArray[np.uint8]
 Pixels = memoryview | bytes
 DropReason = Literal["cancelled", "deadline"]
@@ -132,13 +136,21 @@ class Batch:
                     continue
                 predictions = [request.answers[index] for index in range(whole)]
             if not request.future.done():
-                request.future.set_result(predictions)
+                _end(request.future.set_result, predictions)
 
     def fail(self, error: Callable[[], Exception]) -> None:
         """End the futures that have not ended yet, each with an exception of its own."""
         for request, _, _ in self.parts:
             if not request.future.done():
-                request.future.set_exception(error())
+                _end(request.future.set_exception, error())
+
+
+def _end(end: Callable[[T], None], value: T) -> None:
+    """End one of many outcomes; the others get theirs even where this one fails."""
+    try:
+        end(value)
+    except Exception:
+        logger.exception("an answer could not be given")
 
 
 class FairQueue:
@@ -155,6 +167,10 @@ class FairQueue:
     def oldest(self) -> float:
         """When the request came whose turn it is, by `perf_counter`; the queue must not be empty."""
         return self._requests[0].enqueued
+
+    def earliest_deadline(self) -> float:
+        """Return the loop time at which the first of them is too late; the queue must not be empty."""
+        return min(request.deadline for request in self._requests)
 
     def put(self, request: Request) -> None:
         """Append a request."""

@@ -63,15 +63,22 @@ class Link(asyncio.Protocol):
             asyncio.get_running_loop().call_soon(self.flush)
 
     def flush(self) -> None:
-        """Send what there is to send, now."""
-        self._before_send()
-        self._will_send = False
-        outbox, self._outbox = self._outbox, []
-        if outbox and self._transport is not None:
-            frame = bytearray(LENGTH_BYTES)
-            self._encoder.encode_into(outbox, frame, LENGTH_BYTES)
-            frame[:LENGTH_BYTES] = (len(frame) - LENGTH_BYTES).to_bytes(LENGTH_BYTES, "big")
-            self._transport.write(frame)
+        """Send what there is to send, now; who can't, hangs up, so that nobody waits for what was not said."""
+        try:
+            try:
+                self._before_send()
+            finally:
+                self._will_send = False
+            outbox, self._outbox = self._outbox, []
+            if outbox and self._transport is not None:
+                frame = bytearray(LENGTH_BYTES)
+                self._encoder.encode_into(outbox, frame, LENGTH_BYTES)
+                frame[:LENGTH_BYTES] = (len(frame) - LENGTH_BYTES).to_bytes(LENGTH_BYTES, "big")
+                self._transport.write(frame)
+        except Exception:
+            logger.exception("what another process of this service should hear can't be sent")
+            if self._transport is not None:
+                self._transport.abort()
 
     def close(self) -> None:
         """Hang up, when what was sent has gone out."""

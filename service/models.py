@@ -73,6 +73,7 @@ class ModelStore:
         self._observer = observer
         self._open_engines = open_engines
         self._seen: dict[int, Seen] = {}
+        self._live_seen: Seen | None = None
         self._reloading = asyncio.Lock()
         self._retiring: dict[asyncio.Task[None], LiveModel] = {}
         self.live: LiveModel | None = None
@@ -155,6 +156,8 @@ class ModelStore:
         """Take note of what is in the folder; what has changed counts as new."""
         found = await beside(partial(scan, self._folder))
         known = self._seen
+        if self._live_seen is not None:  # whose folder may have been away for a moment
+            known = {self._live_seen.version.number: self._live_seen, **known}
         self._seen = {
             version.number: known[version.number]
             if version.number in known and known[version.number].is_like(fingerprint)
@@ -189,6 +192,7 @@ class ModelStore:
             return False
         for other in self._seen.values():
             other.serving = other is seen
+        self._live_seen = seen
         seen.metadata = model.metadata
         self._swap(model)
         return True

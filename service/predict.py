@@ -24,6 +24,7 @@ from service.front import Front, ServedModel
 from service.recurring import Recurring
 
 PATIENCE: Final = 0.05
+MAX_QUERY_BYTES: Final = 1000
 MAX_DIGITS: Final = 10  # of a number in a header or query; more are no sensible number, and slow to convert
 
 
@@ -203,11 +204,17 @@ def read_options(headers: dict[bytes, bytes], query: bytes, max_timeout_ms: int)
     )
 
 
-@lru_cache(maxsize=128)  # a client sends the same query each time, and errors are not kept
 def read_top_k(query: bytes) -> int | None:
     """Read the one parameter that there is."""
+    if len(query) > MAX_QUERY_BYTES:
+        raise InvalidTopK(f"The query is longer than {MAX_QUERY_BYTES} bytes; there is one parameter, top_k.")
+    return _read_top_k(query)
+
+
+@lru_cache(maxsize=128)  # a client sends the same query each time, and errors are not kept
+def _read_top_k(query: bytes) -> int | None:
     top_k = None
-    for name, value in parse_qsl(query[:1000].decode("latin-1"), keep_blank_values=True):
+    for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
         if name != "top_k":
             raise BadRequest(f"There is no query parameter {name[:40]!r}; there is top_k.")
         if top_k is not None:

@@ -30,6 +30,11 @@ MOST_PIPELINED: Final = 64  # requests that wait on one connection; no client of
 CLOSE: Final = b"connection: close\r\n"
 
 
+def too_large() -> HeadersTooLarge:
+    """What a head gets that is larger than any client needs."""
+    return HeadersTooLarge(f"The headers are larger than {MAX_HEADER_BYTES} bytes.")
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """One connection.
 
@@ -55,7 +60,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._body = b""
         self._is_idle = False  # between an answer and the next request's first byte
         self._in_head = False
+        self._refusal: ServiceError | None = None  # what a callback has raised, of which the parser raises its own
         self._bare_bytes = 0  # since the last of a body, or the end of a head: of a head that grows, or of trailers
+        self._most_bare_bytes = 0  # that a head which ends in the data at hand can have
 
     # The connection
 
@@ -84,36 +91,35 @@ class BoundedProtocol(HttpToolsProtocol):
         # Where a head or a trailer begins behind something else, nobody knows how much of the data is its own: then
         # the parser's callbacks set this back, and it is counted from the next data on.
         self._bare_bytes += len(data)
+        self._most_bare_bytes = self._bare_bytes
         if self._is_idle:
             self._is_idle = False
             self._in_time()
         self._parse(data)
-        if self._options is not None:  # its body is not all here
-            self._options = None
-            self._begin_cycle(self._body, more_body=True)
         if self.transport.is_closing():
             return
         if self._bare_bytes > MAX_HEADER_BYTES:
-            self.end(HeadersTooLarge(f"The headers are larger than {MAX_HEADER_BYTES} bytes."))
-        elif len(self.pipeline) > MOST_PIPELINED:
-            self.end(BadRequest(f"More than {MOST_PIPELINED} requests wait on this connection."))
+            self.end(too_large())
         elif self.due == math.inf and not self._is_working():
             self._set_due()
 
     def _parse(self, data: bytes) -> None:
         rest: bytes | memoryview = data
         try:
-            while rest and len(self.pipeline) <= MOST_PIPELINED:
+            while rest:
                 try:
                     self.parser.feed_data(rest)
-                    return
+                    break
                 except httptools.HttpParserUpgrade as upgrade:
                     rest = memoryview(rest)[upgrade.args[0] :]
                     self._parse_without_upgrade(self.parser)
-        except BadRequest as error:
+            if self._options is not None:  # its body is not all here
+                self._options = None
+                self._begin_cycle(self._body, more_body=True)
+        except ServiceError as error:
             self.end(error)
         except httptools.HttpParserError:
-            self.end(BadRequest("This is not HTTP."))
+            self.end(self._refusal or BadRequest("This is not HTTP."))
 
     def _parse_without_upgrade(self, parser: Any) -> None:
         if parser.get_method() == b"CONNECT":
@@ -147,11 +153,21 @@ class BoundedProtocol(HttpToolsProtocol):
         self.headers = []
         self.expect_100_continue = False
         self._in_head = True
+        self._is_idle = False
 
     def on_headers_complete(self) -> None:
-        """End their time, and start the application, unless the request may go the short way."""
+        """End their time, and start the application, unless the request may go the short way.
+
+        Raises:
+            HeadersTooLarge: they came in one read with their end.
+        """
         if self.parser.should_upgrade():  # it will be parsed again, see `_parse`
             return
+        if self._most_bare_bytes > MAX_HEADER_BYTES:
+            size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+            if size > MAX_HEADER_BYTES:
+                self._refusal = too_large()
+                raise self._refusal
         self._in_head = False
         self._bare_bytes = 0
         self._in_time()
@@ -173,8 +189,16 @@ class BoundedProtocol(HttpToolsProtocol):
         )
 
     def _begin_cycle(self, body: bytes, *, more_body: bool) -> None:
-        """Start the application, as uvicorn does, but with a `Cycle` of ours."""
+        """Start the application, as uvicorn does, but with a `Cycle` of ours.
+
+        Raises:
+            BadRequest: too many wait before it.
+            httptools.HttpParserError: its URL is none.
+        """
         busy = self.cycle is not None and not self.cycle.response_complete
+        if len(self.pipeline) == MOST_PIPELINED:
+            self._refusal = BadRequest(f"More than {MOST_PIPELINED} requests wait on this connection.")
+            raise self._refusal
         cycle = self.cycle = Cycle(
             scope=self._request_scope(),
             transport=self.transport,
@@ -234,10 +258,13 @@ class BoundedProtocol(HttpToolsProtocol):
         """End the body's time; a request that is whole in one read may go the short way."""
         if self.parser.should_upgrade():
             return
-        if self._options is None:
-            super().on_message_complete()
-        else:
+        if self._options is not None:
             self._go_quickly(self._options)
+        elif self.cycle.response_complete:  # before the end of the body, which uvicorn does not note then
+            self.cycle.more_body = False
+            self._is_idle = True
+        else:
+            super().on_message_complete()
         self._bare_bytes = 0
         self._in_time()
 
@@ -246,14 +273,15 @@ class BoundedProtocol(HttpToolsProtocol):
         self._options = None
         answer = QuickAnswer(self._quick, self, self.headers)
         try:
-            if not answer.begin(options, self._body, self.loop.time()):
-                self._begin_cycle(self._body, more_body=False)
-                return
+            is_ordinary = answer.begin(options, self._body, self.loop.time())
         except Exception as error:
             self._answer_quickly(answer)
             answer.refuse(error)
-        else:
+            return
+        if is_ordinary:
             self._answer_quickly(answer)
+        else:
+            self._begin_cycle(self._body, more_body=False)
 
     def _answer_quickly(self, answer: QuickAnswer) -> None:
         self.cycle = self._answering = cast("Any", answer)  # what uvicorn asks of a cycle it has

@@ -149,7 +149,7 @@ class Seen:
         if self.metadata is None and not self.reason:
             try:
                 self.metadata = read_metadata(choose_file(self.version.path, provider, options.precision))
-            except (ArtifactError, EngineError) as error:
+            except (ArtifactError, EngineError, OSError) as error:  # the last where it may not be looked into
                 self.reason = str(error)
 
 
@@ -170,7 +170,9 @@ def scan(folder: Path) -> list[tuple[ModelVersion, Fingerprint]]:
 
 def _fingerprint(folder: Path) -> Fingerprint:
     files = []
-    with suppress(OSError):  # it is being removed: what is still there will do
+    # It is being removed, and what is still there will do; or it may not be read, and is refused. Other trouble passes,
+    # and must not look like a change.
+    with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
         for file in folder.iterdir():
             if file.name in SERVED_FILES:
                 status = file.stat()

@@ -93,6 +93,20 @@ def test_the_first_seconds_rate_counts_before_that_second_is_over(clock: Clock) 
     assert admission.retry_after() == pytest.approx(80 / 20)
 
 
+def test_batches_that_leave_at_once_are_no_higher_rate_at_any_moment(clock: Clock) -> None:
+    admission = Admission(512, 0, clock=clock)
+    inside = [enter(admission) for _ in range(512)]
+    for number in range(8):
+        clock.now += 0.5
+        for _ in range(32):  # 64 pictures a second
+            leave(inside.pop(0))
+        inside += [enter(admission) for _ in range(32)]
+        for _ in range(4 if number > 2 else 0):
+            assert admission.retry_after() == pytest.approx(512 / 64, rel=0.05)
+            clock.now += 0.1
+        clock.now -= 0.4 if number > 2 else 0
+
+
 def test_before_anything_is_measured_it_is_a_second(clock: Clock) -> None:
     admission = Admission(1, 0, clock=clock)
     enter(admission)

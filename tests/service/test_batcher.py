@@ -93,6 +93,16 @@ async def test_the_wait_for_more_ends(start: Start) -> None:
     assert engine.batches == [[1]]
 
 
+async def test_the_wait_for_more_ends_before_anybody_is_too_late(start: Start) -> None:
+    engine = FakeEngine(max_batch_size=3)
+    batcher = start(engine, max_queue_delay_ms=60_000)
+    loop = asyncio.get_running_loop()
+    patient = await submitted(batcher, 1)
+    hurried = asyncio.create_task(batcher.submit(picture(2), deadline=loop.time() + 0.2))
+    assert await numbers([*patient, hurried]) == [1, 2]
+    assert engine.batches == [[1, 2]]
+
+
 async def test_the_wait_for_more_does_not_lose_those_that_are_left(start: Start) -> None:
     engine = FakeEngine(max_batch_size=2)
     batcher = start(engine, max_queue_delay_ms=20)

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -176,6 +177,26 @@ def test_each_request_of_a_failed_batch_has_an_exception_of_its_own(bench: Bench
     first, second = bench.put(1), bench.put(2)
     bench.queue.pop(4, 1.0).fail(InferenceFailed)
     assert first.future.exception() is not second.future.exception()  # their tracebacks grow apart
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_an_outcome_that_fails_costs_nobody_else_an_answer(
+    bench: Bench, answered: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [bench.put(1) for _ in range(3)]
+
+    def burst(_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(
+        requests[1],
+        "future",
+        SimpleNamespace(done=lambda: False, cancelled=lambda: False, set_result=burst, set_exception=burst),
+    )
+    batch = bench.queue.pop(3, 1.0)
+    batch.answer(np.zeros((3, 2), np.float32), 0.1) if answered else batch.fail(InferenceFailed)
+    assert [requests[index].future.done() for index in (0, 2)] == [True, True]
+    assert "an answer could not be given" in caplog.text
 
 
 def test_failing_all_spares_those_that_have_ended(bench: Bench) -> None:

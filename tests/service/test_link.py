@@ -103,6 +103,21 @@ def test_what_is_no_message_ends_the_link(payload: bytes) -> None:
     assert arrived == []
 
 
+@pytest.mark.parametrize("culprit", ["before_send", "message"])
+def test_what_can_not_be_sent_ends_the_link(culprit: str) -> None:
+    """And is not lost without a word, while those who wait for it go on waiting."""
+
+    def fail() -> None:
+        raise MemoryError
+
+    one = Link(FromFront, lambda messages: None, lambda: None, fail if culprit == "before_send" else lambda: None)
+    transport = Written()
+    one.connection_made(transport)  # type: ignore[arg-type]
+    one._outbox.append(cast("Message", object()))
+    one.flush()
+    assert transport.aborted
+
+
 def test_each_side_understands_only_what_the_other_may_say() -> None:
     arrived: list[Message] = []
     receiver, transport = link(arrived, FromEngine)

@@ -103,6 +103,20 @@ async def test_without_a_change_nothing_is_loaded_again(make: Make, tmp_path: Pa
     assert store.live is live
 
 
+async def test_a_folder_that_was_away_for_a_moment_is_not_loaded_again(make: Make, tmp_path: Path) -> None:
+    folder, away = make_model_folder(tmp_path, 1), tmp_path / "away"
+    opener = Opener()
+    store = make(open_engines=opener)
+    await store.load()
+    folder.rename(away)
+    await store.reload()
+    await assert_serves(store, 1)
+    away.rename(folder)
+    await store.reload()
+    assert opener.opened == [1]
+    assert lines(store) == [(1, "live")]
+
+
 async def test_a_version_that_is_being_loaded_is_not_loaded_twice(make: Make, tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1)
     opener = Opener()

@@ -83,6 +83,53 @@ async def test_headers_that_are_too_large(tmp_path: Path) -> None:
         assert (status, error_of(body)) == (431, "headers_too_large")
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
+async def test_headers_that_are_too_large_are_so_however_they_come(tmp_path: Path, pieces: int) -> None:
+    """In one read with their end, too, where nothing is left to be bounded."""
+    head = b"GET /health/live HTTP/1.1\r\n" + b"".join(b"X-%d: %b\r\n" % (n, b"x" * 1024) for n in range(90)) + b"\r\n"
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        writer.write(head[: len(head) // pieces])
+        if pieces == 2:
+            await asyncio.sleep(0.05)
+            writer.write(head[len(head) // 2 :])
+        status, _, body = await read_answer(reader)
+        assert (status, error_of(body)) == (431, "headers_too_large")
+
+
+@pytest.mark.parametrize("body", [b"", png(1)])
+async def test_a_url_of_any_length_is_a_clients_error(
+    tmp_path: Path, body: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Longer than the parser of URLs takes, shorter than what is refused as a head; with its body and without."""
+    head = request_head(len(png(1)), target="/predict?top_k=1" + "&" * 65_300)
+    async with running(tmp_path) as run:
+        for target in ("/predict?top_k=1" + "&" * 2000, "/predict?top_k=1" + "&" * 65_300):
+            head = request_head(len(png(1)), target=target)
+            reader, writer = await run.connect()
+            writer.write(head[:60_000])
+            await asyncio.sleep(0.02)
+            writer.write(head[60_000:] + body)
+            status, _, answer = await read_answer(reader)
+            assert (status, error_of(answer)) == (400, "invalid_top_k")
+        await run.until(lambda: run.in_flight == 0)
+    assert not caplog.records
+
+
+async def test_a_url_that_the_parser_refuses_is_answered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    head = b"POST /predict?top_k=5%b HTTP/1.1\r\nContent-Length: 10\r\n\r\n" % (b"&" * 65_530)
+    async with running(tmp_path) as run:
+        for rest in (b"", b"0123456789"):
+            reader, writer = await run.connect()
+            writer.write(head[:60_000])
+            await asyncio.sleep(0.02)
+            writer.write(head[60_000:] + rest)
+            status, _, _ = await read_answer(reader)
+            assert status in (400, 431)
+            assert await ended(reader)
+    assert not caplog.records
+
+
 async def test_what_is_no_http_gets_the_shape_of_all_errors(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         reader, writer = await run.connect()
@@ -177,6 +224,22 @@ async def test_a_body_that_ends_after_an_early_answer_leaves_the_connection_usab
         writer.write(request_head(5000) + bytes(4000))
         assert (await read_answer(reader))[0] == 413
         writer.write(bytes(1000) + request_head(len(png(1))) + png(1))
+        assert (await read_answer(reader))[0] == 200
+
+
+async def test_a_body_that_ends_after_an_early_answer_leaves_the_connection_idle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A balancer that keeps the connection must not find it closed when the next request comes."""
+    monkeypatch.setattr(protocol, "LINGER_SECONDS", 0.05)
+    monkeypatch.setattr(connections, "LOOK_SECONDS", 0.01)
+    async with running(tmp_path, max_body_bytes=2000, header_timeout_s=0.1, keep_alive_s=60) as run:
+        reader, writer = await run.connect()
+        writer.write(request_head(5000) + bytes(4000))
+        assert (await read_answer(reader))[0] == 413
+        writer.write(bytes(1000))
+        await asyncio.sleep(0.3)
+        writer.write(request_head(len(png(1))) + png(1))
         assert (await read_answer(reader))[0] == 200
 
 

@@ -1,5 +1,7 @@
 """Engines for the devices of a version, and how its faults are told."""
 
+import errno
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,42 @@ def test_nor_where_the_model_folder_is_a_relative_path_or_a_link(
     monkeypatch.chdir(tmp_path)
     for folder in (tmp_path / "link", tmp_path / "real", Path("link")):
         assert without_folders(f"{folder}/2/x: no; {tmp_path}/real/2/y: no", Path("link")) == "2/x: no; 2/y: no"
+
+
+@pytest.mark.parametrize(("error", "passes"), [(errno.EIO, True), (errno.ESTALE, True), (errno.EACCES, False)])
+def test_trouble_that_passes_is_no_change_of_a_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, passes: bool
+) -> None:
+    make_model_folder(tmp_path)
+    iterdir = Path.iterdir
+
+    def trouble(folder: Path) -> Iterator[Path]:
+        if folder != tmp_path:
+            raise OSError(error, "trouble", str(folder))
+        return iterdir(folder)
+
+    monkeypatch.setattr(Path, "iterdir", trouble)
+    if passes:
+        with pytest.raises(OSError, match="trouble"):
+            scan(tmp_path)
+    else:  # it is there, and refused when its turn comes
+        assert [fingerprint for _, fingerprint in scan(tmp_path)] == [()]
+
+
+def test_a_version_that_can_not_be_looked_into_is_refused_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model_folder(tmp_path)
+    ((version, before),) = scan(tmp_path)
+
+    def trouble(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", trouble)
+    seen = Seen(version, before)
+    seen.describe(EngineOptions(), "cpu")
+    assert (seen.status().state, seen.metadata) == ("refused", None)
+    assert "Permission denied" in seen.reason
 
 
 def test_rights_that_are_put_right_are_a_change_of_what_was_refused_alone(tmp_path: Path) -> None:
