@@ -245,8 +245,7 @@ class DynamicBatcher:
             self._note_dropped(batch.dropped)
 
     async def _wait_for_more(self, size: int) -> None:
-        """Return when there are so many, when the oldest has waited its time, or just before one would be too late."""
-        with suppress(TimeoutError):
+        with suppress(TimeoutError):  # the oldest has waited its time, or one would soon be too late
             while self._queue and self._queue.pictures < size:
                 in_time = self._queue.earliest_deadline() - self._loop.time() - 2 * TICK_SECONDS
                 async with asyncio.timeout(min(self._queue.oldest + self._delay - perf_counter(), in_time)):

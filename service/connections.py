@@ -1,15 +1,23 @@
-"""What connections share: the clock that ends what takes too long, and how a request to change protocols is read."""
+"""What connections share: the clock that ends what takes too long, and how heads are read and bounded."""
 
 import asyncio
 from collections.abc import Iterable
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
+from urllib.parse import unquote
+from uuid import uuid4
 
+import httptools
 from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from service.errors import HeadersTooLarge, ServiceError
 from service.front import Front
+from service.middleware import error_answer
 from service.quick import Quick
 from service.recurring import Recurring
 
+CLOSE: Final = b"connection: close\r\n"
+MAX_HEADER_BYTES: Final = 64 * 1024
 LOOK_SECONDS: Final = 0.1  # how much later than its limit a slow client may be cut off
 
 
@@ -61,6 +69,50 @@ class BoundedConfig(Config):
     service: Front
     quick: Quick | None
     clock: ConnectionClock
+
+
+def size_of_head(url: bytes, headers: Iterable[tuple[bytes, bytes]]) -> int:
+    """Return the bytes of a head that its client chose."""
+    return len(url) + sum(len(name) + len(value) for name, value in headers)
+
+
+def too_large() -> HeadersTooLarge:
+    """Return what is said of a head beyond the limit."""
+    return HeadersTooLarge(f"The headers are larger than {MAX_HEADER_BYTES} bytes.")
+
+
+def last_answer(error: ServiceError) -> bytes:
+    """Return an error's whole answer, under a new request id, after which the connection is closed."""
+    request_id = uuid4().hex
+    headers, body = error_answer(error, request_id)
+    headers.append((b"x-request-id", request_id.encode()))
+    lines = b"".join(b"%b: %b\r\n" % header for header in headers if header[0] != b"connection")
+    return STATUS_LINE[error.status] + lines + CLOSE + b"\r\n" + body
+
+
+def request_scope(connection: HttpToolsProtocol) -> dict[str, Any]:
+    """Return the ASGI scope of the request whose head a connection has just read, as uvicorn makes it.
+
+    Raises:
+        httptools.HttpParserError: its URL is none.
+    """
+    url = httptools.parse_url(connection.url)
+    path = url.path.decode("ascii")
+    return {
+        "type": "http",
+        "asgi": {"version": connection.asgi_version, "spec_version": "2.3"},
+        "http_version": connection.parser.get_http_version(),
+        "server": connection.server,
+        "client": connection.client,
+        "scheme": connection.scheme,
+        "root_path": connection.root_path,
+        "headers": connection.headers,
+        "state": connection.app_state.copy(),
+        "method": connection.parser.get_method().decode("ascii"),
+        "path": unquote(path) if "%" in path else path,
+        "raw_path": url.path,
+        "query_string": url.query or b"",
+    }
 
 
 def head_without_upgrade(method: bytes, url: bytes, version: str, headers: Iterable[tuple[bytes, bytes]]) -> bytes:

@@ -22,6 +22,7 @@ class Cycle(RequestResponseCycle):
     _start: Any = None  # the message that begins the answer, until its body comes
 
     is_late = False  # whether the body has not come in its time
+    closes_late = False  # whether the connection is to be closed, but not before the body has come
 
     async def receive(self) -> Any:
         """Return an ASGI message; of a body that is late, one that says so."""
@@ -53,6 +54,9 @@ class Cycle(RequestResponseCycle):
                 return
             self.response_started = False
             await super().send(start)
+        if self.more_body and not (self.keep_alive or message.get("more_body", False)):
+            # Closed with a body unread, the connection would be reset, and the client might never see this answer.
+            self.keep_alive = self.closes_late = True
         await super().send(message)
 
     def _ordinary(self, start: Any, body: bytes) -> bytes | None:

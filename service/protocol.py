@@ -7,32 +7,31 @@ connection for ever.
 import asyncio
 import math
 from typing import Any, Final, cast
-from urllib.parse import unquote
-from uuid import uuid4
 
 import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from service.connections import BoundedConfig, head_without_upgrade
+from service.connections import (
+    CLOSE,
+    MAX_HEADER_BYTES,
+    BoundedConfig,
+    head_without_upgrade,
+    last_answer,
+    request_scope,
+    size_of_head,
+    too_large,
+)
 from service.cycle import Cycle
-from service.errors import BadRequest, HeadersTimeout, HeadersTooLarge, ServiceError, Unavailable
-from service.middleware import error_answer
+from service.errors import BadRequest, HeadersTimeout, ServiceError, Unavailable
 from service.predict import Options
 from service.quick import QuickAnswer
 
-MAX_HEADER_BYTES: Final = 64 * 1024
 # After an answer that came before the end of the body (413, 503), the rest is read and thrown away for this long, so
 # that the client reads the answer and not a connection reset.
 LINGER_SECONDS: Final = 2.0
 MOST_PIPELINED: Final = 64  # requests that wait on one connection; no client of ours sends a second one unanswered
-CLOSE: Final = b"connection: close\r\n"
-
-
-def too_large() -> HeadersTooLarge:
-    """What a head gets that is larger than any client needs."""
-    return HeadersTooLarge(f"The headers are larger than {MAX_HEADER_BYTES} bytes.")
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -163,11 +162,9 @@ class BoundedProtocol(HttpToolsProtocol):
         """
         if self.parser.should_upgrade():  # it will be parsed again, see `_parse`
             return
-        if self._most_bare_bytes > MAX_HEADER_BYTES:
-            size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
-            if size > MAX_HEADER_BYTES:
-                self._refusal = too_large()
-                raise self._refusal
+        if self._most_bare_bytes > MAX_HEADER_BYTES and size_of_head(self.url, self.headers) > MAX_HEADER_BYTES:
+            self._refusal = too_large()
+            raise self._refusal
         self._in_head = False
         self._bare_bytes = 0
         self._in_time()
@@ -200,7 +197,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refusal = BadRequest(f"More than {MOST_PIPELINED} requests wait on this connection.")
             raise self._refusal
         cycle = self.cycle = Cycle(
-            scope=self._request_scope(),
+            scope=cast("Any", request_scope(self)),
             transport=self.transport,
             flow=self.flow,
             logger=self.logger,
@@ -212,6 +209,7 @@ class BoundedProtocol(HttpToolsProtocol):
             keep_alive=self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
+        self.headers = []  # what comes after the body, as a trailer, is none of the head
         cycle.body += body
         cycle.more_body = more_body
         if body or not more_body:
@@ -221,26 +219,6 @@ class BoundedProtocol(HttpToolsProtocol):
             self.pipeline.appendleft((cycle, self.app))
         else:
             self._start_asgi_task(cycle, self.app)
-
-    def _request_scope(self) -> Any:
-        url = httptools.parse_url(self.url)
-        path = url.path.decode("ascii")
-        headers, self.headers = self.headers, []  # what comes after the body, as a trailer, is none of the head
-        return {
-            "type": "http",
-            "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
-            "http_version": self.parser.get_http_version(),
-            "server": self.server,
-            "client": self.client,
-            "scheme": self.scheme,
-            "root_path": self.root_path,
-            "headers": headers,
-            "state": self.app_state.copy(),
-            "method": self.parser.get_method().decode("ascii"),
-            "path": unquote(path) if "%" in path else path,
-            "raw_path": url.path,
-            "query_string": url.query or b"",
-        }
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._answering = cycle
@@ -263,6 +241,8 @@ class BoundedProtocol(HttpToolsProtocol):
         elif self.cycle.response_complete:  # before the end of the body, which uvicorn does not note then
             self.cycle.more_body = False
             self._is_idle = True
+            if cast("Cycle", self.cycle).closes_late:
+                self.transport.close()
         else:
             super().on_message_complete()
         self._bare_bytes = 0
@@ -292,9 +272,9 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         default = b"".join([b"%b: %b\r\n" % header for header in self.server_state.default_headers])
-        is_last = self.service.draining or not answer.keep_alive
-        self.transport.write(b"%b%b%b%b\r\n%b" % (STATUS_LINE[status], default, head, CLOSE if is_last else b"", body))
-        if is_last:
+        last = CLOSE if self.service.draining or not answer.keep_alive else b""
+        self.transport.write(b"%b%b%b%b\r\n%b" % (STATUS_LINE[status], default, head, last, body))
+        if last:
             self.transport.close()
         self.on_response_complete()
 
@@ -316,11 +296,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Answer with an error and close the connection."""
         if self.transport.is_closing():
             return
-        request_id = uuid4().hex
-        headers, body = error_answer(error, request_id)
-        headers.append((b"x-request-id", request_id.encode()))
-        lines = b"".join(b"%b: %b\r\n" % header for header in headers if header[0] != b"connection")
-        self.transport.write(STATUS_LINE[error.status] + lines + CLOSE + b"\r\n" + body)
+        self.transport.write(last_answer(error))
         self.close()
         self.service.metrics.rejected(error.code)
 

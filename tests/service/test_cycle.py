@@ -108,12 +108,25 @@ async def test_any_other_answer_goes_as_uvicorn_sends_it(
     recorder: Recorder, options: dict[str, Any], begin: dict[str, Any], bodies: list[bytes], whole: bytes
 ) -> None:
     cycle = cycle_on(recorder, **options)
+    cycle.more_body = False
     await cycle.send(begin)
     for data in bodies:
         await cycle.send(body(data, more=data is not bodies[-1]))
     assert b"".join(recorder.written) == whole
     assert cycle.response_complete
     assert recorder.closed is (options == {"keep_alive": False})
+
+
+@pytest.mark.parametrize("more_body", [True, False])
+async def test_an_answer_that_closes_does_so_when_the_body_is_there(recorder: Recorder, more_body: bool) -> None:
+    cycle = cycle_on(recorder, keep_alive=False)
+    cycle.more_body = more_body
+    await cycle.send(start((b"content-length", b"2")))
+    for data in (b"a", b"b"):
+        assert not recorder.closed
+        await cycle.send(body(data, more=data == b"a"))
+    assert b"connection: close" in b"".join(recorder.written)
+    assert (recorder.closed, cycle.closes_late) == (not more_body, more_body)
 
 
 @pytest.mark.parametrize("value", [b"1\r\nset-cookie: a", b"1\n", b"1\r", b"1\0"])

@@ -218,6 +218,26 @@ async def test_the_client_can_read_an_early_answer_while_it_still_sends(
             await asyncio.wait_for(sending, 20)
 
 
+@pytest.mark.parametrize("reason", ["HTTP/1.0", "Connection: close", "drain"])
+async def test_an_early_answer_that_closes_waits_for_the_body(tmp_path: Path, reason: str) -> None:
+    """Closed at once, with something unread, the connection would be reset, and the answer might be lost."""
+    async with running(tmp_path, max_body_bytes=2000) as run:
+        reader, writer = await run.connect()
+        head = request_head(5000, *(["Connection: close"] if reason == "Connection: close" else []))
+        if reason == "HTTP/1.0":
+            head = head.replace(b"HTTP/1.1", b"HTTP/1.0")
+        run.service.draining = reason == "drain"
+        writer.write(head + bytes(4000))
+        status, headers, _ = await read_answer(reader)
+        assert (status, headers["connection"]) == (503 if reason == "drain" else 413, "close")
+        await asyncio.sleep(0.05)
+        assert not reader.at_eof()
+        writer.write(bytes(1000) + request_head(len(png(1))) + png(1))  # the latter comes too late
+        async with asyncio.timeout(protocol.LINGER_SECONDS / 2):
+            assert await ended(reader)
+        run.service.draining = False
+
+
 async def test_a_body_that_ends_after_an_early_answer_leaves_the_connection_usable(tmp_path: Path) -> None:
     async with running(tmp_path, max_body_bytes=2000) as run:
         reader, writer = await run.connect()
@@ -336,7 +356,7 @@ async def test_a_head_that_begins_before_the_answer_has_its_own_time_after_it(tm
 async def test_a_body_is_no_part_of_the_head_behind_it(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         reader, writer = await run.connect()
-        filler = protocol.MAX_HEADER_BYTES + 20_000
+        filler = connections.MAX_HEADER_BYTES + 20_000
         writer.write(request_head(filler))
         await run.until(lambda: run.in_flight == 1)
         writer.write(bytes(filler) + b"POST /pre")
