@@ -11,6 +11,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.gc_collector import GCCollector
 
 from service.artifact import ModelMetadata
+from service.errors import Unavailable
 from service.front import known_route
 from service.gpu import GpuCollector
 from service.histogram import PendingHistogram
@@ -60,6 +61,8 @@ class Metrics:
         self.rejections = Counter(
             "perceiver_rejections", "Requests answered with an error, by its code.", ["reason"], registry=registry
         )
+        # An alarm is on it, and a counter that begins with its first event shows Prometheus no increase.
+        self.rejections.labels(Unavailable.code)
         self.deadline_misses = Counter(
             "perceiver_deadline_misses",
             "Pictures dropped from the queue because their deadline had passed.",

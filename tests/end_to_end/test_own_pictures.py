@@ -1,5 +1,6 @@
 """The README's commands for a folder of one's own pictures, as a user types them: train, export, serve, ask."""
 
+import json
 import os
 import re
 import shlex
@@ -27,15 +28,16 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if "five-things" in line]
 
 
-def in_this_environment(words: list[str], folder: Path, more: str = "") -> list[str]:
+def in_this_environment(words: list[str], folder: Path, more: str = "", written: str = "runs|models") -> list[str]:
     """The same command with this interpreter's environment, and with what it writes below another folder.
 
     Args:
         words: `make TARGET NAME=VALUE...`.
         folder: stands for the repository's root where runs and models are written.
         more: goes behind `ARGS`.
+        written: folders of the root that are.
     """
-    moved = [re.sub(r"(?<![\w/])(?=(runs|models)/)", f"{folder}/", word) for word in words]
+    moved = [re.sub(rf"(?<![\w/])(?=({written})/)", f"{folder}/", word) for word in words]
     assert moved != words
     if not any(word.startswith("ARGS=") for word in moved):
         moved.append("ARGS=")
@@ -88,12 +90,13 @@ def test_the_example_is_small_and_its_classes_are_folders() -> None:
 @pytest.mark.timeout(4 * SECONDS)
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_a_folder_of_pictures_becomes_a_served_model_by_three_commands(tmp_path: Path) -> None:
-    train, export, serve, ask = commands()
-    assert [train[:2], export[:2], serve[:2], ask[0]] == [
+    train, export, serve, ask, train_on = commands()
+    assert [train[:2], export[:2], serve[:2], ask[0], train_on[:2]] == [
         ["make", "train"],
         ["make", "export"],
         ["make", "serve"],
         "curl",
+        ["make", "train"],
     ]
     output = run(in_this_environment(train, tmp_path, "--epochs 3 --threads 1 --device cpu"))
     assert "note: 145 training pictures are few: a step takes 32 of them" in output
@@ -111,3 +114,7 @@ def test_a_folder_of_pictures_becomes_a_served_model_by_three_commands(tmp_path:
     card = (tmp_path / "models" / "five-things" / "1" / "README.md").read_text()
     assert "tells 5 classes of five-things apart" in card
     assert "--data DATA/five-things --epochs 3 --batch-size 32" in card
+    # Trained on from the shipped model, it knows them after an epoch.
+    output = run(in_this_environment(train_on, tmp_path, "--epochs 1 --threads 1 --device cpu", "runs"))
+    val = json.loads((tmp_path / "runs" / "five-more" / "report.json").read_text())["val"]
+    assert val["top1"] > 0.5, output
