@@ -49,7 +49,7 @@ def load_data(source: Source, path: Path | None) -> DataSet:
     if source.run.data is None and cifar.find(chosen) is None:
         raise ExportError(f"{chosen}: holds no {cifar.FOLDER}; {wanted}: name its folder by --data.")
     try:
-        loaded = data.load(chosen, input_size=source.run.model.input_size, seed=0)
+        loaded = data.load_for(source.run, chosen)
     except data.DataError as error:
         raise ExportError(f"{error} ({wanted}.)") from error
     if loaded.labels != source.run.labels:

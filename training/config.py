@@ -123,6 +123,9 @@ class TrainConfig(BaseModel):
     epochs: int = Field(50, ge=1, description="passes over the training pictures, at most")
     batch_size: int = Field(64, ge=1, description="pictures a step, over all processes")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of weights, order and augmentation")
+    validation_fraction: float = Field(
+        0.1, gt=0, lt=1, description="share of the training pictures that validates, where the data has no val/"
+    )
 
     optimizer: Literal["lamb", "adamw", "muon"] = Field("lamb", description="muon: matrices by Muon, the rest by AdamW")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate (for muon: of the matrices)")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from training import cifar, image_folder
+from training.checkpoint import RunConfig
+from training.config import Preset
 from training.dataset import DataError, DataSet, Split
 from training.download import ensure_cifar100
 
-__all__ = ["DataError", "DataSet", "Split", "load"]
+__all__ = ["DataError", "DataSet", "Split", "load", "load_for"]
 
 
 _LAYOUTS = f"{cifar.FOLDER}/ (files meta, test and train), or {image_folder.LAYOUT}"
@@ -34,7 +36,6 @@ def load(
     input_size: int,
     cache_dir: Path = Path("data"),
     validation_fraction: float = 0.1,
-    seed: int = 0,
 ) -> DataSet:
     """Load a data set with every picture as uint8 [input_size, input_size, 3].
 
@@ -42,7 +43,8 @@ def load(
         ``cifar-100-python`` layout (itself or its parent), or an image folder (see ``training.image_folder``).
     input_size: side in pixels; other pictures are centre-cropped to a square and resized (bicubic) once.
     validation_fraction: share of the training pictures held out, in (0, 1): the last ones of CIFAR-100, a stratified
-        draw from ``seed`` of an image folder; ignored where the folder has its own ``val/``.
+        draw of an image folder, the same in every run; ignored where the folder has its own ``val/``. Of the same
+        pictures, what a smaller share holds out is part of what a larger one does.
 
     Raises DataError, with a sentence for the user, when there is no usable data.
     """
@@ -56,4 +58,9 @@ def load(
         return cifar.load(folder, input_size=input_size, validation_fraction=validation_fraction)
     assert path is not None
     _check(path)
-    return image_folder.load(path, input_size=input_size, validation_fraction=validation_fraction, seed=seed)
+    return image_folder.load(path, input_size=input_size, validation_fraction=validation_fraction)
+
+
+def load_for(run: Preset | RunConfig, path: Path | None) -> DataSet:
+    """Load a data set at the size of a run's pictures, divided as the run wants it; see `load`."""
+    return load(path, input_size=run.model.input_size, validation_fraction=run.train.validation_fraction)

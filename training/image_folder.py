@@ -114,7 +114,7 @@ def _passed_over(path: Path, taken: set[Path]) -> list[Path]:
     return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts))
 
 
-def load(path: Path, *, input_size: int, validation_fraction: float, seed: int) -> DataSet:
+def load(path: Path, *, input_size: int, validation_fraction: float, seed: int = 0) -> DataSet:
     """Read an image folder, every picture brought to ``input_size`` x ``input_size`` once.
 
     Classes are the folders' names in order of the alphabet. Without ``val/`` a stratified, seeded part of the training
@@ -145,5 +145,6 @@ def load(path: Path, *, input_size: int, validation_fraction: float, seed: int) 
         val=val.read(input_size, "validation pictures"),
         test=test.read(input_size, "test pictures") if test is not None else None,
         class_folders=train_path,
+        own_val=has_splits and (path / "val").is_dir(),
         passed_over=tuple(passed_over),
     )

@@ -41,9 +41,15 @@ def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterat
             "the pictures are not those of the run that --init names: where one folder of them was divided anew, some "
             "that validate now have trained that run, and flatter this one. Folders train/ and val/ keep them apart."
         )
-    if preset is not None and run.init is not None and (theirs := run.init.run.model.grid) != run.model.grid:
+    elif preset is not None and run.init is not None and validates_on_more(run, data_set):
+        theirs = run.init.run.train.validation_fraction
         yield (
-            f"positions are interpolated from a grid of {theirs} x {theirs} patches to one of {run.model.grid} x "
+            f"of the pictures that validate now some have trained the run that --init names, and flatter this one: "
+            f"--validation-fraction {theirs} or less keeps them apart."
+        )
+    if preset is not None and run.init is not None and (grid := run.init.run.model.grid) != run.model.grid:
+        yield (
+            f"positions are interpolated from a grid of {grid} x {grid} patches to one of {run.model.grid} x "
             f"{run.model.grid}."
         )
     seen = set(data_set.val.labels.tolist())
@@ -51,6 +57,17 @@ def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterat
     if unseen:
         shown = ", ".join(unseen[:5]) + (f" and {len(unseen) - 5} more" if len(unseen) > 5 else "")
         yield f"no validation picture of {shown}: no figure tells how well that is known; a class needs two pictures."
+
+
+def validates_on_more(run: RunConfig, data_set: DataSet) -> bool:
+    """Whether a run of the same pictures holds out a larger share of them than the one that it begins with."""
+    assert run.init is not None
+    theirs = run.init.run
+    return (
+        not data_set.own_val
+        and theirs.labels == run.labels
+        and run.train.validation_fraction > theirs.train.validation_fraction
+    )
 
 
 def printable(path: Path | str) -> str:

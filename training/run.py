@@ -144,7 +144,11 @@ def prepare(args: argparse.Namespace, preset: Preset | None, world: World) -> tu
         init = None if args.init is None else origin_of(find(args.init), preset.model)
         # Twice, because without --out the folder is named after data that has to be read first.
         refuse_existing(args.out, world)
-        data_set = data.load(args.data, input_size=preset.model.input_size)
+        data_set = data.load_for(preset, args.data)
+        if args.validation_fraction is not None and data_set.own_val:
+            raise ValueError(
+                f"--validation-fraction {args.validation_fraction} changes nothing: {args.data} has its own val/."
+            )
         folder = args.out or Path("runs") / f"{args.preset or DEFAULT_PRESET}-{data_set.name}"
         refuse_existing(folder, world)
         refuse_among_classes(folder, data_set)
@@ -225,7 +229,7 @@ def resumed(args: argparse.Namespace) -> tuple[RunConfig, DataSet]:
             f"--resume {args.resume}: this run ended before its first checkpoint; "
             f"start it again with --out {args.resume}" + (", and with the same --init." if run.init else ".")
         )
-    data_set = data.load(args.data or (Path(run.data) if run.data else None), input_size=run.model.input_size)
+    data_set = data.load_for(run, args.data or (Path(run.data) if run.data else None))
     if data_set.labels != run.labels:
         raise DataError(
             f"the data now has other classes than when {args.resume} began; restore it, or start a new run."

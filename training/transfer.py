@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training import checkpoint
+from training import checkpoint, data
 from training.checkpoint import CheckpointError, Origin, RunConfig
 from training.cli import flag_with
 from training.config import ModelConfig
@@ -100,11 +100,23 @@ def check_fits(path: Path, theirs: ModelConfig, mine: ModelConfig) -> None:
 
 
 def has_other_pictures(run: RunConfig) -> bool:
-    """Whether a run's pictures are not those of the run that it began with, as far as anybody knows."""
+    """Whether a run's pictures are not those of the run that it began with, as far as anybody knows.
+
+    Raises:
+        DataError: they are gone meanwhile.
+    """
     if run.init is None or run.init.run.labels != run.labels:
         return False
-    digests = (run.pictures_sha256, run.init.run.pictures_sha256)
-    return None not in digests and digests[0] != digests[1]
+    theirs = run.init.run
+    if None in (run.pictures_sha256, theirs.pictures_sha256) or run.pictures_sha256 == theirs.pictures_sha256:
+        return False
+    if (run.model.input_size, run.train.validation_fraction) == (
+        theirs.model.input_size,
+        theirs.train.validation_fraction,
+    ):
+        return True
+    as_theirs = data.load_for(theirs, Path(run.data) if run.data else None)
+    return as_theirs.digest() != theirs.pictures_sha256
 
 
 def begin_with(model: Perceiver, run: RunConfig, path: Path) -> None:

@@ -40,7 +40,7 @@ def test_cifar_is_read_in_order_channels_last(tmp_path: Path) -> None:
 
 
 def test_cifar_validation_is_the_last_tenth_of_training(tmp_path: Path) -> None:
-    loaded = load(write_cifar(tmp_path / FOLDER), input_size=32, seed=5)
+    loaded = load(write_cifar(tmp_path / FOLDER), input_size=32)
     assert len(loaded.train) == 18
     assert len(loaded.val) == 2
     assert loaded.val.images[0, 0, 0, 0] == CONTENTS["train"]["data"][18, 0]

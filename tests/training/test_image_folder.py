@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from tests.training.data_sets import first_pixels, write_folder, write_picture
+from training import image_folder
 from training.data import DataError, load
 from training.image_folder import stratified_split
 
@@ -82,7 +83,7 @@ def test_the_validation_split_depends_on_the_seed_alone(tmp_path: Path) -> None:
     write_folder(tmp_path, {"cat": 30, "dog": 30})
 
     def held_out(seed: int) -> list[int]:
-        return first_pixels(load(tmp_path, input_size=8, validation_fraction=0.3, seed=seed).val)
+        return first_pixels(image_folder.load(tmp_path, input_size=8, validation_fraction=0.3, seed=seed).val)
 
     assert held_out(1) == held_out(1)
     assert held_out(1) != held_out(2)
