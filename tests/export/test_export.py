@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from export import build
 from export.__main__ import main
+from export.golden import load_data
 from export.serving_model import TrainingForm
 from export.source import load_source
 from service.artifact import from_props, list_versions, load_golden
@@ -81,6 +83,16 @@ def test_golden_pictures_are_of_the_validation_split(exported: Path, pictures: P
     assert [known[image.tobytes()] for image in golden.images] == golden.labels.tolist()
     assert set(golden.labels.tolist()) == set(range(len(LABELS)))
     check_golden(open_engine(exported), golden)
+
+
+def test_the_data_are_divided_as_the_run_divided_them(run: Path, pictures: Path) -> None:
+    """Else golden pictures and a variant's gate would be of pictures that were trained on."""
+    source = load_source(run)
+    train = source.run.train.model_copy(update={"validation_fraction": 0.4})
+    whole = pictures / "train"  # no val/ in it: five pictures of each class
+    loaded = load_data(replace(source, run=source.run.model_copy(update={"train": train})), whole)
+    assert (len(loaded.train), len(loaded.val)) == (3 * len(LABELS), 2 * len(LABELS))
+    assert loaded.digest() == load(whole, input_size=SIZE, validation_fraction=0.4).digest()
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 17])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.training.commands import RECIPE
+from tests.training.data_sets import write_folder
 from tests.training.tiny import MODEL, run_config
 from training import checkpoint
 from training.__main__ import main
@@ -183,6 +184,44 @@ def test_what_a_user_should_know_of_another_grid_or_other_pictures_is_told(
     told = capsys.readouterr().out
     assert "note: the pictures are not those of the run that --init names" in told
     assert "note: positions are interpolated from a grid of 2 x 2 patches to one of 4 x 4." in told
+
+
+@pytest.mark.usefixtures("without_curves")
+def test_other_shares_of_the_same_pictures_are_told_only_where_they_mix(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "pictures"
+    write_folder(folder, {"cat": 20, "dog": 20})
+    flags = [*RECIPE, "--epochs=1", "--data", str(folder)]
+    assert main([*flags, "--validation-fraction=0.2", "--out", str(tmp_path / "first")]) == 0
+    assert "32 training and 8 validation pictures" in capsys.readouterr().out
+    flags += ["--init", str(tmp_path / "first")]
+    assert main([*flags, "--validation-fraction=0.1", "--out", str(tmp_path / "fewer")]) == 0
+    told = capsys.readouterr().out
+    assert "36 training and 4 validation pictures" in told
+    assert "note:" not in told
+    assert main([*flags, "--validation-fraction=0.3", "--out", str(tmp_path / "more")]) == 0
+    assert "--validation-fraction 0.2 or less keeps them apart" in capsys.readouterr().out
+    write_folder(folder, {"cat": 21})
+    assert main([*flags, "--validation-fraction=0.1", "--out", str(tmp_path / "others")]) == 0
+    assert "note: the pictures are not those of the run that --init names" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("without_curves")
+def test_a_share_is_kept_when_resuming_and_refused_beside_given_validation_pictures(
+    tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, run = tmp_path / "pictures", tmp_path / "run"
+    write_folder(folder, {"cat": 20, "dog": 20})
+    flags = [*RECIPE, "--validation-fraction=0.3"]
+    assert main([*flags, "--data", str(folder), "--out", str(run), "--max-steps=2"]) == 3
+    capsys.readouterr()
+    assert main(["--resume", str(run)]) == 0
+    assert "28 training and 12 validation pictures" in capsys.readouterr().out
+    assert main([*flags, "--data", str(pictures), "--out", str(tmp_path / "given")]) == 2
+    complaint = capsys.readouterr().err
+    assert f"--validation-fraction 0.3 changes nothing: {pictures} has its own val/" in complaint
+    assert not (tmp_path / "given").exists()
 
 
 @pytest.mark.usefixtures("without_curves")
