@@ -19,7 +19,7 @@ from torch import nn
 from export.card import write_card
 from export.errors import ExportError
 from export.fold import fold
-from export.golden import load_data, noise_golden, real_golden, reference_logits
+from export.golden import data_path, load_data, noise_golden, real_golden, reference_logits
 from export.precision import Pictures, VariantPrecision
 from export.serving_model import TrainingForm, count_operations
 from export.source import METRICS_FILE, Source
@@ -46,6 +46,7 @@ from service.artifact import (
 from service.engine import EngineError, OnnxEngine, read_metadata
 from training.checkpoint import digest
 from training.dataset import DataSet
+from training.transfer import data_changed
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Exported:
-    """A version in memory, past its gate."""
+    """A version in memory, past its gate.
+
+    Attributes:
+        data_changed: whether the run's pictures are not those of the runs that led to it.
+    """
 
     model: bytes
     golden: Golden
@@ -87,6 +92,7 @@ class Exported:
     operations: list[tuple[str, int]]
     comparisons: list[Comparison]
     variants: list[Variant]
+    data_changed: bool
 
 
 def make_metadata(source: Source, name: str) -> ModelMetadata:
@@ -206,7 +212,8 @@ def build(source: Source, options: Options) -> Exported:
         variants = make_variants(graph, metadata, trained, data, golden, options)
     except (ArtifactError, EngineError) as error:
         raise ExportError(f"the service's engine can't run the exported model: {error}") from error
-    return Exported(model, golden, metadata, operations, comparisons, variants)
+    changed = data is not None and data_changed(source.run, data_path(source, options.data))
+    return Exported(model, golden, metadata, operations, comparisons, variants, changed)
 
 
 def metrics_json(source: Source, exported: Exported) -> str:
@@ -237,7 +244,14 @@ def fill(folder: Path, source: Source, exported: Exported) -> None:
         shutil.copyfile(source.checkpoint, folder / CHECKPOINT_FILE)
         if digest(folder / CHECKPOINT_FILE) != source.checkpoint_sha256:
             raise ExportError(f"{source.checkpoint}: has changed since the export began, as by a run; export again.")
-    card = write_card(source, exported.metadata, exported.operations, exported.comparisons, exported.variants)
+    card = write_card(
+        source,
+        exported.metadata,
+        exported.operations,
+        exported.comparisons,
+        exported.variants,
+        data_changed=exported.data_changed,
+    )
     (folder / "README.md").write_text(card)
     (folder / METRICS_FILE).write_text(metrics_json(source, exported))
     for path in source.pictures:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from export.failures import failures
-from export.making import chain_of, making
+from export.making import making
 from export.markdown import bullet, paragraph, picture, table
 from export.precision import describe
 from export.source import Source
@@ -12,7 +12,6 @@ from export.verify import Comparison, summary
 from service.artifact import MODEL_FILES, ModelMetadata
 from training.dataset import CIFAR100
 from training.figures import CURVES, PICTURES
-from training.transfer import has_other_pictures
 
 SPLIT_NAMES = {"val": "validation"}
 
@@ -54,7 +53,7 @@ def figures(source: Source) -> str:
     return "\n\n".join(parts)
 
 
-def data(source: Source, metadata: ModelMetadata) -> str:
+def data(source: Source, metadata: ModelMetadata, *, data_changed: bool) -> str:
     """Say what it was trained, chosen and tested on; nothing for random weights."""
     if source.checkpoint is None:
         return ""
@@ -70,19 +69,25 @@ def data(source: Source, metadata: ModelMetadata) -> str:
         words += (
             f", {report.test.n:,} more were read once to test it" if report.test else ", and there were none to test it"
         )
-    words += f". {nothing_else(source)}"
+    words += f". {nothing_else(source, data_changed=data_changed)}"
     return f"## Data\n\n{paragraph(words)}"
 
 
-def nothing_else(source: Source) -> str:
-    """Say whether other pictures had a part in it."""
+def nothing_else(source: Source, *, data_changed: bool) -> str:
+    """Say whether other pictures had a part in it.
+
+    Args:
+        source: the run.
+        data_changed: whether the runs that led to it may have been trained on pictures that validate now.
+    """
     mine = (source.run.dataset, source.run.labels)
-    chain = chain_of(source.run)
-    others = dict.fromkeys(f"`{run.dataset}`" for run in chain if (run.dataset, run.labels) != mine)
+    runs = [*(origin.run for origin in source.run.ancestry()), source.run]
+    others = dict.fromkeys(f"`{run.dataset}`" for run in runs if (run.dataset, run.labels) != mine)
     if others:
-        return f"It began with weights that had been trained on {' and '.join(others)}."
+        began = "It began with weights" if all(run.teacher is None for run in runs) else "It goes back to models"
+        return f"{began} that had been trained on {' and '.join(others)}."
     words = "Nothing else was used: no other pictures, and no weights that others have trained."
-    if any(has_other_pictures(run) for run in chain):
+    if data_changed:
         words += (
             " The data changed between its runs: some of the pictures that chose checkpoint and temperature may have "
             "trained an earlier one, so that figures on them flatter."
@@ -156,7 +161,9 @@ def write_card(
     metadata: ModelMetadata,
     operations: Sequence[tuple[str, int]],
     comparisons: Sequence[Comparison],
-    variants: Sequence[Variant] = (),
+    variants: Sequence[Variant],
+    *,
+    data_changed: bool,
 ) -> str:
     """Write the card.
 
@@ -166,12 +173,13 @@ def write_card(
         operations: operations a picture, by name of the form; the last is the one that serves.
         comparisons: result of the gate.
         variants: files beside the float32 one.
+        data_changed: whether the data are not those of the runs that led to this one.
     """
     parts = [
         title(source, metadata, operations[-1][1]),
         figures(source),
         contract(metadata),
-        data(source, metadata),
+        data(source, metadata, data_changed=data_changed),
         limits(source, metadata),
         failures(source),
         making(source, metadata),

@@ -32,6 +32,11 @@ def reference_logits(model: nn.Module, images: NDArray[np.uint8]) -> NDArray[np.
     return logits
 
 
+def data_path(source: Source, path: Path | None) -> Path:
+    """Return where the data of a run are: where the user says, else where they were while training, else `data/`."""
+    return path or (Path(source.run.data) if source.run.data else DATA_FOLDER)
+
+
 def load_data(source: Source, path: Path | None) -> DataSet:
     """Load the data set of the run.
 
@@ -42,7 +47,7 @@ def load_data(source: Source, path: Path | None) -> DataSet:
     Raises:
         ExportError: it is not there, or has other classes.
     """
-    chosen = path or (Path(source.run.data) if source.run.data else DATA_FOLDER)
+    chosen = data_path(source, path)
     wanted = "golden pictures are real validation pictures, so the data that the run was trained on is needed"
     if path is None and not chosen.exists():
         raise ExportError(f"{chosen}: does not exist; {wanted}: name its folder by --data.")

@@ -1,7 +1,7 @@
 """The card's section on how a model was made, and what it takes to make it again."""
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from export.markdown import bullet, duration, paragraph, table
 from export.source import Source
 from service.artifact import ModelMetadata
-from training.checkpoint import RunConfig
+from training.checkpoint import Origin, RunConfig
 from training.cli import flag_with
 from training.config import PRESETS
 from training.dataset import CIFAR100
@@ -31,28 +31,30 @@ def changed_fields(config: BaseModel, base: BaseModel) -> dict[str, Any]:
 
 
 def training_commands(source: Source) -> Iterator[str]:
-    """Yield the commands that train the model again, those of the run that it began with first."""
+    """Yield the commands that train the model again, those of what it began with or learned from first."""
     machines = source.machines
     launcher, words = "python", []
     if len(machines) == 1 and machines[0].processes > 1:
         launcher = f"torchrun --standalone --nproc-per-node {machines[0].processes}"
         if machines[0].device == "cpu":
             words.append(f"--threads {machines[0].threads}")
-    chain = chain_of(source.run)
-    for number, run in enumerate(chain, 1):
-        is_last = run is source.run
-        more = [*words] if is_last else [f"--out {BEGINNING}-{number}"]
-        if run.init is not None:
-            more.append(f"--init {BEGINNING}-{number - 1}")
-        yield training_command(launcher if is_last else "python", run, more)
+    folders: dict[str, str] = {}
+    for number, origin in enumerate(source.run.ancestry(), 1):
+        folder = f"{BEGINNING}-{number}"
+        yield training_command("python", origin.run, [f"--out {folder}", *beginnings(origin.run, folders)])
+        folders[origin.checkpoint_sha256] = folder
+    yield training_command(launcher, source.run, [*words, *beginnings(source.run, folders)])
 
 
-def chain_of(run: RunConfig) -> list[RunConfig]:
-    """List the runs that led to this one, itself the last; each began with the weights of the one before it."""
-    chain = [run]
-    while chain[0].init is not None:
-        chain.insert(0, chain[0].init.run)
-    return chain
+def beginnings(run: RunConfig, folders: Mapping[str, str]) -> list[str]:
+    """Return the flags that name what a run began with and what taught it.
+
+    Args:
+        run: that of the command.
+        folders: of the runs before it, by SHA-256 of their checkpoint.
+    """
+    flags = (("--init", run.init), ("--teacher", run.teacher))
+    return [f"{flag} {folders[origin.checkpoint_sha256]}" for flag, origin in flags if origin is not None]
 
 
 def training_command(launcher: str, run: RunConfig, more: Sequence[str]) -> str:
@@ -76,13 +78,30 @@ def origin(source: Source) -> str:
         words += f" All {epochs} epochs took {duration(source.training_seconds)} of training{place(source)}."
     if (init := source.run.init) is not None:
         words += (
-            f" They began with the weights that epoch {init.epoch} of another run left (preset `{init.run.preset}` on "
-            f"`{init.run.dataset}`, commit `{init.git_commit or 'unknown'}`, checkpoint's SHA-256 "
-            f"`{init.checkpoint_sha256}`), which the command before the last trains."
+            f" They began with the weights that epoch {init.epoch} of another run left ({identity(init)}), which the "
+            "commands before the last train."
         )
-        if share := source.run.train.distillation:
-            words += f" Of the targets {share:.0%} were that model's own answers (knowledge distillation)."
+    if (teacher := source.run.taught_by) is not None:
+        words += f" Of the targets {source.run.train.distillation:.0%} were "
+        words += "that model's own answers" if source.run.teacher is None else "another model's answers"
+        words += (
+            " (knowledge distillation)"
+            if source.run.teacher is None
+            else (
+                f" (knowledge distillation): of epoch {teacher.epoch} of a run that the commands before the last train "
+                f"as well ({identity(teacher)})"
+            )
+        )
+        words += "."
     return words
+
+
+def identity(origin: Origin) -> str:
+    """Return the words that tell one checkpoint from all others."""
+    return (
+        f"preset `{origin.run.preset}` on `{origin.run.dataset}`, commit `{origin.git_commit or 'unknown'}`, "
+        f"checkpoint's SHA-256 `{origin.checkpoint_sha256}`"
+    )
 
 
 def place(source: Source) -> str:

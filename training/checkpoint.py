@@ -35,7 +35,7 @@ class CheckpointError(Exception):
 
 
 class Origin(BaseModel):
-    """The checkpoint whose weights a run begins with."""
+    """The checkpoint whose weights a run begins with, or that teaches it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -60,6 +60,25 @@ class RunConfig(BaseModel):
     train: TrainConfig
     pictures_sha256: str | None = Field(None, description="of training and validation pictures and labels")
     init: Origin | None = Field(None, description="whose weights it begins with; None: it begins at random")
+    teacher: Origin | None = Field(None, description="whose answers are part of its targets, where not those of `init`")
+
+    @property
+    def origins(self) -> tuple[Origin, ...]:
+        """What it begins with, and what teaches it where that is another."""
+        return tuple(origin for origin in (self.init, self.teacher) if origin is not None)
+
+    def ancestry(self) -> tuple[Origin, ...]:
+        """All that led to this run, each once, in an order in which they can be trained."""
+        found: dict[str, Origin] = {}
+        for origin in self.origins:
+            for each in (*origin.run.ancestry(), origin):
+                found.setdefault(each.checkpoint_sha256, each)
+        return tuple(found.values())
+
+    @property
+    def taught_by(self) -> Origin | None:
+        """Whose answers are part of the targets."""
+        return (self.teacher or self.init) if self.train.distillation else None
 
 
 class Header(BaseModel):

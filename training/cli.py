@@ -83,6 +83,13 @@ def _add_run(group: Any) -> None:
         "its patches may stand closer or wider, its blocks may be more, its classes may be others",
     )
     group.add_argument(
+        "--teacher",
+        type=Path,
+        metavar="PATH",
+        help="with --distillation: a model of any size and the same classes, named as for --init, whose answers become "
+        "part of the targets (default: the model of --init)",
+    )
+    group.add_argument(
         "--resume",
         type=Path,
         metavar="RUN",
@@ -153,7 +160,7 @@ def choose_preset(args: argparse.Namespace) -> Preset | None:
     """
     changes = overrides(args)
     if args.resume is not None:
-        _refuse([*changes, *(name for name in ("preset", "out", "init") if getattr(args, name) is not None)])
+        _refuse([*changes, *(name for name in ("preset", "out", "init", "teacher") if getattr(args, name) is not None)])
         return None
     name = args.preset or DEFAULT_PRESET
     if name not in PRESETS:
@@ -165,11 +172,13 @@ def choose_preset(args: argparse.Namespace) -> Preset | None:
         first = error.errors()[0]
         flag = "".join(f"{_flag(str(part))} {first['input']}: " for part in first["loc"])
         raise ValueError(flag + first["msg"].removeprefix("Value error, ") + ".") from error
-    if chosen.train.distillation and args.init is None:
+    if chosen.train.distillation and args.init is None and args.teacher is None:
         raise ValueError(
-            f"--distillation {chosen.train.distillation} takes its targets from the model that the run begins with: "
-            "name one with --init."
+            f"--distillation {chosen.train.distillation} takes its targets from another model: name one with "
+            "--teacher, or with --init."
         )
+    if args.teacher is not None and not chosen.train.distillation:
+        raise ValueError(f"--teacher {args.teacher} teaches nothing without --distillation: give both, or neither.")
     if args.distillation_temperature is not None and not chosen.train.distillation:
         raise ValueError(
             f"--distillation-temperature {args.distillation_temperature} changes nothing without --distillation."

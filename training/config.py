@@ -165,7 +165,8 @@ class TrainConfig(BaseModel):
         0.0,
         ge=0,
         le=1,
-        description="share of the targets that the model of --init answers (knowledge distillation); 0: off",
+        description="share of the targets that the model of --teacher or --init answers (knowledge distillation); "
+        "0: off",
     )
     distillation_temperature: float = Field(
         2.0, gt=0, description="what divides both logits where the answers are compared"

@@ -1,4 +1,4 @@
-"""Knowledge distillation: what the model that a run begins with says of a picture becomes part of the targets."""
+"""Knowledge distillation: what a model that has been trained says of a picture becomes part of the targets."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from training.checkpoint import CheckpointError, Origin, RunConfig
 from training.cli import flag_with
 from training.model import Perceiver
 from training.preprocessing import Preprocess
+from training.transfer import load_origin
 
 
 class Teacher(nn.Module):
@@ -24,17 +25,18 @@ class Teacher(nn.Module):
 
     def __init__(self, origin: Origin) -> None:
         super().__init__()
+        self.origin = origin
         self.model = Perceiver(origin.run.model)
         self.preprocess = Preprocess(origin.run.model.image_size)
         self.requires_grad_(False).eval()
 
     def take(self, path: Path) -> None:
-        """Take the weights of the checkpoint that `training.transfer.begin_with` has just read.
+        """Take the weights of the checkpoint that the origin tells of.
 
         Raises:
-            CheckpointError: it can't be read.
+            CheckpointError: it can't be read, or is another one by now.
         """
-        tensors, _ = checkpoint.load(path)
+        tensors, _ = load_origin(path, self.origin)
         checkpoint.load_into(self.model, checkpoint.under("model", tensors), path)
         checkpoint.load_into(self.preprocess, checkpoint.under("preprocess", tensors), path)
 
@@ -46,19 +48,19 @@ class Teacher(nn.Module):
 
 
 def check_teacher(run: RunConfig) -> None:
-    """Raise CheckpointError unless the model that a run begins with can be asked about the run's pictures."""
-    if not run.train.distillation:
+    """Raise CheckpointError unless the teacher of a run, where it has one, can be asked about the run's pictures."""
+    if run.taught_by is None:
         return
-    assert run.init is not None  # `training.cli` sees to it
-    theirs = run.init.run
+    theirs = run.taught_by.run
+    flag = "--init" if run.teacher is None else "--teacher"
     if theirs.labels != run.labels:
         raise CheckpointError(
             f"--distillation {run.train.distillation} needs answers in the classes of these pictures, and the model of "
-            f"--init tells {len(theirs.labels)} others: begin with a model of these classes, or leave it out."
+            f"{flag} tells {len(theirs.labels)} others: name one of these classes by --teacher, or leave it out."
         )
     if theirs.model.image_size != run.model.image_size:
         raise CheckpointError(
-            f"--distillation {run.train.distillation} shows the same pixels to the model of --init, which takes other "
+            f"--distillation {run.train.distillation} shows the same pixels to the model of {flag}, which takes other "
             f"sizes than this one: it could with {flag_with('image_size', theirs.model.image_size)}."
         )
 

@@ -36,17 +36,20 @@ def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterat
             f"{count} {'files are' if count > 1 else 'file is'} passed over ({shown}), the first is {first}: "
             f"pictures lie in their class's own folder and end with {' '.join(sorted(SUFFIXES))}."
         )
-    if preset is not None and has_other_pictures(run):
-        yield (
-            "the pictures are not those of the run that --init names: where one folder of them was divided anew, some "
-            "that validate now have trained that run, and flatter this one. Folders train/ and val/ keep them apart."
-        )
-    elif preset is not None and run.init is not None and validates_on_more(run, data_set):
-        theirs = run.init.run.train.validation_fraction
-        yield (
-            f"of the pictures that validate now some have trained the run that --init names, and flatter this one: "
-            f"--validation-fraction {theirs} or less keeps them apart."
-        )
+    for flag, origin in (("--init", run.init), ("--teacher", run.teacher)):
+        if preset is None or origin is None:
+            continue
+        if has_other_pictures(run, origin.run, Path(run.data) if run.data else None):
+            yield (
+                f"the pictures are not those of the run that {flag} names: where one folder of them was divided anew, "
+                "some that validate now have trained that run, and flatter this one. Folders train/ and val/ keep them "
+                "apart."
+            )
+        elif validates_on_more(run, origin.run, data_set):
+            yield (
+                f"of the pictures that validate now some have trained the run that {flag} names, and flatter this one: "
+                f"--validation-fraction {origin.run.train.validation_fraction} or less keeps them apart."
+            )
     if preset is not None and run.init is not None and (grid := run.init.run.model.grid) != run.model.grid:
         yield (
             f"positions are interpolated from a grid of {grid} x {grid} patches to one of {run.model.grid} x "
@@ -59,10 +62,8 @@ def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterat
         yield f"no validation picture of {shown}: no figure tells how well that is known; a class needs two pictures."
 
 
-def validates_on_more(run: RunConfig, data_set: DataSet) -> bool:
-    """Whether a run of the same pictures holds out a larger share of them than the one that it begins with."""
-    assert run.init is not None
-    theirs = run.init.run
+def validates_on_more(run: RunConfig, theirs: RunConfig, data_set: DataSet) -> bool:
+    """Whether a run holds out a larger share of the same pictures than another did."""
     return (
         not data_set.own_val
         and theirs.labels == run.labels

@@ -28,7 +28,7 @@ from training.distributed import PeerFailed, World, join, leave
 from training.model import count_parameters
 from training.notes import notes_on
 from training.train import Trainer
-from training.transfer import find, origin_of
+from training.transfer import check_fits, find, origin_of
 
 # Below so many steps, a preset's batch is halved, but not below this size.
 STEPS_OF_FEW, SMALLEST_BATCH = 4, 8
@@ -98,15 +98,14 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     run, data_set, folder = world.main_first(lambda: prepare(args, preset, world))
-    run = run.model_copy(
-        update={"init": world.broadcast(run.init)}
-    )  # one checkpoint for all, whatever is at its path now
+    # The same checkpoints for all, whatever is at their paths now.
+    run = run.model_copy(update={"init": world.broadcast(run.init), "teacher": world.broadcast(run.teacher)})
     with memory_explained(run.train.batch_size):
         trainer = Trainer(run, data_set, folder, world)
         if preset is None:
             trainer.resume()
-        elif args.init is not None:
-            trainer.begin_with(find(args.init))
+        else:
+            trainer.begin_with(*(None if path is None else find(path) for path in (args.init, args.teacher)))
         if preset is not None and world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.json").write_text(run.model_dump_json(indent=2) + "\n")
@@ -141,7 +140,9 @@ def prepare(args: argparse.Namespace, preset: Preset | None, world: World) -> tu
         folder = args.resume
     else:
         world.share(preset.train.batch_size)
-        init = None if args.init is None else origin_of(find(args.init), preset.model)
+        init, teacher = (None if path is None else origin_of(find(path)) for path in (args.init, args.teacher))
+        if init is not None:
+            check_fits(find(args.init), init.run.model, preset.model)
         # Twice, because without --out the folder is named after data that has to be read first.
         refuse_existing(args.out, world)
         data_set = data.load_for(preset, args.data)
@@ -166,6 +167,7 @@ def prepare(args: argparse.Namespace, preset: Preset | None, world: World) -> tu
             train=train,
             pictures_sha256=data_set.digest(),
             init=init,
+            teacher=teacher,
         )
         check_teacher(run)
     return run, data_set, folder
@@ -227,7 +229,8 @@ def resumed(args: argparse.Namespace) -> tuple[RunConfig, DataSet]:
             )
         raise CheckpointError(
             f"--resume {args.resume}: this run ended before its first checkpoint; "
-            f"start it again with --out {args.resume}" + (", and with the same --init." if run.init else ".")
+            f"start it again with --out {args.resume}"
+            + (", and with the same --init or --teacher." if run.init or run.teacher else ".")
         )
     data_set = data.load_for(run, args.data or (Path(run.data) if run.data else None))
     if data_set.labels != run.labels:

@@ -38,7 +38,7 @@ class TrainState:
         optimizers: of the model.
         average: moving average of the weights, None where none is kept.
         loss_sum: float32 [], loss summed over the current epoch's steps.
-        teacher: the model that the run began with, None where it is not asked.
+        teacher: whose answers are part of the targets, None where there is none.
         plateau: what the validation losses have led to.
         epoch: finished epochs.
         step: finished steps.
@@ -190,7 +190,7 @@ def initial_state(run: RunConfig, train: Tensor, val: Tensor, device: torch.devi
     # As the Keras example does, which adapts to all 50,000 pictures before it holds the last tenth out.
     preprocess.fit(train, val)
     model.to(device)
-    teacher = Teacher(run.init).to(device) if run.init is not None and run.train.distillation else None
+    teacher = Teacher(run.taught_by).to(device) if run.taught_by is not None else None
     return TrainState(
         run=run,
         model=model,

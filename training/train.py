@@ -272,10 +272,21 @@ class Trainer:
         """
         self.state.load_last(self.folder / "last.safetensors", len(self.train_split))
 
-    def begin_with(self, path: Path) -> None:
-        """Take another run's weights before the first step; see `training.transfer.begin_with`."""
-        begin_with(self.state.model, self.run, path)
+    def begin_with(self, init: Path | None, teacher: Path | None) -> None:
+        """Take the weights of other runs before the first step.
+
+        Args:
+            init: the checkpoint of ``run.init``; see `training.transfer.begin_with`.
+            teacher: that of ``run.teacher``; without it ``init`` teaches, where the run has a teacher.
+
+        Raises:
+            CheckpointError: one can't be read, or is another one by now.
+        """
+        if init is not None:
+            begin_with(self.state.model, self.run, init)
         if self.state.teacher is not None:
+            path = teacher or init
+            assert path is not None  # `training.cli` sees to it
             self.state.teacher.take(path)
 
     def fit(self, deadline: float | None = None, max_steps: int | None = None) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training import checkpoint, data
-from training.checkpoint import CheckpointError, Origin, RunConfig
+from training.checkpoint import CheckpointError, Header, Origin, RunConfig
 from training.cli import flag_with
 from training.config import ModelConfig
 from training.model import Perceiver
@@ -57,21 +57,30 @@ def find(path: Path) -> Path:
     )
 
 
-def origin_of(path: Path, mine: ModelConfig) -> Origin:
-    """Tell what a run begins with.
+def origin_of(path: Path) -> Origin:
+    """Tell what a run begins with, or what teaches it.
 
     Args:
         path: a ``.safetensors`` file.
-        mine: the model that is to take its weights.
 
     Raises:
-        CheckpointError: it can't be read, or is of another architecture; with the flags that would fit.
+        CheckpointError: it can't be read.
     """
     _, header = checkpoint.load(path)
-    check_fits(path, header.run.model, mine)
     return Origin(
         checkpoint_sha256=checkpoint.digest(path), epoch=header.epoch, git_commit=header.git_commit, run=header.run
     )
+
+
+def load_origin(path: Path, origin: Origin) -> tuple[dict[str, Tensor], Header]:
+    """Read the checkpoint that `origin_of` has seen.
+
+    Raises:
+        CheckpointError: it can't be read, or is no longer that one.
+    """
+    if checkpoint.digest(path) != origin.checkpoint_sha256:
+        raise CheckpointError(f"{path}: has changed since this run was prepared; start it again.")
+    return checkpoint.load(path)
 
 
 def check_fits(path: Path, theirs: ModelConfig, mine: ModelConfig) -> None:
@@ -99,15 +108,19 @@ def check_fits(path: Path, theirs: ModelConfig, mine: ModelConfig) -> None:
         )
 
 
-def has_other_pictures(run: RunConfig) -> bool:
-    """Whether a run's pictures are not those of the run that it began with, as far as anybody knows.
+def has_other_pictures(run: RunConfig, theirs: RunConfig, path: Path | None) -> bool:
+    """Whether a run's pictures are not those of the run that it begins with or learns from, as far as anybody knows.
+
+    Args:
+        run: whose pictures validate now.
+        theirs: the other.
+        path: of the run's data; they are read again where the other divided them otherwise, or at another size.
 
     Raises:
         DataError: they are gone meanwhile.
     """
-    if run.init is None or run.init.run.labels != run.labels:
+    if theirs.labels != run.labels:
         return False
-    theirs = run.init.run
     if None in (run.pictures_sha256, theirs.pictures_sha256) or run.pictures_sha256 == theirs.pictures_sha256:
         return False
     if (run.model.input_size, run.train.validation_fraction) == (
@@ -115,8 +128,14 @@ def has_other_pictures(run: RunConfig) -> bool:
         theirs.train.validation_fraction,
     ):
         return True
-    as_theirs = data.load_for(theirs, Path(run.data) if run.data else None)
+    as_theirs = data.load_for(theirs, path)
     return as_theirs.digest() != theirs.pictures_sha256
+
+
+def data_changed(run: RunConfig, path: Path | None) -> bool:
+    """Whether a run, or one that led to it, had other pictures than one that it goes back to: see `has_other_pictures`."""
+    runs = [run, *(origin.run for origin in run.ancestry())]
+    return any(has_other_pictures(each, origin.run, path) for each in runs for origin in each.origins)
 
 
 def begin_with(model: Perceiver, run: RunConfig, path: Path) -> None:
@@ -136,9 +155,7 @@ def begin_with(model: Perceiver, run: RunConfig, path: Path) -> None:
         CheckpointError: it can't be read, or is no longer the one that `origin_of` has seen.
     """
     assert run.init is not None
-    if checkpoint.digest(path) != run.init.checkpoint_sha256:
-        raise CheckpointError(f"{path}: has changed since this run was prepared; start it again.")
-    tensors, header = checkpoint.load(path)
+    tensors, header = load_origin(path, run.init)
     theirs = header.run.model
     weights = checkpoint.under("model", tensors)
     for name in weights:

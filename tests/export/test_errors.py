@@ -241,28 +241,56 @@ def test_a_run_that_began_with_another_tells_the_way_from_the_beginning(copy: Pa
     assert origin(replace(source, run=taught)).endswith(
         "Of the targets 30% were that model's own answers (knowledge distillation)."
     )
-    assert nothing_else(source) == "It began with weights that had been trained on `animals`."
-    longer = source.run.model_copy(update={"init": init.model_copy(update={"run": source.run})})
+    assert nothing_else(source, data_changed=False) == "It began with weights that had been trained on `animals`."
+    longer = source.run.model_copy(
+        update={"init": init.model_copy(update={"run": source.run, "checkpoint_sha256": "e" * 64})}
+    )
     first, second, third = training_commands(replace(source, run=longer))
     assert first == before
     assert "--preset compact --out runs/beginning-2 --init runs/beginning-1 --data DATA/things " in second
     assert "--threads 1 --init runs/beginning-2 " in third
     same = init.model_copy(update={"run": source.run.model_copy(update={"init": None})})
     again = source.run.model_copy(update={"init": same})
-    assert nothing_else(replace(source, run=again)).startswith("Nothing else was used")
-    thrice = init.model_copy(update={"run": init.run.model_copy(update={"init": init})})
+    assert nothing_else(replace(source, run=again), data_changed=False).startswith("Nothing else was used")
+    second_of_animals = init.run.model_copy(update={"init": init})
+    thrice = init.model_copy(update={"run": second_of_animals, "checkpoint_sha256": "e" * 64})
     of_animals = source.run.model_copy(update={"init": thrice})
-    assert nothing_else(replace(source, run=of_animals)) == "It began with weights that had been trained on `animals`."
-    grown = again.model_copy(
-        update={
-            "pictures_sha256": "1" * 64,
-            "init": same.model_copy(update={"run": same.run.model_copy(update={"pictures_sha256": "2" * 64})}),
-        }
+    assert (
+        nothing_else(replace(source, run=of_animals), data_changed=False)
+        == "It began with weights that had been trained on `animals`."
     )
-    assert "The data changed between its runs" in nothing_else(replace(source, run=grown))
-    assert "The data changed" not in nothing_else(replace(source, run=again))
+    assert "The data changed between its runs" in nothing_else(replace(source, run=again), data_changed=True)
+    assert "The data changed" not in nothing_else(replace(source, run=again), data_changed=False)
     others = again.model_copy(update={"labels": ("other", *again.labels[1:])})
-    assert nothing_else(replace(source, run=others)) == "It began with weights that had been trained on `things`."
+    assert (
+        nothing_else(replace(source, run=others), data_changed=False)
+        == "It began with weights that had been trained on `things`."
+    )
+
+
+def test_a_run_that_a_larger_model_taught_tells_the_way_to_both(copy: Path) -> None:
+    source = load_source(copy)
+    common = source.run.model_copy(update={"preset": "reference"})
+    init = Origin(checkpoint_sha256="1" * 64, epoch=9, git_commit="abc", run=common)
+    # The teacher began with the same weights as the student.
+    of_teacher = source.run.model_copy(update={"preset": "accurate", "init": init})
+    teacher = Origin(checkpoint_sha256="2" * 64, epoch=12, git_commit="abd", run=of_teacher)
+    train = source.run.train.model_copy(update={"distillation": 0.4})
+    run = source.run.model_copy(update={"init": init, "teacher": teacher, "train": train})
+    source = replace(source, run=run)
+    first, second, last = training_commands(source)
+    assert "--preset reference --out runs/beginning-1 --data" in first
+    assert "--preset accurate --out runs/beginning-2 --init runs/beginning-1 --data" in second
+    assert "--init runs/beginning-1 --teacher runs/beginning-2 --data" in last
+    assert "--distillation 0.4" in last
+    assert origin(source).endswith(
+        "Of the targets 40% were another model's answers (knowledge distillation): of epoch 12 of a run that the "
+        "commands before the last train as well (preset `accurate` on `things`, commit `abd`, checkpoint's SHA-256 "
+        f"`{'2' * 64}`)."
+    )
+    elsewhere = teacher.model_copy(update={"run": of_teacher.model_copy(update={"dataset": "web"})})
+    source = replace(source, run=run.model_copy(update={"teacher": elsewhere}))
+    assert nothing_else(source, data_changed=False) == "It goes back to models that had been trained on `web`."
 
 
 def test_nothing_to_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,10 +18,11 @@ from export.source import load_source
 from service.artifact import from_props, list_versions, load_golden
 from service.engine import OnnxEngine, check_golden
 from tests.export.conftest import LABELS, SIZE, TINY
-from training.checkpoint import load_model
+from training.checkpoint import Origin, RunConfig, load_model
 from training.config import PRESETS
 from training.data import load
 from training.figures import CURVES, PICTURES
+from training.transfer import data_changed
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,28 @@ def test_the_data_are_divided_as_the_run_divided_them(run: Path, pictures: Path)
     loaded = load_data(replace(source, run=source.run.model_copy(update={"train": train})), whole)
     assert (len(loaded.train), len(loaded.val)) == (3 * len(LABELS), 2 * len(LABELS))
     assert loaded.digest() == load(whole, input_size=SIZE, validation_fraction=0.4).digest()
+
+
+def test_data_that_changed_between_runs_are_told_from_data_that_are_only_divided_otherwise(
+    run: Path, pictures: Path, tmp_path: Path
+) -> None:
+    whole = Path(shutil.copytree(pictures / "train", tmp_path / "whole"))
+    first = load_source(run).run.model_copy(
+        update={"pictures_sha256": load(whole, input_size=SIZE, validation_fraction=0.4).digest()}
+    )
+    first = first.model_copy(update={"train": first.train.model_copy(update={"validation_fraction": 0.4})})
+    init = Origin(checkpoint_sha256="1" * 64, epoch=1, git_commit=None, run=first)
+
+    def last(fraction: float) -> RunConfig:
+        train = first.train.model_copy(update={"validation_fraction": fraction})
+        digest = load(whole, input_size=SIZE, validation_fraction=fraction).digest()
+        return first.model_copy(update={"train": train, "pictures_sha256": digest, "init": init})
+
+    for fraction in (0.4, 0.2):
+        assert not data_changed(last(fraction), whole)
+    (whole / LABELS[0] / "0.png").unlink()
+    for fraction in (0.4, 0.2):
+        assert data_changed(last(fraction), whole)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 17])

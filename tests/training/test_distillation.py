@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -30,13 +31,13 @@ def taught(folder: Path, **train: object) -> tuple[RunConfig, Path]:
     first.fit()
     path = folder / "best.safetensors"
     run = run_config(DROPOUT, **({"distillation": 0.5} | MIXED | train))
-    return run.model_copy(update={"init": origin_of(path, run.model)}), path
+    return run.model_copy(update={"init": origin_of(path)}), path
 
 
 def trainer_of(run: RunConfig, folder: Path, path: Path) -> Trainer:
     folder.mkdir()
     trainer = Trainer(run, data_set(), folder, ALONE)
-    trainer.begin_with(path)
+    trainer.begin_with(path, None)
     return trainer
 
 
@@ -140,18 +141,55 @@ def test_what_is_exported_holds_no_teacher(tmp_path: Path) -> None:
 def test_a_teacher_of_other_classes_or_other_pixels_is_refused(tmp_path: Path) -> None:
     run, _ = taught(tmp_path)
     check_teacher(run)
-    with pytest.raises(CheckpointError, match=r"--distillation 0\.5 needs answers in the classes of these pictures"):
-        check_teacher(run.model_copy(update={"labels": ("ant", "bee", "dog")}))
+    wants = r"--distillation 0\.5 needs answers in the classes of these pictures, and the model of "
+    others = {"labels": ("ant", "bee", "dog")}
+    with pytest.raises(CheckpointError, match=wants + "--init tells"):
+        check_teacher(run.model_copy(update=others))
+    with pytest.raises(CheckpointError, match=wants + "--teacher tells"):
+        check_teacher(run.model_copy(update=others | {"init": None, "teacher": run.init}))
     larger = run.model.model_copy(update={"image_size": 16})
     with pytest.raises(CheckpointError, match=r"it could with --image-size 8\.$"):
         check_teacher(run.model_copy(update={"model": larger}))
     check_teacher(run.model_copy(update={"train": run.train.model_copy(update={"distillation": 0.0}), "model": larger}))
 
 
+def test_a_teacher_of_any_architecture_teaches_a_model_that_begins_at_random(tmp_path: Path) -> None:
+    _, path = taught(tmp_path)
+    run = run_config({"dim": 12, "num_blocks": 0, "patch_size": 4}, epochs=1, distillation=0.5, **MIXED)
+    run = run.model_copy(update={"teacher": origin_of(path)})
+    assert run.taught_by == run.teacher
+    trainer = Trainer(run, data_set(), tmp_path, ALONE)
+    fresh = [weights.clone() for weights in trainer.state.model.parameters()]
+    trainer.begin_with(None, path)
+    assert all(torch.equal(*pair) for pair in zip(fresh, trainer.state.model.parameters(), strict=True))
+    assert trainer.state.teacher is not None
+    began, _, _ = checkpoint.load_model(path)
+    for name, tensor in began.state_dict().items():
+        assert torch.equal(trainer.state.teacher.model.state_dict()[name], tensor), name
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(CheckpointError, match="has changed since this run was prepared"):
+        trainer.begin_with(None, path)
+
+
+def test_of_a_beginning_and_a_teacher_each_has_its_part(tmp_path: Path) -> None:
+    run, init = taught(tmp_path)
+    teacher = shutil.copytree(tmp_path, tmp_path / "other") / "best.safetensors"
+    tensors, header = checkpoint.load(teacher)
+    tensors |= {name: tensor + 0.1 for name, tensor in tensors.items() if name.startswith("model.")}
+    checkpoint.save(teacher, tensors, header)
+    run = run.model_copy(update={"teacher": origin_of(teacher)})
+    trainer = Trainer(run, data_set(), tmp_path, ALONE)
+    trainer.begin_with(init, teacher)
+    assert trainer.state.teacher is not None
+    for mine, path in ((trainer.state.model, init), (trainer.state.teacher.model, teacher)):
+        for name, tensor in checkpoint.load_model(path)[0].state_dict().items():
+            assert torch.equal(mine.state_dict()[name], tensor), name
+
+
 def test_a_teacher_of_its_own_depth_and_patches_teaches(tmp_path: Path) -> None:
     _, path = taught(tmp_path)
     run = run_config(DROPOUT | {"num_blocks": 2}, epochs=1, distillation=1.0, **MIXED)
-    run = run.model_copy(update={"init": origin_of(path, run.model)})
+    run = run.model_copy(update={"init": origin_of(path)})
     trainer = trainer_of(run, tmp_path / "run", path)
     assert isinstance(trainer.state.teacher, Teacher)
     assert len(trainer.state.teacher.model.transformers[0]) == 1
@@ -161,16 +199,30 @@ def test_a_teacher_of_its_own_depth_and_patches_teaches(tmp_path: Path) -> None:
 # --- the command
 
 
-def test_the_command_asks_the_model_of_init_and_wants_one(
+def test_the_command_asks_the_model_of_init_or_of_teacher_and_wants_one(
     tmp_path: Path, whole: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    flags = [*RECIPE, "--data", str(pictures), "--out", str(run), "--distillation=0.5", "--epochs=2"]
-    assert main(flags) == 2
-    assert "--distillation 0.5 takes its targets from the model that the run begins with: name one with --init." in (
-        capsys.readouterr().err
-    )
-    assert not run.exists()
+    common = [*RECIPE, "--data", str(pictures), "--out", str(run), "--epochs=2"]
+    flags = [*common, "--distillation=0.5"]
+    for wrong, complaint in (
+        (flags, "--distillation 0.5 takes its targets from another model: name one with --teacher, or with --init."),
+        ([*common, "--teacher", str(whole)], f"--teacher {whole} teaches nothing without --distillation"),
+        ([*flags, "--teacher", str(tmp_path)], f"{tmp_path}: holds no checkpoint; name a run's folder"),
+    ):
+        assert main(wrong) == 2
+        assert complaint in capsys.readouterr().err
+        assert not run.exists()
     assert main([*flags, "--init", str(whole), "--max-steps=1"]) == 3
     shutil.copytree(run, tmp_path / "again")
     assert main(["--resume", str(tmp_path / "again")]) == 0
+    shutil.rmtree(run)
+    # A larger student, which could not begin with the teacher's weights.
+    student = [*flags, "--teacher", str(whole), "--dim=20", "--self-heads=5"]
+    assert main([*student, "--max-steps=1"]) == 3
+    assert main(["--resume", str(run), "--teacher", str(whole)]) == 2
+    assert "leave out --teacher" in capsys.readouterr().err
+    assert main(["--resume", str(run)]) == 0
+    config = json.loads((run / "config.json").read_text())
+    assert config["init"] is None
+    assert config["teacher"]["checkpoint_sha256"] == checkpoint.digest(whole / "best.safetensors")

@@ -18,7 +18,7 @@ from training.checkpoint import CheckpointError, RunConfig
 from training.lines import read_lines
 from training.model import Perceiver
 from training.preprocessing import Preprocess
-from training.transfer import begin_with, find, origin_of, resample
+from training.transfer import begin_with, check_fits, find, origin_of, resample
 
 # Patches of 4 pixels, every 4 or every 2; the scores know where a token stands.
 WIDE = {"patch_size": 4, "cross_position_bias": True}
@@ -42,7 +42,7 @@ def saved(folder: Path, run: RunConfig, name: str = "best.safetensors") -> tuple
 def begun(path: Path, run: RunConfig) -> Perceiver:
     torch.manual_seed(5)
     model = Perceiver(run.model)
-    begin_with(model, run.model_copy(update={"init": origin_of(path, run.model)}), path)
+    begin_with(model, run.model_copy(update={"init": origin_of(path)}), path)
     return model
 
 
@@ -129,26 +129,26 @@ def test_another_architecture_is_refused_with_the_flags_that_would_fit(
 ) -> None:
     _, path = saved(tmp_path, run_config({"patch_size": 4}))
     with pytest.raises(CheckpointError, match=message):
-        origin_of(path, run_config({"patch_size": 4} | change).model)
+        check_fits(path, origin_of(path).run.model, run_config({"patch_size": 4} | change).model)
 
 
 def test_fourier_features_of_another_grid_are_refused(tmp_path: Path) -> None:
     _, path = saved(tmp_path, run_config(WIDE | {"position": "fourier"}))
     with pytest.raises(CheckpointError, match=r"Fourier features are of a grid of 2 x 2 patches, .* of 4 x 4"):
-        origin_of(path, run_config(CLOSE | {"position": "fourier"}).model)
+        check_fits(path, origin_of(path).run.model, run_config(CLOSE | {"position": "fourier"}).model)
 
 
 def test_the_flags_that_would_fit_fit_together(tmp_path: Path) -> None:
     _, path = saved(tmp_path, run_config())
     grid = run_config({"latent_init": "grid", "cross_position_bias": True}).model
     with pytest.raises(CheckpointError, match=r"--no-cross-position-bias --latent-init normal\.$"):
-        origin_of(path, grid)
+        check_fits(path, origin_of(path).run.model, grid)
 
 
 def test_a_checkpoint_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
     run = run_config()
     _, path = saved(tmp_path, run)
-    run = run.model_copy(update={"init": origin_of(path, run.model)})
+    run = run.model_copy(update={"init": origin_of(path)})
     saved(tmp_path, run_config(epochs=4))
     with pytest.raises(CheckpointError, match="has changed since this run was prepared"):
         begin_with(Perceiver(run.model), run, path)
