@@ -15,7 +15,7 @@ HEAD = """\
 # Every variable that docker-compose.yml reads. Copy it to .env, which git ignores, and change what you need: all have a
 # default, the one written here. Written by `python docker/env_example.py`.
 
-# Which compose files, and which profiles (gpu, training), `docker compose` takes when it is not told.
+# Which compose files, and which profiles, `docker compose` takes when it is not told: gpu adds NVIDIA's exporter.
 #COMPOSE_FILE=docker-compose.yml
 #COMPOSE_PROFILES=
 
@@ -27,7 +27,8 @@ HEAD = """\
 # GPUs that service and training get; with more than one, set PERCEIVER_DEVICE_IDS=0,1,... too.
 #GPU_COUNT=1
 
-# Memory at which a container is killed, and the time between SIGTERM and that: longer than PERCEIVER_DRAIN_TIMEOUT_S.
+# Memory at which a container is killed, and the time between SIGTERM and that: six seconds longer than
+# PERCEIVER_DRAIN_DELAY_S and PERCEIVER_DRAIN_TIMEOUT_S together.
 #SERVICE_MEMORY=8g
 #TRAINING_MEMORY=32g
 #STOP_GRACE_PERIOD=45s

@@ -86,7 +86,8 @@ class Front(ABC):
         decode_threads: for large pictures.
 
     Attributes:
-        draining: set when the process was told to stop: nothing new is accepted, what was accepted finishes.
+        leaving: set when the process was told to stop: probes say so, and a connection ends with its next answer.
+        draining: set after that, when nothing new is accepted any more; what was accepted finishes.
         in_flight: requests to /predict that are being answered.
     """
 
@@ -97,8 +98,14 @@ class Front(ABC):
         self.metrics = metrics
         self.admission = admission
         self.decoder = Decoder(settings, decode_threads)
+        self.leaving = False
         self.draining = False
         self.in_flight = 0
+
+    @property
+    def closes_connections(self) -> bool:
+        """Whether a connection ends with its next answer, so that its client comes back to another process."""
+        return self.leaving or self.draining
 
     @property
     @abstractmethod

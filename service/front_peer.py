@@ -221,7 +221,16 @@ class FrontProcess:
         live = service.store.live
         told = self._told
         is_new = live is not None and self._models.get(self._newest) is not live
-        if told is not None and not is_new and (told.status, told.failure) == (service.status, service.failure):
+        if (
+            told is not None
+            and not is_new
+            and (told.status, told.failure, told.leaving)
+            == (
+                service.status,
+                service.failure,
+                service.leaving,
+            )
+        ):
             return
         version, metadata = 0, b""
         if live is not None:
@@ -231,7 +240,7 @@ class FrontProcess:
                 self._models[self._newest] = live.__enter__()
                 metadata = live.metadata.model_dump_json().encode()
         seconds = self._house.drain_seconds
-        self._told = State(service.status, service.failure, self._newest, version, metadata, seconds)
+        self._told = State(service.status, service.failure, self._newest, version, metadata, service.leaving, seconds)
         self._link.send(self._told)
 
     async def ask(self) -> None:

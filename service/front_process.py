@@ -150,6 +150,7 @@ class DistantService(Front):
                 old.retire()
         self._status = state.status
         self._failure = state.failure
+        self.leaving = state.leaving
         if state.status == "draining" and not self.draining:
             self.server.drain(state.drain_seconds)
 

@@ -93,6 +93,7 @@ class State(Message, tag=10):
             there is one.
         version: number of its folder.
         metadata: of its file, as JSON; only with the first message that names this model.
+        leaving: whether the service was told to stop.
         drain_seconds: left to finish what was accepted; only where the status is "draining".
     """
 
@@ -101,6 +102,7 @@ class State(Message, tag=10):
     model: int
     version: int
     metadata: bytes
+    leaving: bool
     drain_seconds: float
 
 

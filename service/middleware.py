@@ -64,7 +64,7 @@ class Observe:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"].append((b"x-request-id", request_id.encode()))
-                if self.service.draining:
+                if self.service.closes_connections:
                     message["headers"].append((b"connection", b"close"))
             await send(message)
 

@@ -272,7 +272,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         default = b"".join([b"%b: %b\r\n" % header for header in self.server_state.default_headers])
-        last = CLOSE if self.service.draining or not answer.keep_alive else b""
+        last = CLOSE if self.service.closes_connections or not answer.keep_alive else b""
         self.transport.write(b"%b%b%b%b\r\n%b" % (STATUS_LINE[status], default, head, last, body))
         if last:
             self.transport.close()

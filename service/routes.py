@@ -52,7 +52,7 @@ def add_health(router: APIRouter, service: Service) -> None:
     @router.get("/health", tags=["operation"], responses={503: {"model": HealthResponse, "description": "Not ready."}})
     async def health(response: Response) -> HealthResponse:
         """Summary for people; 200 when predictions are served, 503 otherwise."""
-        response.status_code = 200 if service.status == "ready" else 503
+        response.status_code = 200 if service.probed_status == "ready" else 503
         return health_of(service)
 
     @router.head("/health/live", include_in_schema=False)
@@ -65,6 +65,8 @@ def add_health(router: APIRouter, service: Service) -> None:
     @router.get("/health/ready", tags=["operation"], responses=NOT_READY)
     async def ready() -> StatusResponse:
         """200 when predictions are served: not before the golden check has passed, nor while draining."""
+        if service.probed_status == "draining":
+            raise errors.Draining()
         service.check_ready()
         return StatusResponse(status="ready")
 
@@ -93,7 +95,7 @@ def health_of(service: Service) -> HealthResponse:
     """Summarise."""
     live, admission = service.store.live, service.admission
     return HealthResponse(
-        status=service.status,
+        status=service.probed_status,
         model=None if live is None else live.metadata.name,
         version=None if live is None else live.version,
         provider=None if live is None else live.provider,

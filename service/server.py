@@ -1,7 +1,8 @@
 """uvicorn, run from here: supervision of the service, and a drain that tells the load balancer first.
 
-uvicorn alone stops listening at SIGTERM: a probe sees a refused connection and not `draining`. Here new requests
-are told 503 and accepted ones finish; then uvicorn stops, and only then the lifespan ends.
+uvicorn alone stops listening at SIGTERM: a probe sees a refused connection and not `draining`. Here probes are told
+first, for as long as the settings say; then new requests are told 503 and accepted ones finish; then uvicorn stops, and
+only then the lifespan ends.
 """
 
 import asyncio
@@ -40,17 +41,22 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.service: Front = config.service
         self.failed = False
-        self._drain_until = math.inf
+        self._drain_from = self._drain_until = math.inf
         self._settled = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Start to drain; at a second signal, stop at once."""
-        if self.service.draining:
+        """Leave: tell the probes, and then drain; at a second signal, stop at once."""
+        if self.service.leaving:
             self.force_exit = True
             super().handle_exit(sig, frame)
+        elif delay := leave(self.service):
+            self._drain_from = time.monotonic() + delay
         else:
-            logger.info("draining: %d requests are being answered", self.service.in_flight)
-            self.drain(self.service.settings.drain_timeout_s)
+            self._drain_after_leaving()
+
+    def _drain_after_leaving(self) -> None:
+        log_drain(self.service.in_flight)
+        self.drain(self.service.settings.drain_timeout_s)
 
     def drain(self, seconds: float) -> None:
         """Refuse what comes, and end when what was accepted has been answered, or after so many seconds."""
@@ -113,12 +119,28 @@ class Server(uvicorn.Server):
             self._settled = True
             settle()
         if not self.service.draining:
+            if time.monotonic() >= self._drain_from:
+                self._drain_after_leaving()
             return False
         left = self._drain_until - time.monotonic()
         if left <= 0:
             self._cut_off()
         self.config.timeout_graceful_shutdown = max(1, math.ceil(left))
         return self.service.in_flight == 0 or left <= 0
+
+
+def leave(service: Front) -> float:
+    """Have probes told that the process leaves; return the seconds until the drain, 0 where nobody is served yet."""
+    delay = service.settings.drain_delay_s if service.status == "ready" else 0.0
+    service.leaving = True
+    if delay:
+        logger.info("leaving: probes are told, and requests are still accepted for %g s", delay)
+    return delay
+
+
+def log_drain(in_flight: int) -> None:
+    """Log that nothing new is accepted from now on."""
+    logger.info("draining: %d requests are being answered", in_flight)
 
 
 def settle() -> None:

@@ -143,12 +143,20 @@ class Settings(BaseSettings):
         "run: 504. "
         "Clients may ask for less with X-Request-Timeout-Ms.",
     )
+    drain_delay_s: float = bounded(
+        0.0,
+        0,
+        600,
+        "Seconds after SIGTERM in which requests are still accepted while /health/ready says 503 already, so that a "
+        "load balancer has turned away when the drain begins: longer than its probes need to notice. 0: the drain "
+        "begins at once.",
+    )
     drain_timeout_s: float = bounded(
         30.0,
         0,
         3600,
-        "Seconds that accepted requests get to finish after SIGTERM; then they are answered 503, and the process "
-        "ends within six seconds more.",
+        "Seconds that accepted requests get to finish after SIGTERM (and drain_delay_s); then they are answered 503, "
+        "and the process ends within six seconds more.",
     )
 
     max_body_bytes: int = bounded(

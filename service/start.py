@@ -10,7 +10,7 @@ from prometheus_client import disable_created_metrics
 
 from service.app import PerceiverApp
 from service.front_processes import FrontProcesses
-from service.server import Server, configuration, log_addresses, settle
+from service.server import Server, configuration, leave, log_addresses, log_drain, settle
 from service.settings import Settings
 from service.sockets import alone, reserve
 from service.state import STOP_SECONDS, Service
@@ -82,11 +82,16 @@ async def run_with_processes(service: Service, app: PerceiverApp, addresses: lis
             is_settled = True
             settle()
     listening.cancel()
+    if not service.failure:
+        until = time.monotonic() + leave(service)
+        fronts.tell()
+        while time.monotonic() < until and not service.failure and not stopping.at_once:  # noqa: ASYNC110 - as below
+            await asyncio.sleep(TICK_SECONDS)
     failed = bool(service.failure)
     if failed:
         logger.critical("%s", service.failure)
     else:
-        logger.info("draining: %d requests are being answered", fronts.in_flight)
+        log_drain(fronts.in_flight)
     seconds = 1 if failed else service.settings.drain_timeout_s
     fronts.drain(seconds)
     until = time.monotonic() + seconds + STOP_SECONDS

@@ -44,7 +44,7 @@ class Service(Front):
         self._failure = ""
         self._task: asyncio.Task[None] | None = None
         self.metrics.watch(
-            ready=lambda: self.status == "ready",
+            ready=lambda: self.probed_status == "ready",
             queue_length=lambda: self.queue_length,
             admitted_pictures=lambda: self.house.pictures,
             admitted_bytes=lambda: self.house.bytes,
@@ -90,6 +90,11 @@ class Service(Front):
         if self.draining:
             return "draining"
         return "loading" if self.store.live is None else "ready"
+
+    @property
+    def probed_status(self) -> Status:
+        """The state that probes are told: it is leaving while predictions may still be served."""
+        return "draining" if self.leaving and not self.failure else self.status
 
     def lease(self) -> LiveModel:
         """Hold the live model; see `ModelStore.lease`."""

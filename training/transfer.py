@@ -133,7 +133,7 @@ def has_other_pictures(run: RunConfig, theirs: RunConfig, path: Path | None) -> 
 
 
 def data_changed(run: RunConfig, path: Path | None) -> bool:
-    """Whether a run, or one that led to it, had other pictures than one that it goes back to: see `has_other_pictures`."""
+    """Whether a run, or one that led to it, had other pictures than those before; see `has_other_pictures`."""
     runs = [run, *(origin.run for origin in run.ancestry())]
     return any(has_other_pictures(each, origin.run, path) for each in runs for origin in each.origins)
 

@@ -70,6 +70,30 @@ def test_sigterm_finishes_what_was_accepted_while_probes_say_503(tmp_path: Path)
 
 
 @pytest.mark.usefixtures("either_way")
+def test_requests_are_accepted_until_the_balancer_has_noticed(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m")
+    with started(tmp_path, *on_model(tmp_path / "m", "--drain-delay-s", "5")) as process, process.ready() as client:
+        process.signal()
+        process.wait(lambda: "leaving: probes are told, and requests are still accepted for 5 s" in process.stderr)
+        assert client.get("/health/ready").json()["error"]["code"] == "draining"
+        response = post(client)
+        assert (response.status_code, response.headers["connection"]) == (200, "close")
+        assert "draining: 0 requests" not in process.stderr
+        assert process.exit_status() == 0
+        assert "draining: 0 requests" in process.stderr
+
+
+@pytest.mark.usefixtures("either_way")
+def test_a_second_signal_waits_for_no_balancer(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m")
+    with started(tmp_path, *on_model(tmp_path / "m", "--drain-delay-s", "600")) as process, process.ready():
+        process.signal()
+        process.wait(lambda: "leaving:" in process.stderr)
+        process.signal()
+        assert process.exit_status() not in (0, None)
+
+
+@pytest.mark.usefixtures("either_way")
 def test_a_drain_does_not_wait_longer_than_it_may(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     with (
@@ -109,7 +133,8 @@ def test_what_a_drain_does_not_finish_is_told_so(tmp_path: Path) -> None:
 def test_a_service_whose_model_hangs_in_its_first_run_can_be_stopped(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     hanging = {VARIABLE: "3600000"}
-    with started(tmp_path, *on_model(tmp_path / "m"), module=MODULE, **hanging) as process:
+    # A balancer that has sent it nothing yet is not waited for.
+    with started(tmp_path, *on_model(tmp_path / "m", "--drain-delay-s", "600"), module=MODULE, **hanging) as process:
         with httpx.Client(base_url=process.url(), timeout=20) as client:
             assert client.get("/health/ready").status_code == 503
         process.signal()

@@ -172,6 +172,24 @@ async def test_while_draining_what_was_accepted_finishes_and_nothing_new_begins(
         await run.until(lambda: run.in_flight == 0)  # another process counts after it has answered
 
 
+@pytest.mark.usefixtures("either_way")
+async def test_who_leaves_tells_the_probes_and_still_answers(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        assert "connection" not in (await run.predict()).headers
+        run.service.leaving = True
+        if run.fronts is not None:
+            run.fronts.tell()
+        for _ in range(2):
+            response = await run.client.get("/health/ready")
+            assert (response.status_code, error_of(response.content)) == (503, "draining")
+            response = await run.client.get("/health")
+            assert (response.status_code, response.json()["status"]) == (503, "draining")
+            assert (await run.client.get("/health/live")).status_code == 200
+            # Every client comes back on another connection, and so to another process.
+            assert (await run.predict()).headers["connection"] == "close"
+        assert await run.metric("perceiver_ready") == 0
+
+
 # Models
 
 
