@@ -1,26 +1,70 @@
 """GPU memory and utilisation for Prometheus, read through NVML at each scrape; nothing where no NVIDIA driver is."""
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
 
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
+
+from service.worker import EngineThread
 
 try:
     import pynvml
 except ImportError:  # the CPU installation does not have it
     pynvml = None
 
+PATIENCE_SECONDS: Final = 1.0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one GPU said.
+
+    Attributes:
+        up: whether it answered; a GPU that has fallen off the bus does not.
+        used: bytes of memory; None where it does not tell, as a slice of a divided GPU (MIG) may not.
+        total: bytes of memory.
+        busy: share of time in which a kernel ran, 0..1; None where the GPU is divided.
+    """
+
+    up: bool
+    used: int | None = None
+    total: int | None = None
+    busy: float | None = None
+
 
 class GpuCollector(Collector):
-    """One sample a GPU and metric, labelled with the GPU's number as NVML counts."""
+    """One sample a GPU and metric, labelled with the GPU's number as NVML counts, as of the last `refresh`."""
 
     def __init__(self) -> None:
-        self.handles = _handles()
+        self._handles = _handles()
+        self._thread = EngineThread("gpu-readings") if self._handles else None
+        self._reading: asyncio.Future[list[Reading]] | None = None
+        self._readings: list[Reading] = []
+
+    async def refresh(self) -> None:
+        """Read every GPU, in a thread: a driver that hangs must not hold up the requests.
+
+        Where it has not answered within `PATIENCE_SECONDS`, no GPU is up until it does.
+        """
+        if self._thread is None:
+            return
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.ensure_future(self._thread.call(self._read))
+        reading = self._reading  # which another scrape may wait for as well
+        answered, _ = await asyncio.wait([reading], timeout=PATIENCE_SECONDS)
+        self._readings = reading.result() if answered else [Reading(up=False)] * len(self._handles)
+
+    def _read(self) -> list[Reading]:
+        return [read(handle) for handle in self._handles]
 
     def describe(self) -> list[GaugeMetricFamily]:
         """Return the metrics without samples, whether there is a GPU or not."""
         described = {
+            "perceiver_gpu_up": "1 while the GPU answers the driver, 0 when it is lost or the driver hangs.",
             "perceiver_gpu_memory_used_bytes": "Bytes in use on the GPU, by all processes.",
             "perceiver_gpu_memory_total_bytes": "Bytes of memory that the GPU has.",
             "perceiver_gpu_utilization_ratio": "Share of time in which a kernel ran, 0..1.",
@@ -28,20 +72,32 @@ class GpuCollector(Collector):
         return [GaugeMetricFamily(name, text, labels=["gpu"]) for name, text in described.items()]
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Read every GPU."""
-        if not self.handles:
+        """Yield what was read."""
+        if not self._readings:
             return
-        used, total, busy = self.describe()
-        for index, handle in enumerate(self.handles):
-            # A GPU that has fallen off the bus has no samples, and that is the alarm. One that is divided (MIG) can't
-            # tell how busy it is.
-            with suppress(pynvml.NVMLError):
-                memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-                used.add_metric([str(index)], memory.used)
-                total.add_metric([str(index)], memory.total)
-            with suppress(pynvml.NVMLError):
-                busy.add_metric([str(index)], pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
-        yield from (used, total, busy)
+        families = self.describe()
+        for index, reading in enumerate(self._readings):
+            values = (float(reading.up), reading.used, reading.total, reading.busy)
+            for family, value in zip(families, values, strict=True):
+                if value is not None:
+                    family.add_metric([str(index)], value)
+        yield from families
+
+
+def read(handle: object) -> Reading:
+    """Ask one GPU."""
+    used = total = busy = None
+    try:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    except pynvml.NVMLError as error:
+        # Of a divided GPU, who was given one slice may not know the whole's.
+        if error.value not in (pynvml.NVML_ERROR_NO_PERMISSION, pynvml.NVML_ERROR_NOT_SUPPORTED):
+            return Reading(up=False)
+    else:
+        used, total = memory.used, memory.total
+    with suppress(pynvml.NVMLError):
+        busy = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+    return Reading(True, used, total, busy)
 
 
 def _handles() -> list[object]:

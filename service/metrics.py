@@ -82,6 +82,11 @@ class Metrics:
         self.reloads = Counter(
             "perceiver_model_reloads", "Model versions loaded, by result.", ["result"], registry=registry
         )
+        self.refused_versions = Gauge(
+            "perceiver_model_refused_versions",
+            "Versions in the model folder that would serve in place of the live one, and were refused.",
+            registry=registry,
+        )
         self.golden_difference = Gauge(
             "perceiver_golden_max_abs_difference",
             "Largest difference of a logit on the golden pictures, at the last check that passed or failed.",
@@ -120,7 +125,8 @@ class Metrics:
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
-        registry.register(GpuCollector())
+        self.gpus = GpuCollector()
+        registry.register(self.gpus)
 
     # Requests
 
@@ -190,6 +196,7 @@ class Metrics:
         admitted_pictures: Callable[[], int],
         admitted_bytes: Callable[[], int],
         max_batch_size: Callable[[], int],
+        refused_versions: Callable[[], int],
         max_queue_size: int,
     ) -> None:
         """Say where the gauges read their values at each scrape; `max_queue_size` stays as it is."""
@@ -199,6 +206,7 @@ class Metrics:
         self.admitted_pictures.set_function(admitted_pictures)
         self.admitted_bytes.set_function(admitted_bytes)
         self.max_batch_size.set_function(max_batch_size)
+        self.refused_versions.set_function(refused_versions)
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """Return all metrics and their content type: OpenMetrics where `accept` asks for it, else the classic text."""

@@ -134,6 +134,15 @@ class ModelStore:
             statuses[self.live.version] = VersionStatus(self.live.version, "live", "", self.live.metadata)
         return [statuses[number] for number in sorted(statuses)]
 
+    @property
+    def refused_versions(self) -> int:
+        """How many versions would serve in place of the live one, had they not been refused."""
+        lowest = 0 if self.live is None else self.live.version
+        return sum(
+            bool(seen.reason) and not seen.serving and number >= lowest and self._pinned in (None, number)
+            for number, seen in self._seen.items()
+        )
+
     def cut_off(self) -> None:
         """Answer all that waits in any model, and all that runs, with Draining, now."""
         for model in self._serving():

@@ -29,6 +29,7 @@ def create_router(service: Service) -> APIRouter:
     @router.get("/metrics", tags=["operation"], response_class=Response, responses=METRICS)
     async def metrics(request: Request) -> Response:
         """All metrics for Prometheus; OpenMetrics with exemplars where the Accept header asks for it."""
+        await service.metrics.gpus.refresh()
         body, content_type = service.metrics.exposition(request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
 

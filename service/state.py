@@ -49,6 +49,7 @@ class Service(Front):
             admitted_pictures=lambda: self.house.pictures,
             admitted_bytes=lambda: self.house.bytes,
             max_batch_size=lambda: self.max_batch_size,
+            refused_versions=lambda: self.store.refused_versions,
             max_queue_size=settings.max_queue_size,
         )
 

@@ -20,7 +20,12 @@ JSON: Yaml = dashboard.dashboard()
 
 # Of NVIDIA's exporter and of Prometheus itself.
 FOREIGN = {"DCGM_FI_DEV_GPU_TEMP", "DCGM_FI_DEV_POWER_USAGE", "DCGM_FI_DEV_XID_ERRORS", "ALERTS", "up"}
-GPU = {"perceiver_gpu_memory_used_bytes", "perceiver_gpu_memory_total_bytes", "perceiver_gpu_utilization_ratio"}
+GPU = {
+    "perceiver_gpu_up",
+    "perceiver_gpu_memory_used_bytes",
+    "perceiver_gpu_memory_total_bytes",
+    "perceiver_gpu_utilization_ratio",
+}
 
 
 def names(expression: str) -> set[str]:

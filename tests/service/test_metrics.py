@@ -1,6 +1,7 @@
 """The exposition: which metrics there are, their labels' bounds, exemplars."""
 
 import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ FAMILIES = {
     "perceiver_cancellations": "counter",
     "perceiver_model_info": "gauge",
     "perceiver_model_reloads": "counter",
+    "perceiver_model_refused_versions": "gauge",
     "perceiver_golden_max_abs_difference": "gauge",
     "perceiver_ready": "gauge",
     "perceiver_queue_length": "gauge",
@@ -173,10 +175,17 @@ async def test_requests_are_timed_and_counted_by_route_and_code(tmp_path: Path) 
 
 
 class FakeNvml:
-    """Three GPUs: one, one that has fallen off the bus, and one that is divided and can't tell how busy it is."""
+    """Four GPUs: one, one that has fallen off the bus, one that is divided, and a slice of one.
+
+    One that is divided can't tell how busy it is, and who has a slice of it not even how large it is.
+    """
+
+    NVML_ERROR_NOT_SUPPORTED, NVML_ERROR_NO_PERMISSION, NVML_ERROR_GPU_IS_LOST = 3, 4, 15
 
     class NVMLError(Exception):
-        pass
+        def __init__(self, value: int) -> None:
+            super().__init__(value)
+            self.value = value
 
     class Memory:
         used, total = 3 << 30, 16 << 30
@@ -186,45 +195,76 @@ class FakeNvml:
 
     def __init__(self, driver: bool = True) -> None:
         self.driver = driver
+        self.answers = threading.Event()
+        self.answers.set()
 
     def nvmlInit(self) -> None:  # noqa: N802 - NVML's names
         if not self.driver:
-            raise self.NVMLError
+            raise self.NVMLError(9)
 
     def nvmlDeviceGetCount(self) -> int:  # noqa: N802
-        return 3
+        return 4
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
         return index
 
     def nvmlDeviceGetMemoryInfo(self, handle: int) -> Memory:  # noqa: N802
-        if handle == 1:
-            raise self.NVMLError
+        self.answers.wait()
+        if handle in (1, 3):
+            raise self.NVMLError(self.NVML_ERROR_GPU_IS_LOST if handle == 1 else self.NVML_ERROR_NO_PERMISSION)
         return self.Memory()
 
     def nvmlDeviceGetUtilizationRates(self, handle: int) -> Rates:  # noqa: N802
         if handle != 0:
-            raise self.NVMLError
+            raise self.NVMLError(self.NVML_ERROR_NOT_SUPPORTED)
         return self.Rates()
 
 
-def test_gpus_are_read_through_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "pynvml", FakeNvml())
-    samples = {
-        (sample.name, sample.labels["gpu"]): sample.value
-        for family in gpu.GpuCollector().collect()
+def gpu_samples(collector: gpu.GpuCollector) -> dict[tuple[str, str], float]:
+    return {
+        (sample.name.removeprefix("perceiver_gpu_"), sample.labels["gpu"]): sample.value
+        for family in collector.collect()
         for sample in family.samples
     }
-    assert samples == {
-        ("perceiver_gpu_memory_used_bytes", "0"): 3 << 30,
-        ("perceiver_gpu_memory_total_bytes", "0"): 16 << 30,
-        ("perceiver_gpu_utilization_ratio", "0"): 0.42,
-        ("perceiver_gpu_memory_used_bytes", "2"): 3 << 30,
-        ("perceiver_gpu_memory_total_bytes", "2"): 16 << 30,
+
+
+async def test_gpus_are_read_through_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "pynvml", FakeNvml())
+    collector = gpu.GpuCollector()
+    await collector.refresh()
+    assert gpu_samples(collector) == {
+        ("up", "0"): 1,
+        ("memory_used_bytes", "0"): 3 << 30,
+        ("memory_total_bytes", "0"): 16 << 30,
+        ("utilization_ratio", "0"): 0.42,
+        ("up", "1"): 0,
+        ("up", "2"): 1,
+        ("memory_used_bytes", "2"): 3 << 30,
+        ("memory_total_bytes", "2"): 16 << 30,
+        ("up", "3"): 1,
     }
+
+
+async def test_a_driver_that_hangs_holds_nobody_up_and_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nvml = FakeNvml()
+    monkeypatch.setattr(gpu, "pynvml", nvml)
+    monkeypatch.setattr(gpu, "PATIENCE_SECONDS", 0.05)
+    async with running(tmp_path) as run:
+        assert await run.metric('perceiver_gpu_up{gpu="0"}') == 1
+        nvml.answers.clear()
+        for _ in range(2):
+            assert await run.metric('perceiver_gpu_up{gpu="0"}') == 0
+            assert 'perceiver_gpu_memory_used_bytes{gpu="0"}' not in (await run.client.get("/metrics")).text
+        assert (await run.predict()).status_code == 200
+        nvml.answers.set()
+        while await run.metric('perceiver_gpu_up{gpu="0"}') == 0:  # noqa: ASYNC110 - as a scraper does
+            await asyncio.sleep(0.01)
+        assert await run.metric('perceiver_gpu_memory_used_bytes{gpu="0"}') == 3 << 30
 
 
 @pytest.mark.parametrize("nvml", [None, FakeNvml(driver=False)], ids=["no library", "no driver"])
-def test_without_a_gpu_there_are_no_gpu_metrics(monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml | None) -> None:
+async def test_without_a_gpu_there_are_no_gpu_metrics(monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml | None) -> None:
     monkeypatch.setattr(gpu, "pynvml", nvml)
-    assert list(gpu.GpuCollector().collect()) == []
+    collector = gpu.GpuCollector()
+    await collector.refresh()
+    assert list(collector.collect()) == []

@@ -93,6 +93,7 @@ async def test_if_the_highest_is_refused_at_the_start_the_next_serves(make: Make
     await store.load()
     await assert_serves(store, 1)
     assert lines(store) == [(1, "live"), (2, "refused"), (3, "refused")]
+    assert store.refused_versions == 2
 
 
 async def test_if_all_are_refused_each_reason_is_told(make: Make, tmp_path: Path) -> None:
@@ -126,6 +127,7 @@ async def test_a_broken_version_is_refused_with_its_reason_and_the_old_one_goes_
     make_model_folder(tmp_path, 2, defect=defect)
     old, new = await store.reload()
     assert (old.state, new.state) == ("live", "refused")
+    assert store.refused_versions == 1
     assert REASONS[defect] in new.reason
     ((number, reason),) = notes.refused
     assert (number, without_folders(reason, tmp_path)) == (2, new.reason)

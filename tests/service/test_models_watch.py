@@ -136,6 +136,7 @@ async def test_a_broken_version_that_nobody_tried_is_found_out(make: Make, tmp_p
     store = make()
     await store.load()
     assert lines(store) == [(1, "refused"), (2, "live")]
+    assert store.refused_versions == 0  # it would not serve anyway
     assert "must be JSON" in store.versions()[0].reason
 
 
