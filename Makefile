@@ -8,6 +8,8 @@ RUNTIME ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu
 # Everything after `make train ARGS=`, `make export ARGS=` and so on goes to the program.
 ARGS    ?=
 
+NEW_ENOUGH = @$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "$(PYTHON) is Python " + sys.version.split()[0] + ", and this needs 3.11 or newer: name one, as in make $(MAKECMDGOALS) PYTHON=python3.12")'
+
 DEV   := .venv
 SERVE := .venv-serve-$(RUNTIME)
 
@@ -49,11 +51,13 @@ clean: ## Remove the environments and caches (no data, no runs)
 
 # The tests run on onnxruntime-gpu, as production does; without its CUDA libraries it serves on the CPU.
 $(DEV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(DEV)
+	$(NEW_ENOUGH)
+	$(PYTHON) -m venv --clear $(DEV)
 	$(DEV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
 	touch $@
 
 $(SERVE)/.installed: pyproject.toml constraints.txt constraints-cuda.txt
-	$(PYTHON) -m venv $(SERVE)
+	$(NEW_ENOUGH)
+	$(PYTHON) -m venv --clear $(SERVE)
 	$(SERVE)/bin/python -m pip install --quiet --constraint constraints.txt --constraint constraints-cuda.txt --editable '.[$(RUNTIME)]'
 	touch $@

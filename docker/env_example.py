@@ -46,6 +46,9 @@ HEAD = """\
 #GRAFANA_ADMIN_PASSWORD=
 #GRAFANA_ANONYMOUS=false
 
+# The label `host` of every alarm that is sent: docs/deployment.md, "Sending alarms". Without it there is no such label.
+#HOST_LABEL=
+
 # How long, and how much, Prometheus keeps; the first limit that is reached counts.
 #PROMETHEUS_RETENTION=30d
 #PROMETHEUS_RETENTION_SIZE=10GB

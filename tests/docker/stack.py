@@ -81,7 +81,7 @@ def service(model_dir: Path, folder: Path, **settings: object) -> Iterator[int]:
 def configuration(targets: dict[str, str], seconds: float) -> Yaml:
     """The shipped configuration with other addresses and a shorter step, and nothing else changed."""
     config: Yaml = json.loads(json.dumps(prometheus_config()))
-    config["global"] = dict.fromkeys(config["global"], f"{int(seconds * 1000)}ms")
+    config["global"] |= dict.fromkeys(("scrape_interval", "evaluation_interval"), f"{int(seconds * 1000)}ms")
     config["rule_files"] = [str(DOCKER / "prometheus" / pattern) for pattern in config["rule_files"]]
     for job in config["scrape_configs"]:
         for group in job.get("static_configs", []):

@@ -170,7 +170,14 @@ def test_drain_fits_into_the_grace_period():
     grace = filled_in(SERVICES["service"]["stop_grace_period"])
     drain = filled_in(SERVICES["service"]["environment"]["PERCEIVER_DRAIN_TIMEOUT_S"])
     assert float(drain) == Settings.model_fields["drain_timeout_s"].default
-    assert float(grace.removesuffix("s")) > float(drain)
+    delay = filled_in(SERVICES["service"]["environment"]["PERCEIVER_DRAIN_DELAY_S"])
+    assert float(delay) == Settings.model_fields["drain_delay_s"].default
+    assert float(grace.removesuffix("s")) > float(delay) + float(drain) + 6
+
+
+def test_prometheus_is_given_what_its_configuration_reads():
+    used = set(re.findall(r"\$\{(\w+)\}", (DOCKER / "prometheus" / "prometheus.yml").read_text()))
+    assert used == set(SERVICES["prometheus"]["environment"]) == {"HOST_LABEL"}
 
 
 def test_prometheus_scrapes_what_runs():

@@ -19,7 +19,11 @@ TITLES = [panel.title for panel in PANELS]
 JSON: Yaml = dashboard.dashboard()
 
 # Of NVIDIA's exporter and of Prometheus itself.
-FOREIGN = {"DCGM_FI_DEV_GPU_TEMP", "DCGM_FI_DEV_POWER_USAGE", "DCGM_FI_DEV_XID_ERRORS", "ALERTS", "up"}
+FOREIGN = {"DCGM_FI_DEV_GPU_TEMP", "DCGM_FI_DEV_POWER_USAGE", "DCGM_FI_DEV_XID_ERRORS", "ALERTS", "up"} | {
+    "prometheus_config_last_reload_successful",
+    "prometheus_rule_evaluation_failures_total",
+    "prometheus_notifications_errors_total",
+}
 GPU = {
     "perceiver_gpu_up",
     "perceiver_gpu_memory_used_bytes",

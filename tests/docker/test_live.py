@@ -33,6 +33,7 @@ GPU_RULES = {
     "PerceiverGpuMemoryNearlyFull",
     "PerceiverGpuLost",
     "PerceiverGpuXidError",
+    "PerceiverGpuExporterDown",
 }
 
 QUEUE = 8  # pictures: small enough that a few clients fill it
@@ -67,7 +68,7 @@ def drive(port: int) -> set[int]:
 
 @pytest.fixture(scope="module")
 def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[stack.Prometheus]:
-    """Prometheus after it has watched a service under load that refuses a version, takes the next and refuses another."""
+    """Prometheus after it has watched a service under load that refuses a version, takes one, and refuses another."""
     folder = tmp_path_factory.mktemp("live")
     models = folder / "tiny"
     make_model_folder(models, 1)
