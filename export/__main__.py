@@ -112,6 +112,7 @@ def run_export(args: argparse.Namespace) -> None:
         max_batch=args.max_batch,
         plain=args.plain,
         variants=chosen_variants(args),
+        variants_asked=args.variants is not None,
         untimed=args.untimed,
         other_classes=args.other_classes,
         even_if_worse=args.even_if_worse,

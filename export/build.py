@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import nn
 from export.card import write_card
 from export.errors import ExportError
 from export.fold import fold
-from export.golden import data_path, load_data, noise_golden, real_golden, reference_logits
+from export.golden import data_path, has_changed, load_data, noise_golden, real_golden, reference_logits
 from export.precision import Pictures, VariantPrecision
 from export.serving_model import TrainingForm, count_operations
 from export.source import METRICS_FILE, Source
@@ -46,7 +46,7 @@ from service.artifact import (
 from service.engine import EngineError, OnnxEngine, read_metadata
 from training.checkpoint import digest
 from training.dataset import DataSet
-from training.transfer import data_changed
+from training.transfer import is_flattered
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Options:
         max_batch: largest batch of the gate.
         plain: keep the form that was trained.
         variants: precisions that are tried beside float32.
+        variants_asked: whether somebody named them.
         untimed: write a variant although its speed can't be measured here.
         other_classes: write to a model folder whose newest version has other classes.
         even_if_worse: write to a model folder whose newest version was right more often, on the same pictures.
@@ -73,6 +74,7 @@ class Options:
     max_batch: int = 32
     plain: bool = False
     variants: tuple[VariantPrecision, ...] = ()
+    variants_asked: bool = False
     untimed: bool = False
     other_classes: bool = False
     even_if_worse: bool = False
@@ -83,7 +85,7 @@ class Exported:
     """A version in memory, past its gate.
 
     Attributes:
-        data_changed: whether the run's pictures are not those of the runs that led to it.
+        flattered: whether pictures that validated the run may have trained one that led to it.
     """
 
     model: bytes
@@ -92,7 +94,7 @@ class Exported:
     operations: list[tuple[str, int]]
     comparisons: list[Comparison]
     variants: list[Variant]
-    data_changed: bool
+    flattered: bool
 
 
 def make_metadata(source: Source, name: str) -> ModelMetadata:
@@ -167,21 +169,25 @@ def pass_gate(model: bytes, trained: nn.Module, golden: Golden, max_batch: int) 
     return comparisons
 
 
-def check_pictures(source: Source, data: DataSet | None, options: Options) -> None:
-    """Tell where the data are no longer those of the run: a validation picture may be one that it was trained on.
+def without_what_others_would_judge(source: Source, data: DataSet | None, options: Options) -> Options:
+    """Leave out the variants, and say so, where the data are no longer those of the run.
+
+    A validation picture may be one that it was trained on then, and says too much good of a variant.
 
     Raises:
-        ExportError: they are to judge a variant, of which they would say too much good.
+        ExportError: the variants were asked for by name.
     """
-    if data is None or source.run.pictures_sha256 in (None, data.digest()):
-        return
+    if data is None or not has_changed(source, data):
+        return options
     changed = "the data set has other pictures than the run was trained on"
-    if options.variants:
+    if options.variants and options.variants_asked:
         raise ExportError(
             f"{changed}, so it can't judge {' and '.join(options.variants)}: restore it or name a copy by --data, or "
             "export float32 alone by --variants with nothing after it."
         )
-    print(f"note: {changed}; the golden pictures are taken from it as it is.")
+    without = f", and judges no {' and no '.join(options.variants)} file" if options.variants else ""
+    print(f"note: {changed}; the golden pictures are taken from it as it is{without}.")
+    return replace(options, variants=())
 
 
 def build(source: Source, options: Options) -> Exported:
@@ -192,7 +198,7 @@ def build(source: Source, options: Options) -> Exported:
     """
     trained = TrainingForm(source.preprocess, source.model, source.temperature).eval()
     data = None if source.checkpoint is None else load_data(source, options.data)
-    check_pictures(source, data, options)
+    options = without_what_others_would_judge(source, data, options)
     golden = make_golden(trained, source, data, options.golden)
     try:
         metadata = make_metadata(source, options.out.resolve().name if options.name is None else options.name)
@@ -212,8 +218,8 @@ def build(source: Source, options: Options) -> Exported:
         variants = make_variants(graph, metadata, trained, data, golden, options)
     except (ArtifactError, EngineError) as error:
         raise ExportError(f"the service's engine can't run the exported model: {error}") from error
-    changed = data is not None and data_changed(source.run, data_path(source, options.data))
-    return Exported(model, golden, metadata, operations, comparisons, variants, changed)
+    flattered = data is not None and is_flattered(source.run, data_path(source, options.data), own_val=data.own_val)
+    return Exported(model, golden, metadata, operations, comparisons, variants, flattered)
 
 
 def metrics_json(source: Source, exported: Exported) -> str:
@@ -250,7 +256,7 @@ def fill(folder: Path, source: Source, exported: Exported) -> None:
         exported.operations,
         exported.comparisons,
         exported.variants,
-        data_changed=exported.data_changed,
+        flattered=exported.flattered,
     )
     (folder / "README.md").write_text(card)
     (folder / METRICS_FILE).write_text(metrics_json(source, exported))

@@ -47,13 +47,17 @@ def figures(source: Source) -> str:
     words = (
         f"Loss in nats; ECE: expected calibration error, 15 bins. Temperature {source.temperature:.4f}, in the graph."
     )
+    if len(source.run.labels) <= 5:
+        words += (
+            f" Of {len(source.run.labels)} classes the right one is always among the first five: top-5 says nothing."
+        )
     parts = ["## Figures", table(("pictures", "n", "top-1", "top-5", "loss", "ECE"), cells), words]
     captions = {CURVES: "learning curves", "reliability.png": PICTURES["reliability.png"]}
     parts += [picture(captions[path.name], path.name) for path in source.pictures if path.name in captions]
     return "\n\n".join(parts)
 
 
-def data(source: Source, metadata: ModelMetadata, *, data_changed: bool) -> str:
+def data(source: Source, metadata: ModelMetadata, *, flattered: bool) -> str:
     """Say what it was trained, chosen and tested on; nothing for random weights."""
     if source.checkpoint is None:
         return ""
@@ -69,28 +73,28 @@ def data(source: Source, metadata: ModelMetadata, *, data_changed: bool) -> str:
         words += (
             f", {report.test.n:,} more were read once to test it" if report.test else ", and there were none to test it"
         )
-    words += f". {nothing_else(source, data_changed=data_changed)}"
+    words += f". {nothing_else(source, flattered=flattered)}"
     return f"## Data\n\n{paragraph(words)}"
 
 
-def nothing_else(source: Source, *, data_changed: bool) -> str:
+def nothing_else(source: Source, *, flattered: bool) -> str:
     """Say whether other pictures had a part in it.
 
     Args:
         source: the run.
-        data_changed: whether the runs that led to it may have been trained on pictures that validate now.
+        flattered: whether pictures that validate now may have trained one of the runs that led to it.
     """
     mine = (source.run.dataset, source.run.labels)
     runs = [*(origin.run for origin in source.run.ancestry()), source.run]
     others = dict.fromkeys(f"`{run.dataset}`" for run in runs if (run.dataset, run.labels) != mine)
+    words = "Nothing else was used: no other pictures, and no weights that others have trained."
     if others:
         began = "It began with weights" if all(run.teacher is None for run in runs) else "It goes back to models"
-        return f"{began} that had been trained on {' and '.join(others)}."
-    words = "Nothing else was used: no other pictures, and no weights that others have trained."
-    if data_changed:
+        words = f"{began} that had been trained on {' and '.join(others)}."
+    if flattered:
         words += (
-            " The data changed between its runs: some of the pictures that chose checkpoint and temperature may have "
-            "trained an earlier one, so that figures on them flatter."
+            " The data changed between its runs, or were divided otherwise: some of the pictures that chose checkpoint "
+            "and temperature may have trained an earlier one, so that figures on them flatter."
         )
     return words
 
@@ -163,7 +167,7 @@ def write_card(
     comparisons: Sequence[Comparison],
     variants: Sequence[Variant],
     *,
-    data_changed: bool,
+    flattered: bool,
 ) -> str:
     """Write the card.
 
@@ -173,13 +177,13 @@ def write_card(
         operations: operations a picture, by name of the form; the last is the one that serves.
         comparisons: result of the gate.
         variants: files beside the float32 one.
-        data_changed: whether the data are not those of the runs that led to this one.
+        flattered: whether pictures that validated it may have trained one of the runs that led to it.
     """
     parts = [
         title(source, metadata, operations[-1][1]),
         figures(source),
         contract(metadata),
-        data(source, metadata, data_changed=data_changed),
+        data(source, metadata, flattered=flattered),
         limits(source, metadata),
         failures(source),
         making(source, metadata),

@@ -64,6 +64,11 @@ def load_data(source: Source, path: Path | None) -> DataSet:
     return loaded
 
 
+def has_changed(source: Source, loaded: DataSet) -> bool:
+    """Tell whether the data are others than the run was trained on, or are divided otherwise; False if unknown."""
+    return source.run.pictures_sha256 not in (None, loaded.digest())
+
+
 def real_golden(model: nn.Module, split: Split, count: int) -> Golden:
     """Take `count` pictures, evenly spread over a split; no more than there are.
 

@@ -66,6 +66,8 @@ def training_command(launcher: str, run: RunConfig, more: Sequence[str]) -> str:
     preset = PRESETS.get(run.preset)
     changes = (changed_fields(run.model, preset.model) | changed_fields(run.train, preset.train)) if preset else {}
     changes.pop("num_classes", None)  # the data decide it
+    if run.dataset != CIFAR100:  # of few pictures the preset's is halved, unless it is given
+        changes["batch_size"] = run.train.batch_size
     return " ".join([*words, *(flag_with(name, value) for name, value in changes.items())])
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.errors import ExportError
-from export.golden import load_data, reference_logits
+from export.golden import has_changed, load_data, reference_logits
 from export.precision import PROVIDER_OF, Pictures, gate_engine, require_variant
 from export.serving_model import TrainingForm
 from export.source import load_source
@@ -141,13 +141,18 @@ def _load(path: Path, golden: Golden, metadata: ModelMetadata, data: Path | None
     if not wants_pictures:
         return Version(path, golden, torch, None, [])
     try:
-        split = load_data(source, data).val
+        loaded = load_data(source, data)
+        if has_changed(source, loaded):
+            raise ExportError(
+                "the data set has other pictures than the run was trained on, which would say too much good of a "
+                "variant: restore it, or name a copy by --data"
+            )
     except ExportError as error:
         if data is not None:
             raise  # who names the data wants the labels compared
         return Version(path, golden, torch, None, [f"labels were not compared: {error}"])
-    images = split.images.numpy()
-    return Version(path, golden, torch, Pictures("val", images, split.labels.numpy(), torch(images)), [])
+    images = loaded.val.images.numpy()
+    return Version(path, golden, torch, Pictures("val", images, loaded.val.labels.numpy(), torch(images)), [])
 
 
 def _verify_file(version: Version, precision: Precision, provider: Provider, max_batch: int) -> Result:

@@ -218,7 +218,11 @@ class Transformer(nn.ModuleList):
     """The blocks of one iteration."""
 
     def __init__(self, config: ModelConfig) -> None:
-        rates = torch.linspace(0, config.drop_path, max(config.num_blocks, 1)).tolist()
+        rates = (
+            torch.linspace(0, config.drop_path, config.num_blocks).tolist()
+            if config.num_blocks > 1
+            else [config.drop_path]
+        )
         super().__init__(Block(config, rates[i]) for i in range(config.num_blocks))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from training.checkpoint import RunConfig
 from training.config import Preset
 from training.dataset import DataSet
 from training.pictures import SUFFIXES
-from training.transfer import has_other_pictures
+from training.transfer import flatterer
 
 
 def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterator[str]:
@@ -36,20 +36,8 @@ def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterat
             f"{count} {'files are' if count > 1 else 'file is'} passed over ({shown}), the first is {first}: "
             f"pictures lie in their class's own folder and end with {' '.join(sorted(SUFFIXES))}."
         )
-    for flag, origin in (("--init", run.init), ("--teacher", run.teacher)):
-        if preset is None or origin is None:
-            continue
-        if has_other_pictures(run, origin.run, Path(run.data) if run.data else None):
-            yield (
-                f"the pictures are not those of the run that {flag} names: where one folder of them was divided anew, "
-                "some that validate now have trained that run, and flatter this one. Folders train/ and val/ keep them "
-                "apart."
-            )
-        elif validates_on_more(run, origin.run, data_set):
-            yield (
-                f"of the pictures that validate now some have trained the run that {flag} names, and flatter this one: "
-                f"--validation-fraction {origin.run.train.validation_fraction} or less keeps them apart."
-            )
+    if preset is not None:
+        yield from notes_on_validation(run, data_set)
     if preset is not None and run.init is not None and (grid := run.init.run.model.grid) != run.model.grid:
         yield (
             f"positions are interpolated from a grid of {grid} x {grid} patches to one of {run.model.grid} x "
@@ -62,13 +50,22 @@ def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterat
         yield f"no validation picture of {shown}: no figure tells how well that is known; a class needs two pictures."
 
 
-def validates_on_more(run: RunConfig, theirs: RunConfig, data_set: DataSet) -> bool:
-    """Whether a run holds out a larger share of the same pictures than another did."""
-    return (
-        not data_set.own_val
-        and theirs.labels == run.labels
-        and run.train.validation_fraction > theirs.train.validation_fraction
-    )
+def notes_on_validation(run: RunConfig, data_set: DataSet) -> Iterator[str]:
+    """Tell where pictures that validate may have trained what the run begins with, learns from, or goes back to."""
+    path = Path(run.data) if run.data else None
+    found = [(origin, flatterer(run, origin.run, path, own_val=data_set.own_val)) for origin in run.ancestry()]
+    if any(why == "pictures" for _, why in found):
+        yield (
+            "the pictures are not those of the run that --init or --teacher names, or of one before it: where one "
+            "folder of them was divided anew, some that validate now have trained that run, and flatter this one. "
+            "Folders train/ and val/ keep them apart."
+        )
+    shares = [origin.run.train.validation_fraction for origin, why in found if why == "share"]
+    if shares:
+        yield (
+            "of the pictures that validate now some have trained the run that --init or --teacher names, or one before "
+            f"it, and flatter this one: --validation-fraction {min(shares)} or less keeps them apart."
+        )
 
 
 def printable(path: Path | str) -> str:

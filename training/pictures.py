@@ -17,6 +17,8 @@ from tqdm import tqdm
 from training.dataset import DataError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+# What the service takes: a file says by its content what it is, and its name may say otherwise.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
 
 
@@ -65,10 +67,10 @@ def read_picture(path: Path, size: int) -> NDArray[np.uint8]:
     try:
         # From memory, as the service does: an uncompressed TIFF file that has to be turned is mapped by Pillow 13 with
         # width and height exchanged.
-        with Image.open(io.BytesIO(path.read_bytes())) as image:
+        with Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS) as image:
             return np.asarray(fit(to_rgb(image), size))
     except Exception as error:  # Pillow's decoders raise many kinds of errors at damaged files
-        reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
+        reason = f"it is none of {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(
             f"{path}: this picture cannot be read ({reason}); replace it with a whole picture file or remove it."
         ) from error

@@ -65,9 +65,9 @@ def save_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
     epochs = columns["epoch"]
     figure = Figure(figsize=(11, 7.5), dpi=_DPI, layout="constrained")
     (loss, accuracy), (rate, speed) = figure.subplots(2, 2)
-    _line(loss, epochs, columns["train_loss"], "training (augmented, with dropout)", GREY)
-    _line(loss, epochs, columns["val_loss"], "validation", BLUE)
-    _style(loss, "Loss", "epoch", "cross-entropy, nats a picture")
+    _line(loss, epochs, columns["train_loss"], "training objective, augmented pictures", GREY)
+    _line(loss, epochs, columns["val_loss"], "validation, cross-entropy", BLUE)
+    _style(loss, "Loss", "epoch", "nats a picture")
     loss.legend(frameon=False, loc="best")
     _draw_accuracy(accuracy, columns)
     _line(rate, epochs, columns["learning_rate"], "learning rate", ORANGE)

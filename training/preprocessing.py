@@ -32,16 +32,21 @@ class Preprocess(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
         self.register_buffer("variance", torch.tensor(variance, dtype=torch.float32))
 
-    def fit(self, *splits: Tensor, chunk: int = 4096) -> None:
+    def fit(self, *splits: Tensor, chunk: int = 1 << 22) -> None:
         """Take mean and variance from all pictures given, exactly (integer sums).
 
         Args:
             splits: uint8 [B, H, W, 3] each.
-            chunk: pictures summed at once.
+            chunk: pixels summed at once, at most, but one picture at least; each takes 48 bytes meanwhile.
         """
         total = torch.zeros(3, dtype=torch.float64)
         squares = torch.zeros(3, dtype=torch.float64)
-        for part in (part for images in splits for part in images.split(chunk)):
+        parts = (
+            part
+            for images in splits
+            for part in images.split(max(1, chunk // max(1, images.shape[1] * images.shape[2])))
+        )
+        for part in parts:
             values = part.reshape(-1, 3).to(torch.int64)
             total += values.sum(0).cpu()
             squares += values.square().sum(0).cpu()

@@ -66,7 +66,10 @@ class TrainState:
         """As `AveragedModel.update_parameters`, which copies its counter to the device each time, and waits for it."""
         if self.average is None:
             return
-        decay = self.run.train.ema_decay if self.average.n_averaged > 0 else 0.0
+        # Of n steps the average remembers a share of about n, and not the random weights that a short run began with
+        # (as TensorFlow's ExponentialMovingAverage does with `num_updates`).
+        n = int(self.average.n_averaged)
+        decay = min(self.run.train.ema_decay, (1 + n) / (10 + n)) if n else 0.0
         torch._foreach_lerp_(list(self.average.module.parameters()), list(self.model.parameters()), 1 - decay)
         self.average.n_averaged += 1
 

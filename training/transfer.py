@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from training.checkpoint import CheckpointError, Header, Origin, RunConfig
 from training.cli import flag_with
 from training.config import ModelConfig
 from training.model import Perceiver
+
+Flatterer = Literal["share", "pictures"]
 
 # What a model may differ in from the one whose weights it takes. What else must hold of the patches' size in pixels and
 # of the blocks, which may only be more, is checked apart.
@@ -108,34 +111,43 @@ def check_fits(path: Path, theirs: ModelConfig, mine: ModelConfig) -> None:
         )
 
 
-def has_other_pictures(run: RunConfig, theirs: RunConfig, path: Path | None) -> bool:
-    """Whether a run's pictures are not those of the run that it begins with or learns from, as far as anybody knows.
+def flatterer(run: RunConfig, theirs: RunConfig, path: Path | None, *, own_val: bool) -> Flatterer | None:
+    """Why pictures that validate a run may have trained another that it goes back to, as far as anybody knows.
 
     Args:
         run: whose pictures validate now.
         theirs: the other.
-        path: of the run's data; they are read again where the other divided them otherwise, or at another size.
+        path: of the run's data; they are read again where the other held out more of them, or had them at another size.
+        own_val: whether the data tell themselves what validates.
+
+    Returns:
+        "share" where the other held out fewer of the same pictures, "pictures" where those were others, None where
+        neither is so.
 
     Raises:
-        DataError: they are gone meanwhile.
+        DataError: the pictures are gone meanwhile.
     """
-    if theirs.labels != run.labels:
-        return False
-    if None in (run.pictures_sha256, theirs.pictures_sha256) or run.pictures_sha256 == theirs.pictures_sha256:
-        return False
+    digests = (run.pictures_sha256, theirs.pictures_sha256)
+    if digests[0] == digests[1] is not None:
+        return None
+    if run.labels != theirs.labels:
+        # With a class more, others may be drawn for validation, of the old ones too.
+        return "pictures" if run.dataset == theirs.dataset and set(run.labels) & set(theirs.labels) else None
+    if run.train.validation_fraction > theirs.train.validation_fraction and not own_val:
+        return "share"
+    if None in digests:
+        return None
     if (run.model.input_size, run.train.validation_fraction) == (
         theirs.model.input_size,
         theirs.train.validation_fraction,
     ):
-        return True
-    as_theirs = data.load_for(theirs, path)
-    return as_theirs.digest() != theirs.pictures_sha256
+        return "pictures"
+    return None if data.load_for(theirs, path).digest() == theirs.pictures_sha256 else "pictures"
 
 
-def data_changed(run: RunConfig, path: Path | None) -> bool:
-    """Whether a run, or one that led to it, had other pictures than those before; see `has_other_pictures`."""
-    runs = [run, *(origin.run for origin in run.ancestry())]
-    return any(has_other_pictures(each, origin.run, path) for each in runs for origin in each.origins)
+def is_flattered(run: RunConfig, path: Path | None, *, own_val: bool) -> bool:
+    """Whether pictures that validate a run may have trained any that led to it; see `flatterer`."""
+    return any(flatterer(run, origin.run, path, own_val=own_val) for origin in run.ancestry())
 
 
 def begin_with(model: Perceiver, run: RunConfig, path: Path) -> None:

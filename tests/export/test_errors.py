@@ -147,8 +147,12 @@ def test_data_that_have_changed_since_the_run(
     assert "other pictures than the run was trained on, so it can't judge int8" in fails(
         [*arguments, "--variants", "int8"], capsys
     )
-    assert main([*arguments, "--variants"]) == 0
-    assert "note: the data set has other pictures than the run was trained on" in capsys.readouterr().out
+    for more, judged in ((["--variants"], ""), ([], ", and judges no int8 file")):
+        assert main([*arguments, *more]) == 0
+        told = capsys.readouterr().out
+        assert "note: the data set has other pictures than the run was trained on; the golden pictures" in told
+        assert f"from it as it is{judged}." in told
+        assert "int8: not written" not in told
 
 
 def test_a_report_that_is_no_text(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,7 +245,7 @@ def test_a_run_that_began_with_another_tells_the_way_from_the_beginning(copy: Pa
     assert origin(replace(source, run=taught)).endswith(
         "Of the targets 30% were that model's own answers (knowledge distillation)."
     )
-    assert nothing_else(source, data_changed=False) == "It began with weights that had been trained on `animals`."
+    assert nothing_else(source, flattered=False) == "It began with weights that had been trained on `animals`."
     longer = source.run.model_copy(
         update={"init": init.model_copy(update={"run": source.run, "checkpoint_sha256": "e" * 64})}
     )
@@ -251,19 +255,23 @@ def test_a_run_that_began_with_another_tells_the_way_from_the_beginning(copy: Pa
     assert "--threads 1 --init runs/beginning-2 " in third
     same = init.model_copy(update={"run": source.run.model_copy(update={"init": None})})
     again = source.run.model_copy(update={"init": same})
-    assert nothing_else(replace(source, run=again), data_changed=False).startswith("Nothing else was used")
+    assert nothing_else(replace(source, run=again), flattered=False).startswith("Nothing else was used")
     second_of_animals = init.run.model_copy(update={"init": init})
     thrice = init.model_copy(update={"run": second_of_animals, "checkpoint_sha256": "e" * 64})
     of_animals = source.run.model_copy(update={"init": thrice})
     assert (
-        nothing_else(replace(source, run=of_animals), data_changed=False)
+        nothing_else(replace(source, run=of_animals), flattered=False)
         == "It began with weights that had been trained on `animals`."
     )
-    assert "The data changed between its runs" in nothing_else(replace(source, run=again), data_changed=True)
-    assert "The data changed" not in nothing_else(replace(source, run=again), data_changed=False)
+    assert "The data changed between its runs" in nothing_else(replace(source, run=again), flattered=True)
+    both = nothing_else(replace(source, run=of_animals), flattered=True)
+    assert both.startswith(
+        "It began with weights that had been trained on `animals`. The data changed between its runs"
+    )
+    assert "The data changed" not in nothing_else(replace(source, run=again), flattered=False)
     others = again.model_copy(update={"labels": ("other", *again.labels[1:])})
     assert (
-        nothing_else(replace(source, run=others), data_changed=False)
+        nothing_else(replace(source, run=others), flattered=False)
         == "It began with weights that had been trained on `things`."
     )
 
@@ -290,7 +298,7 @@ def test_a_run_that_a_larger_model_taught_tells_the_way_to_both(copy: Path) -> N
     )
     elsewhere = teacher.model_copy(update={"run": of_teacher.model_copy(update={"dataset": "web"})})
     source = replace(source, run=run.model_copy(update={"teacher": elsewhere}))
-    assert nothing_else(source, data_changed=False) == "It goes back to models that had been trained on `web`."
+    assert nothing_else(source, flattered=False) == "It goes back to models that had been trained on `web`."
 
 
 def test_nothing_to_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -346,3 +354,11 @@ def test_a_data_sets_name_with_a_space_is_quoted(run: Path) -> None:
     named = source.run.model_copy(update={"dataset": "my things"})
     (command,) = training_commands(replace(source, run=named))
     assert "--data 'DATA/my things'" in command
+    # Always, and not where it differs from the preset's alone: of few pictures that is halved where none is given.
+    train = named.train.model_copy(update={"batch_size": PRESETS[named.preset].train.batch_size})
+    (command,) = training_commands(replace(source, run=named.model_copy(update={"train": train})))
+    assert f"--batch-size {train.batch_size}" in command
+    few = named.model_copy(update={"labels": LABELS[:3]})
+    assert "Of 3 classes the right one is always among the first five" in figures(replace(source, run=few))
+    many = named.model_copy(update={"labels": (*LABELS, "x", "y")})
+    assert "among the first five" not in figures(replace(source, run=many))

@@ -159,7 +159,11 @@ def test_nothing_to_hold_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kept", "reason"),
-    [(0, "its format is unknown"), (5, "its format is unknown"), (20_000, "image file is truncated")],
+    [
+        (0, "it is none of JPEG, PNG, WEBP, BMP, GIF, TIFF"),
+        (5, "it is none of JPEG, PNG, WEBP, BMP, GIF, TIFF"),
+        (20_000, "image file is truncated"),
+    ],
 )
 def test_an_unreadable_picture_is_named(tmp_path: Path, kept: int, reason: str) -> None:
     write_folder(tmp_path, {"cat": 20, "dog": 2})
@@ -168,3 +172,15 @@ def test_an_unreadable_picture_is_named(tmp_path: Path, kept: int, reason: str) 
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(DataError, match=rf"007\.png: this picture cannot be read \({reason}.*\); replace it"):
         load(tmp_path, input_size=8)
+
+
+def test_what_the_service_would_not_take_is_not_trained_on_under_another_name(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"cat": 2, "dog": 2})
+    path = tmp_path / "cat" / "000.png"
+    Image.new("RGB", (16, 16), "teal").save(path, "ICO")
+    with pytest.raises(DataError, match=r"000\.png: this picture cannot be read \(it is none of JPEG, PNG, WEBP"):
+        load(tmp_path, input_size=8)
+    # Two pictures in one JPEG, as phones write them.
+    views = [Image.new("RGB", (16, 16), colour) for colour in ("teal", "red")]
+    views[0].save(path, "MPO", save_all=True, append_images=views[1:])
+    assert len(load(tmp_path, input_size=8).train) == 2

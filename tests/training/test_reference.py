@@ -319,6 +319,13 @@ def test_logits_get_dropout_in_training() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("blocks", "rates"), [(1, [0.4]), (2, [0.0, 0.4]), (3, [0.0, 0.2, 0.4])])
+def test_the_last_block_is_dropped_at_the_rate_that_is_set(blocks: int, rates: list[float]) -> None:
+    config = PRESETS["compact"].model.model_copy(update={"num_blocks": blocks, "drop_path": 0.4})
+    for transformer in Perceiver(config).transformers:
+        assert [block.drop_path.rate for block in transformer] == pytest.approx(rates)
+
+
 def test_feed_forward_gets_dropout_after_its_last_layer_only() -> None:
     model = Perceiver(small())
     x = torch.randn(20, 5, 16)

@@ -15,10 +15,11 @@ from tests.training.tiny import MODEL, run_config
 from training import checkpoint
 from training.__main__ import main
 from training.checkpoint import CheckpointError, RunConfig
+from training.data import DataError
 from training.lines import read_lines
 from training.model import Perceiver
 from training.preprocessing import Preprocess
-from training.transfer import begin_with, check_fits, find, origin_of, resample
+from training.transfer import begin_with, check_fits, find, flatterer, origin_of, resample
 
 # Patches of 4 pixels, every 4 or every 2; the scores know where a token stands.
 WIDE = {"patch_size": 4, "cross_position_bias": True}
@@ -182,7 +183,7 @@ def test_what_a_user_should_know_of_another_grid_or_other_pictures_is_told(
     closer = ["--patch-size=2", "--patch-overlap=3"]
     assert main([*flags, *closer, "--data", str(grown), "--out", str(tmp_path / "other")]) == 0
     told = capsys.readouterr().out
-    assert "note: the pictures are not those of the run that --init names" in told
+    assert "note: the pictures are not those of the run that --init or --teacher names" in told
     assert "note: positions are interpolated from a grid of 2 x 2 patches to one of 4 x 4." in told
 
 
@@ -202,9 +203,49 @@ def test_other_shares_of_the_same_pictures_are_told_only_where_they_mix(
     assert "note:" not in told
     assert main([*flags, "--validation-fraction=0.3", "--out", str(tmp_path / "more")]) == 0
     assert "--validation-fraction 0.2 or less keeps them apart" in capsys.readouterr().out
+    # And so in the next generation, which divides as the last one did.
+    assert (
+        main([*flags[:-1], str(tmp_path / "more"), "--validation-fraction=0.3", "--out", str(tmp_path / "third")]) == 0
+    )
+    assert "--validation-fraction 0.2 or less keeps them apart" in capsys.readouterr().out
     write_folder(folder, {"cat": 21})
     assert main([*flags, "--validation-fraction=0.1", "--out", str(tmp_path / "others")]) == 0
-    assert "note: the pictures are not those of the run that --init names" in capsys.readouterr().out
+    assert "note: the pictures are not those of the run that --init or --teacher names" in capsys.readouterr().out
+    # A class that comes first in the alphabet: others of each class are drawn.
+    write_folder(folder, {"ant": 20})
+    assert main([*flags, "--validation-fraction=0.2", "--out", str(tmp_path / "wider")]) == 0
+    assert "note: the pictures are not those of the run that --init or --teacher names" in capsys.readouterr().out
+
+
+def test_who_may_have_trained_on_what_validates_now(tmp_path: Path) -> None:
+    run = run_config().model_copy(update={"pictures_sha256": "1" * 64})
+    fraction = run.train.validation_fraction
+
+    def why(mine: dict[str, object], theirs: dict[str, object], *, own_val: bool = False) -> str | None:
+        runs = [
+            run.model_copy(
+                update={
+                    "train": run.train.model_copy(update={"validation_fraction": changes.pop("fraction", fraction)})
+                }
+                | changes
+            )
+            for changes in (mine, theirs)
+        ]
+        return flatterer(*runs, tmp_path / "nowhere", own_val=own_val)
+
+    other = {"pictures_sha256": "2" * 64}
+    unknown = {"pictures_sha256": None}
+    assert why({}, {}) is None
+    assert why({}, dict(other)) == "pictures"
+    assert why({}, dict(unknown)) is None
+    assert why({"fraction": 0.3}, dict(other)) == why({"fraction": 0.3}, dict(unknown)) == "share"
+    assert why({"fraction": 0.3}, {}) is None  # of so few pictures both shares are the same
+    assert why({"fraction": 0.3}, dict(unknown), own_val=True) is None
+    assert why({"labels": ("ant", "bee", "cat", "dog")}, dict(other)) == "pictures"
+    assert why({"labels": ("x", "y")}, dict(other)) is None
+    assert why({"labels": ("ant", "bee", "cat", "dog"), "dataset": "elsewhere"}, dict(other)) is None
+    with pytest.raises(DataError, match="nowhere: does not exist"):
+        why({"fraction": 0.05}, dict(other))
 
 
 @pytest.mark.usefixtures("without_curves")
