@@ -49,8 +49,10 @@ class PerceiverApp(FastAPI):
         self.state.service = service
         self.include_router(create_router(service))
         settings = service.settings
+        keys, admin_keys = settings.client_keys(), settings.administrator_keys()  # files are read once
+        self._asks_clients, self._asks_administrators = bool(keys), bool(admin_keys)
         #: Every route, without the layers that a request passes where it arrives.
-        self.routes_alone = RequireKey(super().__call__, settings.client_keys(), settings.administrator_key())
+        self.routes_alone = RequireKey(super().__call__, keys, admin_keys)
         self.entry = Entry(service, self.predict, self.routes_alone)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,9 +70,9 @@ class PerceiverApp(FastAPI):
         components = document.setdefault("components", {})
         components.setdefault("schemas", {}).update(predict_schemas())
         components["securitySchemes"] = SECURITY_SCHEMES
-        if service.settings.client_keys():
+        if self._asks_clients:
             operation["security"] = document["paths"]["/models"]["get"]["security"] = SECURITY
-        if service.settings.administrator_key():
+        if self._asks_administrators:
             document["paths"]["/models/reload"]["post"]["security"] = SECURITY
         return document
 

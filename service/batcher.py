@@ -104,8 +104,12 @@ class DynamicBatcher:
         return max((slot.engine.max_batch_size for slot in self._slots), default=0)
 
     async def on_each_engine(self, function: Callable[[Engine], T]) -> list[T]:
-        """Call `function` with each engine, in its own thread, all at the same time; for warm-up and checks."""
-        return await asyncio.gather(*(slot.thread.call(partial(function, slot.engine)) for slot in self._slots))
+        """Call `function` with each engine, in its own thread, one after the other; for warm-up and checks.
+
+        On several GPUs at a time, the capture of one would wait for the first run of another, which takes long, and all
+        that serves would wait for that capture.
+        """
+        return [await slot.thread.call(partial(function, slot.engine)) for slot in self._slots]
 
     def start(self) -> None:
         """Serve from now on."""
@@ -327,7 +331,8 @@ class DynamicBatcher:
         self._observer.failed_batch(batch.size)
 
     def _loop_ended(self, task: "asyncio.Task[None]") -> None:
-        if self._loop_task is task:  # else `close` has ended it
+        # Else `close` has ended it, or the process ends without that.
+        if self._loop_task is task and self._refusal is not Draining:
             error = None if task.cancelled() else task.exception()
             self._fail(f"the batcher's loop has ended: {error!r}")
 

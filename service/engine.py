@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from service.artifact import Golden, ModelMetadata, Precision
 from service.cuda import cuda_runner, gate, open_cuda_session
@@ -282,7 +283,8 @@ class GoldenReport:
 def replay_golden(engine: Engine, golden: Golden) -> GoldenReport:
     """Run the golden pictures through `engine`, in batches as large as it takes, and compare.
 
-    On a GPU, then smaller batches of them: each size is a captured graph of its own, and may be wrong alone.
+    On a GPU, then in batches of all other sizes, repeated where they are too few: each size is a captured graph of its
+    own, and may be wrong alone.
 
     Raises:
         EngineError: the golden pictures are of another size, or have other classes, than the model.
@@ -297,18 +299,22 @@ def replay_golden(engine: Engine, golden: Golden) -> GoldenReport:
     for part in _parts(engine, len(golden)):
         logits, expected = engine.run(golden.images[part]), golden.logits[part]
         difference = float(np.maximum(difference, np.abs(logits - expected).max()))  # which keeps a NaN
-        wrong[part] |= logits.argmax(axis=1) != expected.argmax(axis=1)
+        np.logical_or.at(wrong, part, logits.argmax(axis=1) != expected.argmax(axis=1))
     return GoldenReport(difference, int(np.count_nonzero(wrong)), len(golden))
 
 
-def _parts(engine: Engine, n: int) -> Iterator[slice]:
+def _parts(engine: Engine, n: int) -> Iterator[NDArray[np.intp]]:
     begin = 0
+    sizes: set[int] = set()
     while begin < n:
         end = min(n, begin + engine.max_batch_size)  # read anew: it falls when memory runs out
-        yield slice(begin, end)
+        yield np.arange(begin, end)
+        sizes.add(end - begin)
         begin = end
     if engine.provider != "cpu":
-        yield from (slice(size) for size in reversed(default_buckets(n)) if size < min(n, engine.max_batch_size))
+        for size in reversed(default_buckets(engine.max_batch_size)):
+            if size not in sizes and size <= engine.max_batch_size:
+                yield np.arange(size) % n
 
 
 class GoldenMismatchError(EngineError):

@@ -28,7 +28,7 @@ class Entry:
     def __init__(self, front: Front, predict: PredictEndpoint, others: ASGIApp) -> None:
         settings = front.settings
         keys = settings.client_keys()
-        self._predict = RequireKey(predict, keys, None) if keys else predict
+        self._predict = RequireKey(predict, keys, ()) if keys else predict
         self._others = others
         observe = Observe(self._dispatch, front)
         self._app: ASGIApp = observe

@@ -216,14 +216,14 @@ class FairQueue:
         while self._requests:
             request = self._requests.popleft()
             if not request.future.done():
-                request.future.set_exception(error())
+                _end(request.future.set_exception, error())
         self.pictures = 0
 
     def _drop(self, request: Request, dropped: list[DropReason]) -> None:
         left = len(request.images) - request.taken
         self.pictures -= left
         if not request.future.done():
-            request.future.set_exception(DeadlineExceeded())
+            _end(request.future.set_exception, DeadlineExceeded())
             dropped += ["deadline"] * left
         elif request.future.cancelled():
             dropped += ["cancelled"] * left

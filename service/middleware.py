@@ -113,19 +113,19 @@ class Observe:
 class RequireKey:
     """Asks for a key where the settings have one: API keys for predictions and models, the admin key for reloading."""
 
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...], admin_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...], admin_keys: tuple[str, ...]) -> None:
         self.app = app
         self.keys = [key.encode() for key in keys]
-        self.admin_key = None if admin_key is None else admin_key.encode()
+        self.admin_keys = [key.encode() for key in admin_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or raise ReloadDisabled or Unauthorized."""
         if scope["type"] == "http":
             asked = (scope["method"], scope["path"])
             if asked == RELOAD:
-                if self.admin_key is None:
+                if not self.admin_keys:
                     raise ReloadDisabled()
-                check_key(scope["headers"], [self.admin_key])
+                check_key(scope["headers"], self.admin_keys)
             elif self.keys and asked in KEYED:
                 check_key(scope["headers"], self.keys)
         await self.app(scope, receive, send)

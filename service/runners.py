@@ -112,12 +112,17 @@ class BucketRunner:
         return batch.run()[:n]
 
     def shrink(self, failed: int) -> int:
-        """Drop the bucket that failed and all above it, with their buffers."""
+        """Drop the bucket that failed and all above it, with their buffers; none where it is the smallest.
+
+        Memory that somebody else took may come back, and without a bucket nothing could run then.
+        """
         too_large = self._bucket(failed)
+        if too_large == self.sizes[-1]:
+            return 0
         for size in [size for size in self.sizes if size >= too_large]:
             del self._bound[size]
         self.sizes = _descending(self._bound)
-        return self.sizes[0] if self.sizes else 0
+        return self.sizes[0]
 
     def drop(self, size: int) -> None:
         """Free the buffers of one bucket; its batches are padded to the next."""

@@ -48,6 +48,7 @@ class Server(uvicorn.Server):
         """Leave: tell the probes, and then drain; at a second signal, stop at once."""
         if self.service.leaving:
             self.force_exit = True
+            self.service.cut_off()
             super().handle_exit(sig, frame)
         elif delay := leave(self.service):
             self._drain_from = time.monotonic() + delay

@@ -215,9 +215,11 @@ class Settings(BaseSettings):
         description="Keys, separated by commas, one of which a client must send to /predict and /models. "
         "None: open to all. Flags can be read by other users of the machine: prefer the variable or the file.",
     )
-    api_keys_file: Path | None = Field(None, description="The same from a file, one key a line; # starts a comment.")
+    api_keys_file: Path | None = Field(
+        None, description="More of them from a file, one key a line; # starts a comment."
+    )
     admin_key: SecretStr | None = Field(None, description="Key for POST /models/reload; none: reloading there is off.")
-    admin_key_file: Path | None = Field(None, description="The same from a file.")
+    admin_key_file: Path | None = Field(None, description="More of them from a file, one key a line.")
     cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_list)] = Field(
         (), description="Origins, separated by commas, whose web pages may call the service; * for any."
     )
@@ -274,7 +276,7 @@ class Settings(BaseSettings):
             path: Path | None = getattr(self, name)
             if path is not None and not path.is_file():
                 raise ValueError(f"{name}: there is no file {path}")
-        if self.admin_key_file is not None and self.administrator_key() is None:
+        if self.admin_key_file is not None and not self.administrator_keys():
             raise ValueError(f"admin_key_file: {self.admin_key_file} holds no key, so reloading over HTTP would be off")
         if self.api_keys_file is not None and not self.client_keys():
             raise ValueError(f"api_keys_file: {self.api_keys_file} holds no key, which would leave the service open")
@@ -291,11 +293,10 @@ class Settings(BaseSettings):
             del values[name]
         return json.dumps(values).encode()
 
-    def administrator_key(self) -> str | None:
-        """Return the admin key, of the setting or of the file; None: reloading over HTTP is off."""
-        if self.admin_key is not None:
-            return self.admin_key.get_secret_value()
-        return next(iter(_read_keys(self.admin_key_file)), None)
+    def administrator_keys(self) -> tuple[str, ...]:
+        """Every admin key, of the setting and of the file; empty: reloading over HTTP is off."""
+        of_setting = () if self.admin_key is None else (self.admin_key.get_secret_value(),)
+        return of_setting + _read_keys(self.admin_key_file)
 
 
 def without_settings(environment: Mapping[str, str]) -> dict[str, str]:

@@ -99,6 +99,7 @@ async def run_with_processes(service: Service, app: PerceiverApp, addresses: lis
         await asyncio.sleep(TICK_SECONDS)
     await fronts.stop()
     if stopping.at_once:
+        service.cut_off()
         return 130
     await service.stop()
     return 1 if failed else 0

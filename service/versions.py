@@ -119,13 +119,15 @@ class LiveModel:
 class Seen:
     """A version folder as it was when last looked at, and what became of it.
 
-    `reason` says why it was refused with every path in full: it is for the log.
+    `reason` says why it was refused with every path in full: it is for the log. `trouble` says why it could not be
+    looked into the last time, which refuses it in `GET /models` alone: it is tried when its turn comes.
     """
 
     version: ModelVersion
     fingerprint: Fingerprint
     serving: bool = False
     reason: str = ""
+    trouble: str = ""
     metadata: ModelMetadata | None = None
 
     def is_like(self, fingerprint: Fingerprint) -> bool:
@@ -140,17 +142,23 @@ class Seen:
     def status(self) -> VersionStatus:
         """Say it in the words of `GET /models`."""
         state: Literal["live", "available", "refused"]
-        state = "live" if self.serving else "refused" if self.reason else "available"
-        reason = without_folders(self.reason, self.version.path.parent)
+        why = self.reason or self.trouble
+        state = "live" if self.serving else "refused" if why else "available"
+        reason = without_folders(why, self.version.path.parent)
         return VersionStatus(self.version.number, state, reason, self.metadata)
 
     def describe(self, options: EngineOptions, provider: Provider) -> None:
         """Read the metadata of a version that nobody has tried to load, or note why that fails."""
         if self.metadata is None and not self.reason:
+            before, self.trouble = self.trouble, ""
             try:
                 self.metadata = read_metadata(choose_file(self.version.path, provider, options.precision))
-            except (ArtifactError, EngineError, OSError) as error:  # the last where it may not be looked into
+            except (ArtifactError, EngineError) as error:
                 self.reason = str(error)
+            except OSError as error:  # it may not be looked into, or a disk far away is gone for a moment
+                self.trouble = str(error)
+            if (self.reason or self.trouble) not in ("", before):
+                logger.error("version %d: can't be looked into: %s", self.version.number, self.reason or self.trouble)
 
 
 def without_folders(reason: str, model_folder: Path) -> str:

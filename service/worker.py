@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -13,8 +14,8 @@ T = TypeVar("T")
 class EngineThread:
     """Runs jobs one after another in a thread of its own.
 
-    A captured CUDA graph belongs to the thread that captured it, so loading, warm-up and all runs of an engine come
-    here. The thread is a daemon, unlike those of concurrent.futures: one that hangs in a driver must not keep the
+    A captured CUDA graph belongs to the thread that captured it, so warm-up and all runs of an engine come here. The
+    thread is a daemon, unlike those of concurrent.futures: one that hangs in a driver must not keep the
     process from ending.
     """
 
@@ -30,17 +31,11 @@ class EngineThread:
         """Run `function` in the thread and return or raise what it does."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-
-        def job() -> None:
-            try:
-                value = function()
-            except Exception as error:
-                report(loop, _end, future, None, error)
-            else:
-                report(loop, _end, future, value, None)
-
-        self.post(job)
-        return await future
+        self.post(partial(_perform, function, loop, future))
+        try:
+            return await future
+        finally:
+            del future  # it holds the error, whose traceback holds this frame: a cycle, and a session with it
 
     def abandon(self, last: Callable[[], None]) -> None:
         """End the thread after the jobs that wait and this one; nobody learns whether it fails."""
@@ -75,6 +70,17 @@ def report(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args
     """Call back in the loop's thread; a loop that has closed meanwhile wants to know nothing any more."""
     with suppress(RuntimeError):
         loop.call_soon_threadsafe(callback, *args)
+
+
+def _perform(function: Callable[[], T], loop: asyncio.AbstractEventLoop, future: "asyncio.Future[T]") -> None:
+    try:
+        value = function()
+    except Exception as error:
+        report(loop, _end, future, None, error)
+    else:
+        report(loop, _end, future, value, None)
+    finally:
+        del future  # as in `EngineThread.call`
 
 
 def _end(future: "asyncio.Future[T]", value: T, error: Exception | None) -> None:

@@ -44,14 +44,21 @@ async def test_api_keys(tmp_path: Path, headers: dict[str, str], status: int) ->
 @pytest.mark.usefixtures("either_way")
 async def test_keys_from_files_and_the_admin_key(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("# clients\nfirst\n\n  second  # a friend\n")
-    (tmp_path / "admin").write_text("root\n")
-    files = {"api_keys_file": tmp_path / "keys", "admin_key_file": tmp_path / "admin"}
+    (tmp_path / "admin").write_text("root\nnext\n")
+    files = {"api_keys_file": tmp_path / "keys", "admin_key_file": tmp_path / "admin", "admin_key": "last"}
     async with running(tmp_path / "m", **files) as run:
         assert run.service.settings.client_keys() == ("first", "second")
         assert (await run.client.get("/models", headers={"x-api-key": "second"})).status_code == 200
-        for key, status in (("second", 401), ("root", 200), ("", 401)):
+        for key, status in (("second", 401), ("root", 200), ("next", 200), ("last", 200), ("", 401)):
             response = await run.client.post("/models/reload", headers={"x-api-key": key})
             assert response.status_code == status
+        # They are read at the start, and a secret may be gone or another by now.
+        for name in ("keys", "admin"):
+            (tmp_path / name).unlink()
+        assert (await run.client.get("/models", headers={"x-api-key": "second"})).status_code == 200
+        document = (await run.client.get("/openapi.json")).json()
+        for method, path in (("post", "/predict"), ("get", "/models"), ("post", "/models/reload")):
+            assert document["paths"][path][method]["security"], path
 
 
 @pytest.mark.parametrize("suffix", ["%0A", "%0D", "%0D%0A", "%00", "%E2%80%A8", "/", "//", "%2F", ";", "%20", "%3F"])

@@ -1,8 +1,10 @@
 """Padding, buckets, captures and their gate, on a device that is made of NumPy. On a real one: test_gpu.py."""
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,14 +34,14 @@ WAIT = 5.0  # seconds until a test gives up; none waits for so long when all is 
 class FakeBound:
     """A bound batch that computes on the host and remembers its runs."""
 
-    def __init__(self, size: int, limit: int, runs: list[int]) -> None:
+    def __init__(self, size: int, limit: Callable[[], int], runs: list[int]) -> None:
         self.images = np.full((size, HEIGHT, WIDTH, 3), 77, dtype=np.uint8)  # what an earlier batch left
         self._limit = limit
         self._runs = runs
 
     def run(self) -> Logits:
         self._runs.append(len(self.images))
-        if len(self.images) > self._limit:
+        if len(self.images) > self._limit():
             raise RuntimeError("CUDA failure 2: out of memory")
         return tiny_logits(self.images, 1)
 
@@ -50,7 +52,8 @@ class BucketedEngine(OnnxEngine):
     def __init__(self, folder: Path, sizes: list[int], *, limit: int = 1000, warm_up_runs: int = 1) -> None:
         super().__init__(folder / "model.onnx", provider="cpu", max_batch_size=max(sizes), intra_op_threads=1)
         self.runs: list[int] = []
-        self._runner = BucketRunner(lambda size: FakeBound(size, limit, self.runs), sizes, warm_up_runs)
+        self.limit = limit
+        self._runner = BucketRunner(lambda size: FakeBound(size, lambda: self.limit, self.runs), sizes, warm_up_runs)
 
 
 @pytest.fixture
@@ -120,6 +123,17 @@ def test_no_bucket_left_is_an_error(folder: Path) -> None:
         engine.run(tiny_images(1))
 
 
+def test_memory_that_comes_back_serves_again(folder: Path) -> None:
+    engine = BucketedEngine(folder, [1, 2, 4], limit=0)
+    images = tiny_images(1)
+    for _ in range(2):
+        with pytest.raises(EngineError, match="there is not enough memory for a single picture"):
+            engine.run(images)
+    engine.limit = 4
+    np.testing.assert_allclose(engine.run(images), tiny_logits(images, 1), atol=1e-5)
+    np.testing.assert_allclose(engine.run(tiny_images(4)), tiny_logits(tiny_images(4), 1), atol=1e-5)
+
+
 # Captures
 
 
@@ -184,22 +198,39 @@ def test_who_was_held_up_by_a_capture_goes_before_the_next() -> None:
     assert order == ["use", "capture"]
 
 
-def test_nobody_is_inside_while_one_captures() -> None:
-    gate = CaptureGate()
-    inside = 0
+def most_inside_with_a_capture(gate: CaptureGate) -> int:
+    """Threads that were seen inside at a time, one of them capturing."""
+    lock = threading.Lock()
+    inside: set[int] = set()
     seen: list[int] = []
 
+    def look(number: int) -> None:
+        with lock:
+            seen.append(len(inside) if 0 in inside else 0)
+
     def work(number: int) -> None:
-        nonlocal inside
         for _ in range(50):
             with gate.exclusive() if number == 0 else gate.shared():
-                inside += 1
-                seen.append(inside if number == 0 else 0)
-                inside -= 1
+                with lock:
+                    inside.add(number)
+                look(number)
+                time.sleep(0.0005)  # for the others to come in
+                look(number)
+                with lock:
+                    inside.discard(number)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
-    assert max(seen) == 1
+    return max(seen)
+
+
+def test_nobody_is_inside_while_one_captures() -> None:
+    class Open(CaptureGate):
+        def exclusive(self) -> nullcontext[None]:  # type: ignore[override]
+            return nullcontext()
+
+    assert most_inside_with_a_capture(CaptureGate()) == 1
+    assert most_inside_with_a_capture(Open()) > 1  # so it would be seen
 
 
 def test_who_never_lets_go_of_the_gate_keeps_captures_away_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:

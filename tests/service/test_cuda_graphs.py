@@ -59,7 +59,7 @@ class FakeCuda:
                     raise RuntimeError("CUDA error 901: operation failed due to a previous error during capture")
                 return super().run()
 
-        runner = BucketRunner(lambda size: Bound(size, 1000, self.runs), sizes, RUNS_UNTIL_CAPTURED)
+        runner = BucketRunner(lambda size: Bound(size, lambda: 1000, self.runs), sizes, RUNS_UNTIL_CAPTURED)
         self.runners.append(weakref.ref(runner))
         return runner
 

@@ -318,19 +318,28 @@ def test_golden_pictures_are_run_in_each_batch_size_of_a_gpu(folder: Path) -> No
     """A captured graph may be wrong alone, and 7 golden pictures fill none of the small ones."""
 
     class OneWrongGraph:
-        metadata, max_batch_size = tiny_metadata(), 8
+        metadata = tiny_metadata()
 
-        def __init__(self, provider: str) -> None:
+        def __init__(self, provider: str, wrong: int, largest: int = 8) -> None:
             self.provider = provider
+            self.wrong = wrong
+            self.max_batch_size = largest
+            self.sizes: list[int] = []
 
         def run(self, images: np.ndarray) -> np.ndarray:
-            return tiny_logits(images, 1) + (len(images) == 2)
+            self.sizes.append(len(images))
+            return tiny_logits(images, 1) + (len(images) == self.wrong)
 
     golden = load_golden(folder / GOLDEN_FILE)
     assert len(golden) == 7
-    check_golden(OneWrongGraph("cpu"), golden)
-    with pytest.raises(GoldenMismatchError, match="on cuda: the largest difference is 1 and"):
-        check_golden(OneWrongGraph("cuda"), golden)
+    check_golden(OneWrongGraph("cpu", 2), golden)
+    for size in (1, 2, 4, 8, 16, 32, 48):  # above 7 they are repeated
+        with pytest.raises(GoldenMismatchError, match="on cuda: the largest difference is 1 and"):
+            check_golden(OneWrongGraph("cuda", size, 48), golden)
+    right = OneWrongGraph("cuda", 0, 48)
+    report = check_golden(right, golden)
+    assert (report.labels_differ, report.n) == (0, 7)
+    assert right.sizes == [7, 48, 32, 16, 8, 4, 2, 1]
 
 
 def test_golden_pictures_of_another_model_are_refused(tmp_path: Path) -> None:

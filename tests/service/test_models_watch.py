@@ -1,16 +1,22 @@
 """The model store looks at its folder again: versions that come, go and change."""
 
 import asyncio
+import gc
 import shutil
+import time
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from service import models
+from service import versions as versions_module
 from service.artifact import MODEL_FILE
-from service.models import VersionStatus
-from tests.fakes import make_model_folder, tiny_images, tiny_logits
+from service.engine import Engine, EngineError
+from service.models import EngineOptions, VersionStatus
+from service.versions import open_engines
+from tests.fakes import FakeEngine, make_model_folder, tiny_images, tiny_logits
 from tests.service.stores import Make, Notes, Opener, answer, assert_serves, lines
 
 
@@ -193,3 +199,56 @@ async def test_a_folder_that_can_not_be_read_is_told_once(
     assert [record.exc_info for record in caplog.records] == [None]
     assert "can't be looked into for new versions: [Errno 13] Permission denied" in caplog.text
     await assert_serves(store, 1)
+
+
+async def test_a_version_that_could_not_be_looked_into_for_a_moment_is_gone_back_to(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in (1, 2):
+        make_model_folder(tmp_path, version)
+    store = make()
+
+    def trouble(path: Path) -> object:
+        raise OSError(5, "Input/output error", str(path))
+
+    with monkeypatch.context() as away:
+        away.setattr(versions_module, "read_metadata", trouble)
+        await store.load()
+    assert lines(store) == [(1, "refused"), (2, "live")]
+    shutil.rmtree(tmp_path / "2")
+    await store.reload()
+    await assert_serves(store, 1)
+    assert lines(store) == [(1, "live")]
+
+
+async def test_what_is_refused_leaves_memory_at_once(make: Make, tmp_path: Path) -> None:
+    """And does not wait for a collection: the next try, on a GPU that was full, needs that memory."""
+    make_model_folder(tmp_path, 1)
+    engines: list[weakref.ref[FakeEngine]] = []
+
+    class Failing(FakeEngine):
+        def warm_up(self) -> None:
+            raise EngineError("there is no memory for it")
+
+    def opened(folder: Path, options: EngineOptions) -> list[Engine]:
+        if folder.name == "1":
+            return open_engines(folder, options)
+        engine = Failing()
+        engines.append(weakref.ref(engine))
+        return [engine]
+
+    store = make(open_engines=opened)
+    await store.load()
+    gc.collect()
+    gc.disable()
+    try:
+        for version in (2, 3):
+            make_model_folder(tmp_path, version)
+            await store.reload()
+        assert lines(store) == [(1, "live"), (2, "refused"), (3, "refused")]
+        until = time.monotonic() + 5
+        while any(engine() is not None for engine in engines) and time.monotonic() < until:  # noqa: ASYNC110 - threads
+            await asyncio.sleep(0.01)
+        assert [engine() for engine in engines] == [None, None]
+    finally:
+        gc.enable()

@@ -27,7 +27,7 @@ def test_the_defaults_are_valid_and_complete() -> None:
     assert settings.model_dir == Path("models/perceiver-cifar100")
     assert (settings.host, settings.port) == ("127.0.0.1", 8000)
     assert settings.client_keys() == ()
-    assert settings.administrator_key() is None
+    assert settings.administrator_keys() == ()
 
 
 @pytest.mark.parametrize(
@@ -215,6 +215,6 @@ def test_a_process_for_http_has_the_same_settings_and_the_keys_that_it_asks_for(
     monkeypatch.setenv("PERCEIVER_PORT", "9999")
     copy = Settings.model_validate_json(passed)
     assert copy.client_keys() == ("one", "two", "three")
-    assert copy.administrator_key() is None
+    assert copy.administrator_keys() == ()
     keys = {"api_keys", "api_keys_file", "admin_key", "admin_key_file"}
     assert copy.model_dump(exclude=keys) == settings.model_dump(exclude=keys)

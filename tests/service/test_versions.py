@@ -117,8 +117,8 @@ def test_trouble_that_passes_is_no_change_of_a_version(
         assert [fingerprint for _, fingerprint in scan(tmp_path)] == [()]
 
 
-def test_a_version_that_can_not_be_looked_into_is_refused_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_version_that_can_not_be_looked_into_is_refused_alone_and_until_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_model_folder(tmp_path)
     ((version, before),) = scan(tmp_path)
@@ -130,7 +130,17 @@ def test_a_version_that_can_not_be_looked_into_is_refused_alone(
     seen = Seen(version, before)
     seen.describe(EngineOptions(), "cpu")
     assert (seen.status().state, seen.metadata) == ("refused", None)
-    assert "Permission denied" in seen.reason
+    assert "Permission denied" in seen.status().reason
+    # It is tried when its turn comes, and looked into again: who it is that serves may have recovered.
+    assert seen.reason == ""
+    assert "version 1: can't be looked into: " in caplog.text
+    caplog.clear()
+    seen.describe(EngineOptions(), "cpu")
+    assert caplog.text == ""  # once, and not at every look
+    monkeypatch.undo()
+    seen.describe(EngineOptions(), "cpu")
+    assert (seen.status().state, seen.status().reason) == ("available", "")
+    assert seen.metadata is not None
 
 
 def test_rights_that_are_put_right_are_a_change_of_what_was_refused_alone(tmp_path: Path) -> None:
