@@ -1,5 +1,6 @@
 """A tiny run as `python -m training` leaves it, made by the project's own writer."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -132,3 +133,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     return write_run(tmp_path_factory.mktemp("runs") / "run", pictures)
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    """A run's folder that a test may change."""
+    return Path(shutil.copytree(run, tmp_path / "run"))

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,12 @@ import pytest
 
 from export import build
 from export.__main__ import main
-from export.card import figures, nothing_else
-from export.making import first_epochs, origin, training_commands
-from export.source import Source, load_source
+from export.card import figures
+from export.source import load_source
 from service.artifact import list_versions
 from tests.export.conftest import LABELS, write_run
 from tests.fakes import make_model_folder
 from training import checkpoint
-from training.checkpoint import Origin
 from training.config import PRESETS
 from training.figures import Report
 
@@ -28,11 +25,6 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     return captured.err
-
-
-@pytest.fixture
-def copy(run: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(run, tmp_path / "run"))
 
 
 def test_a_run_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,121 +178,6 @@ def test_a_model_without_a_name(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert "name:" in fails([str(run), "--out", str(tmp_path / "out"), "--name", ""], capsys)
 
 
-def told(run: Path, content: str) -> Source:
-    (run / "metrics.jsonl").write_text(content)
-    return load_source(run)
-
-
-def test_of_a_metrics_file_what_is_whole_is_told(copy: Path) -> None:
-    content = (copy / "metrics.jsonl").read_text()
-    assert load_source(copy).training_seconds == 900
-    assert told(copy, content[:-5]).training_seconds == 600  # the last epoch was cut off
-    first = content.splitlines(keepends=True)[0]
-    for damaged in (first, "", "no JSON\n", '{"seconds": 3}\n' * 3):  # epoch 2, of which the weights are, is missing
-        source = told(copy, damaged)
-        assert source.training_seconds is None
-        assert origin(source) == "The weights of epoch 2."
-
-
-def test_a_run_of_the_first_days_names_no_machine(copy: Path) -> None:
-    lines = [{"epoch": epoch, "seconds": 30.0} for epoch in (1, 2)]
-    source = told(copy, "".join(json.dumps(line) + "\n" for line in lines))
-    assert origin(source) == "The weights of epoch 2 of 2. All 2 epochs took 60 s of training."
-    assert next(training_commands(source)).startswith("python -m training --preset compact")
-    assert first_epochs(source) == ""
-
-
-def test_a_run_whose_later_epochs_name_the_machine(copy: Path) -> None:
-    lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
-    del lines[0]["device"]
-    source = told(copy, "".join(json.dumps(line) + "\n" for line in lines))
-    assert "on cpu, 2 processes of 1 thread (1 of the epochs do not tell on what)." in origin(source)
-    assert next(training_commands(source)).startswith("torchrun --standalone --nproc-per-node 2 -m training")
-
-
-def test_a_run_that_changed_machines_names_both(copy: Path) -> None:
-    lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
-    lines[2] |= {"device": "Some GPU", "processes": 1, "threads": 8}
-    source = told(copy, "".join(json.dumps(line) + "\n" for line in lines))
-    assert "on cpu, 2 processes of 1 thread and then Some GPU, 1 process." in origin(source)
-    assert next(training_commands(source)).startswith("python -m training --preset compact")
-
-
-def test_a_run_that_began_with_another_tells_the_way_from_the_beginning(copy: Path) -> None:
-    source = load_source(copy)
-    first = source.run.model_copy(update={"dataset": "animals", "preset": "reference"})
-    init = Origin(checkpoint_sha256="f" * 64, epoch=9, git_commit="abc", run=first)
-    source = replace(source, run=source.run.model_copy(update={"init": init}))
-    before, after = training_commands(source)
-    assert before.startswith("python -m training --preset reference --out runs/beginning-1 --data DATA/animals ")
-    assert after.startswith(
-        "torchrun --standalone --nproc-per-node 2 -m training --preset compact --threads 1 "
-        "--init runs/beginning-1 --data DATA/things "
-    )
-    assert "They began with the weights that epoch 9 of another run left (preset `reference` on `animals`, " in origin(
-        source
-    )
-    assert "distillation" not in origin(source)
-    taught = source.run.model_copy(update={"train": source.run.train.model_copy(update={"distillation": 0.3})})
-    assert origin(replace(source, run=taught)).endswith(
-        "Of the targets 30% were that model's own answers (knowledge distillation)."
-    )
-    assert nothing_else(source, flattered=False) == "It began with weights that had been trained on `animals`."
-    longer = source.run.model_copy(
-        update={"init": init.model_copy(update={"run": source.run, "checkpoint_sha256": "e" * 64})}
-    )
-    first, second, third = training_commands(replace(source, run=longer))
-    assert first == before
-    assert "--preset compact --out runs/beginning-2 --init runs/beginning-1 --data DATA/things " in second
-    assert "--threads 1 --init runs/beginning-2 " in third
-    same = init.model_copy(update={"run": source.run.model_copy(update={"init": None})})
-    again = source.run.model_copy(update={"init": same})
-    assert nothing_else(replace(source, run=again), flattered=False).startswith("Nothing else was used")
-    second_of_animals = init.run.model_copy(update={"init": init})
-    thrice = init.model_copy(update={"run": second_of_animals, "checkpoint_sha256": "e" * 64})
-    of_animals = source.run.model_copy(update={"init": thrice})
-    assert (
-        nothing_else(replace(source, run=of_animals), flattered=False)
-        == "It began with weights that had been trained on `animals`."
-    )
-    assert "The data changed between its runs" in nothing_else(replace(source, run=again), flattered=True)
-    both = nothing_else(replace(source, run=of_animals), flattered=True)
-    assert both.startswith(
-        "It began with weights that had been trained on `animals`. The data changed between its runs"
-    )
-    assert "The data changed" not in nothing_else(replace(source, run=again), flattered=False)
-    others = again.model_copy(update={"labels": ("other", *again.labels[1:])})
-    assert (
-        nothing_else(replace(source, run=others), flattered=False)
-        == "It began with weights that had been trained on `things`."
-    )
-
-
-def test_a_run_that_a_larger_model_taught_tells_the_way_to_both(copy: Path) -> None:
-    source = load_source(copy)
-    common = source.run.model_copy(update={"preset": "reference"})
-    init = Origin(checkpoint_sha256="1" * 64, epoch=9, git_commit="abc", run=common)
-    # The teacher began with the same weights as the student.
-    of_teacher = source.run.model_copy(update={"preset": "accurate", "init": init})
-    teacher = Origin(checkpoint_sha256="2" * 64, epoch=12, git_commit="abd", run=of_teacher)
-    train = source.run.train.model_copy(update={"distillation": 0.4})
-    run = source.run.model_copy(update={"init": init, "teacher": teacher, "train": train})
-    source = replace(source, run=run)
-    first, second, last = training_commands(source)
-    assert "--preset reference --out runs/beginning-1 --data" in first
-    assert "--preset accurate --out runs/beginning-2 --init runs/beginning-1 --data" in second
-    assert "--init runs/beginning-1 --teacher runs/beginning-2 --data" in last
-    assert "--distillation 0.4" in last
-    assert origin(source).endswith(
-        "Of the targets 40% were another model's answers (knowledge distillation): of epoch 12 of a run that the "
-        "commands before the last train as well (preset `accurate` on `things`, commit `abd`, checkpoint's SHA-256 "
-        f"`{'2' * 64}`)."
-    )
-    elsewhere = teacher.model_copy(update={"run": of_teacher.model_copy(update={"dataset": "web"})})
-    source = replace(source, run=run.model_copy(update={"teacher": elsewhere}))
-    assert nothing_else(source, flattered=False) == "It goes back to models that had been trained on `web`."
-
-
 def test_nothing_to_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "holds no model" in fails(["--verify", str(tmp_path)], capsys)
 
@@ -336,29 +213,3 @@ def test_a_checkpoint_that_a_run_replaces_meanwhile(
     )
     assert "has changed since the export began" in error
     assert not list((tmp_path / "out").iterdir())
-
-
-def test_a_card_without_test_pictures_tells_what_is_served(run: Path) -> None:
-    source = load_source(run)
-    assert source.report is not None
-    val = source.report.val.model_copy(update={"ece": 0.0321})
-    report = source.report.model_copy(update={"test": None, "test_uncalibrated": None, "val": val})
-    assert "| **validation, as served** | 20 | 50.00% | 100.00% | 1.0000 | 0.0321 |" in figures(
-        replace(source, report=report)
-    )
-    assert "validation, as served" not in figures(source)
-
-
-def test_a_data_sets_name_with_a_space_is_quoted(run: Path) -> None:
-    source = load_source(run)
-    named = source.run.model_copy(update={"dataset": "my things"})
-    (command,) = training_commands(replace(source, run=named))
-    assert "--data 'DATA/my things'" in command
-    # Always, and not where it differs from the preset's alone: of few pictures that is halved where none is given.
-    train = named.train.model_copy(update={"batch_size": PRESETS[named.preset].train.batch_size})
-    (command,) = training_commands(replace(source, run=named.model_copy(update={"train": train})))
-    assert f"--batch-size {train.batch_size}" in command
-    few = named.model_copy(update={"labels": LABELS[:3]})
-    assert "Of 3 classes the right one is always among the first five" in figures(replace(source, run=few))
-    many = named.model_copy(update={"labels": (*LABELS, "x", "y")})
-    assert "among the first five" not in figures(replace(source, run=many))
