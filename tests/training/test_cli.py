@@ -65,7 +65,7 @@ BAD_FLAGS = {
     "not finite": (["--learning-rate", "inf"], "--learning-rate inf: Input should be a finite number."),
     "patches": (["--image-size", "30"], "image_size 30 is no multiple of patch_size 4"),
     "crop": (["--crop-padding", "32"], "crop_padding 32 moves pictures of 32 pixels out of sight: at most 31"),
-    "distillation without a teacher": (["--distillation", "0.5"], "name one with --init."),
+    "distillation without a teacher": (["--distillation", "0.5"], "name one with --teacher, or with --init."),
     "a temperature of nothing": (
         ["--distillation-temperature", "4"],
         "--distillation-temperature 4.0 changes nothing without --distillation.",
