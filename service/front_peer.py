@@ -221,16 +221,8 @@ class FrontProcess:
         live = service.store.live
         told = self._told
         is_new = live is not None and self._models.get(self._newest) is not live
-        if (
-            told is not None
-            and not is_new
-            and (told.status, told.failure, told.leaving)
-            == (
-                service.status,
-                service.failure,
-                service.leaving,
-            )
-        ):
+        now = (service.status, service.failure, service.leaving)
+        if told is not None and not is_new and (told.status, told.failure, told.leaving) == now:
             return
         version, metadata = 0, b""
         if live is not None:

@@ -48,7 +48,6 @@ class Server(uvicorn.Server):
         """Leave: tell the probes, and then drain; at a second signal, stop at once."""
         if self.service.leaving:
             self.force_exit = True
-            self.service.cut_off()
             super().handle_exit(sig, frame)
         elif delay := leave(self.service):
             self._drain_from = time.monotonic() + delay
@@ -110,6 +109,8 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Look ten times a second whether it is time to end."""
         if await super().on_tick(counter):
+            if self.force_exit:
+                self.service.cut_off()
             return True
         if self.service.failure:
             self.report_failure()
