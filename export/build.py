@@ -46,7 +46,7 @@ from service.artifact import (
 from service.engine import EngineError, OnnxEngine, read_metadata
 from training.checkpoint import digest
 from training.dataset import DataSet
-from training.transfer import is_flattered
+from training.transfer import flatterers
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def build(source: Source, options: Options) -> Exported:
         variants = make_variants(graph, metadata, trained, data, golden, options)
     except (ArtifactError, EngineError) as error:
         raise ExportError(f"the service's engine can't run the exported model: {error}") from error
-    flattered = data is not None and is_flattered(source.run, data_path(source, options.data), own_val=data.own_val)
+    flattered = data is not None and bool(flatterers(source.run, data_path(source, options.data), own_val=data.own_val))
     return Exported(model, golden, metadata, operations, comparisons, variants, flattered)
 
 

@@ -85,16 +85,13 @@ def origin(source: Source) -> str:
         )
     if (teacher := source.run.taught_by) is not None:
         words += f" Of the targets {source.run.train.distillation:.0%} were "
-        words += "that model's own answers" if source.run.teacher is None else "another model's answers"
-        words += (
-            " (knowledge distillation)"
-            if source.run.teacher is None
-            else (
-                f" (knowledge distillation): of epoch {teacher.epoch} of a run that the commands before the last train "
-                f"as well ({identity(teacher)})"
+        if source.run.teacher is None:
+            words += "that model's own answers (knowledge distillation)."
+        else:
+            words += (
+                f"another model's answers (knowledge distillation): of epoch {teacher.epoch} of a run that the "
+                f"commands before the last train as well ({identity(teacher)})."
             )
-        )
-        words += "."
     return words
 
 

@@ -80,7 +80,7 @@ def _add_run(group: Any) -> None:
         type=Path,
         metavar="PATH",
         help="begin with the weights of a run, of a model folder or of a .safetensors file, not with random ones; "
-        "its patches may stand closer or wider, its blocks may be more, its classes may be others",
+        "its patches, and latents on a grid, may stand closer or wider, its blocks may be more, its classes others",
     )
     group.add_argument(
         "--teacher",

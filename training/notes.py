@@ -11,7 +11,7 @@ from training.checkpoint import RunConfig
 from training.config import Preset
 from training.dataset import DataSet
 from training.pictures import SUFFIXES
-from training.transfer import flatterer
+from training.transfer import flatterers
 
 
 def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterator[str]:
@@ -38,11 +38,15 @@ def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterat
         )
     if preset is not None:
         yield from notes_on_validation(run, data_set)
-    if preset is not None and run.init is not None and (grid := run.init.run.model.grid) != run.model.grid:
-        yield (
-            f"positions are interpolated from a grid of {grid} x {grid} patches to one of {run.model.grid} x "
-            f"{run.model.grid}."
-        )
+    if preset is not None and run.init is not None:
+        theirs = run.init.run.model
+        if theirs.grid != run.model.grid:
+            yield (
+                f"positions are interpolated from a grid of {theirs.grid} x {theirs.grid} patches to one of "
+                f"{run.model.grid} x {run.model.grid}."
+            )
+        if theirs.num_latents != run.model.num_latents:
+            yield f"{run.model.num_latents} latents are interpolated from a grid of {theirs.num_latents}."
     seen = set(data_set.val.labels.tolist())
     unseen = [label for index, label in enumerate(run.labels) if index not in seen]
     if unseen:
@@ -53,14 +57,14 @@ def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterat
 def notes_on_validation(run: RunConfig, data_set: DataSet) -> Iterator[str]:
     """Tell where pictures that validate may have trained what the run begins with, learns from, or goes back to."""
     path = Path(run.data) if run.data else None
-    found = [(origin, flatterer(run, origin.run, path, own_val=data_set.own_val)) for origin in run.ancestry()]
-    if any(why == "pictures" for _, why in found):
+    found = flatterers(run, path, own_val=data_set.own_val)
+    if any(why == "pictures" for why, _ in found):
         yield (
             "the pictures are not those of the run that --init or --teacher names, or of one before it: where one "
             "folder of them was divided anew, some that validate now have trained that run, and flatter this one. "
             "Folders train/ and val/ keep them apart."
         )
-    shares = [origin.run.train.validation_fraction for origin, why in found if why == "share"]
+    shares = [theirs.train.validation_fraction for why, theirs in found if why == "share"]
     if shares:
         yield (
             "of the pictures that validate now some have trained the run that --init or --teacher names, or one before "

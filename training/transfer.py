@@ -1,4 +1,4 @@
-"""Begin a run with the weights of another: of the same data, with finer patches or more blocks, or of other data."""
+"""Begin a run with another's weights: of the same data, with finer patches, more latents, more blocks, or of others."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from training.model import Perceiver
 
 Flatterer = Literal["share", "pictures"]
 
-# What a model may differ in from the one whose weights it takes. What else must hold of the patches' size in pixels and
-# of the blocks, which may only be more, is checked apart.
+# What a model may differ in from the one whose weights it takes. What else must hold of the patches' size in pixels, of
+# the latents' number and of the blocks, which may only be more, is checked apart.
 MAY_DIFFER = {
     "num_classes",
     "input_size",
     "image_size",
     "patch_size",
     "patch_overlap",
+    "num_latents",
     "num_blocks",
     "latent_init",
     "latent_std",
@@ -92,6 +93,8 @@ def check_fits(path: Path, theirs: ModelConfig, mine: ModelConfig) -> None:
     differing = [name for name in differing if getattr(theirs, name) != getattr(mine, name)]
     if mine.num_blocks < theirs.num_blocks:
         differing.append("num_blocks")
+    if mine.num_latents != theirs.num_latents and "normal" in (mine.latent_init, theirs.latent_init):
+        differing.append("num_latents")  # only latents that stand on a grid have others between them
     if mine.latent_init == "grid" and not theirs.cross_position_bias:
         differing.append("latent_init")  # which needs what that model lacks
     if differing:
@@ -145,18 +148,26 @@ def flatterer(run: RunConfig, theirs: RunConfig, path: Path | None, *, own_val: 
     return None if data.load_for(theirs, path).digest() == theirs.pictures_sha256 else "pictures"
 
 
-def is_flattered(run: RunConfig, path: Path | None, *, own_val: bool) -> bool:
-    """Whether pictures that validate a run may have trained any that led to it; see `flatterer`."""
-    return any(flatterer(run, origin.run, path, own_val=own_val) for origin in run.ancestry())
+def flatterers(run: RunConfig, path: Path | None, *, own_val: bool) -> list[tuple[Flatterer, RunConfig]]:
+    """The runs that led to a run and may have trained on what validates it, with why; see `flatterer`.
+
+    Of those that had the same pictures, divided the same way, only the first is looked at.
+    """
+    runs: dict[tuple[object, ...], RunConfig] = {}
+    for theirs in (origin.run for origin in run.ancestry()):
+        pictures = (theirs.dataset, theirs.pictures_sha256, theirs.labels)
+        runs.setdefault((*pictures, theirs.model.input_size, theirs.train.validation_fraction), theirs)
+    reasons = ((flatterer(run, theirs, path, own_val=own_val), theirs) for theirs in runs.values())
+    return [(why, theirs) for why, theirs in reasons if why is not None]
 
 
 def begin_with(model: Perceiver, run: RunConfig, path: Path) -> None:
     """Copy a checkpoint's weights into a fresh model.
 
-    What belongs to positions in the picture is interpolated where the patches stand closer or wider (bicubic, as
-    Dosovitskiy et al. 2021, section 3.2, do). Blocks that the checkpoint lacks stand after its own in each iteration,
-    and add nothing until they have learned to (zero output layers, as Goyal et al. 2017, section 5.1, begin their
-    residual blocks). The head stays fresh unless the labels are the same.
+    What belongs to positions in the picture is interpolated where the patches, or latents on a grid, stand closer or
+    wider (bicubic, as Dosovitskiy et al. 2021, section 3.2, do). Blocks that the checkpoint lacks stand after its own
+    in each iteration, and add nothing until they have learned to (zero output layers, as Goyal et al. 2017, section
+    5.1, begin their residual blocks). The head stays fresh unless the labels are the same.
 
     Args:
         model: of ``run``.
@@ -172,9 +183,13 @@ def begin_with(model: Perceiver, run: RunConfig, path: Path) -> None:
     weights = checkpoint.under("model", tensors)
     for name in weights:
         if name.endswith("position_embedding"):
-            weights[name] = resample(weights[name].T, theirs.grid, run.model.grid).T.contiguous()
+            weights[name] = resample(weights[name].T, run.model.num_tokens).T.contiguous()
+        elif name == "latents":
+            weights[name] = resample(weights[name].T, run.model.num_latents).T.contiguous()
         elif name.endswith("position_bias"):
-            weights[name] = resample(weights[name], theirs.grid, run.model.grid)
+            bias = resample(weights[name], run.model.num_tokens)
+            bias = resample(bias.transpose(1, 2), run.model.num_latents)
+            weights[name] = bias.transpose(1, 2).contiguous()
     fresh = model.state_dict()
     if header.run.labels != run.labels:
         weights |= {name: fresh[name] for name in fresh if name.startswith("head.")}
@@ -187,11 +202,12 @@ def begin_with(model: Perceiver, run: RunConfig, path: Path) -> None:
 
 
 @torch.no_grad()
-def resample(values: Tensor, grid: int, new_grid: int) -> Tensor:
-    """Values of square cells that tile the picture, float [..., grid * grid] -> float [..., new_grid * new_grid]."""
-    assert values.shape[-1] == grid**2
-    if grid == new_grid:
+def resample(values: Tensor, new_count: int) -> Tensor:
+    """Values of square cells that tile the picture, float [..., count] -> float [..., new_count]; both are squares."""
+    count = values.shape[-1]
+    if count == new_count:
         return values
-    planes = values.reshape(1, math.prod(values.shape[:-1]), grid, grid)
-    finer = F.interpolate(planes, size=(new_grid, new_grid), mode="bicubic", antialias=new_grid < grid)
-    return finer.reshape(*values.shape[:-1], new_grid**2)
+    side, new_side = math.isqrt(count), math.isqrt(new_count)
+    planes = values.reshape(1, math.prod(values.shape[:-1]), side, side)
+    finer = F.interpolate(planes, size=(new_side, new_side), mode="bicubic", antialias=new_side < side)
+    return finer.reshape(*values.shape[:-1], new_count)

@@ -68,6 +68,28 @@ def test_closer_patches_keep_all_but_the_positions_which_are_interpolated(tmp_pa
         torch.testing.assert_close(pooled.mean(2), coarse.reshape(1, -1, 4).mean(2), rtol=0, atol=1e-5)
 
 
+def test_more_latents_stand_between_those_there_were(tmp_path: Path) -> None:
+    run = run_config(WIDE | {"latent_init": "grid"})
+    model, path = saved(tmp_path, run)
+    theirs, mine = model.state_dict(), begun(path, run_config(WIDE | {"latent_init": "grid", "num_latents": 16}))
+    assert mine(torch.randn(4, 3, 8, 8)).shape == (4, 3)
+    fine = mine.state_dict()
+    moved = {name for name in fine if fine[name].shape != theirs[name].shape}
+    assert moved == {"latents", "cross_attentions.0.position_bias"}
+    # A square of four stands where one stood: on the average they begin as it did, and look where it looked.
+    for name in moved:
+        pooled = torch.nn.functional.avg_pool2d(fine[name].movedim(-2, -1).reshape(1, -1, 4, 4), 2).flatten(2)
+        expected = theirs[name].movedim(-2, -1).reshape(1, -1, 4)
+        torch.testing.assert_close(pooled.mean(2), expected.mean(2), rtol=0, atol=1e-5)
+        # And its left half stands left of its right half.
+        rows = pooled.view(1, -1, 2, 2), expected.view(1, -1, 2, 2)
+        steps = [row[..., 1].mean(-1) - row[..., 0].mean(-1) for row in rows]
+        assert bool((steps[0] * steps[1] >= 0).all())
+    others = [name for name in fine if name not in moved]
+    for name in others:
+        torch.testing.assert_close(fine[name], theirs[name], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("sharing", ["all", "none"])
 def test_more_blocks_begin_as_the_same_function_and_learn(tmp_path: Path, sharing: str) -> None:
     wide = WIDE | {"sharing": sharing, "bias": True}
@@ -90,12 +112,12 @@ def test_more_blocks_begin_as_the_same_function_and_learn(tmp_path: Path, sharin
     assert len(new) == len(mine.transformers) * 2 * 16
 
 
-@pytest.mark.parametrize(("grid", "new_grid"), [(2, 4), (4, 2), (3, 5)])
-def test_what_is_even_stays_and_what_rises_rises(grid: int, new_grid: int) -> None:
-    even = torch.full((2, 3, grid**2), 1.5)
-    torch.testing.assert_close(resample(even, grid, new_grid), torch.full((2, 3, new_grid**2), 1.5))
-    rising = torch.arange(grid, dtype=torch.float32).repeat(grid)[None]  # from left to right
-    rows = resample(rising, grid, new_grid).view(new_grid, new_grid)
+@pytest.mark.parametrize(("side", "new_side"), [(2, 4), (4, 2), (3, 5)])
+def test_what_is_even_stays_and_what_rises_rises(side: int, new_side: int) -> None:
+    even = torch.full((2, 3, side**2), 1.5)
+    torch.testing.assert_close(resample(even, new_side**2), torch.full((2, 3, new_side**2), 1.5))
+    rising = torch.arange(side, dtype=torch.float32).repeat(side)[None]  # from left to right
+    rows = resample(rising, new_side**2).view(new_side, new_side)
     assert bool((rows.diff(dim=1) > 0).all())
     torch.testing.assert_close(rows, rows[:1].expand_as(rows))
 
@@ -121,6 +143,7 @@ def test_other_labels_get_a_fresh_head(tmp_path: Path) -> None:
         ({"bias": False}, "it could with --bias."),
         ({"cross_position_bias": True}, "it could with --no-cross-position-bias."),
         ({"sharing": "none"}, "it could with --sharing all."),
+        ({"num_latents": 9}, "it could with --num-latents 4."),
         ({"num_blocks": 0}, "it could with --num-blocks 1."),
         ({"patch_overlap": 1}, r"its patches reach over 4 pixels, and this model's over 6: patch_size \+ 2"),
     ],
@@ -180,11 +203,12 @@ def test_what_a_user_should_know_of_another_grid_or_other_pictures_is_told(
     assert main([*flags, "--data", str(pictures), "--out", str(tmp_path / "same")]) == 0
     assert "note:" not in capsys.readouterr().out
     shutil.copyfile(picture, picture.with_name("more.png"))
-    closer = ["--patch-size=2", "--patch-overlap=3"]
+    closer = ["--patch-size=2", "--patch-overlap=3", "--num-latents=16"]
     assert main([*flags, *closer, "--data", str(grown), "--out", str(tmp_path / "other")]) == 0
     told = capsys.readouterr().out
     assert "note: the pictures are not those of the run that --init or --teacher names" in told
     assert "note: positions are interpolated from a grid of 2 x 2 patches to one of 4 x 4." in told
+    assert "note: 16 latents are interpolated from a grid of 4." in told
 
 
 @pytest.mark.usefixtures("without_curves")
@@ -287,8 +311,8 @@ def test_what_can_not_be_begun_with_is_told_before_anything_is_written(
 ) -> None:
     run = tmp_path / "run"
     flags = [*RECIPE, "--data", str(pictures), "--out", str(run)]
-    assert main([*flags, "--init", str(whole), "--num-latents=9"]) == 2
-    assert f"it could with --num-latents {MODEL['num_latents']}." in capsys.readouterr().err
+    assert main([*flags, "--init", str(whole), "--token-dim=32"]) == 2
+    assert f"it could with --token-dim {MODEL['token_dim']}." in capsys.readouterr().err
     assert main([*flags, "--init", str(tmp_path / "nowhere")]) == 2
     assert "nowhere: no such checkpoint" in capsys.readouterr().err
     assert main(["--resume", str(whole), "--init", str(whole)]) == 2
