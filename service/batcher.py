@@ -25,7 +25,8 @@ from service.errors import Draining, InferenceFailed, NotReady
 from service.fair_queue import Batch, DropReason, FairQueue, Image, Outcome, Pixels, Prediction, Request
 from service.observers import BatchObserver, NoObserver
 from service.recurring import TICK_SECONDS, Recurring
-from service.worker import EngineThread, report
+from service.slot import Slot
+from service.worker import report
 
 __all__ = ["BatchObserver", "DynamicBatcher", "NoObserver", "Prediction"]
 
@@ -33,19 +34,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 RunResult = NDArray[np.float32] | Exception
-
-
-class _Slot:
-    """An engine, its thread, and the batch it runs."""
-
-    def __init__(self, engine: Engine, name: str) -> None:
-        self.engine = engine
-        self.name = name
-        self.thread = EngineThread(name)
-        self.batch: Batch | None = None
-        self.watchdog: asyncio.TimerHandle | None = None
-        self.hung = False
-        self.failures = 0  # in a row
 
 
 class DynamicBatcher:
@@ -74,7 +62,7 @@ class DynamicBatcher:
         observer: BatchObserver | None = None,
         on_failure: Callable[[str], None] | None = None,
     ) -> None:
-        self._slots = [_Slot(engine, f"engine-{index}") for index, engine in enumerate(engines)]
+        self._slots = [Slot(engine, f"engine-{index}") for index, engine in enumerate(engines)]
         self._shape = (*engines[0].metadata.input_size, 3)
         self._bytes = math.prod(self._shape)
         self._delay = max_queue_delay_ms / 1000
@@ -86,7 +74,7 @@ class DynamicBatcher:
         self._arrived = asyncio.Event()  # there is something in the queue
         self._idle = asyncio.Event()  # the queue is empty and no engine runs
         self._idle.set()
-        self._free: asyncio.Queue[_Slot] = asyncio.Queue()
+        self._free: asyncio.Queue[Slot] = asyncio.Queue()
         self._loop_task: asyncio.Task[None] | None = None
         self._looks = Recurring(self._drop_late)
         self._refusal: Callable[[], Exception] | None = NotReady
@@ -256,12 +244,12 @@ class DynamicBatcher:
                     self._arrived.clear()
                     await self._arrived.wait()
 
-    def _start_run(self, slot: _Slot, batch: Batch) -> None:
+    def _start_run(self, slot: Slot, batch: Batch) -> None:
         slot.batch = batch
         slot.watchdog = self._loop.call_later(self._run_timeout, self._hung, slot, batch)
         slot.thread.post(partial(self._run, slot, batch))
 
-    def _run(self, slot: _Slot, batch: Batch) -> None:
+    def _run(self, slot: Slot, batch: Batch) -> None:
         """Stack and run; in the engine's thread."""
         outcome: RunResult
         begun = perf_counter()
@@ -275,7 +263,7 @@ class DynamicBatcher:
             outcome = error
         report(self._loop, self._finish, slot, batch, outcome, perf_counter() - begun)
 
-    def _finish(self, slot: _Slot, batch: Batch, outcome: RunResult, seconds: float) -> None:
+    def _finish(self, slot: Slot, batch: Batch, outcome: RunResult, seconds: float) -> None:
         """End the futures of a batch and release its slot; back in the loop's thread."""
         if slot.hung:
             return  # the watchdog has ended them, and the process is to be replaced
@@ -292,7 +280,7 @@ class DynamicBatcher:
         self._free.put_nowait(slot)
         self._look_whether_idle()
 
-    def _end_answered(self, slot: _Slot, batch: Batch, logits: NDArray[np.float32], seconds: float) -> None:
+    def _end_answered(self, slot: Slot, batch: Batch, logits: NDArray[np.float32], seconds: float) -> None:
         slot.failures = 0
         batch.answer(logits, seconds)
         self._observer.batch(batch.size, seconds)
@@ -301,7 +289,7 @@ class DynamicBatcher:
             for _ in range(start, stop):
                 queued(started - request.enqueued)
 
-    def _end_failed(self, slot: _Slot, batch: Batch, error: Exception) -> None:
+    def _end_failed(self, slot: Slot, batch: Batch, error: Exception) -> None:
         """Fail the members of one batch; the next one is served, unless this goes on and on."""
         batch.fail(InferenceFailed)
         logger.error("%s: a batch of %d failed", slot.name, batch.size, exc_info=error)
@@ -323,7 +311,7 @@ class DynamicBatcher:
         logger.exception("an observer failed")
         self._fail(f"an observer failed: {error!r}")
 
-    def _hung(self, slot: _Slot, batch: Batch) -> None:
+    def _hung(self, slot: Slot, batch: Batch) -> None:
         """Give up an engine whose run does not end; its thread can't be stopped, only the process can."""
         slot.hung, slot.batch = True, None
         batch.fail(InferenceFailed)

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from service.artifact import GOLDEN_FILE, MODEL_FILE, Golden, ModelVersion, load_golden
 from service.batcher import DynamicBatcher
-from service.engine import Engine, EngineError, GoldenMismatchError, Provider, check_golden
+from service.engine import Engine, EngineError, Provider
 from service.errors import NotReady
+from service.golden import GoldenMismatchError, check_golden
 from service.observers import StoreObserver
 from service.versions import (
     EngineOptions,

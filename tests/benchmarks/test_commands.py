@@ -18,7 +18,8 @@ from benchmarks.processes import Load
 from benchmarks.summary import Summary, medians, summarize
 from benchmarks.tiny_model import make_tiny_model
 from service.artifact import load_golden
-from service.engine import OnnxEngine, check_golden
+from service.engine import OnnxEngine
+from service.golden import check_golden
 from tests.benchmarks.test_summary import load_of
 
 

@@ -16,7 +16,8 @@ from export.golden import load_data
 from export.serving_model import TrainingForm
 from export.source import load_source
 from service.artifact import from_props, list_versions, load_golden
-from service.engine import OnnxEngine, check_golden
+from service.engine import OnnxEngine
+from service.golden import check_golden
 from tests.export.conftest import LABELS, SIZE, TINY
 from training.checkpoint import Origin, RunConfig, load_model
 from training.config import PRESETS

@@ -7,24 +7,19 @@ import numpy as np
 import pytest
 
 from service import engine as engine_module
-from service.artifact import GOLDEN_FILE, MODEL_FILES, ArtifactError, Golden, load_golden
+from service.artifact import MODEL_FILES, ArtifactError
 from service.engine import (
     EngineError,
-    GoldenMismatchError,
     OnnxEngine,
-    check_golden,
     choose_file,
     read_metadata,
-    replay_golden,
 )
 from service.runners import HostRunner
-from service.session import ProviderChoice
 from tests.fakes import (
     CLASSES,
     HEIGHT,
     WIDTH,
     Defect,
-    FakeEngine,
     Images,
     Logits,
     make_model_folder,
@@ -33,40 +28,14 @@ from tests.fakes import (
     tiny_metadata,
 )
 from tests.service.gpu_models import make_hungry_folder
+from tests.service.tiny_engines import LimitedSession, limited_engine, open_tiny
 
 TOLERANCE = 1e-4
-
-
-def open_tiny(folder: Path, *, provider: ProviderChoice = "cpu", max_batch_size: int = 8) -> OnnxEngine:
-    return OnnxEngine(
-        folder / MODEL_FILES["float32"], provider=provider, max_batch_size=max_batch_size, intra_op_threads=1
-    )
-
-
-class LimitedSession:
-    """A session that has memory for `limit` pictures, and an answer that can be recomputed."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.sizes: list[int] = []
-
-    def run(self, outputs: Sequence[str], feeds: dict[str, Images]) -> list[Logits]:
-        images = feeds["images"]
-        self.sizes.append(len(images))
-        if len(images) > self.limit:
-            raise RuntimeError("[ONNXRuntimeError] : 6 : bfc_arena.cc Failed to allocate memory for requested buffer")
-        return [tiny_logits(images, 1)]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return make_model_folder(tmp_path)
-
-
-def limited_engine(folder: Path, limit: int) -> tuple[OnnxEngine, LimitedSession]:
-    engine, session = open_tiny(folder), LimitedSession(limit)
-    engine._runner = HostRunner(session, engine.max_batch_size)
-    return engine, session
 
 
 def test_it_computes_what_the_graph_says(folder: Path) -> None:
@@ -268,84 +237,6 @@ def test_a_precision_that_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").touch()
     with pytest.raises(EngineError, match=r"no model\.fp16\.onnx, which precision float16 on cpu needs"):
         choose_file(tmp_path, "cpu", "float16")
-
-
-# Golden pictures
-
-
-def test_the_right_model_gives_the_golden_logits(folder: Path) -> None:
-    engine = open_tiny(folder, max_batch_size=3)  # three batches for seven pictures
-    report = check_golden(engine, load_golden(folder / GOLDEN_FILE))
-    assert (report.n, report.labels_differ) == (7, 0)
-    assert report.max_abs_difference < TOLERANCE
-
-
-def test_another_model_does_not(tmp_path: Path) -> None:
-    engine = open_tiny(make_model_folder(tmp_path, 1))
-    with pytest.raises(GoldenMismatchError, match=r"0\.0001 is allowed; \d of 7 labels differ") as mismatch:
-        check_golden(engine, load_golden(make_model_folder(tmp_path, 2) / GOLDEN_FILE))
-    assert mismatch.value.report.max_abs_difference > 1
-
-
-def test_golden_pictures_count_labels_that_differ() -> None:
-    engine = FakeEngine(max_batch_size=2, tag=1)  # answers [0, 1, 0, 0, 0] to black pictures
-    logits = np.zeros((3, CLASSES), dtype=np.float32)
-    logits[0, 1] = 1
-    logits[1, 4] = 0.5
-    golden = Golden(np.zeros((3, HEIGHT, WIDTH, 3), np.uint8), np.zeros(3, np.int64), logits)
-    report = replay_golden(engine, golden)
-    assert (report.max_abs_difference, report.labels_differ, report.n) == (1.0, 2, 3)
-
-
-def test_an_engine_that_gives_no_number_is_refused() -> None:
-    class NanEngine(FakeEngine):
-        def run(self, images: Images) -> Logits:
-            return np.full((len(images), CLASSES), np.nan, dtype=np.float32)
-
-    golden = Golden(tiny_images(2), np.zeros(2, np.int64), np.zeros((2, CLASSES), np.float32))
-    with pytest.raises(GoldenMismatchError, match="nan"):
-        check_golden(NanEngine(), golden)
-
-
-def test_golden_pictures_go_on_in_smaller_batches_when_memory_runs_out(folder: Path) -> None:
-    engine, session = limited_engine(folder, limit=2)
-    engine.max_batch_size = 4
-    assert check_golden(engine, load_golden(folder / GOLDEN_FILE)).n == 7
-    assert session.sizes == [4, 2, 2, 2, 1]
-
-
-def test_golden_pictures_are_run_in_each_batch_size_of_a_gpu(folder: Path) -> None:
-    """A captured graph may be wrong alone, and 7 golden pictures fill none of the small ones."""
-
-    class OneWrongGraph:
-        metadata = tiny_metadata()
-
-        def __init__(self, provider: str, wrong: int, largest: int = 8) -> None:
-            self.provider = provider
-            self.wrong = wrong
-            self.max_batch_size = largest
-            self.sizes: list[int] = []
-
-        def run(self, images: np.ndarray) -> np.ndarray:
-            self.sizes.append(len(images))
-            return tiny_logits(images, 1) + (len(images) == self.wrong)
-
-    golden = load_golden(folder / GOLDEN_FILE)
-    assert len(golden) == 7
-    check_golden(OneWrongGraph("cpu", 2), golden)
-    for size in (1, 2, 4, 8, 16, 32, 48):  # above 7 they are repeated
-        with pytest.raises(GoldenMismatchError, match="on cuda: the largest difference is 1 and"):
-            check_golden(OneWrongGraph("cuda", size, 48), golden)
-    right = OneWrongGraph("cuda", 0, 48)
-    report = check_golden(right, golden)
-    assert (report.labels_differ, report.n) == (0, 7)
-    assert right.sizes == [7, 48, 32, 16, 8, 4, 2, 1]
-
-
-def test_golden_pictures_of_another_model_are_refused(tmp_path: Path) -> None:
-    path = make_model_folder(tmp_path, defect="golden_of_other_size")
-    with pytest.raises(EngineError, match=r"\[4, 4, 3\] with 5 logits do not belong to a model of shape \[4, 6, 3\]"):
-        check_golden(open_tiny(path), load_golden(path / GOLDEN_FILE))
 
 
 def test_the_engine_needs_no_web_framework_and_no_torch() -> None:

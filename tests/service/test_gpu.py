@@ -11,7 +11,8 @@ import pytest
 
 from service.artifact import GOLDEN_FILE, list_versions, load_golden
 from service.cuda import page_locked_zeros
-from service.engine import EngineError, OnnxEngine, check_golden
+from service.engine import EngineError, OnnxEngine
+from service.golden import check_golden
 from service.models import EngineOptions, ModelStore
 from service.runners import default_buckets
 from service.session import SessionSpec, open_session, why_no_cuda

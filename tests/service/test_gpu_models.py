@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from service.artifact import GOLDEN_FILE, MODEL_FILES, load_golden
-from service.engine import OnnxEngine, check_golden
+from service.engine import OnnxEngine
+from service.golden import check_golden
 from tests.fakes import tiny_images, tiny_logits
 from tests.service.gpu_models import make_half_folder, make_hungry_folder
 
