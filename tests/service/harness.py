@@ -85,6 +85,15 @@ class Running:
                 await asyncio.sleep(0.002)
 
 
+async def ended(reader: asyncio.StreamReader) -> bool:
+    """Whether the server closes the connection, with nothing more to say."""
+    async with asyncio.timeout(20):
+        try:
+            return await reader.read() == b""
+        except ConnectionResetError:
+            return True
+
+
 def png(number: int) -> bytes:
     """The picture that `FakeEngine` recognises as `number`, as a PNG."""
     return encode(picture(number), "PNG")

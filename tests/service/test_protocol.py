@@ -1,4 +1,4 @@
-"""Limits of connections, headers and bodies, over raw sockets."""
+"""Limits of connections and headers, over raw sockets."""
 
 import asyncio
 import json
@@ -7,18 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from service import connections, protocol
+from service import connections
 from tests.fakes import FakeEngine
-from tests.service.harness import error_of, png, read_answer, request_head, running
-
-
-async def ended(reader: asyncio.StreamReader) -> bool:
-    """Whether the server closes the connection, with nothing more to say."""
-    async with asyncio.timeout(20):
-        try:
-            return await reader.read() == b""
-        except ConnectionResetError:
-            return True
+from tests.service.harness import ended, error_of, png, read_answer, request_head, running
 
 
 async def test_a_client_that_says_nothing_is_cut_off(tmp_path: Path) -> None:
@@ -138,139 +129,6 @@ async def test_what_is_no_http_gets_the_shape_of_all_errors(tmp_path: Path) -> N
         assert (status, error_of(body), headers["connection"]) == (400, "bad_request", "close")
         assert json.loads(body)["error"]["request_id"] == headers["x-request-id"]
         assert await ended(reader)
-
-
-async def test_a_body_that_trickles_is_cut_off_however_steadily(tmp_path: Path) -> None:
-    async with running(tmp_path, body_timeout_s=0.2) as run:
-        reader, writer = await run.connect()
-        writer.write(request_head(10_000, "X-Request-Id: mine"))
-
-        async def trickle() -> None:
-            while True:
-                writer.write(b"x")
-                await asyncio.sleep(0.01)
-
-        task = asyncio.create_task(trickle())
-        status, headers, body = await read_answer(reader)
-        task.cancel()
-        assert (status, error_of(body), headers["connection"]) == (408, "body_timeout", "close")
-        assert headers["x-request-id"] == "mine"
-        await run.until(lambda: run.in_flight == 0)
-        assert run.service.house.bytes == 0
-        assert run.engine.batches == []
-        assert await run.metric('perceiver_requests_total{code="408",route="/predict"}') == 1
-        assert await run.metric('perceiver_rejections_total{reason="body_timeout"}') == 1
-        assert await run.metric('perceiver_rejections_total{reason="client_disconnected"}') == 0
-
-
-async def test_the_timeouts_do_not_limit_the_answer(tmp_path: Path) -> None:
-    engine = FakeEngine()
-    async with running(tmp_path, engine, body_timeout_s=0.5, header_timeout_s=0.5) as run:
-        engine.hold()
-        reader, writer = await run.connect()
-        body = png(1)
-        writer.write(request_head(len(body)) + body[:10])
-        await run.until(lambda: run.in_flight == 1)
-        writer.write(body[10:])
-        await run.until(lambda: engine.batches == [[1]])
-        await asyncio.sleep(0.6)
-        engine.release()
-        assert (await read_answer(reader))[0] == 200
-
-
-async def test_an_announced_body_that_is_too_large_is_refused_unread(tmp_path: Path) -> None:
-    async with running(tmp_path, max_body_bytes=2000) as run:
-        reader, writer = await run.connect()
-        writer.write(request_head(2001, "Expect: 100-continue"))
-        status, _, body = await read_answer(reader)
-        assert (status, error_of(body)) == (413, "body_too_large")
-
-
-async def test_a_chunked_body_that_is_too_large_is_refused_while_reading(tmp_path: Path) -> None:
-    async with running(tmp_path, max_body_bytes=2000) as run:
-        reader, writer = await run.connect()
-        writer.write(request_head(None, "Transfer-Encoding: chunked"))
-        chunk = b"%x\r\n%s\r\n" % (1500, bytes(1500))
-        writer.write(chunk)
-        await run.until(lambda: run.service.house.bytes == 1500)
-        writer.write(chunk)
-        status, _, body = await read_answer(reader)
-        assert (status, error_of(body)) == (413, "body_too_large")
-
-
-async def test_the_client_can_read_an_early_answer_while_it_still_sends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(protocol, "LINGER_SECONDS", 0.3)
-    async with running(tmp_path, max_body_bytes=2000) as run:
-        reader, writer = await run.connect()
-        writer.write(request_head(10**12))
-
-        async def send() -> None:
-            while True:
-                writer.write(bytes(100_000))
-                await writer.drain()
-
-        sending = asyncio.create_task(send())
-        status, _, body = await read_answer(reader)
-        assert (status, error_of(body)) == (413, "body_too_large")
-        with pytest.raises(ConnectionError):
-            await asyncio.wait_for(sending, 20)
-
-
-@pytest.mark.parametrize("reason", ["HTTP/1.0", "Connection: close", "drain"])
-async def test_an_early_answer_that_closes_waits_for_the_body(tmp_path: Path, reason: str) -> None:
-    """Closed at once, with something unread, the connection would be reset, and the answer might be lost."""
-    async with running(tmp_path, max_body_bytes=2000) as run:
-        reader, writer = await run.connect()
-        head = request_head(5000, *(["Connection: close"] if reason == "Connection: close" else []))
-        if reason == "HTTP/1.0":
-            head = head.replace(b"HTTP/1.1", b"HTTP/1.0")
-        run.service.draining = reason == "drain"
-        writer.write(head + bytes(4000))
-        status, headers, _ = await read_answer(reader)
-        assert (status, headers["connection"]) == (503 if reason == "drain" else 413, "close")
-        await asyncio.sleep(0.05)
-        assert not reader.at_eof()
-        writer.write(bytes(1000) + request_head(len(png(1))) + png(1))  # the latter comes too late
-        async with asyncio.timeout(protocol.LINGER_SECONDS / 2):
-            assert await ended(reader)
-        run.service.draining = False
-
-
-async def test_a_body_that_ends_after_an_early_answer_leaves_the_connection_usable(tmp_path: Path) -> None:
-    async with running(tmp_path, max_body_bytes=2000) as run:
-        reader, writer = await run.connect()
-        writer.write(request_head(5000) + bytes(4000))
-        assert (await read_answer(reader))[0] == 413
-        writer.write(bytes(1000) + request_head(len(png(1))) + png(1))
-        assert (await read_answer(reader))[0] == 200
-
-
-async def test_a_body_that_ends_after_an_early_answer_leaves_the_connection_idle(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A balancer that keeps the connection must not find it closed when the next request comes."""
-    monkeypatch.setattr(protocol, "LINGER_SECONDS", 0.05)
-    monkeypatch.setattr(connections, "LOOK_SECONDS", 0.01)
-    async with running(tmp_path, max_body_bytes=2000, header_timeout_s=0.1, keep_alive_s=60) as run:
-        reader, writer = await run.connect()
-        writer.write(request_head(5000) + bytes(4000))
-        assert (await read_answer(reader))[0] == 413
-        writer.write(bytes(1000))
-        await asyncio.sleep(0.3)
-        writer.write(request_head(len(png(1))) + png(1))
-        assert (await read_answer(reader))[0] == 200
-
-
-async def test_100_continue_is_sent_for_a_body_that_is_wanted(tmp_path: Path) -> None:
-    async with running(tmp_path) as run:
-        reader, writer = await run.connect()
-        writer.write(request_head(len(png(1)), "Expect: 100-continue"))
-        async with asyncio.timeout(10):
-            assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
-        writer.write(png(1))
-        assert (await read_answer(reader))[0] == 200
 
 
 async def test_one_connection_too_many_is_told_so(tmp_path: Path) -> None:
