@@ -10,6 +10,7 @@ from export.precision import PROVIDER_OF, VariantPrecision, describe, provider_f
 from export.recheck import verify
 from export.source import load_source, random_source
 from export.verify import TABLE_HEAD, summary
+from service.artifact import MODEL_FILES
 from training.config import PRESETS
 
 
@@ -92,7 +93,12 @@ def chosen_variants(args: argparse.Namespace) -> tuple[VariantPrecision, ...]:
         return tuple(dict.fromkeys(args.variants))
     if args.plain or args.random:
         return ()
-    return tuple(precision for precision in PROVIDER_OF if provider_for(precision)[1] is None)
+    timed = tuple(precision for precision in PROVIDER_OF if provider_for(precision)[1] is None)
+    for precision, provider in PROVIDER_OF.items():
+        if precision not in timed:
+            name = MODEL_FILES[precision]
+            print(f"note: {name} is not tried: its speed is measured on {provider.upper()}, which can't be used here.")
+    return timed
 
 
 def run_export(args: argparse.Namespace) -> None:

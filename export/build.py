@@ -26,7 +26,7 @@ from export.source import METRICS_FILE, Source
 from export.to_onnx import attach, to_onnx
 from export.triton import write_triton_config
 from export.variants import Base, Variant, build_variants
-from export.verify import FLOAT32_TOLERANCE, TABLE_HEAD, Comparison, compare_with_torch, require, summary
+from export.verify import FLOAT32_TOLERANCE, TABLE_HEAD, Comparison, compare_with_torch, require, summary, warm_engine
 from service.artifact import (
     CHECKPOINT_FILE,
     GOLDEN_FILE,
@@ -43,7 +43,7 @@ from service.artifact import (
     save_golden,
     to_props,
 )
-from service.engine import EngineError, OnnxEngine, read_metadata
+from service.engine import EngineError, read_metadata
 from training.checkpoint import digest
 from training.dataset import DataSet
 from training.transfer import flatterers
@@ -159,11 +159,10 @@ def pass_gate(model: bytes, trained: nn.Module, golden: Golden, max_batch: int) 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / MODEL_FILE
         path.write_bytes(model)
-        engine = OnnxEngine(path, provider="cpu", max_batch_size=max_batch)
-        comparisons = compare_with_torch(
-            engine, lambda images: reference_logits(trained, images), golden, FLOAT32_TOLERANCE
-        )
-        engine.close()
+        with warm_engine(path, "cpu", max_batch) as engine:
+            comparisons = compare_with_torch(
+                engine, lambda images: reference_logits(trained, images), golden, FLOAT32_TOLERANCE
+            )
     print(TABLE_HEAD, *comparisons, summary(comparisons), sep="\n")
     require(comparisons)
     return comparisons

@@ -7,7 +7,6 @@ it is for.
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +19,7 @@ from export import search
 from export.errors import GateError
 from export.float16 import to_float16
 from export.int8 import quantise
-from export.verify import Images, Logits, run_all
+from export.verify import Images, Logits, run_all, warm_engine
 from service.artifact import ModelMetadata, VariantGate
 from service.engine import Engine, EngineError, OnnxEngine, ProviderChoice, resolve_provider
 
@@ -161,7 +160,7 @@ def graphs(
         pictures: of the gate; None for random weights, of which every product is quantised.
     """
     if precision == "float16":
-        yield "half precision but for sums", to_float16(model)
+        yield "half precision but for the pixels and the last mean", to_float16(model)
     elif pictures is not None:
         yield from search.candidates(model, calibration, search.leads(pictures.logits))
     else:
@@ -189,7 +188,7 @@ def gate_engine(base: Path, engine: OnnxEngine, pictures: Pictures, timed: bool)
         return measure(engine, pictures, None)
     largest = engine.max_batch_size
     batches = [batch for batch in TIMED_BATCHES if batch <= largest] or [largest]
-    with closing(OnnxEngine(base, provider=engine.provider, max_batch_size=largest)) as other:
+    with warm_engine(base, engine.provider, largest) as other:
         return measure(engine, pictures, times_as_fast(other, engine, batches))
 
 

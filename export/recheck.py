@@ -1,7 +1,6 @@
 """`--verify`: the gates of a version that was written before, run again on this machine."""
 
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from export.verify import (
     compare_with_itself,
     compare_with_torch,
     require,
+    warm_engine,
 )
 from service.artifact import (
     CHECKPOINT_FILE,
@@ -159,7 +159,7 @@ def _verify_file(version: Version, precision: Precision, provider: Provider, max
     path = version.path / MODEL_FILES[precision]
     if precision == "int8" and provider != "cpu":
         return Result(path, provider, [], None, ["this file is for CPUs, and was not run: use --provider cpu"])
-    with closing(OnnxEngine(path, provider=provider, max_batch_size=max_batch)) as engine:
+    with warm_engine(path, provider, max_batch) as engine:
         comparisons = _compare(engine, version, precision)
         if precision == "float32" or version.pictures is None:
             return Result(path, provider, comparisons, None, version.why)

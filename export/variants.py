@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +20,9 @@ from export.precision import (
     why_refused,
 )
 from export.to_onnx import attach
-from export.verify import Images, run_all
+from export.verify import Images, run_all, warm_engine
 from service.artifact import MODEL_FILE, MODEL_FILES, Golden, ModelMetadata, VariantGate, to_props
-from service.engine import OnnxEngine, ProviderChoice
+from service.engine import EngineError, ProviderChoice
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,11 @@ def build_variant(base: Base, precision: VariantPrecision) -> Variant | None:
         print(f"{name}: not written: {few}.")
         return None
     for words, graph in graphs(precision, base.graph, base.calibration, base.pictures):
-        difference, gate = _try(base, precision, graph, provider, timed=untimed is None)
+        try:
+            difference, gate = _try(base, precision, graph, provider, timed=untimed is None)
+        except EngineError as error:
+            print(f"{name}: {words}: refused: {error}.")
+            continue
         reason = None if gate is None else why_refused(gate)
         if reason is None:
             print(f"{name}: {words}; {'random weights: no gate' if gate is None else describe(gate)}")
@@ -106,7 +109,7 @@ def _try(
         float32, path = Path(folder) / MODEL_FILE, Path(folder) / MODEL_FILES[precision]
         float32.write_bytes(attach(base.graph, to_props(base.metadata)))
         path.write_bytes(attach(graph, to_props(draft)))
-        with closing(OnnxEngine(path, provider=provider, max_batch_size=base.max_batch)) as engine:
+        with warm_engine(path, provider, base.max_batch) as engine:
             difference = float(np.abs(run_all(engine, base.golden.images) - base.golden.logits).max())
             if base.pictures is None:
                 return difference, None

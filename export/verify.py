@@ -4,14 +4,16 @@ Shape letters: N pictures of a batch, H and W the input size in pixels, C classe
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.errors import ExportError, GateError
 from service.artifact import GOLDEN_FILE, Golden
-from service.engine import Engine
+from service.engine import Engine, OnnxEngine, ProviderChoice
 
 Images = NDArray[np.uint8]
 Logits = NDArray[np.float32]
@@ -72,6 +74,23 @@ def edge_batches(input_size: tuple[int, int], max_batch: int) -> Iterator[tuple[
         yield f"black x {size}", np.zeros(shape, dtype=np.uint8)
         yield f"white x {size}", np.full(shape, 255, dtype=np.uint8)
         yield f"noise x {size}", rng.integers(0, 256, shape, dtype=np.uint8)
+
+
+@contextmanager
+def warm_engine(path: Path, provider: ProviderChoice, max_batch: int) -> Iterator[OnnxEngine]:
+    """Open a file as the service does, with its warm-up: there a GPU's graphs are captured, or found to be impossible.
+
+    Args:
+        path: the .onnx file.
+        provider: where it runs.
+        max_batch: largest batch in pictures.
+
+    Raises:
+        EngineError: as `OnnxEngine`.
+    """
+    with closing(OnnxEngine(path, provider=provider, max_batch_size=max_batch)) as engine:
+        engine.warm_up()
+        yield engine
 
 
 def run_all(engine: Engine, images: Images) -> Logits:

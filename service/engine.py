@@ -11,7 +11,9 @@ from typing import Protocol
 import numpy as np
 
 from service.artifact import ModelMetadata
-from service.cuda import cuda_runner, gate, open_cuda_session
+from service.cuda import cuda_runner, open_cuda_session
+from service.device import why_no_graphs
+from service.gate import gate
 from service.runners import HostRunner, Images, Logits, Runner, default_buckets, is_out_of_memory
 from service.session import (
     EngineError,
@@ -106,13 +108,17 @@ class OnnxEngine:
         self.path = path
         self.provider: Provider = resolve_provider(provider, device_id)
         self._buckets = buckets
+        captures = cuda_graphs and self.provider == "cuda"
+        if captures and (reason := why_no_graphs()) is not None:
+            self._tell_without_graphs(reason)
+            captures = False
         self._spec = SessionSpec(
             provider=self.provider,
             device_id=device_id,
             intra_op_threads=intra_op_threads,
             max_batch_size=max_batch_size,
             gpu_memory_limit_bytes=gpu_memory_limit_bytes,
-            cuda_graphs=cuda_graphs and self.provider == "cuda",
+            cuda_graphs=captures,
         )
         self._runner: Runner | None = None
         self.max_batch_size = max_batch_size
@@ -212,10 +218,13 @@ class OnnxEngine:
             self._open_without_graphs(reason)
 
     def _open_without_graphs(self, reason: str) -> None:
-        logger.warning("%s: no CUDA graphs, kernels are launched one by one: %s", self.path, reason)
+        self._tell_without_graphs(reason)
         self._spec = self._spec.without_graphs()
         self.max_batch_size = self._spec.max_batch_size
         self.metadata, self._runner = _open(self.path, self._spec, self._buckets)
+
+    def _tell_without_graphs(self, reason: str) -> None:
+        logger.warning("%s: no CUDA graphs, kernels are launched one by one: %s", self.path, reason)
 
     def _blank(self, size: int) -> Images:
         return np.zeros((size, *self.metadata.input_size, 3), dtype=np.uint8)

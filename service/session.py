@@ -1,15 +1,11 @@
 """Opening an onnxruntime session: the provider is resolved and asserted, the graph is held against the contract."""
 
-import contextlib
-import ctypes
-import io
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import onnxruntime as ort
 
 from service.artifact import (
@@ -21,25 +17,21 @@ from service.artifact import (
     Precision,
     from_props,
 )
+from service.device import CUDA, why_no_cuda
 
 logger = logging.getLogger(__name__)
 
-# What matters comes as an exception; raw lines on stderr would stand between those of the log.
+# Raw lines on stderr stand between those of the log: errors alone, which tell of a provider that can't be loaded. What
+# goes wrong in a session comes as an exception, and is not printed besides (FATAL).
 ort.set_default_logger_severity(3)
-
-# A model of one node: y = Cast(x), uint8 [1] to float32 [1]. A service needs no `onnx` to make it.
-PROBE = (
-    b'\x08\x08:B\n\x17\n\x01x\x12\x01y"\x04Cast*\t\n\x02to\x18\x01\xa0\x01\x02\x12\x05probe'
-    b"Z\x0f\n\x01x\x12\n\n\x08\x08\x02\x12\x04\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01"
-    b"B\x04\n\x00\x10\r"
-)
+SILENT = 4
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 ProviderChoice = Literal["auto", "cpu", "cuda", "tensorrt"]
 
 EXECUTION_PROVIDERS: dict[Provider, str] = {
     "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
+    "cuda": CUDA,
     "tensorrt": "TensorrtExecutionProvider",
 }
 
@@ -107,44 +99,6 @@ def resolve_provider(choice: ProviderChoice, device_id: int = 0) -> Provider:
     return choice
 
 
-_working_devices: set[int] = set()  # they are not tried again, least of all while a graph is captured
-
-
-def why_no_cuda(device_id: int = 0) -> str | None:
-    """Say why CUDA can't be used, or None where it can: package, driver, libraries and device are all really tried.
-
-    `onnxruntime.get_available_providers()` alone tells only what the package was built with.
-    """
-    if EXECUTION_PROVIDERS["cuda"] not in ort.get_available_providers():
-        return "the installed onnxruntime is built without CUDA (it is in onnxruntime-gpu)"
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "there is no NVIDIA driver (libcuda.so.1)"
-    if device_id in _working_devices:
-        return None
-    complaints = preload_cuda_libraries()
-    try:
-        # Allocating one byte loads the provider with all its libraries and touches the device. A kernel runs only where
-        # onnxruntime was built for the device's architecture.
-        ort.OrtValue.ortvalue_from_shape_and_type([1], np.uint8, "cuda", device_id)
-        device = [(EXECUTION_PROVIDERS["cuda"], {"device_id": str(device_id)})]
-        ort.InferenceSession(PROBE, providers=device, enable_fallback=0).run(None, {"x": np.zeros(1, np.uint8)})
-    except Exception as error:  # onnxruntime's exceptions share no base of their own
-        logger.warning("an NVIDIA driver is there, but CUDA does not work: %s %s", error, complaints)
-        return f"CUDA device {device_id} can't be used: {error} {complaints}".strip()
-    _working_devices.add(device_id)
-    return None
-
-
-def preload_cuda_libraries() -> str:
-    """Load CUDA and cuDNN from their PyPI wheels, if installed; return what onnxruntime has to say about it."""
-    printed = io.StringIO()  # onnxruntime prints its complaints
-    with contextlib.redirect_stdout(printed):
-        ort.preload_dlls()
-    return " ".join(printed.getvalue().split())
-
-
 def choose_file(folder: Path, provider: Provider, precision: PrecisionChoice = "auto") -> Path:
     """Choose the file of a version folder that fits the provider: float16 on a GPU, int8 on a CPU, else float32.
 
@@ -186,7 +140,7 @@ def session_options(spec: SessionSpec) -> Any:
     """Thread settings for a server that shares its cores with an event loop."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = spec.intra_op_threads
-    options.log_severity_level = 3  # errors; they come as exceptions as well
+    options.log_severity_level = SILENT
     options.enable_mem_pattern = not spec.cuda_graphs  # a pattern is allocated late, which a capture can't bear
     # Threads that spin within a run save a third of a small batch's time (0.65 against 0.93 ms on two cores), but by
     # default they also spin on for 20 ms after each run, on the cores that decode the next pictures: 22 ms of CPU
@@ -233,7 +187,7 @@ def read_metadata(path: Path) -> ModelMetadata:
     """
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    options.intra_op_num_threads, options.log_severity_level = 1, SILENT
     options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         session = ort.InferenceSession(path, options, [EXECUTION_PROVIDERS["cpu"]], enable_fallback=0)

@@ -14,7 +14,7 @@ from export.golden import load_data
 from export.precision import describe, times_as_fast, why_refused
 from export.source import load_source
 from service.artifact import VariantGate
-from service.engine import OnnxEngine, read_metadata
+from service.engine import EngineError, OnnxEngine, read_metadata
 from tests.export.conftest import SIZE
 from tests.fakes import FakeEngine
 
@@ -111,14 +111,22 @@ def test_the_int8_file_computes_on_integers(version: Path) -> None:
     assert {"QuantizeLinear", "MatMulIntegerToFloat"} <= kinds
 
 
-def test_the_float16_file_keeps_sums_in_float32(version: Path) -> None:
+def test_the_float16_file_casts_around_what_needs_float32_alone(version: Path) -> None:
     model = onnx.load(version / "model.fp16.onnx")
+    onnx.checker.check_model(model)
     halves = {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT16}
+    casts = {name for node in model.graph.node if node.op_type == "Cast" for name in (*node.input, *node.output)}
+    kinds = set()
     for node in model.graph.node:
-        if node.op_type in ("Gemm", "MatMul"):
-            assert set(node.input) & halves or node.op_type == "MatMul"
-        if node.op_type == "LayerNormalization":
-            assert not set(node.input) & halves
+        kinds.add(node.op_type)
+        if node.op_type in ("Gemm", "LayerNormalization"):
+            assert set(node.input) & halves
+        if node.op_type in ("LayerNormalization", "Softmax", "Gelu"):
+            assert not casts & {*node.input, *node.output}
+        if node.op_type in ("Conv", "ReduceMean"):
+            assert not halves & {*node.input}
+            assert casts & {*node.output}
+    assert {"Gemm", "LayerNormalization", "Softmax", "ReduceMean"} <= kinds
     assert [model.graph.input[0].type.tensor_type.elem_type, model.graph.output[0].type.tensor_type.elem_type] == [
         onnx.TensorProto.UINT8,
         onnx.TensorProto.FLOAT,
@@ -204,3 +212,53 @@ def test_what_can_not_be_timed_is_not_written_unless_it_is_asked_for(
     assert export(run, tmp_path / "out", "--variants", "float16") == 0
     assert "model.fp16.onnx: not written, since its speed can't be measured here" in capsys.readouterr().out
     assert not (tmp_path / "out" / "1" / "model.fp16.onnx").exists()
+
+
+def test_what_is_not_tried_is_told(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("service.session.why_no_cuda", lambda device_id=0: "there is none")
+    assert export(run, tmp_path / "out") == 0
+    assert "note: model.fp16.onnx is not tried: its speed is measured on CUDA" in capsys.readouterr().out
+    assert export(run, tmp_path / "none", "--variants") == 0
+    assert "is not tried" not in capsys.readouterr().out
+
+
+def test_a_variant_that_does_not_run_is_refused_alone(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(base: object, variant: object, batches: object) -> None:
+        raise EngineError("model.onnx: a batch of 8 failed: CUDA error 700")
+
+    monkeypatch.setattr(precision, "times_as_fast", fails)
+    assert export(run, tmp_path / "out", "--variants", "int8") == 0
+    told = capsys.readouterr().out
+    assert "refused: model.onnx: a batch of 8 failed: CUDA error 700." in told
+    assert "model.int8.onnx: not written, since no form of it passed." in told
+    assert (tmp_path / "out" / "1" / "model.onnx").exists()
+    assert not (tmp_path / "out" / "1" / "model.int8.onnx").exists()
+
+
+def test_an_engine_is_warm_before_it_is_judged(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where graphs can't be captured only the warm-up finds out, and goes on without."""
+    warm: list[OnnxEngine] = []
+    warm_up, classify = OnnxEngine.warm_up, OnnxEngine.run
+
+    def warmed(engine: OnnxEngine) -> None:
+        warm_up(engine)
+        warm.append(engine)
+
+    def guarded(engine: OnnxEngine, images: np.ndarray) -> np.ndarray:
+        assert engine in warm
+        return classify(engine, images)
+
+    monkeypatch.setattr(OnnxEngine, "warm_up", warmed)
+    monkeypatch.setattr(OnnxEngine, "run", guarded)
+    monkeypatch.setattr(precision, "LEAST_EQUAL", 0.0)
+    monkeypatch.setattr(precision, "LARGEST_LOSS", 1.0)
+    monkeypatch.setattr(precision, "times_as_fast", lambda base, variant, batches: FAST)
+    assert export(run, tmp_path / "out", "--variants", "int8") == 0
+    assert main(["--verify", str(tmp_path / "out")]) == 0
+    files = [engine.path.name for engine in warm]
+    assert files.count("model.onnx") >= 4  # twice alone, twice beside the variant
+    assert files.count("model.int8.onnx") >= 2

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from service import device as device_module
 from service import engine as engine_module
 from service.artifact import ModelMetadata
 from service.cuda import RUNS_UNTIL_CAPTURED
@@ -67,6 +68,7 @@ class FakeCuda:
 def on_cuda(monkeypatch: pytest.MonkeyPatch, fails_at: str, without_memory: tuple[int, ...] = ()) -> FakeCuda:
     fake = FakeCuda(fails_at, without_memory)
     monkeypatch.setattr(engine_module, "resolve_provider", lambda choice, device_id: "cuda")
+    monkeypatch.setattr(engine_module, "why_no_graphs", lambda: None)
     monkeypatch.setattr(engine_module, "open_cuda_session", fake.open)
     monkeypatch.setattr(engine_module, "cuda_runner", fake.runner)
     return fake
@@ -117,3 +119,18 @@ def test_what_fails_without_graphs_too_fails(monkeypatch: pytest.MonkeyPatch, fo
         with pytest.raises(EngineError, match="graph capture"):
             OnnxEngine(folder / "model.onnx", provider="cuda", cuda_graphs=graphs)
         assert fake.opened == opened
+
+
+def test_a_cudnn_that_does_not_keep_the_code_of_graphs_gets_none(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, folder: Path
+) -> None:
+    """As torch's is, which an export on a GPU host loads."""
+    fake = on_cuda(monkeypatch, "never")
+    monkeypatch.setattr(engine_module, "why_no_graphs", device_module.why_no_graphs)
+    versions = iter([(9, 20, 0), (9, 28, 1)])
+    monkeypatch.setattr(device_module, "cudnn_version", lambda: next(versions))
+    for _ in range(2):
+        OnnxEngine(folder / "model.onnx", provider="cuda", max_batch_size=4)
+    assert fake.opened == [False, True]
+    assert caplog.text.count("no CUDA graphs") == 1
+    assert "cuDNN must be 9.28.0 or newer to keep the code of a captured graph, and is 9.20.0" in caplog.text

@@ -11,11 +11,12 @@ import pytest
 
 from service.artifact import GOLDEN_FILE, list_versions, load_golden
 from service.cuda import page_locked_zeros
+from service.device import why_no_cuda
 from service.engine import EngineError, OnnxEngine
 from service.golden import check_golden
 from service.models import EngineOptions, ModelStore
 from service.runners import default_buckets
-from service.session import SessionSpec, open_session, why_no_cuda
+from service.session import SessionSpec, open_session
 from service.versions import open_engines
 from tests.fakes import make_model_folder, tiny_images, tiny_logits
 from tests.service.gpu_models import make_half_folder, make_hungry_folder

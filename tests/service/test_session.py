@@ -1,12 +1,10 @@
 from pathlib import Path
 
-import numpy as np
 import pytest
-from onnx import TensorProto, helper
 
 from service import session as session_module
 from service.engine import EngineError, OnnxEngine
-from service.session import ProviderChoice, SessionSpec, open_session, provider_options, resolve_provider, why_no_cuda
+from service.session import ProviderChoice, SessionSpec, open_session, provider_options, resolve_provider
 from tests.fakes import HEIGHT, WIDTH, make_model_folder, tiny_metadata
 
 
@@ -56,65 +54,6 @@ def test_tensorrt_needs_a_build_with_it(monkeypatch: pytest.MonkeyPatch) -> None
     assert resolve_provider("cuda") == "cuda"
     with pytest.raises(EngineError, match="without TensorRT"):
         resolve_provider("tensorrt")
-
-
-def test_a_build_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    assert why_no_cuda() == "the installed onnxruntime is built without CUDA (it is in onnxruntime-gpu)"
-
-
-def test_the_probe_is_a_model_of_one_node() -> None:
-    x, y = (helper.make_tensor_value_info(*one, [1]) for one in (("x", TensorProto.UINT8), ("y", TensorProto.FLOAT)))
-    graph = helper.make_graph([helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)], "probe", [x], [y])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
-    assert model.SerializeToString() == session_module.PROBE
-    session = session_module.ort.InferenceSession(session_module.PROBE, providers=["CPUExecutionProvider"])
-    assert session.run(None, {"x": np.array([7], np.uint8)})[0].tolist() == [7.0]
-
-
-@pytest.mark.parametrize(
-    ("allocation", "kernel", "reason"),
-    [
-        (None, None, None),
-        ("CUDA failure 35: driver version is insufficient", None, "driver version is insufficient"),
-        (None, "CUDA failure 209: no kernel image is available", "no kernel image is available"),
-    ],
-)
-def test_a_device_is_tried_by_memory_and_by_a_kernel(
-    allocation: str | None, kernel: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(message: str | None) -> None:
-        if message:
-            raise RuntimeError(message)
-
-    tries = []
-
-    class Session:
-        def __init__(self, model: bytes, *, providers: list[tuple[str, dict[str, str]]], enable_fallback: int) -> None:
-            tries.append((providers, enable_fallback))
-
-        def run(self, outputs: None, inputs: dict[str, np.ndarray]) -> None:
-            fails(kernel)
-
-    class FakeOrt:
-        InferenceSession = Session
-        get_available_providers = staticmethod(lambda: ["CUDAExecutionProvider"])
-        preload_dlls = staticmethod(lambda: print("no cuDNN here"))
-
-        class OrtValue:
-            ortvalue_from_shape_and_type = staticmethod(lambda *arguments: fails(allocation))
-
-    monkeypatch.setattr(session_module, "ort", FakeOrt)
-    monkeypatch.setattr(session_module.ctypes, "CDLL", lambda name: None)
-    monkeypatch.setattr(session_module, "_working_devices", set())
-    said = [why_no_cuda(2), why_no_cuda(2)]
-    if reason is None:
-        assert said == [None, None]
-    else:
-        assert all(one is not None and reason in one and "no cuDNN here" in one for one in said)
-    once = ([("CUDAExecutionProvider", {"device_id": "2"})], 0)
-    # A device that works is tried once; one that fails may have been full at the moment.
-    assert tries == ([] if allocation else [once] if kernel is None else [once, once])
 
 
 def test_a_file_that_may_not_be_read_is_told_in_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
