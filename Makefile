@@ -1,8 +1,8 @@
 # Few verbs, the same on a desk and in CI. Each sets up what it needs.
 PYTHON  ?= python3
-HOST    ?= 127.0.0.1
-PORT    ?= 8000
-MODEL   ?= models/perceiver-cifar100
+HOST    ?= $(or $(PERCEIVER_HOST),127.0.0.1)
+PORT    ?= $(or $(PERCEIVER_PORT),8000)
+MODEL   ?= $(or $(PERCEIVER_MODEL_DIR),models/perceiver-cifar100)
 # onnxruntime for the service: gpu where an NVIDIA driver is found, cpu elsewhere. RUNTIME=cpu or RUNTIME=gpu overrides.
 RUNTIME ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 # Everything after `make train ARGS=`, `make export ARGS=` and so on goes to the program.

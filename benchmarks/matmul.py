@@ -41,7 +41,7 @@ def measure_in_subprocess(threads: int, seconds: float = 1.0, size: int = SIZE) 
 
 def main() -> int:
     """Print the rate in 10^9 operations a second."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.matmul", description=__doc__)
     parser.add_argument("--size", type=int, default=SIZE, help="rows and columns of the square matrices")
     parser.add_argument("--seconds", type=float, default=1.0)
     args = parser.parse_args()

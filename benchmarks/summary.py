@@ -183,4 +183,8 @@ def csv_row(summary: Summary) -> dict[str, object]:
 
 
 def _or_unknown(value: float | None) -> str:
-    return "unknown (only read on Linux, of a server on this machine)" if value is None else f"{value:.3f}"
+    return (
+        "unknown (read on Linux, of a server on this machine whose process --pid names)"
+        if value is None
+        else f"{value:.3f}"
+    )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from service import errors
-from service.gpu import GpuCollector
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -92,7 +91,7 @@ def answers() -> Iterator[str]:
 
 def metrics() -> Iterator[str]:
     """A row for each metric of our own, those of a GPU included."""
-    for collector in [*vars(Metrics()).values(), GpuCollector()]:
+    for collector in vars(Metrics()).values():
         if not hasattr(collector, "describe"):
             continue
         for family in collector.describe():

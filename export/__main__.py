@@ -44,7 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-batch", type=positive, default=32, metavar="N", help="largest batch that is verified (default: 32)"
     )
-    parser.add_argument("--plain", action="store_true", help="keep the form that was trained; for comparisons")
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="keep the form that was trained, without the algebra of export/fold.py: slower, for a model that it "
+        "does not know",
+    )
     parser.add_argument(
         "--variants",
         nargs="*",

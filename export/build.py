@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from export.card import write_card
-from export.errors import ExportError
+from export.errors import ExportError, GateError
 from export.fold import fold
 from export.golden import data_path, has_changed, load_data, noise_golden, real_golden, reference_logits
 from export.precision import Pictures, VariantPrecision
@@ -150,7 +150,7 @@ def make_variants(
     return build_variants(base, options.variants)
 
 
-def pass_gate(model: bytes, trained: nn.Module, golden: Golden, max_batch: int) -> list[Comparison]:
+def pass_gate(model: bytes, trained: nn.Module, golden: Golden, options: Options) -> list[Comparison]:
     """Run the file as the service will, on the CPU, and hold it against torch; prints the table.
 
     Raises:
@@ -159,12 +159,20 @@ def pass_gate(model: bytes, trained: nn.Module, golden: Golden, max_batch: int) 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / MODEL_FILE
         path.write_bytes(model)
-        with warm_engine(path, "cpu", max_batch) as engine:
+        with warm_engine(path, "cpu", options.max_batch) as engine:
             comparisons = compare_with_torch(
                 engine, lambda images: reference_logits(trained, images), golden, FLOAT32_TOLERANCE
             )
     print(TABLE_HEAD, *comparisons, summary(comparisons), sep="\n")
-    require(comparisons)
+    try:
+        require(comparisons)
+    except GateError as error:
+        if options.plain:
+            raise
+        raise GateError(
+            f"{error} Where training/model.py was changed, export/fold.py has to follow; --plain exports the form that "
+            "was trained, without that algebra."
+        ) from error
     return comparisons
 
 
@@ -213,7 +221,7 @@ def build(source: Source, options: Options) -> Exported:
     graph = to_onnx(forms[-1][1], metadata.input_size)
     model = attach(graph, to_props(metadata))
     try:
-        comparisons = pass_gate(model, trained, golden, options.max_batch)
+        comparisons = pass_gate(model, trained, golden, options)
         variants = make_variants(graph, metadata, trained, data, golden, options)
     except (ArtifactError, EngineError) as error:
         raise ExportError(f"the service's engine can't run the exported model: {error}") from error
@@ -307,6 +315,8 @@ def check_writable(out: Path) -> None:
     Raises:
         ExportError: it can't.
     """
+    if any((out / name).is_file() for name in MODEL_FILES.values()):
+        raise ExportError(f"{out}: is one version of a model; name the folder of its versions, --out {out.parent}.")
     existing = next(path for path in (out, *out.resolve().parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
         raise ExportError(f"{out}: {existing} is no folder that can be written to; name another --out.")

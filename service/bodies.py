@@ -29,6 +29,8 @@ from service.errors import (
 from service.images import sniff
 
 LATE: Final = "perceiver.late"  # in a message of type http.disconnect: the client is there, and too slow
+FORM: Final = "multipart/form-data"
+JSON: Final = "application/json"
 BLANKS: Final = b" \t\r\n\f\v"
 SPARE_STRINGS: Final = 1000  # in JSON, beside the pictures; where there are more, no object is made of them
 
@@ -77,6 +79,28 @@ def check_size(size: int, max_bytes: int) -> None:
         raise BodyTooLarge(f"The body is larger than the {max_bytes} bytes that are allowed.")
 
 
+def media_type_of(content_type: str) -> str:
+    """Return the media type of a header's value, in lower case; anything but FORM and JSON is that of a picture.
+
+    Raises:
+        UnsupportedMediaType
+    """
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type.startswith("image/") or media_type in ("", "application/octet-stream", FORM, JSON):
+        return media_type
+    raise UnsupportedMediaType()
+
+
+def check_content_type(content_type: str) -> None:
+    """Raise what `parse_body` would, whatever the body: before it is read.
+
+    Raises:
+        UnsupportedMediaType, InvalidForm
+    """
+    if media_type_of(content_type) == FORM:
+        boundary_of(content_type)
+
+
 def parse_body(content_type: str, body: bytes, *, max_pictures: int) -> list[Upload]:
     """Take the picture files out of a body; never empty.
 
@@ -88,15 +112,13 @@ def parse_body(content_type: str, body: bytes, *, max_pictures: int) -> list[Upl
     Raises:
         UnsupportedMediaType, InvalidForm, InvalidJson, InvalidBase64, NoPicture, TooManyPictures
     """
-    media_type = content_type.partition(";")[0].strip().lower()
-    if media_type.startswith("image/") or media_type in ("", "application/octet-stream"):
-        uploads = [Upload(body)]
-    elif media_type == "multipart/form-data":
+    media_type = media_type_of(content_type)
+    if media_type == FORM:
         uploads = parse_form(content_type, body, max_pictures)
-    elif media_type == "application/json":
+    elif media_type == JSON:
         uploads = parse_json(body, max_pictures)
     else:
-        raise UnsupportedMediaType()
+        uploads = [Upload(body)]
     for upload in uploads:
         if not upload.data:
             raise NoPicture("The picture is empty: it has 0 bytes.")
@@ -160,14 +182,19 @@ def check_count(pictures: int, max_pictures: int) -> None:
         raise TooManyPictures(f"The request holds more than the {max_pictures} pictures that are allowed.")
 
 
-def parse_form(content_type: str, body: bytes, max_pictures: int) -> list[Upload]:
-    """Read every file of a multipart/form-data body, whatever its field is called."""
-    boundary = parse_options_header(content_type)[1].get(b"boundary")
+def boundary_of(content_type: str) -> bytes:
+    """Return what stands between the parts of a form."""
+    boundary: bytes | None = parse_options_header(content_type)[1].get(b"boundary")
     if not boundary:
         raise InvalidForm("The Content-Type multipart/form-data names no boundary.")
+    return boundary
+
+
+def parse_form(content_type: str, body: bytes, max_pictures: int) -> list[Upload]:
+    """Read every file of a multipart/form-data body, whatever its field is called."""
     form = Form(max_pictures)
     try:
-        parser = MultipartParser(boundary, form.callbacks())
+        parser = MultipartParser(boundary_of(content_type), form.callbacks())
         parser.write(body)
     except FormParserError as error:
         raise InvalidForm(f"The body is not valid multipart/form-data: {error}.") from error

@@ -12,6 +12,12 @@ from pydantic_settings import CliApp, SettingsError
 from service.settings import Settings
 
 PREFIX = "PERCEIVER_"
+# What Kubernetes gives every pod of a namespace in which a Service is called perceiver.
+SERVICE_LINK = re.compile(PREFIX + r"(SERVICE_HOST|PORT_\d+_(TCP|UDP|SCTP))")
+LINKED = (
+    "PERCEIVER_SERVICE_HOST and others of this environment come from a Kubernetes Service that is called perceiver: "
+    "set enableServiceLinks: false in the pod's spec, or give the Service another name."
+)
 
 
 class UsageError(Exception):
@@ -52,8 +58,15 @@ def load_settings(arguments: Sequence[str], environment: Mapping[str, str] = os.
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """Return a sentence for each PERCEIVER_ variable that is no setting: a typing error must not pass silently."""
+    """Return a sentence for each PERCEIVER_ variable that is no setting: a typing error must not pass silently.
+
+    Raises:
+        UsageError: they are of Kubernetes, and stand where settings do.
+    """
     known = {variable(name): name for name in Settings.model_fields}
+    if any(SERVICE_LINK.fullmatch(name) for name in environment):
+        # Among them is PERCEIVER_PORT, with a URL.
+        raise UsageError([LINKED])
     unknown = [name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in known]
     return [f"{name} is not a setting{did_you_mean(name.upper(), known)}" for name in sorted(unknown)]
 

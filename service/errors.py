@@ -72,7 +72,7 @@ class InvalidTopK(BadRequest):
 
 
 class InvalidTimeout(BadRequest):
-    """`X-Request-Timeout-Ms` is not an integer in its bounds."""
+    """`X-Request-Timeout-Ms` is not a positive integer; one above `request_timeout_ms` means that."""
 
     code, default = "invalid_timeout", "X-Request-Timeout-Ms must be a positive integer."
 

@@ -286,7 +286,12 @@ class ModelStore:
             return (
                 f"{self._folder}: this is one version; name the folder that holds it, {self._folder.absolute().parent}"
             )
+        if not self._folder.is_dir():
+            return f"{self._folder}: there is no such folder; name one that holds versions of a model"
         if not self._seen:
+            models = sorted(file.parents[1] for file in self._folder.glob(f"*/*/{MODEL_FILE}"))
+            if models:
+                return f"{self._folder}: holds model folders, and is none itself; name one of them, as {models[0]}"
             return f"{self._folder}: there is no model version; it must hold folders named 1, 2, ... with a model.onnx"
         reasons = "; ".join(f"version {number}: {seen.reason}" for number, seen in self._seen.items() if seen.reason)
         return f"{self._folder}: no version can serve: {reasons}"

@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl
 from starlette.types import Receive, Scope, Send
 
 from service.answers import DEFAULT_TOP_K, AnswerWriter
-from service.bodies import check_size, read_body
+from service.bodies import check_content_type, check_size, read_body
 from service.errors import BadRequest, ClientDisconnected, InvalidTimeout, InvalidTopK, Overloaded, UnsupportedEncoding
 from service.fair_queue import Prediction
 from service.front import Front, ServedModel
@@ -73,7 +73,7 @@ class PredictEndpoint:
         service, settings, decoder = self.service, self.service.settings, self.service.decoder
         service.check_ready()
         options = read_options(dict(scope["headers"]), scope["query_string"], settings.request_timeout_ms)
-        self._check_room(options)
+        self._check_head(options)
         # Only bytes are counted until the body is here, and only those that have come: who sends slowly, or announces
         # much and sends nothing, must not keep others out.
         with service.admission.admit(pictures=0) as ticket:
@@ -96,8 +96,12 @@ class PredictEndpoint:
         answer = writer.write(predictions, [upload.filename for upload in uploads], top_k)
         return answer, server_timing(predictions, decoded - received, perf_counter() - started)
 
-    def _check_room(self, options: Options) -> None:
-        """Refuse what will not fit before a large body is sent for nothing."""
+    def _check_head(self, options: Options) -> None:
+        """Refuse what the head condemns, or what will not fit, before a large body is sent for nothing."""
+        check_content_type(options.content_type)
+        if options.top_k is not None:
+            with self.service.lease() as live:  # whose classes may be fewer than those of the one that answers
+                checked_top_k(options.top_k, self.writer_of(live).classes)
         announced = options.content_length or 0
         check_size(announced, self.service.settings.max_body_bytes)
         admission = self.service.admission

@@ -118,7 +118,7 @@ class BoundedProtocol(HttpToolsProtocol):
         except ServiceError as error:
             self.end(error)
         except httptools.HttpParserError:
-            self.end(self._refusal or BadRequest("This is not HTTP."))
+            self.end(self._refusal or BadRequest("This can't be read as a request of HTTP/1.1."))
 
     def _parse_without_upgrade(self, parser: Any) -> None:
         if parser.get_method() == b"CONNECT":

@@ -26,6 +26,7 @@ def create_router(service: Service) -> APIRouter:
     add_health(router, service)
     add_models(router, service)
 
+    @router.head("/metrics", include_in_schema=False)
     @router.get("/metrics", tags=["operation"], response_class=Response, responses=METRICS)
     async def metrics(request: Request) -> Response:
         """All metrics for Prometheus; OpenMetrics with exemplars where the Accept header asks for it."""

@@ -9,10 +9,9 @@ from math import inf
 from time import perf_counter
 from typing import Final
 
-# The ceiling stays unless a smaller size is faster by more than that, in pictures a second: what is measured beside
+# A size gives way to a smaller one that is faster by more than that, in pictures a second: what is measured beside
 # other work is not exact, and too small a batch costs more, behind a queue, than too large a one.
 WORTH: Final = 1.1
-CLOSE: Final = 1.02  # of the sizes this near to the fastest, the smallest: it answers sooner
 LEAST_ROUNDS: Final = 3
 MOST_ROUNDS: Final = 5
 BUDGET_SECONDS: Final = 1.0
@@ -24,9 +23,10 @@ LONGEST_RUN_SECONDS: Final = 0.25
 def fastest_size(
     run: Callable[[int], object], sizes: Sequence[int], *, clock: Callable[[], float] = perf_counter
 ) -> int:
-    """Return the largest size that runs within a quarter of a second, or a smaller one that is clearly faster.
+    """Return the largest size that runs within a quarter of a second and is about as fast as the fastest.
 
-    Faster is meant in pictures a second. By the time of a single picture, larger sizes are not even tried.
+    Fast is meant in pictures a second, and about as fast within a tenth. By the time of a single picture, larger sizes
+    are not even tried.
 
     Each round runs every size, as often as it takes for as many pictures as the largest has: what else the machine does
     then meets all of them alike, where a short run would often slip through and a long one never. The fastest round of
@@ -58,6 +58,4 @@ def fastest_size(
             shortest[size] = min(shortest[size], timed(size, tried[-1] // size))
     rates = {size: size / seconds for size, seconds in shortest.items()}
     best = max(rates.values())
-    if rates[tried[-1]] * WORTH >= best:
-        return tried[-1]
-    return next(size for size in tried if rates[size] * CLOSE >= best)
+    return max(size for size in tried if rates[size] * WORTH >= best)

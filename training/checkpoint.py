@@ -163,7 +163,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], Header]:
         CheckpointError: there is none, it is damaged, or of another format.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint; name a run's folder that holds {path.name}.")
+        raise CheckpointError(f"{path}: no such checkpoint; name a run's or a model's folder, or a .safetensors file.")
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(HEADER)

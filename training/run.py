@@ -200,6 +200,9 @@ def refuse_existing(folder: Path | None, world: World) -> None:
         raise ValueError(f"{folder} holds a run already: go on with it by --resume {folder}, or name another --out.")
     if (folder / "report.json").exists():
         raise ValueError(f"{folder} holds a run that has ended, without last.safetensors: name another --out.")
+    # A run that ended before its first checkpoint may be started again where it was.
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise ValueError(f"--out {folder}: holds other files; name a folder of the run's own.")
 
 
 def refuse_among_classes(folder: Path, data_set: DataSet) -> None:

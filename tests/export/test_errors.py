@@ -32,6 +32,14 @@ def test_a_run_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert not (tmp_path / "out").exists()
 
 
+def test_a_version_is_no_place_for_versions(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    version = tmp_path / "things" / "3"
+    version.mkdir(parents=True)
+    (version / "model.onnx").touch()
+    said = fails([str(run), "--out", str(version)], capsys)
+    assert f"3: is one version of a model; name the folder of its versions, --out {tmp_path / 'things'}." in said
+
+
 def test_a_folder_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "best.safetensors: no such checkpoint" in fails([str(tmp_path), "--out", str(tmp_path / "out")], capsys)
 

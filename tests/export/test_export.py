@@ -217,8 +217,11 @@ def test_the_gate_refuses_another_function_and_nothing_is_written(
 ) -> None:
     monkeypatch.setattr(build, "fold", lambda trained: Wrong(trained.preprocess, trained.model, 1.25).eval())
     assert main([str(run), "--out", str(tmp_path / "out"), "--golden", "2", "--max-batch", "2"]) == 1
-    assert "largest difference 2.00e-03" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "largest difference 2.00e-03" in said
+    assert "export/fold.py has to follow; --plain exports the form that was trained" in said
     assert files_below(tmp_path) == []
+    assert main([str(run), "--out", str(tmp_path / "out"), "--golden", "2", "--max-batch", "2", "--plain"]) == 0
 
 
 def test_random_weights_need_no_data_and_say_so(

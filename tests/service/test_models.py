@@ -66,6 +66,13 @@ async def test_the_folder_of_one_version_is_told_from_that_of_all(tmp_path: Path
         await ModelStore(version, OPTIONS).load()
 
 
+async def test_the_folder_of_one_model_is_told_from_that_of_several(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "things", 1)
+    make_model_folder(tmp_path / "animals", 2)
+    with pytest.raises(NoUsableVersionError, match=f"is none itself; name one of them, as {tmp_path}/animals$"):
+        await ModelStore(tmp_path, OPTIONS).load()
+
+
 async def test_a_pinned_version_that_is_not_there_is_named(make: Make, tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1)
     with pytest.raises(NoUsableVersionError, match="version 7 is pinned and not there; there are: 1"):
@@ -78,7 +85,8 @@ async def test_a_folder_without_versions_is_named(missing: bool, tmp_path: Path)
     if not missing:
         folder.mkdir()
     store = ModelStore(folder, OPTIONS)
-    with pytest.raises(NoUsableVersionError, match="models: there is no model version"):
+    said = "models: there is no such folder" if missing else "models: there is no model version"
+    with pytest.raises(NoUsableVersionError, match=said):
         await store.load()
     with pytest.raises(NotReady):
         store.lease()

@@ -133,6 +133,26 @@ async def test_a_body_that_ends_after_an_early_answer_leaves_the_connection_idle
         assert (await read_answer(reader))[0] == 200
 
 
+@pytest.mark.parametrize(
+    ("target", "content_type", "code"),
+    [
+        ("/predict", "text/plain", "unsupported_media_type"),
+        ("/predict", "multipart/form-data", "invalid_form"),
+        ("/predict?top_k=0", "image/png", "invalid_top_k"),
+        ("/predict?top_k=99", "image/png", "invalid_top_k"),
+    ],
+)
+async def test_what_the_head_condemns_is_answered_before_the_body(
+    tmp_path: Path, target: str, content_type: str, code: str
+) -> None:
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        headers = (f"Content-Type: {content_type}", "Expect: 100-continue")
+        writer.write(request_head(1_000_000, *headers, target=target))
+        status, _, body = await read_answer(reader)  # and no 100, which would ask for the body
+        assert (status // 100, error_of(body)) == (4, code)
+
+
 async def test_100_continue_is_sent_for_a_body_that_is_wanted(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         reader, writer = await run.connect()

@@ -69,6 +69,12 @@ def test_every_status_and_code_is_told() -> None:
         assert re.search(rf"^\| [\d, ]*\b{kind.status}\b", OPERATIONS, re.MULTILINE), f"{kind.status}: what to do?"
 
 
+def test_no_row_stands_twice() -> None:
+    rows = [line.split("|")[1] for line in REFERENCE.splitlines() if line.startswith("| `")]
+    assert len(rows) > 70
+    assert sorted(rows) == sorted(set(rows))
+
+
 def test_every_metric_is_told() -> None:
     names = {name for name in families() if name.startswith("perceiver_")}
     assert len(names) > 20

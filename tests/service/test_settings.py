@@ -104,6 +104,7 @@ def test_every_number_has_its_bounds_in_its_description() -> None:
         (["--model-poll-s", "nan"], "finite number"),
         (["--cors-origins", "example.org"], "'example.org' is not an origin; write https://example.org"),
         (["--cors-origins", "https://example.org/app"], "without a path"),
+        (["--cors-origins", "https://"], "'https://' is not an origin"),
         (["--max-pictures", "2000"], "max_pictures must not exceed max_queue_size"),
         (["--max-queue-bytes", "2000"], "max_body_bytes must not exceed max_queue_bytes"),
         (["--max-request-pixels", "9"], "max_pixels must not exceed max_request_pixels"),
@@ -148,6 +149,14 @@ def test_a_misspelt_variable_does_not_pass_silently(monkeypatch: pytest.MonkeyPa
     (problem,) = problems()
     assert problem.startswith(f"{name} is not a setting; ")
     assert problem.endswith(said)
+
+
+def test_the_variables_of_a_kubernetes_service_are_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERCEIVER_PORT", "tcp://10.0.0.7:8000")
+    for name in ("SERVICE_HOST", "SERVICE_PORT", "PORT_8000_TCP", "PORT_8000_TCP_ADDR"):
+        monkeypatch.setenv(f"PERCEIVER_{name}", "10.0.0.7")
+    (problem,) = problems()
+    assert "come from a Kubernetes Service that is called perceiver: set enableServiceLinks: false" in problem
 
 
 def test_keys_are_never_printed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -33,17 +33,17 @@ def test_a_fixed_cost_of_each_run_wants_large_batches() -> None:
 
 
 def test_a_model_that_larger_batches_slow_down_runs_alone() -> None:
-    assert Machine(lambda size: 0.010 * size**1.05).fastest() == 1
+    assert Machine(lambda size: 0.010 * size**1.2).fastest() == 1
 
 
 def test_the_ceiling_stays_when_others_are_hardly_faster() -> None:
     assert Machine(lambda size: 0.001 * size * (1.09 if size == 32 else 1.0)).fastest() == 32
-    assert Machine(lambda size: 0.001 * size * (1.11 if size == 32 else 1.0)).fastest() == 1
+    assert Machine(lambda size: 0.001 * size * (1.11 if size == 32 else 1.0)).fastest() == 16
 
 
-def test_of_sizes_as_fast_as_each_other_the_smallest() -> None:
-    factors = {1: 1.5, 2: 1.03, 4: 1.01, 8: 1.0, 16: 1.1, 32: 1.2}
-    assert Machine(lambda size: 0.001 * size * factors[size]).fastest() == 4
+def test_of_sizes_about_as_fast_as_the_fastest_the_largest() -> None:
+    factors = {1: 1.5, 2: 1.03, 4: 1.0, 8: 1.09, 16: 1.11, 32: 1.2}
+    assert Machine(lambda size: 0.001 * size * factors[size]).fastest() == 8
 
 
 def test_a_disturbed_round_is_no_verdict() -> None:

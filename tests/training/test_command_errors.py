@@ -76,6 +76,12 @@ def below_a_file(folder: Path, pictures: Path) -> list[str]:
     return ["--data", str(pictures), "--out", str(folder / "file" / "run")]
 
 
+def among_other_files(folder: Path, pictures: Path) -> list[str]:
+    (folder / "run").mkdir()
+    (folder / "run" / "thesis.tex").write_text("")
+    return ["--data", str(pictures)]
+
+
 WRONG: dict[str, tuple[Arrange, str]] = {
     "no data there": (no_data_there, "nowhere: does not exist; --data takes a folder"),
     "class without pictures": (empty_class, "bee: this class folder has no pictures"),
@@ -85,6 +91,7 @@ WRONG: dict[str, tuple[Arrange, str]] = {
     "misnamed validation": (misnamed_validation, "valid: is passed over under this name; rename it val, or remove it"),
     "name that is not UTF-8": (name_that_is_not_utf8, r"'caf\udce9' is not UTF-8; rename it"),
     "file in its place": (a_file_in_its_place, "is a file; name a folder for the run"),
+    "among other files": (among_other_files, "run: holds other files; name a folder of the run's own"),
     "among the classes": (among_the_classes, "where each folder is a class; name a folder elsewhere"),
     "below a file": (below_a_file, "file/run: Not a directory"),
 }
