@@ -1,6 +1,7 @@
 """Pictures that are cancelled or late, and batchers that drain and close."""
 
 import asyncio
+import math
 
 import pytest
 
@@ -149,3 +150,26 @@ async def test_closing_ends_what_runs_and_refuses_what_waits(start: Start) -> No
     assert await numbers([first]) == [0]
     assert not batcher.failed.is_set()
     await batcher.close()
+
+
+async def test_a_cut_off_answers_what_runs_and_what_waits_at_once(start: Start) -> None:
+    engine, batcher, first = await holding(start)
+    (waiting,) = await submitted(batcher, 1)
+    batcher.cut_off()
+    for task in (first, waiting):
+        with pytest.raises(Draining):
+            await asyncio.wait_for(task, 5)  # while the engine is still at it
+    with pytest.raises(Draining):
+        await batcher.submit(picture(2))
+    engine.let_go()
+
+
+async def test_pixels_of_another_size_reach_no_batch(start: Start) -> None:
+    batcher = start(FakeEngine())
+    future: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+    right = picture(1).tobytes()
+    for wrong in (right[:-1], right + b"x", b"", memoryview(right)[1:]):
+        with pytest.raises(ValueError, match=rf"a picture must have {len(right)} bytes, and has {len(wrong)}"):
+            batcher.post([right, wrong], future, math.inf)  # type: ignore[arg-type]
+    assert batcher.queue_length == 0
+    assert not future.done()

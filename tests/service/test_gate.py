@@ -114,22 +114,23 @@ def test_nobody_is_inside_while_one_captures() -> None:
 def test_who_never_lets_go_of_the_gate_keeps_captures_away_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate_module, "CAPTURE_PATIENCE_SECONDS", 0.1)
     gate = CaptureGate()
-    others: list[threading.Thread] = []
 
     def use() -> None:
         with gate.shared():
             pass
 
+    def give_up() -> None:
+        with pytest.raises(EngineError, match="in use"), gate.exclusive():
+            pass
+
     with gate.shared():  # as a load that hangs in the driver and was given up
         for _ in range(2):
-            with pytest.raises(EngineError, match="in use"), gate.exclusive():
-                pass
-        others = [threading.Thread(target=use, daemon=True) for _ in range(3)]
-        for thread in others:
-            thread.start()
-        for thread in others:
-            thread.join(5)
-        assert not any(thread.is_alive() for thread in others)
+            capturing, gave_up = in_thread(give_up)
+            while not (gate._waiting or gave_up.is_set()):
+                capturing.join(0.001)
+            others = [in_thread(use) for _ in range(3)]  # which wait behind the capture, and go on when it gives up
+            assert all(ended.wait(WAIT) for _, ended in others)
+            assert gave_up.wait(WAIT)
     with gate.exclusive():
         pass
 

@@ -17,7 +17,7 @@ from service.admission import Admission
 from service.distant import GONE, Waiting
 from service.errors import NotReady, Overloaded
 from service.front_peer import FrontProcess, Reply
-from service.ledger import BYTES, IN_FLIGHT, PICTURES, Ledger, SharedAdmission, Totals
+from service.ledger import BYTES, IN_FLIGHT, PICTURES, RATE, Ledger, SharedAdmission, Totals
 from service.link import LENGTH_BYTES, Link
 from service.messages import Alive, Ask, Cancel, FromEngine, FromFront, Message, Released, Submit
 from tests.service.test_admission import Clock
@@ -189,6 +189,17 @@ def test_the_limits_hold_for_all_processes_together() -> None:
     assert (ledger.total(PICTURES), ledger.total(BYTES)) == (0, 0)
     with here.admit(pictures=10, bytes=1000):
         pass
+
+
+def test_retry_after_counts_what_others_hold_and_answer() -> None:
+    ledger = Ledger(2)
+    here, _ = (SharedAdmission(400, 1000, ledger, row) for row in range(2))
+    ledger.write(0, RATE, 999_000)  # its own, which it knows better
+    ledger.write(1, PICTURES, 300)
+    ledger.write(1, RATE, 20_000)  # thousandths of a picture a second
+    with here.admit(pictures=100):
+        ledger.write(0, RATE, 999_000)
+        assert here.retry_after() == pytest.approx(400 / 20)
 
 
 @given(
