@@ -65,7 +65,7 @@ class Decoder:
             return quick
         settings = self.settings
         with suppress(TooManyPixels):  # for the event loop; the thread will see whether for the service too
-            headers = Headers(settings.max_pixels, settings.inline_decode_pixels)
+            headers = Headers(settings.max_pixels, min(settings.inline_decode_pixels, settings.max_request_pixels))
             images = each(uploads, lambda index: headers.open(uploads[index].data))
             return each(uploads, lambda index: shaped(images[index], metadata))
         return None

@@ -257,6 +257,12 @@ def test_too_many_in_json_are_refused_before_any_is_decoded() -> None:
         parse("application/json", json.dumps({"images": [""] * 5000}).encode())
 
 
+@pytest.mark.parametrize("pictures", [1, 64, 10_000])  # the most that the settings allow
+def test_as_many_in_json_as_are_allowed_are_not_taken_for_too_many_strings(pictures: int) -> None:
+    body = json.dumps({"images": [TEXT] * pictures}).encode()
+    assert parse("application/json", body, max_pictures=pictures) == [Upload(DATA)] * pictures
+
+
 # Reading
 
 

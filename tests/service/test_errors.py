@@ -1,7 +1,10 @@
 """The hierarchy as clients see it."""
 
+import pytest
+
 from service import errors
 from service.errors import ServiceError
+from service.middleware import error_answer
 
 
 def hierarchy() -> list[type[ServiceError]]:
@@ -31,3 +34,9 @@ def test_a_message_of_its_own_replaces_the_default() -> None:
     assert errors.NotAnImage().message == errors.NotAnImage.default
     assert str(errors.NotAnImage("no")) == "no"
     assert errors.Overloaded(retry_after=3).retry_after == 3
+
+
+@pytest.mark.parametrize(("seconds", "sent"), [(0.2, b"1"), (1.0, b"1"), (1.2, b"2"), (59.5, b"60")])
+def test_who_comes_again_after_retry_after_does_not_come_too_early(seconds: float, sent: bytes) -> None:
+    headers, _ = error_answer(errors.Overloaded(retry_after=seconds), "an-id")
+    assert dict(headers)[b"retry-after"] == sent

@@ -135,6 +135,23 @@ def test_who_never_lets_go_of_the_gate_keeps_captures_away_and_nobody_else(monke
         pass
 
 
+def test_a_capture_goes_on_waiting_where_another_came_before_it() -> None:
+    gate = CaptureGate()
+    waits: list[Any] = []
+
+    class Changed(threading.Condition):
+        def wait_for(self, predicate: Any, timeout: float | None = None) -> bool:
+            waits.append(timeout)
+            if len(waits) > 1:
+                return super().wait_for(predicate, timeout)
+            gate._captures += 1  # another thread's, in the time that has passed
+            return False
+
+    gate._changed = Changed()
+    with gate.exclusive():
+        assert waits == [gate_module.CAPTURE_PATIENCE_SECONDS] * 2
+
+
 def test_the_gate_opens_again_after_an_error() -> None:
     gate = CaptureGate()
     for enter in (gate.shared, gate.exclusive, gate.exclusive, gate.shared):

@@ -166,6 +166,26 @@ async def test_what_is_live_goes_on_when_its_own_file_is_overwritten_with_half_o
     assert [number for number, _, _ in notes.live] == [2, 2]
 
 
+async def test_a_live_version_whose_own_files_were_spoilt_counts_as_refused(make: Make, tmp_path: Path) -> None:
+    for version in (1, 2):
+        make_model_folder(tmp_path, version)
+    store = make()
+    await store.load()
+    (tmp_path / "2" / MODEL_FILE).write_bytes(b"half")
+    await store.reload()
+    assert lines(store) == [(1, "available"), (2, "live")]
+    assert store.refused_versions == 1  # it would not serve after a restart
+
+
+async def test_beside_a_pinned_version_no_other_counts_as_refused(make: Make, tmp_path: Path) -> None:
+    make_model_folder(tmp_path, 1)
+    make_model_folder(tmp_path, 2, defect="broken_metadata")
+    store = make(pinned_version=1)
+    await store.load()
+    assert lines(store) == [(1, "live"), (2, "refused")]
+    assert store.refused_versions == 0
+
+
 async def test_a_note_in_a_version_folder_is_no_change(make: Make, tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1)
     opener = Opener()
@@ -199,6 +219,31 @@ async def test_a_folder_that_can_not_be_read_is_told_once(
     assert [record.exc_info for record in caplog.records] == [None]
     assert "can't be looked into for new versions: [Errno 13] Permission denied" in caplog.text
     await assert_serves(store, 1)
+
+
+async def test_trouble_that_comes_again_is_told_again(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_model_folder(tmp_path, 1)
+    store = make(poll_seconds=0.001)
+    looks = 0
+    ended = asyncio.Event()
+
+    async def reload() -> list[VersionStatus]:
+        nonlocal looks
+        looks += 1
+        if looks == 6:
+            ended.set()
+        if looks in (1, 2, 4, 5):  # twice in a row, and twice again
+            raise OSError("the network drive is away")
+        return []
+
+    monkeypatch.setattr(store, "reload", reload)
+    watching = asyncio.create_task(store.watch())
+    await asyncio.wait_for(ended.wait(), 5)
+    watching.cancel()
+    await asyncio.wait([watching])
+    assert len(caplog.records) == 2
 
 
 async def test_a_version_that_could_not_be_looked_into_for_a_moment_is_gone_back_to(

@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service import predict
+from service import decoding, predict
 from service.bodies import Upload
-from service.decoding import decode_all
-from service.errors import DeadlineExceeded
-from service.predict import PATIENCE, DisconnectGuard
+from service.decoding import MOST_SCANS, Decoder, decode_all
+from service.errors import DeadlineExceeded, InferenceFailed, TooManyPixels
+from service.fair_queue import Prediction
+from service.images import JPEG_SCAN
+from service.outputs import Outputs
+from service.predict import PATIENCE, DisconnectGuard, server_timing
 from service.schemas import PredictResponse
 from service.settings import Settings
 from tests.fakes import HEIGHT, WIDTH, FakeEngine, tiny_metadata
@@ -112,6 +115,25 @@ async def test_small_pictures_with_many_pixels_leave_the_event_loop(tmp_path: Pa
         assert run.service.decoder._threads._threads
 
 
+async def test_a_small_jpeg_of_many_scans_leaves_the_event_loop() -> None:
+    decoder = Decoder(Settings(), 1)
+    jpeg = encode(SMALL, "JPEG", progressive=True)
+    many = [Upload(jpeg + JPEG_SCAN * (MOST_SCANS + more - jpeg.count(JPEG_SCAN))) for more in (0, 1)]
+    assert decoder.decode_here(many[:1], tiny_metadata()) is not None
+    assert decoder.decode_here(many[1:], tiny_metadata()) is None
+    decoder.close()
+
+
+async def test_many_small_jpegs_leave_the_event_loop() -> None:
+    decoder = Decoder(Settings(inline_decode_pixels=2 * HEIGHT * WIDTH), 1)
+    jpegs = [Upload(encode(SMALL, "JPEG"))] * 3
+    images = decoder.decode_here(jpegs[:2], tiny_metadata())
+    assert images is not None
+    assert [image.shape for image in images] == [(HEIGHT, WIDTH, 3)] * 2
+    assert decoder.decode_here(jpegs, tiny_metadata()) is None
+    decoder.close()
+
+
 # Options
 
 
@@ -130,6 +152,25 @@ async def test_server_timing_splits_the_time(tmp_path: Path) -> None:
         assert list(durations) == ["decode", "queue", "inference", "total"]
         assert durations["total"] >= durations["inference"] >= 15
         assert durations["total"] >= durations["decode"] > 0
+
+
+async def test_the_pixels_of_a_request_are_bounded_wherever_it_is_decoded() -> None:
+    pixels = HEIGHT * WIDTH
+    decoder = Decoder(Settings(max_pixels=pixels, max_request_pixels=2 * pixels), 1)
+    pngs = [Upload(encode(SMALL, "PNG"))] * 3
+    assert decoder.decode_here(pngs[:2], tiny_metadata()) is not None
+    assert decoder.decode_here(pngs, tiny_metadata()) is None
+    with pytest.raises(TooManyPixels):
+        await decoder.decode(pngs, tiny_metadata(), asyncio.get_running_loop().time() + 60)
+    decoder.close()
+
+
+def test_of_several_pictures_server_timing_tells_the_longest_wait_and_the_longest_run() -> None:
+    outputs = Outputs(np.zeros((1, 2), np.float32))
+    times = [(0.003, 0.02), (0.25, 0.01), (0.1, 0.015)]
+    predictions = [Prediction(outputs, 0, queued, inference, 1) for queued, inference in times]
+    expected = b"decode;dur=1.000, queue;dur=250.000, inference;dur=20.000, total;dur=300.000"
+    assert server_timing(predictions, 0.001, 0.3) == expected
 
 
 # Errors: (query, headers, body) -> status, code
@@ -219,6 +260,25 @@ async def test_decoding_stops_between_two_pictures_when_nobody_waits_any_more() 
     assert len(decode_all([Upload(png(1))], tiny_metadata(), Settings(), threading.Event())) == 1
 
 
+async def test_a_thread_that_decodes_is_told_when_nobody_waits_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[threading.Event] = []
+
+    def decode_until_told(*arguments: object) -> list[object]:
+        abandoned = arguments[-1]
+        assert isinstance(abandoned, threading.Event)
+        told.append(abandoned)
+        assert abandoned.wait(5)
+        return []
+
+    monkeypatch.setattr(decoding, "decode_all", decode_until_told)
+    decoder = Decoder(Settings(), 1)
+    for _ in range(2):  # the second finds the thread free again
+        with pytest.raises(DeadlineExceeded):
+            await decoder.decode([], tiny_metadata(), asyncio.get_running_loop().time() + 0.2)
+    assert [event.is_set() for event in told] == [True, True]
+    decoder.close()
+
+
 @pytest.mark.usefixtures("either_way")
 async def test_a_failing_batch_is_a_500_and_the_next_one_is_served(tmp_path: Path) -> None:
     engine = FakeEngine()
@@ -228,6 +288,20 @@ async def test_a_failing_batch_is_a_500_and_the_next_one_is_served(tmp_path: Pat
         assert (response.status_code, error_of(response.content)) == (500, "inference_failed")
         assert "secret" not in response.text
         assert (await run.predict(14)).status_code == 200
+
+
+async def test_what_the_service_is_to_blame_for_is_logged_with_the_id_of_the_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = FakeEngine()
+    async with running(tmp_path, engine) as run:
+        engine.fail = lambda numbers: RuntimeError("no")
+        failed = await run.client.post("/predict", content=png(1), headers=IMAGE | {"x-request-id": "mine-1"})
+        refused = await run.client.post("/predict", content=b"junk", headers=IMAGE | {"x-request-id": "mine-2"})
+    assert (failed.status_code, refused.status_code) == (500, 400)
+    told = [record for record in caplog.records if getattr(record, "request_id", None)]
+    assert [record.getMessage() for record in told] == [f"request mine-1: {InferenceFailed.default}"]
+    assert told[0].request_id == "mine-1"  # type: ignore[attr-defined]
 
 
 async def test_a_client_is_watched_only_when_its_answer_takes_its_time(

@@ -64,6 +64,18 @@ async def test_bytes_in_the_house_are_bounded(tmp_path: Path) -> None:
         assert (await run.predict()).status_code == 200
 
 
+async def test_a_body_that_finds_no_room_is_refused_before_it_is_sent(tmp_path: Path) -> None:
+    async with running(tmp_path, max_queue_bytes=10_000, max_body_bytes=10_000) as run:
+        _, writer = await run.connect()
+        writer.write(request_head(8_001) + bytes(8_000))
+        await run.until(lambda: run.service.house.bytes == 8_000)
+        for announced, sent, expected in ((2_001, 0, "overloaded"), (2_000, 2_000, "not_an_image")):
+            reader, other = await run.connect()
+            other.write(request_head(announced) + bytes(sent))
+            _, _, body = await read_answer(reader)
+            assert error_of(body) == expected
+
+
 @pytest.mark.usefixtures("either_way")
 async def test_slow_senders_do_not_keep_others_out(tmp_path: Path) -> None:
     async with running(tmp_path, max_queue_size=1, max_pictures=1) as run:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service import connections
+from service import connections, protocol
 from tests.fakes import FakeEngine
 from tests.service.harness import ended, error_of, png, read_answer, request_head, running
 
@@ -183,6 +183,23 @@ async def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
             await run.until(lambda: not connections)
         assert run.in_flight == 0
         assert (await run.predict()).status_code == 200
+
+
+async def test_who_is_refused_and_does_not_read_it_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "LINGER_SECONDS", 0.3)
+    async with running(tmp_path, write_timeout_s=600, header_timeout_s=600, keep_alive_s=600) as run:
+        _, writer = await run.connect()
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        state = run.server.server_state
+        (connection,) = state.connections
+        # More answers than the buffers of both sockets hold, and not so many that the service waits for its client.
+        while not connection.transport.get_write_buffer_size():
+            answered = state.total_requests
+            writer.write(request_head(None, target="/openapi.json", method="GET"))
+            await run.until(lambda answered=answered: state.total_requests > answered)
+        assert not connection.flow.write_paused
+        writer.write(b"this is no HTTP\r\n\r\n")
+        await run.until(lambda: not state.connections)
 
 
 async def test_an_idle_connection_is_closed_in_its_time(tmp_path: Path) -> None:

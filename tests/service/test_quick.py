@@ -131,6 +131,19 @@ async def test_a_request_in_two_writes_goes_the_long_way(tmp_path: Path, ways: l
         assert ways == ["long", "short"]
 
 
+async def test_who_does_not_read_goes_the_long_way_which_waits_for_him(tmp_path: Path, ways: list[str]) -> None:
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        writer.write(request(png(3)))
+        assert (await read_answer(reader))[0] == 200
+        (connection,) = run.server.server_state.connections
+        connection.pause_writing()  # as when more of its answers lie here than should
+        writer.write(request(png(3)))
+        await run.until(lambda: ways == ["short", "long"])
+        connection.resume_writing()
+        assert (await read_answer(reader))[0] == 200
+
+
 async def test_requests_behind_one_that_went_the_short_way_wait_for_it(tmp_path: Path, ways: list[str]) -> None:
     engine = FakeEngine()
     async with running(tmp_path, engine) as run:

@@ -15,6 +15,7 @@ from tests.training.tiny import ALONE, DROPOUT, data_set, run_config
 from training import checkpoint
 from training.checkpoint import CheckpointError, RunConfig
 from training.config import PRESETS
+from training.distributed import World
 from training.lines import read_lines
 from training.state import seed_step
 from training.train import Trainer, epoch_order
@@ -128,6 +129,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, recipe: dict[str, Any
             assert stopped.state.step == stops[i - 1]
         assert stopped.fit(max_steps=max_steps) == (max_steps is None)
     assert_same_run(whole, stopped)
+
+
+def test_the_time_that_an_epoch_took_before_a_stop_counts(tmp_path: Path) -> None:
+    stopped = trainer_in(tmp_path, run_config())
+    stopped.fit(max_steps=2)
+    again = trainer_in(tmp_path, run_config())
+    again.resume()
+    assert again.state.seconds == stopped.state.seconds > 0
 
 
 def test_a_run_stopped_before_its_first_step_can_go_on(tmp_path: Path) -> None:
@@ -272,6 +281,37 @@ def test_the_training_loss_is_the_mean_of_the_epoch(tmp_path: Path) -> None:
     expected = torch.nn.functional.cross_entropy(logits, trainer.train_split.labels).item()
     trainer.fit()
     assert [line["train_loss"] for line in lines_of(trainer)] == pytest.approx([expected] * 3, rel=1e-5)
+
+
+def test_the_rate_falls_where_the_loss_rests(tmp_path: Path) -> None:
+    recipe = {"schedule": "plateau", "plateau_factor": 0.2, "plateau_patience": 1, "plateau_threshold": 100}
+    trainer = trainer_in(tmp_path, run_config(learning_rate=0.01, epochs=4, **recipe))
+    assert trainer.fit()
+    assert [line["learning_rate"] for line in lines_of(trainer)] == pytest.approx([0.01, 0.01, 0.002, 0.0004])
+
+
+def test_the_optimizer_takes_gradients_that_are_clipped(tmp_path: Path) -> None:
+    norms = []
+    for clip_norm in (0.0, 0.001):
+        trainer = trainer_in(tmp_path, run_config(optimizer="adamw", clip_norm=clip_norm))
+        trainer.fit(max_steps=1)
+        moments = [moment["exp_avg"].flatten() for moment in trainer.state.optimizers[0].state.values()]
+        norms.append(torch.cat(moments).norm().item() / 0.1)  # of its first moment a step's gradient is a tenth
+    assert norms[0] > 0.01
+    assert norms[1] == pytest.approx(0.001, rel=1e-2)
+
+
+@pytest.mark.parametrize("model", [{}, DROPOUT])
+def test_processes_draw_the_same_changes_of_a_batch_and_dropout_of_their_own(
+    tmp_path: Path, model: dict[str, Any]
+) -> None:
+    losses = []
+    for rank in (0, 1):
+        trainer = trainer_in(tmp_path, run_config(model, crop_padding=2, zoom=0.2, mixup=0.4, cutmix=1.0))
+        trainer.world = World(rank, 1, ALONE.device)  # and yet the whole batch is the share of each
+        trainer.fit(max_steps=1)
+        losses.append(trainer.state.loss_sum.item())
+    assert (losses[0] == losses[1]) == (not model)
 
 
 def test_early_stop_ends_the_run(tmp_path: Path) -> None:
