@@ -221,7 +221,7 @@ def refused(process: Process, status: int, *said: str) -> None:
 @pytest.mark.usefixtures("either_way")
 def test_a_missing_model_folder(tmp_path: Path) -> None:
     with started(tmp_path, *on_model(tmp_path / "nowhere")) as process:
-        refused(process, 1, "nowhere", "no model version")
+        refused(process, 1, "nowhere", "there is no such folder")
 
 
 @pytest.mark.parametrize("defect", ["golden_mismatch", "corrupt_onnx", "no_metadata"])
