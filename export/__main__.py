@@ -93,17 +93,22 @@ def run_verify(args: argparse.Namespace) -> None:
 
 
 def chosen_variants(args: argparse.Namespace) -> tuple[VariantPrecision, ...]:
-    """Those that were asked for; else those that can be timed here, and none of what is for comparisons only."""
+    """Those that were asked for; else those that can be timed here, and a note on the others.
+
+    None of what is for comparisons only.
+    """
     if args.variants is not None:
         return tuple(dict.fromkeys(args.variants))
     if args.plain or args.random:
         return ()
-    timed = tuple(precision for precision in PROVIDER_OF if provider_for(precision)[1] is None)
+    timed = []
     for precision, provider in PROVIDER_OF.items():
-        if precision not in timed:
+        if provider_for(precision)[1] is None:
+            timed.append(precision)
+        else:
             name = MODEL_FILES[precision]
             print(f"note: {name} is not tried: its speed is measured on {provider.upper()}, which can't be used here.")
-    return timed
+    return tuple(timed)
 
 
 def run_export(args: argparse.Namespace) -> None:

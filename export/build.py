@@ -310,7 +310,7 @@ def check_successor(options: Options, source: Source) -> None:
 
 
 def check_writable(out: Path) -> None:
-    """Find out before the work, and not after it, that nothing can be written below `out`.
+    """Find out before the work, and not after it, that nothing can be written below `out`, or would not be served.
 
     Raises:
         ExportError: it can't.

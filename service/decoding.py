@@ -35,6 +35,7 @@ class Decoder:
 
     def __init__(self, settings: Settings, threads: int) -> None:
         self.settings = settings
+        self._inline_pixels = min(settings.inline_decode_pixels, settings.max_request_pixels)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         # Waiting is done here and not in the executor's queue: what is cancelled while it waits frees its memory.
         self._free = asyncio.Semaphore(threads)
@@ -63,9 +64,8 @@ class Decoder:
             return None
         if (quick := self._decode_quickly(uploads, metadata)) is not None:
             return quick
-        settings = self.settings
         with suppress(TooManyPixels):  # for the event loop; the thread will see whether for the service too
-            headers = Headers(settings.max_pixels, min(settings.inline_decode_pixels, settings.max_request_pixels))
+            headers = Headers(self.settings.max_pixels, self._inline_pixels)
             images = each(uploads, lambda index: headers.open(uploads[index].data))
             return each(uploads, lambda index: shaped(images[index], metadata))
         return None
@@ -91,9 +91,8 @@ class Decoder:
     def _decode_quickly(self, uploads: Sequence[Upload], metadata: ModelMetadata) -> list[Pixels] | None:
         """Decode a request whose pictures are all JPEGs of the model's size; None for any other."""
         height, width = size = metadata.input_size
-        settings, pixels = self.settings, height * width
-        most = min(settings.inline_decode_pixels, settings.max_request_pixels)
-        if pixels > settings.max_pixels or pixels * len(uploads) > most:
+        pixels = height * width
+        if pixels > self.settings.max_pixels or pixels * len(uploads) > self._inline_pixels:
             return None
         images = []
         for upload in uploads:

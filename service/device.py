@@ -70,9 +70,8 @@ def why_no_graphs() -> str | None:
     version = cudnn_version()
     if version is not None and version >= KEEPS_CODE_OF_GRAPHS:
         return None
-    loaded, wanted = (
-        "none" if numbers is None else ".".join(map(str, numbers)) for numbers in (version, KEEPS_CODE_OF_GRAPHS)
-    )
+    wanted = ".".join(map(str, KEEPS_CODE_OF_GRAPHS))
+    loaded = "none" if version is None else ".".join(map(str, version))
     return f"cuDNN must be {wanted} or newer to keep the code of a captured graph, and is {loaded}"
 
 

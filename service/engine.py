@@ -108,17 +108,13 @@ class OnnxEngine:
         self.path = path
         self.provider: Provider = resolve_provider(provider, device_id)
         self._buckets = buckets
-        captures = cuda_graphs and self.provider == "cuda"
-        if captures and (reason := why_no_graphs()) is not None:
-            self._tell_without_graphs(reason)
-            captures = False
         self._spec = SessionSpec(
             provider=self.provider,
             device_id=device_id,
             intra_op_threads=intra_op_threads,
             max_batch_size=max_batch_size,
             gpu_memory_limit_bytes=gpu_memory_limit_bytes,
-            cuda_graphs=captures,
+            cuda_graphs=cuda_graphs and self.provider == "cuda",
         )
         self._runner: Runner | None = None
         self.max_batch_size = max_batch_size
@@ -207,24 +203,22 @@ class OnnxEngine:
             self._runner = None
 
     def _open(self) -> None:
-        reason = ""
-        try:
-            self.metadata, self._runner = _open(self.path, self._spec, self._buckets)
-        except EngineError as error:
-            if not self._spec.cuda_graphs:
-                raise
-            reason = str(error)
-        if reason:
+        reason = why_no_graphs() if self._spec.cuda_graphs else None
+        if reason is None:
+            try:
+                self.metadata, self._runner = _open(self.path, self._spec, self._buckets)
+            except EngineError as error:
+                if not self._spec.cuda_graphs:
+                    raise
+                reason = str(error)
+        if reason is not None:
             self._open_without_graphs(reason)
 
     def _open_without_graphs(self, reason: str) -> None:
-        self._tell_without_graphs(reason)
+        logger.warning("%s: no CUDA graphs, kernels are launched one by one: %s", self.path, reason)
         self._spec = self._spec.without_graphs()
         self.max_batch_size = self._spec.max_batch_size
         self.metadata, self._runner = _open(self.path, self._spec, self._buckets)
-
-    def _tell_without_graphs(self, reason: str) -> None:
-        logger.warning("%s: no CUDA graphs, kernels are launched one by one: %s", self.path, reason)
 
     def _blank(self, size: int) -> Images:
         return np.zeros((size, *self.metadata.input_size, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Batchers and model stores that are closed when their test is over."""
+"""A tiny model, and batchers and model stores that are closed when their test is over."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -7,9 +7,15 @@ import pytest
 
 from service.batcher import DynamicBatcher
 from service.models import ModelStore
-from tests.fakes import FakeEngine
+from tests.fakes import FakeEngine, make_model_folder
 from tests.service.batchers import Start
 from tests.service.stores import OPTIONS, Make
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The folder of version 1 of the tiny model."""
+    return make_model_folder(tmp_path)
 
 
 @pytest.fixture

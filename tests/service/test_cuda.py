@@ -19,13 +19,10 @@ from tests.fakes import (
     HEIGHT,
     WIDTH,
     Logits,
-    make_model_folder,
     tiny_images,
     tiny_logits,
     tiny_metadata,
 )
-
-WAIT = 5.0  # seconds until a test gives up; none waits for so long when all is well
 
 
 class FakeBound:
@@ -51,11 +48,6 @@ class BucketedEngine(OnnxEngine):
         self.runs: list[int] = []
         self.limit = limit
         self._runner = BucketRunner(lambda size: FakeBound(size, lambda: self.limit, self.runs), sizes, warm_up_runs)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return make_model_folder(tmp_path)
 
 
 # Buckets

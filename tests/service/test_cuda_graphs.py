@@ -14,13 +14,8 @@ from service.cuda import RUNS_UNTIL_CAPTURED
 from service.engine import EngineError, OnnxEngine
 from service.runners import BucketRunner
 from service.session import SessionSpec, open_session
-from tests.fakes import Logits, make_model_folder, tiny_images, tiny_logits
+from tests.fakes import Logits, tiny_images, tiny_logits
 from tests.service.test_cuda import FakeBound
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return make_model_folder(tmp_path)
 
 
 class FakeCuda:

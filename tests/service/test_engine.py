@@ -33,11 +33,6 @@ from tests.service.tiny_engines import LimitedSession, limited_engine, open_tiny
 TOLERANCE = 1e-4
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return make_model_folder(tmp_path)
-
-
 def test_it_computes_what_the_graph_says(folder: Path) -> None:
     engine = open_tiny(folder)
     for n in range(1, engine.max_batch_size + 1):

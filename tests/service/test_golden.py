@@ -23,11 +23,6 @@ from tests.service.tiny_engines import limited_engine, open_tiny
 TOLERANCE = 1e-4
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return make_model_folder(tmp_path)
-
-
 def test_the_right_model_gives_the_golden_logits(folder: Path) -> None:
     engine = open_tiny(folder, max_batch_size=3)  # three batches for seven pictures
     report = check_golden(engine, load_golden(folder / GOLDEN_FILE))

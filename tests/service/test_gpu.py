@@ -28,11 +28,6 @@ NO_CUDA = why_no_cuda()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NO_CUDA is not None, reason=f"no CUDA: {NO_CUDA}")]
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return make_model_folder(tmp_path)
-
-
 @pytest.fixture(autouse=True)
 def graphs_captured(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """A capture that fails is made up for by plain kernels, which give the same: the log alone tells."""

@@ -5,12 +5,7 @@ import pytest
 from service import session as session_module
 from service.engine import EngineError, OnnxEngine
 from service.session import ProviderChoice, SessionSpec, open_session, provider_options, resolve_provider
-from tests.fakes import HEIGHT, WIDTH, make_model_folder, tiny_metadata
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return make_model_folder(tmp_path)
+from tests.fakes import HEIGHT, WIDTH, tiny_metadata
 
 
 def without_cuda(device_id: int = 0) -> str | None:
