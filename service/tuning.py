@@ -12,7 +12,7 @@ from typing import Final
 # A size gives way to a smaller one that is faster by more than that, in pictures a second: what is measured beside
 # other work is not exact, and too small a batch costs more, behind a queue, than too large a one.
 WORTH: Final = 1.1
-LEAST_ROUNDS: Final = 3
+LEAST_ROUNDS: Final = 2
 MOST_ROUNDS: Final = 5
 BUDGET_SECONDS: Final = 1.0
 # What a run costs apart from its pictures is below a millisecond: a batch that takes longer than this shares nothing
@@ -38,7 +38,7 @@ def fastest_size(
         clock: in seconds.
 
     Returns:
-        One of `sizes`. There are three rounds at least; no fourth or fifth begins when a second is over.
+        One of `sizes`. There are two rounds at least, and up to five as long as a second is not over.
     """
 
     def timed(size: int, times: int) -> float:
