@@ -16,7 +16,7 @@ TARGET = Path(__file__).parent / "reference.md"
 # Classes whose docstring speaks to programmers.
 WHEN = {errors.ServiceError: "A fault of this program; the log has the traceback under the request's id."}
 # Defaults that depend on the machine.
-DEFAULTS = {"decode_threads": "cores, at most 4"}
+DEFAULTS = {"decode_threads": "CPUs that it may use, at most 4"}
 
 HEAD = """\
 # Reference: settings, answers, metrics

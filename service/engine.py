@@ -79,7 +79,8 @@ class OnnxEngine:
         provider: "auto" takes CUDA where there is one and the CPU elsewhere; all others are asserted, never replaced.
         device_id: index of the GPU.
         max_batch_size: largest batch in pictures.
-        intra_op_threads: threads of one run on the CPU; 0 takes one a physical core.
+        intra_op_threads: threads of one run on the CPU; 0 takes one a physical core that
+            this process may use.
         buckets: batch sizes on a GPU, where batches are padded to the next; default: powers of two.
         gpu_memory_limit_bytes: ceiling of onnxruntime's arena on the GPU; None: no ceiling.
         cuda_graphs: capture each bucket as a CUDA graph at warm-up (CUDA only).

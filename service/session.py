@@ -17,6 +17,7 @@ from service.artifact import (
     Precision,
     from_props,
 )
+from service.cpus import threads_within_limits
 from service.device import CUDA, why_no_cuda
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ class SessionSpec:
     Attributes:
         provider: already resolved, see `resolve_provider`.
         device_id: index of the GPU; no meaning on the CPU.
-        intra_op_threads: threads of one run on the CPU; 0 takes one a physical core.
+        intra_op_threads: threads of one run on the CPU; 0 takes one a physical core that this
+            process may use.
         max_batch_size: the largest batch that will be run.
         gpu_memory_limit_bytes: ceiling of onnxruntime's arena on the GPU; None leaves all of the memory to it.
         cuda_graphs: whether runs will be captured as CUDA graphs.
@@ -139,7 +141,7 @@ def open_session(path: Path, spec: SessionSpec) -> Any:
 def session_options(spec: SessionSpec) -> Any:
     """Thread settings for a server that shares its cores with an event loop."""
     options = ort.SessionOptions()
-    options.intra_op_num_threads = spec.intra_op_threads
+    options.intra_op_num_threads = spec.intra_op_threads or threads_within_limits()
     options.log_severity_level = SILENT
     options.enable_mem_pattern = not spec.cuda_graphs  # a pattern is allocated late, which a capture can't bear
     # Threads that spin within a run save a third of a small batch's time (0.65 against 0.93 ms on two cores), but by

@@ -5,7 +5,6 @@ An empty variable counts as unset. Errors are collected by `service.command_line
 """
 
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping
@@ -14,6 +13,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from service.cpus import usable_cpus
 
 MIB = 1024 * 1024
 
@@ -89,7 +90,10 @@ class Settings(BaseSettings):
     )
     cuda_graphs: bool = Field(True, description="Capture CUDA graphs at warm-up: faster, and takes more GPU memory.")
     intra_op_threads: int = bounded(
-        0, 0, 1024, "CPU threads of one run of the model; 0 leaves the choice to onnxruntime."
+        0,
+        0,
+        1024,
+        "CPU threads of one run of the model; 0: one a physical core, of those that a container's limit leaves.",
     )
     max_batch_size: int = bounded(
         32, 1, 1024, "Pictures in one run of the model at most. Larger: more throughput, more memory."
@@ -190,7 +194,7 @@ class Settings(BaseSettings):
         256 * 256, 0, 4_000_000, "Pixels of all pictures of a request together, as above."
     )
     decode_threads: int = bounded(
-        min(4, os.cpu_count() or 1),
+        min(4, usable_cpus()),
         1,
         256,
         "Threads that decode large pictures; HTTP processes share them, one each at least.",
