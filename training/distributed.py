@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -59,30 +61,38 @@ class World:
         return slice(self.rank * part, (self.rank + 1) * part)
 
     def broadcast(self, value: T) -> T:
-        """Rank 0's value (a picklable object of our own making), everywhere."""
+        """Rank 0's value (a picklable object of our own making), everywhere; tensors in it arrive on the CPU."""
         if self.size == 1:
             return value
-        box = [value]
+        stream, tensors = _pickled(value) if self.is_main else (b"", [])
+        box = [stream]
         dist.broadcast_object_list(box, src=0)
-        return box[0]
+        if not self.is_main:
+            value, tensors = _unpickled(box[0])
+        for tensor in tensors:
+            on_device = tensor.to(self.device)
+            dist.broadcast(on_device, src=0)
+            if not self.is_main and on_device is not tensor:
+                tensor.copy_(on_device)
+        return value
 
-    def main_first(self, work: Callable[[], T]) -> T:
-        """Do ``work`` in rank 0 (which may download, and refuse), and only then in the others.
+    def from_main(self, work: Callable[[], T]) -> T:
+        """Do ``work`` in rank 0, which may download, read, and refuse; returns its result everywhere.
 
         Raises:
             PeerFailed: in the others, when ``work`` has raised in rank 0.
         """
         if not self.is_main:
-            if not self.broadcast(False):
+            results = self.broadcast([])
+            if not results:
                 raise PeerFailed
-            return work()
-        succeeded = False
+            return results[0]
+        results = []
         try:
-            result = work()
-            succeeded = True
-            return result
+            results.append(work())
+            return results[0]
         finally:
-            self.broadcast(succeeded)
+            self.broadcast(results)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
@@ -108,6 +118,46 @@ class World:
         """Wait for what the device still has to do."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+class _Pickler(pickle.Pickler):
+    """Leaves tensors out, of which pickle would make copies: a data set's may be most of the memory."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.tensors: list[Tensor] = []
+
+    def persistent_id(self, obj: object) -> tuple[torch.Size, torch.dtype] | None:
+        """Shape and type in a tensor's place."""
+        if not isinstance(obj, Tensor):
+            return None
+        self.tensors.append(obj.contiguous())
+        return obj.shape, obj.dtype
+
+
+class _Unpickler(pickle.Unpickler):
+    """Has empty tensors where others were left out."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.tensors: list[Tensor] = []
+
+    def persistent_load(self, pid: tuple[torch.Size, torch.dtype]) -> Tensor:
+        """A tensor to be filled."""
+        self.tensors.append(torch.empty(pid[0], dtype=pid[1]))
+        return self.tensors[-1]
+
+
+def _pickled(value: object) -> tuple[bytes, list[Tensor]]:
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    pickler.dump(value)
+    return file.getvalue(), pickler.tensors
+
+
+def _unpickled(stream: bytes) -> tuple[Any, list[Tensor]]:
+    unpickler = _Unpickler(io.BytesIO(stream))
+    return unpickler.load(), unpickler.tensors
 
 
 def join(device: str) -> World:

@@ -97,9 +97,8 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
     deadline = time.monotonic() + 60 * args.max_minutes if args.max_minutes is not None else None
     if args.threads:
         torch.set_num_threads(args.threads)
-    run, data_set, folder = world.main_first(lambda: prepare(args, preset, world))
-    # The same checkpoints for all, whatever is at their paths now.
-    run = run.model_copy(update={"init": world.broadcast(run.init), "teacher": world.broadcast(run.teacher)})
+    # Read once, and the same pictures and checkpoints for all, whatever is at their paths by then.
+    run, data_set, folder = world.from_main(lambda: prepare(args, preset, world))
     with memory_explained(run.train.batch_size):
         trainer = Trainer(run, data_set, folder, world)
         if preset is None:
@@ -144,14 +143,14 @@ def prepare(args: argparse.Namespace, preset: Preset | None, world: World) -> tu
         if init is not None:
             check_fits(find(args.init), init.run.model, preset.model)
         # Twice, because without --out the folder is named after data that has to be read first.
-        refuse_existing(args.out, world)
+        refuse_existing(args.out)
         data_set = data.load_for(preset, args.data)
         if args.validation_fraction is not None and data_set.own_val:
             raise ValueError(
                 f"--validation-fraction {args.validation_fraction} changes nothing: {args.data} has its own val/."
             )
         folder = args.out or Path("runs") / f"{args.preset or DEFAULT_PRESET}-{data_set.name}"
-        refuse_existing(folder, world)
+        refuse_existing(folder)
         refuse_among_classes(folder, data_set)
         train = preset.train
         if args.batch_size is None:
@@ -190,10 +189,10 @@ def batch_for_few(batch_size: int, pictures: int, world: World) -> int:
     return batch_size
 
 
-def refuse_existing(folder: Path | None, world: World) -> None:
+def refuse_existing(folder: Path | None) -> None:
     """Raise ValueError when the folder holds a run that can be resumed (or when a file is in its place)."""
-    if folder is None or not world.is_main:
-        return  # of several processes the first may already have begun to write
+    if folder is None:
+        return
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder}: is a file; name a folder for the run.")
     if (folder / "last.safetensors").exists():

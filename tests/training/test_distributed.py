@@ -105,6 +105,11 @@ def test_the_first_says_what_is_wrong_and_the_other_follows(pair: tuple[Path, st
     assert "Traceback" not in stderr
 
 
+def test_a_value_with_tensors_arrives_whole(pair: tuple[Path, str]) -> None:
+    expected = [[[0, 1, 2], [3, 4, 5]], [[0, 3], [1, 4], [2, 5]], "torch.float32", 3]
+    assert [seen(pair[0], rank)["broadcast"] for rank in (0, 1)] == [expected] * 2
+
+
 def test_the_command_leaves_one_run(pair: tuple[Path, str]) -> None:
     run = pair[0] / "run"
     assert [line["epoch"] for line in read_lines(run)] == [1]

@@ -42,7 +42,7 @@ def failing_first(world: World) -> str:
         raise ValueError("no")
 
     try:
-        world.main_first(refuse)
+        world.from_main(refuse)
     except (ValueError, PeerFailed) as error:
         return type(error).__name__
     return "nothing"
@@ -71,12 +71,21 @@ def train(folder: Path, mine: Path, world: World) -> dict[str, object]:
     slow.fit(max_steps=1)
     times.append(time.monotonic())
     seen = {"stopped": [stopped, first.state.step], "asked": [asked_result, asked.state.step], "slow": times}
-    return {**seen, "refused": failing_first(world)}
+    return {**seen, "refused": failing_first(world), "broadcast": broadcast(world)}
+
+
+def broadcast(world: World) -> list[object]:
+    """What arrives of the first's value, tensors among it, where the other has nothing."""
+    grid = torch.arange(6, dtype=torch.uint8).view(2, 3)
+    value = world.broadcast({"grid": grid, "turned": [grid.T], "none": torch.empty(0), "n": 3} if world.is_main else {})
+    return [value["grid"].tolist(), value["turned"][0].tolist(), str(value["none"].dtype), value["n"]]
 
 
 def commands(folder: Path, world: World) -> dict[str, object]:
     """Exit statuses of the command itself, in the process group that is there: torch can't join one a second time."""
     run.join, run.leave = lambda device: world, lambda world, failed_with: None
+    if not world.is_main:
+        run.data.load_for = lambda preset, path: sys.exit("reads what the first has read already")
     flags = [*FLAGS, "--device=cpu", "--epochs=1", "--batch-size=8"]
     return {
         "run": main([*flags, "--data", str(folder / "pictures"), "--out", str(folder / "run")]),
