@@ -8,6 +8,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.common import ModelPlace
+from export.publish import new_version
 from service.artifact import (
     GOLDEN_FILE,
     INPUT_NAME,
@@ -18,7 +19,6 @@ from service.artifact import (
     ModelMetadata,
     Provenance,
     ResizePolicy,
-    new_version,
     save_golden,
     to_props,
 )

@@ -1,10 +1,8 @@
 """One export from source to version folder: translate, pass the gate, write."""
 
 import json
-import os
 import shutil
 import tempfile
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -21,8 +19,10 @@ from export.errors import ExportError, GateError
 from export.fold import fold
 from export.golden import data_path, has_changed, load_data, noise_golden, real_golden, reference_logits
 from export.precision import Pictures, VariantPrecision
+from export.publish import new_version
 from export.serving_model import TrainingForm, count_operations
 from export.source import METRICS_FILE, Source
+from export.successor import check_successor, check_writable
 from export.to_onnx import attach, to_onnx
 from export.triton import write_triton_config
 from export.variants import Base, Variant, build_variants
@@ -38,12 +38,10 @@ from service.artifact import (
     ModelMetadata,
     Provenance,
     ResizePolicy,
-    list_versions,
-    new_version,
     save_golden,
     to_props,
 )
-from service.engine import EngineError, read_metadata
+from service.engine import EngineError
 from training.checkpoint import digest
 from training.dataset import DataSet
 from training.transfer import flatterers
@@ -64,7 +62,8 @@ class Options:
         variants_asked: whether somebody named them.
         untimed: write a variant although its speed can't be measured here.
         other_classes: write to a model folder whose newest version has other classes.
-        even_if_worse: write to a model folder whose newest version was right more often, on the same pictures.
+        even_if_worse: write to a model folder whose newest version was right more often, on the same pictures, or may
+            have been, where this model's run has not ended.
     """
 
     out: Path
@@ -197,6 +196,21 @@ def without_what_others_would_judge(source: Source, data: DataSet | None, option
     return replace(options, variants=())
 
 
+def folded(trained: TrainingForm) -> nn.Module:
+    """Rewrite the trained form by exact algebra.
+
+    Raises:
+        ExportError: the algebra does not know the model.
+    """
+    try:
+        return fold(trained)
+    except Exception as error:  # it takes the model apart, and of one that was changed any part may be missing
+        raise ExportError(
+            f"export/fold.py does not know this model ({type(error).__name__}: {error}); it has to follow a change of "
+            "training/model.py. --plain exports the form that was trained, without its algebra."
+        ) from error
+
+
 def build(source: Source, options: Options) -> Exported:
     """Translate a source and pass the gate; nothing is written.
 
@@ -214,7 +228,7 @@ def build(source: Source, options: Options) -> Exported:
         raise ExportError(f"the model can't be described: {first['loc'][0]}: {first['msg']}.") from error
     forms: list[tuple[str, nn.Module]] = [("as trained", trained)]
     if not options.plain:
-        forms.append(("folded", fold(trained)))
+        forms.append(("folded", folded(trained)))
     image = torch.zeros(1, *metadata.input_size, 3, dtype=torch.uint8)
     operations = [(name, count_operations(form, image)) for name, form in forms]
     print("GFLOP a picture: " + ", ".join(f"{name} {count / 1e9:.3f}" for name, count in operations))
@@ -271,57 +285,6 @@ def fill(folder: Path, source: Source, exported: Exported) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def newest_metadata(folder: Path) -> ModelMetadata | None:
-    """Return what the newest version that can be read says of itself, None where there is none."""
-    for newest in reversed(list_versions(folder)):
-        with suppress(ArtifactError, EngineError):
-            return read_metadata(newest.path / MODEL_FILE)
-    return None
-
-
-def check_successor(options: Options, source: Source) -> None:
-    """Refuse a model of other classes than the folder's newest version, or one that is right less often.
-
-    A service that watches the folder would serve it seconds later, in that version's place.
-
-    Raises:
-        ExportError: says how to do it all the same.
-    """
-    served = newest_metadata(options.out)
-    if served is None:
-        return
-    if served.labels != source.run.labels:
-        if options.other_classes:
-            return
-        raise ExportError(
-            f"{options.out}: its newest version has not the classes of this model, which would be served in its place; "
-            "name another --out, or say --other-classes."
-        )
-    theirs, mine = served.metrics, source.metrics
-    if options.even_if_worse or theirs is None or mine is None:
-        return
-    comparable = (served.dataset, theirs.split, theirs.n) == (source.run.dataset, mine.split, mine.n)
-    if comparable and mine.top1 < theirs.top1:
-        raise ExportError(
-            f"{options.out}: its newest version is right on {theirs.top1:.2%} of the {theirs.split} pictures and this "
-            f"model, which would be served in its place, on {mine.top1:.2%}; name another --out, or say "
-            "--even-if-worse."
-        )
-
-
-def check_writable(out: Path) -> None:
-    """Find out before the work, and not after it, that nothing can be written below `out`, or would not be served.
-
-    Raises:
-        ExportError: it can't.
-    """
-    if any((out / name).is_file() for name in MODEL_FILES.values()):
-        raise ExportError(f"{out}: is one version of a model; name the folder of its versions, --out {out.parent}.")
-    existing = next(path for path in (out, *out.resolve().parents) if path.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        raise ExportError(f"{out}: {existing} is no folder that can be written to; name another --out.")
-
-
 def export(source: Source, options: Options) -> Path:
     """Export to the next version of the model folder; returns the version's folder.
 
@@ -329,10 +292,12 @@ def export(source: Source, options: Options) -> Path:
         ExportError: nothing was written.
     """
     check_writable(options.out)
-    check_successor(options, source)
+    allowed = {"other_classes": options.other_classes, "even_if_worse": options.even_if_worse}
+    check_successor(options.out, source, **allowed)
     exported = build(source, options)
     try:
         with new_version(options.out) as (number, folder):
+            check_successor(options.out, source, **allowed)  # again, of what another export may have written meanwhile
             fill(folder, source, exported)
     except ArtifactError as error:
         raise ExportError(str(error)) from error

@@ -8,11 +8,8 @@ Shape letters: K golden pictures, H and W the input size in pixels, C classes.
 """
 
 import json
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -267,34 +264,3 @@ def list_versions(folder: Path) -> list[ModelVersion]:
 
 def _is_version_name(name: str) -> bool:
     return name.isascii() and name.isdigit() and not name.startswith("0") and len(name) <= MOST_DIGITS
-
-
-@contextmanager
-def new_version(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Write the next version of `folder` so that no reader ever sees a part of it.
-
-    Yields the next version's number and a temporary sibling folder to write into; it is renamed to
-    `folder/<number>` when the body succeeds and removed when the body raises.
-
-    Raises:
-        ArtifactError: another process took the number meanwhile; an existing version is never overwritten.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    number = max((version.number for version in list_versions(folder)), default=0) + 1
-    temporary = Path(tempfile.mkdtemp(prefix=f".{number}-", dir=folder))
-    try:
-        yield number, temporary
-        temporary.chmod(0o755)  # mkdtemp's 0o700 would hide the version from a service of another user
-        _publish(temporary, folder / str(number))
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _publish(temporary: Path, target: Path) -> None:
-    """Rename; the system refuses where the target is a folder with something in it, so no check can come too early."""
-    try:
-        temporary.rename(target)
-    except OSError as error:
-        if not target.exists():
-            raise
-        raise ArtifactError(f"{target}: this version exists already and is never overwritten") from error

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from export import build
 from export.__main__ import main
@@ -17,6 +18,7 @@ from tests.fakes import make_model_folder
 from training import checkpoint
 from training.config import PRESETS
 from training.figures import Report
+from training.model import Perceiver
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -131,7 +133,11 @@ def test_a_folder_whose_model_is_right_more_often(
     assert main(reporting(n=30)) == 0
     assert fails(reporting(top1=0.38, n=30), capsys)
     assert main([*arguments, "--even-if-worse"]) == 0
-    (copy / "report.json").unlink()  # nobody knows how often it is right
+    (copy / "report.json").unlink()
+    error = fails(arguments, capsys)
+    assert "its newest version is right on 38.00% of the test pictures, and of this model" in error
+    assert "its run has not ended with a report. Go on with it by `python -m training --resume`" in error
+    assert main([*arguments, "--even-if-worse"]) == 0  # of which the validation figures are known
     assert main(arguments) == 0
 
 
@@ -221,3 +227,47 @@ def test_a_checkpoint_that_a_run_replaces_meanwhile(
     )
     assert "has changed since the export began" in error
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_what_another_export_writes_meanwhile_is_compared_with_too(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both began when the folder was empty, and the worse one ends last."""
+    out = tmp_path / "out"
+    arguments = ["--out", str(out), "--golden", "2", "--max-batch", "2", "--variants"]
+    better = Path(shutil.copytree(copy, tmp_path / "better"))
+    report = Report.model_validate_json((copy / "report.json").read_text())
+    assert report.test is not None
+    report = report.model_copy(update={"test": report.test.model_copy(update={"top1": 0.9})})
+    (better / "report.json").write_text(report.model_dump_json())
+
+    def build_slowly(*args: Any) -> Any:
+        monkeypatch.setattr(build, "build", original)
+        assert main([str(better), *arguments]) == 0
+        return original(*args)
+
+    original = build.build
+    monkeypatch.setattr(build, "build", build_slowly)
+    assert "its newest version is right on 90.00% of the test pictures" in fails([str(copy), *arguments], capsys)
+    assert [version.number for version in list_versions(out)] == [1]
+
+
+def test_a_model_that_the_algebra_does_not_know(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def changed(config: Any) -> Perceiver:
+        model = Perceiver(config)
+        model.head = torch.nn.Sequential(torch.nn.LayerNorm(config.dim), torch.nn.Linear(config.dim, len(LABELS)))
+        return model
+
+    monkeypatch.setattr(checkpoint, "Perceiver", changed)
+    tensors, header = checkpoint.load(copy / "best.safetensors")
+    weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.head.")}
+    weights |= {f"model.head.{name}": tensor for name, tensor in changed(header.run.model).head.state_dict().items()}
+    checkpoint.save(copy / "best.safetensors", weights, header)
+    (copy / "report.json").unlink()
+    arguments = [str(copy), "--out", str(tmp_path / "out"), "--golden", "2", "--max-batch", "2", "--variants"]
+    error = fails(arguments, capsys)
+    assert "export/fold.py does not know this model (" in error
+    assert "--plain exports the form that was trained" in error
+    assert main([*arguments, "--plain"]) == 0

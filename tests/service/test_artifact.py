@@ -21,7 +21,6 @@ from service.artifact import (
     from_props,
     list_versions,
     load_golden,
-    new_version,
     save_golden,
     to_props,
 )
@@ -217,48 +216,6 @@ def test_versions_are_plain_positive_integers_in_numeric_order(tmp_path: Path) -
     assert [version.number for version in list_versions(tmp_path)] == [1, 9, 10]
     assert list_versions(tmp_path)[-1].path == tmp_path / "10"
     assert list_versions(tmp_path / "nowhere") == []
-
-
-def test_a_new_version_appears_at_once_and_whole(tmp_path: Path) -> None:
-    folder = tmp_path / "models" / "name"
-    for expected in (1, 2):
-        with new_version(folder) as (number, path):
-            assert number == expected
-            (path / MODEL_FILE).write_text("weights")
-            assert len(list_versions(folder)) == expected - 1
-        assert (folder / str(expected) / MODEL_FILE).read_text() == "weights"
-    assert sorted(entry.name for entry in folder.iterdir()) == ["1", "2"]
-    assert (folder / "1").stat().st_mode & 0o055 == 0o055  # a service of another user can read it
-
-
-def test_the_next_version_is_one_above_the_highest(tmp_path: Path) -> None:
-    (tmp_path / "41").mkdir()
-    with new_version(tmp_path) as (number, _):
-        assert number == 42
-
-
-def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
-    def export() -> None:
-        with new_version(tmp_path) as (_, path):
-            (path / MODEL_FILE).write_text("half")
-            raise RuntimeError("the gate")
-
-    with pytest.raises(RuntimeError, match="the gate"):
-        export()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_existing_version_is_never_overwritten(tmp_path: Path) -> None:
-    def export() -> None:
-        with new_version(tmp_path) as (_, path):
-            (path / MODEL_FILE).write_text("mine")
-            (tmp_path / "1").mkdir()  # another exporter was faster
-            (tmp_path / "1" / MODEL_FILE).write_text("theirs")
-
-    with pytest.raises(ArtifactError, match="never overwritten"):
-        export()
-    assert (tmp_path / "1" / MODEL_FILE).read_text() == "theirs"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["1"]
 
 
 GATE = VariantGate(
