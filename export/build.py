@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -26,7 +27,18 @@ from export.successor import check_successor, check_writable
 from export.to_onnx import attach, to_onnx
 from export.triton import write_triton_config
 from export.variants import Base, Variant, build_variants
-from export.verify import FLOAT32_TOLERANCE, TABLE_HEAD, Comparison, compare_with_torch, require, summary, warm_engine
+from export.verify import (
+    FLOAT32_TOLERANCE,
+    TABLE_HEAD,
+    Comparison,
+    Images,
+    Logits,
+    compare_with_torch,
+    remembered,
+    require,
+    summary,
+    warm_engine,
+)
 from service.artifact import (
     CHECKPOINT_FILE,
     GOLDEN_FILE,
@@ -132,7 +144,7 @@ def make_golden(model: nn.Module, source: Source, data: DataSet | None, count: i
 def make_variants(
     graph: ModelProto,
     metadata: ModelMetadata,
-    trained: nn.Module,
+    reference: Callable[[Images], Logits],
     data: DataSet | None,
     golden: Golden,
     options: Options,
@@ -143,13 +155,15 @@ def make_variants(
     pictures = None
     if data is not None:
         images = data.val.images.numpy()
-        pictures = Pictures("val", images, data.val.labels.numpy(), reference_logits(trained, images))
+        pictures = Pictures("val", images, data.val.labels.numpy(), reference(images))
     calibration = golden.images if data is None else data.train.images.numpy()
-    base = Base(graph, metadata, golden, calibration, pictures, options.max_batch, options.untimed)
+    base = Base(graph, metadata, reference, golden, calibration, pictures, options.max_batch, options.untimed)
     return build_variants(base, options.variants)
 
 
-def pass_gate(model: bytes, trained: nn.Module, golden: Golden, options: Options) -> list[Comparison]:
+def pass_gate(
+    model: bytes, reference: Callable[[Images], Logits], golden: Golden, options: Options
+) -> list[Comparison]:
     """Run the file as the service will, on the CPU, and hold it against torch; prints the table.
 
     Raises:
@@ -159,9 +173,7 @@ def pass_gate(model: bytes, trained: nn.Module, golden: Golden, options: Options
         path = Path(folder) / MODEL_FILE
         path.write_bytes(model)
         with warm_engine(path, "cpu", options.max_batch) as engine:
-            comparisons = compare_with_torch(
-                engine, lambda images: reference_logits(trained, images), golden, FLOAT32_TOLERANCE
-            )
+            comparisons = compare_with_torch(engine, reference, golden, FLOAT32_TOLERANCE)
     print(TABLE_HEAD, *comparisons, summary(comparisons), sep="\n")
     try:
         require(comparisons)
@@ -234,9 +246,10 @@ def build(source: Source, options: Options) -> Exported:
     print("GFLOP a picture: " + ", ".join(f"{name} {count / 1e9:.3f}" for name, count in operations))
     graph = to_onnx(forms[-1][1], metadata.input_size)
     model = attach(graph, to_props(metadata))
+    reference = remembered(lambda images: reference_logits(trained, images))
     try:
-        comparisons = pass_gate(model, trained, golden, options)
-        variants = make_variants(graph, metadata, trained, data, golden, options)
+        comparisons = pass_gate(model, reference, golden, options)
+        variants = make_variants(graph, metadata, reference, data, golden, options)
     except (ArtifactError, EngineError) as error:
         raise ExportError(f"the service's engine can't run the exported model: {error}") from error
     flattered = data is not None and bool(flatterers(source.run, data_path(source, options.data), own_val=data.own_val))

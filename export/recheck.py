@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.errors import ExportError
+from export.errors import ExportError, GateError
 from export.golden import has_changed, load_data, reference_logits
-from export.precision import PROVIDER_OF, Pictures, gate_engine, require_variant
+from export.precision import PROVIDER_OF, TIMED_BATCHES, Pictures, gate_engine, require_variant
 from export.serving_model import TrainingForm
-from export.source import load_source
+from export.source import Source, load_source
 from export.verify import (
     FLOAT32_TOLERANCE,
     Comparison,
@@ -17,6 +17,7 @@ from export.verify import (
     compare_golden,
     compare_with_itself,
     compare_with_torch,
+    remembered,
     require,
     warm_engine,
 )
@@ -118,26 +119,50 @@ def verify(folder: Path, choice: ProviderChoice, max_batch: int, data: Path | No
     try:
         provider = resolve_provider(choice)
         golden = load_golden(path / GOLDEN_FILE)
-        metadata = read_metadata(path / MODEL_FILES[present[0]])
-        version = _load(path, golden, metadata, data, wants_pictures=present != ["float32"])
+        described = {
+            path / MODEL_FILES[precision]: read_metadata(path / MODEL_FILES[precision]) for precision in present
+        }
+        version = _load(path, golden, described, data, wants_pictures=present != ["float32"])
         return [_verify_file(version, precision, provider, max_batch) for precision in present]
     except (ArtifactError, EngineError) as error:
         raise ExportError(str(error)) from error
 
 
-def _load(path: Path, golden: Golden, metadata: ModelMetadata, data: Path | None, *, wants_pictures: bool) -> Version:
+def _check_described(path: Path, metadata: ModelMetadata, source: Source) -> None:
+    """Refuse a file that says of itself what the checkpoint beside it does not.
+
+    Raises:
+        ExportError: it is of another checkpoint; GateError: labels, or what decides answers, are others.
+    """
+    if source.checkpoint_sha256 != metadata.provenance.checkpoint_sha256:
+        raise ExportError(f"{path}: by its SHA-256 the model was exported from another checkpoint.")
+    size = source.run.model.input_size
+    true: dict[str, object] = {
+        "labels": source.run.labels,
+        "input_size": (size, size),
+        "dataset": source.run.dataset,
+        "preset": source.run.preset,
+        "parameters": source.parameters,
+        "temperature": source.temperature if source.report else metadata.temperature,
+    }
+    wrong = [name for name, value in true.items() if getattr(metadata, name) != value]
+    if wrong:
+        raise GateError(f"{path}: its metadata has another {' and another '.join(wrong)} than {CHECKPOINT_FILE}.")
+
+
+def _load(
+    path: Path, golden: Golden, described: dict[Path, ModelMetadata], data: Path | None, *, wants_pictures: bool
+) -> Version:
     checkpoint = path / CHECKPOINT_FILE
     if not checkpoint.is_file():
         why = f"there is no {CHECKPOINT_FILE} in the folder, so nothing was held against torch but the golden pictures"
         return Version(path, golden, None, None, [why])
     source = load_source(checkpoint)
-    if source.checkpoint_sha256 != metadata.provenance.checkpoint_sha256:
-        raise ExportError(f"{checkpoint}: by its SHA-256 the model was exported from another checkpoint.")
-    form = TrainingForm(source.preprocess, source.model, metadata.temperature).eval()
-
-    def torch(images: Images) -> Logits:
-        return reference_logits(form, images)
-
+    for file, metadata in described.items():
+        _check_described(file, metadata, source)
+    temperature = next(iter(described.values())).temperature
+    form = TrainingForm(source.preprocess, source.model, temperature).eval()
+    torch = remembered(lambda images: reference_logits(form, images))
     if not wants_pictures:
         return Version(path, golden, torch, None, [])
     try:
@@ -159,7 +184,8 @@ def _verify_file(version: Version, precision: Precision, provider: Provider, max
     path = version.path / MODEL_FILES[precision]
     if precision == "int8" and provider != "cpu":
         return Result(path, provider, [], None, ["this file is for CPUs, and was not run: use --provider cpu"])
-    with warm_engine(path, provider, max_batch) as engine:
+    largest = max_batch if precision == "float32" else max(max_batch, *TIMED_BATCHES)
+    with warm_engine(path, provider, largest) as engine:
         comparisons = _compare(engine, version, precision)
         if precision == "float32" or version.pictures is None:
             return Result(path, provider, comparisons, None, version.why)
@@ -170,9 +196,12 @@ def _verify_file(version: Version, precision: Precision, provider: Provider, max
 
 
 def _compare(engine: OnnxEngine, version: Version, precision: Precision) -> list[Comparison]:
-    """Golden pictures and edge batches: float32 against torch where it can, every file against itself one by one."""
-    tolerance = engine.metadata.golden_tolerance
-    alone = compare_with_itself(engine, FLOAT32_TOLERANCE)
-    if precision == "float32" and version.torch is not None:
+    """Golden pictures and edge batches: against torch where it is at hand, and against themselves one by one.
+
+    A variant's tolerance is twice what its export saw; float32 has none of its own.
+    """
+    tolerance = FLOAT32_TOLERANCE if precision == "float32" else engine.metadata.golden_tolerance
+    alone = compare_with_itself(engine, tolerance)
+    if version.torch is not None:
         return [*compare_with_torch(engine, version.torch, version.golden, tolerance), *alone]
     return [compare_golden(engine, version.golden, tolerance), *alone]

@@ -1,14 +1,16 @@
 """Building variants of an exported model: try, measure, keep or say why not."""
 
+import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from onnx import ModelProto
 
+from export.errors import GateError
 from export.precision import (
+    TIMED_BATCHES,
     Pictures,
     VariantPrecision,
     describe,
@@ -20,7 +22,7 @@ from export.precision import (
     why_refused,
 )
 from export.to_onnx import attach
-from export.verify import Images, run_all, warm_engine
+from export.verify import Images, Logits, compare_with_torch, largest_difference, warm_engine
 from service.artifact import MODEL_FILE, MODEL_FILES, Golden, ModelMetadata, VariantGate, to_props
 from service.engine import EngineError, ProviderChoice
 
@@ -32,6 +34,7 @@ class Base:
     Attributes:
         graph: the float32 graph, without metadata.
         metadata: of the float32 file.
+        reference: torch in float32: uint8 [N, H, W, 3] -> float32 [N, C].
         golden: pictures and torch's logits for them.
         calibration: pictures that scales are chosen by, uint8 [N, H, W, 3].
         pictures: of the gates; None for random weights, which no picture can judge.
@@ -41,6 +44,7 @@ class Base:
 
     graph: ModelProto
     metadata: ModelMetadata
+    reference: Callable[[Images], Logits]
     golden: Golden
     calibration: Images
     pictures: Pictures | None
@@ -87,7 +91,7 @@ def build_variant(base: Base, precision: VariantPrecision) -> Variant | None:
     for words, graph in graphs(precision, base.graph, base.calibration, base.pictures):
         try:
             difference, gate = _try(base, precision, graph, provider, timed=untimed is None)
-        except EngineError as error:
+        except (EngineError, GateError) as error:
             print(f"{name}: {words}: refused: {error}.")
             continue
         reason = None if gate is None else why_refused(gate)
@@ -103,14 +107,20 @@ def build_variant(base: Base, precision: VariantPrecision) -> Variant | None:
 def _try(
     base: Base, precision: VariantPrecision, graph: ModelProto, provider: ProviderChoice, *, timed: bool
 ) -> tuple[float, VariantGate | None]:
-    """Measure a graph: the largest difference of a golden logit, and its gate."""
+    """Measure a graph: the largest difference of a logit of golden and edge pictures, and its gate.
+
+    Raises:
+        GateError: a logit is no number.
+    """
     draft = variant_metadata(base.metadata, precision, 0.0, None)
     with tempfile.TemporaryDirectory() as folder:
         float32, path = Path(folder) / MODEL_FILE, Path(folder) / MODEL_FILES[precision]
         float32.write_bytes(attach(base.graph, to_props(base.metadata)))
         path.write_bytes(attach(graph, to_props(draft)))
-        with warm_engine(path, provider, base.max_batch) as engine:
-            difference = float(np.abs(run_all(engine, base.golden.images) - base.golden.logits).max())
+        with warm_engine(path, provider, max(base.max_batch, *TIMED_BATCHES)) as engine:
+            difference = largest_difference(compare_with_torch(engine, base.reference, base.golden, math.inf))
+            if not math.isfinite(difference):
+                raise GateError("some of its logits are no numbers")
             if base.pictures is None:
                 return difference, None
             return difference, gate_engine(float32, engine, base.pictures, timed)
