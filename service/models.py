@@ -31,11 +31,14 @@ from service.versions import (
     open_engines,
     scan,
 )
-from service.worker import beside
+from service.worker import Looking, beside
 
 __all__ = ["EngineOptions", "LiveModel", "ModelStore", "NoUsableVersionError", "StoreObserver", "VersionStatus"]
 
 logger = logging.getLogger(__name__)
+
+# A disk far away that does not answer must not keep a version that is live from serving, nor the next look from coming.
+LOOK_SECONDS = 10.0
 
 OpenEngines = Callable[[Path, EngineOptions], Sequence[Engine]]
 
@@ -76,6 +79,7 @@ class ModelStore:
         self._seen: dict[int, Seen] = {}
         self._live_seen: Seen | None = None
         self._reloading = asyncio.Lock()
+        self._scanning, self._describing, self._is_hanging = Looking(), Looking(), False
         self._retiring: dict[asyncio.Task[None], LiveModel] = {}
         self.live: LiveModel | None = None
         self.failed = asyncio.Event()
@@ -108,12 +112,16 @@ class ModelStore:
                 trouble = ""
 
     async def reload(self) -> list[VersionStatus]:
-        """Look into the folder now, swap if a better version is there, and return `versions()`."""
+        """Look into the folder now, swap if a better version is there, and return `versions()`.
+
+        Raises:
+            OSError: the folder can't be looked into, or does not answer.
+        """
         async with self._reloading:
             await self._look()
             await self._take_best()
             if self.live is not None:
-                await beside(partial(self._describe, self.live.provider))
+                await self._describe_all(self.live.provider)
         return self.versions()
 
     def lease(self) -> LiveModel:
@@ -151,6 +159,8 @@ class ModelStore:
 
     async def close(self) -> None:
         """Serve what is queued in all models, and free them."""
+        self._scanning.close()
+        self._describing.close()
         async with self._reloading:
             models = self._serving()
             for task in self._retiring:
@@ -164,7 +174,7 @@ class ModelStore:
 
     async def _look(self) -> None:
         """Take note of what is in the folder; what has changed counts as new."""
-        found = await beside(partial(scan, self._folder))
+        found = await self._scanning.at_most(LOOK_SECONDS, partial(scan, self._folder))
         known = self._seen
         if self._live_seen is not None:  # whose folder may have been away for a moment
             known = {self._live_seen.version.number: self._live_seen, **known}
@@ -265,6 +275,17 @@ class ModelStore:
             task = asyncio.create_task(old.retire(), name=f"retire-{old.version}")
             self._retiring[task] = old
             task.add_done_callback(lambda task: self._retiring.pop(task, None))
+
+    async def _describe_all(self, provider: Provider) -> None:
+        """Read what versions that nobody has tried say of themselves; one that hangs is gone without."""
+        try:
+            await self._describing.at_most(LOOK_SECONDS, partial(self._describe, provider))
+        except TimeoutError as error:
+            if not self._is_hanging:  # once, and not every poll_seconds
+                logger.error("%s: the metadata of a version can't be read: %s", self._folder, error.strerror)
+            self._is_hanging = True
+        else:
+            self._is_hanging = False
 
     def _describe(self, provider: Provider) -> None:
         for seen in self._seen.values():

@@ -4,9 +4,10 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from errno import ETIMEDOUT
 from functools import partial
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import TypeVar, cast
 
 T = TypeVar("T")
 
@@ -64,6 +65,35 @@ async def beside(function: Callable[[], T]) -> T:
         return await thread.call(function)
     finally:
         thread.stop()
+
+
+class Looking:
+    """Calls a function beside the loop, and waits no longer than it may: what hangs goes on, and is not called again.
+
+    So a disk that does not answer takes one thread, however often somebody looks.
+    """
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[object] | None = None
+
+    async def at_most(self, seconds: float, function: Callable[[], T]) -> T:
+        """Return what the function does, or one that was called before and has not returned until now.
+
+        Raises:
+            TimeoutError: it has not returned within the time.
+        """
+        if self._task is None:
+            self._task = asyncio.create_task(beside(function))
+        await asyncio.wait([self._task], timeout=seconds)
+        if not self._task.done():
+            raise TimeoutError(ETIMEDOUT, f"no answer within {seconds:g} s")
+        task, self._task = self._task, None
+        return cast(T, task.result())
+
+    def close(self) -> None:
+        """Wait for nothing any more."""
+        if self._task is not None:
+            self._task.cancel()
 
 
 def report(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: object) -> None:

@@ -195,6 +195,17 @@ async def test_a_version_that_takes_too_long_to_open_is_refused_and_closed_when_
     await store.close()
 
 
+async def test_a_disks_own_time_out_is_told_as_what_it_is(tmp_path: Path) -> None:
+    make_model_folder(tmp_path, 1)
+
+    def gone(folder: Path, options: EngineOptions) -> Sequence[Engine]:
+        raise TimeoutError(110, "Connection timed out", str(folder))
+
+    store = ModelStore(tmp_path, EngineOptions(provider="cpu"), open_engines=gone)
+    with pytest.raises(NoUsableVersionError, match="Connection timed out"):
+        await store.load()
+
+
 async def test_golden_pictures_that_can_not_be_read_in_time_are_a_reason_and_hold_nobody_up(tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1)
     store = ModelStore(tmp_path, EngineOptions(provider="cpu", load_timeout_s=0.2), open_engines=FakeOpener())
