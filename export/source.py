@@ -9,7 +9,6 @@ import torch
 from pydantic import ValidationError
 
 from export.errors import ExportError
-from service.artifact import CHECKPOINT_FILE
 from training.checkpoint import CheckpointError, RunConfig, digest, git_commit, load_model
 from training.config import PRESETS
 from training.evaluate import Metrics
@@ -18,6 +17,7 @@ from training.figures import FILE as REPORT_FILE
 from training.lines import MACHINE, Line, read_lines
 from training.model import Perceiver, count_parameters
 from training.preprocessing import Preprocess
+from training.transfer import find
 
 RANDOM_CLASSES = 100
 METRICS_FILE = "metrics.json"  # of a version folder
@@ -95,15 +95,15 @@ class Source:
 
 
 def load_source(path: Path) -> Source:
-    """Read a run's folder (its `best` checkpoint) or one checkpoint, with what stands beside it.
+    """Read one checkpoint with what stands beside it: the `best` of a run's folder, or that of a model folder.
 
     Raises:
         ExportError: there is no checkpoint, it is damaged, or the report can't be read.
     """
     if not path.exists():
         raise ExportError(f"{path}: does not exist; name the folder of a run, or a .safetensors file in it.")
-    checkpoint = find_checkpoint(path) if path.is_dir() else path
     try:
+        checkpoint = find(path)
         # Before it is read, so that `export.build` sees if a run that goes on replaces it meanwhile.
         sha256 = digest(checkpoint) if checkpoint.is_file() else ""
         model, preprocess, header = load_model(checkpoint)
@@ -126,12 +126,6 @@ def load_source(path: Path) -> Source:
     )
 
 
-def find_checkpoint(folder: Path) -> Path:
-    """Return the checkpoint of a run's folder, or of a version folder that was exported before."""
-    exported = folder / CHECKPOINT_FILE
-    return exported if exported.is_file() else folder / "best.safetensors"
-
-
 def read_report(folder: Path, sha256: str) -> tuple[Report | None, tuple[str, ...]]:
     """Read the report if it is about the checkpoint of this digest, and say in a sentence where it is not used.
 
@@ -141,19 +135,22 @@ def read_report(folder: Path, sha256: str) -> tuple[Report | None, tuple[str, ..
         ExportError: the file is no report.
     """
     without = "the model gets no temperature and no test figures"
-    path = folder / REPORT_FILE
+    of_run, of_version = folder / REPORT_FILE, folder / METRICS_FILE
+    path = of_run if of_run.is_file() else of_version
     try:
-        text = path.read_text() if path.is_file() else exported_report(folder / METRICS_FILE)
+        text = of_run.read_text() if of_run.is_file() else exported_report(of_version)
     except (OSError, UnicodeDecodeError) as error:
         raise ExportError(f"{path}: can't be read ({error}); restore or remove it.") from error
     if text is None:
-        return None, (f"there is no {path}, so {without}.",)
+        return None, (f"{folder} holds no report, so {without}.",)
     try:
         report = Report.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "JSON"
-        raise ExportError(f"{path}: is not a report of this project ({where}: {first['msg']}); remove it.") from error
+        raise ExportError(
+            f"{path}: is not a report of this project ({where}: {first['msg']}); restore or remove it."
+        ) from error
     if report.checkpoint_sha256 != sha256:
         return None, (f"{path} is about another checkpoint than this one, so {without}.",)
     return report, ()

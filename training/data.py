@@ -48,6 +48,8 @@ def load(
 
     Raises DataError, with a sentence for the user, when there is no usable data.
     """
+    if path is not None and str(path) != str(path).encode(errors="replace").decode():
+        raise DataError(f"{str(path)!r}: this path is not UTF-8, which the run's configuration is; rename the folder.")
     if not 0 < validation_fraction < 1:
         raise DataError(f"validation_fraction is {validation_fraction}; it must lie between 0 and 1.")
     if path is None:

@@ -52,7 +52,7 @@ class DataSet:
     test: None where the source has no test pictures.
     superclasses: index of the superclass of each class, None where the source has none.
     superclass_names: the superclasses' names, None where the source has none.
-    class_folders: the folder of which each folder is a class, None where the source is no image folder.
+    class_folders: folders of which each folder is a class, or would be; none where the source is no image folder.
     own_val: whether the source itself tells the validation pictures from the training pictures.
     passed_over: files there, and in the other splits, that were not taken for pictures.
     """
@@ -64,7 +64,7 @@ class DataSet:
     test: Split | None
     superclasses: tuple[int, ...] | None = None
     superclass_names: tuple[str, ...] | None = None
-    class_folders: Path | None = None
+    class_folders: tuple[Path, ...] = ()
     own_val: bool = False
     passed_over: tuple[Path, ...] = ()
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from training.dataset import CIFAR100, DataError, DataSet, Split
 from training.pictures import SUFFIXES, read_pictures
 
+SPLITS = ("train", "val", "test")
 # What others call the folder `val`: passed over, its pictures would be lost and some of train/ held out in their place.
 OTHER_NAMES = ("val", "valid", "validation", "dev")
 LAYOUT = "DIR/<class>/*.jpg, or DIR/train/<class>/*.jpg with val/ and test/ beside train/"
@@ -144,7 +145,7 @@ def load(path: Path, *, input_size: int, validation_fraction: float, seed: int =
         train=train.read(input_size, "training pictures"),
         val=val.read(input_size, "validation pictures"),
         test=test.read(input_size, "test pictures") if test is not None else None,
-        class_folders=train_path,
+        class_folders=tuple(path / name for name in SPLITS) if has_splits else (path,),
         own_val=has_splits and (path / "val").is_dir(),
         passed_over=tuple(passed_over),
     )

@@ -69,6 +69,9 @@ def read_picture(path: Path, size: int) -> NDArray[np.uint8]:
         # width and height exchanged.
         with Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS) as image:
             return np.asarray(fit(to_rgb(image), size))
+    except Image.DecompressionBombError as error:
+        pixels = str(error).partition(",")[0]
+        raise DataError(f"{path}: this picture is too large to be read ({pixels}); make it smaller.") from error
     except Exception as error:  # Pillow's decoders raise many kinds of errors at damaged files
         reason = f"it is none of {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(

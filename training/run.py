@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -21,10 +21,11 @@ from pydantic import ValidationError
 from training import data
 from training.checkpoint import CheckpointError, RunConfig
 from training.cli import DEFAULT_PRESET
-from training.config import Preset
+from training.config import Preset, TrainConfig
 from training.dataset import DataError, DataSet
 from training.distillation import check_teacher
 from training.distributed import PeerFailed, World, join, leave
+from training.folder import alone_in, refuse_among_classes, refuse_existing
 from training.model import count_parameters
 from training.notes import notes_on
 from training.train import Trainer
@@ -97,39 +98,58 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
     deadline = time.monotonic() + 60 * args.max_minutes if args.max_minutes is not None else None
     if args.threads:
         torch.set_num_threads(args.threads)
-    # Read once, and the same pictures and checkpoints for all, whatever is at their paths by then.
-    run, data_set, folder = world.from_main(lambda: prepare(args, preset, world))
-    with memory_explained(run.train.batch_size):
-        trainer = Trainer(run, data_set, folder, world)
-        if preset is None:
-            trainer.resume()
-        else:
-            trainer.begin_with(*(None if path is None else find(path) for path in (args.init, args.teacher)))
-        if preset is not None and world.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.json").write_text(run.model_dump_json(indent=2) + "\n")
-        if world.is_main:
-            print(
-                describe(trainer), *(f"note: {note}" for note in notes_on(run, data_set, preset)), sep="\n", flush=True
-            )
-        with stop_by_signal(trainer):
-            finished = trainer.fit(deadline, args.max_steps)
-        if not world.is_main:
-            return DONE if finished else STOPPED
-        if not finished:
-            launcher = ["python"] if world.size == 1 else ["torchrun", "--standalone", f"--nproc-per-node={world.size}"]
-            resume = shlex.join([*launcher, "-m", "training", "--resume", str(folder)])
-            print(f"stopped after step {trainer.state.step}; go on with: {resume}")
-            return STOPPED
-        report = trainer.report()
+    with ExitStack() as held:
+        # Read once, and the same pictures and checkpoints for all, whatever is at their paths by then.
+        run, data_set, folder = world.from_main(lambda: prepare(args, preset, world, held))
+        with memory_explained(run.train, resumed=preset is None):
+            trainer = Trainer(run, data_set, folder, world)
+            if preset is None:
+                trainer.resume()
+            else:
+                trainer.begin_with(*(None if path is None else find(path) for path in (args.init, args.teacher)))
+            if preset is not None and world.is_main:
+                (folder / "config.json").write_text(run.model_dump_json(indent=2) + "\n")
+            if world.is_main:
+                notes = (f"note: {note}" for note in notes_on(run, data_set, preset))
+                print(describe(trainer), *notes, sep="\n", flush=True)
+            with stop_by_signal(trainer):
+                finished = trainer.fit(deadline, args.max_steps)
+            if not world.is_main:
+                return DONE if finished else STOPPED
+            if not finished:
+                again = resume_command(args, run, world, folder)
+                print(f"stopped after step {trainer.state.step}; go on with: {again}")
+                return STOPPED
+            report = trainer.report()
     print(report.model_dump_json(include={"epoch", "temperature", "val", "test", "note"}, indent=2))
-    export = shlex.join(["python", "-m", "export", str(folder), "--out", "models/NAME"])
+    export = shlex.join(["python", "-m", "export", str(folder), *data_flag(args, run), "--out", "models/NAME"])
     print(f"best checkpoint and report are in {folder}; export: {export}")
     return DONE
 
 
-def prepare(args: argparse.Namespace, preset: Preset | None, world: World) -> tuple[RunConfig, DataSet, Path]:
+def resume_command(args: argparse.Namespace, run: RunConfig, world: World, folder: Path) -> str:
+    """What goes on with a run as it was begun: of other threads or devices the sums are others."""
+    launcher = ["python"] if world.size == 1 else ["torchrun", "--standalone", f"--nproc-per-node={world.size}"]
+    where = ["--threads", str(args.threads)] if args.threads else []
+    where += ["--device", args.device] if args.device != "auto" else []
+    return shlex.join([*launcher, "-m", "training", "--resume", str(folder), *data_flag(args, run), *where])
+
+
+def data_flag(args: argparse.Namespace, run: RunConfig) -> list[str]:
+    """``--data`` where the pictures are no longer where the run found them at its beginning."""
+    return ["--data", str(args.data)] if args.data is not None and str(args.data) != run.data else []
+
+
+def prepare(
+    args: argparse.Namespace, preset: Preset | None, world: World, held: ExitStack
+) -> tuple[RunConfig, DataSet, Path]:
     """Configuration, data and folder of the run that the flags ask for.
+
+    Args:
+        args: the flags.
+        preset: what to train; None to resume.
+        world: of the processes that share a batch.
+        held: gets the folder's lock.
 
     Raises:
         ValueError, DataError, CheckpointError: a sentence for the user.
@@ -169,6 +189,7 @@ def prepare(args: argparse.Namespace, preset: Preset | None, world: World) -> tu
             teacher=teacher,
         )
         check_teacher(run)
+    held.enter_context(alone_in(folder))
     return run, data_set, folder
 
 
@@ -187,29 +208,6 @@ def batch_for_few(batch_size: int, pictures: int, world: World) -> int:
     ):
         batch_size //= 2
     return batch_size
-
-
-def refuse_existing(folder: Path | None) -> None:
-    """Raise ValueError when the folder holds a run that can be resumed (or when a file is in its place)."""
-    if folder is None:
-        return
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder}: is a file; name a folder for the run.")
-    if (folder / "last.safetensors").exists():
-        raise ValueError(f"{folder} holds a run already: go on with it by --resume {folder}, or name another --out.")
-    if (folder / "report.json").exists():
-        raise ValueError(f"{folder} holds a run that has ended, without last.safetensors: name another --out.")
-    # A run that ended before its first checkpoint may be started again where it was.
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
-        raise ValueError(f"--out {folder}: holds other files; name a folder of the run's own.")
-
-
-def refuse_among_classes(folder: Path, data_set: DataSet) -> None:
-    """Raise ValueError when the run would lie among the class folders: the next run would take it for a class."""
-    if data_set.class_folders and folder.resolve().is_relative_to(data_set.class_folders.resolve()):
-        raise ValueError(
-            f"--out {folder}: lies in {data_set.class_folders}, where each folder is a class; name a folder elsewhere."
-        )
 
 
 def resumed(args: argparse.Namespace) -> tuple[RunConfig, DataSet]:
@@ -290,15 +288,17 @@ def stop_by_signal(trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def memory_explained(batch_size: int) -> Iterator[None]:
+def memory_explained(train: TrainConfig, *, resumed: bool) -> Iterator[None]:
     """Turn what torch and numpy raise when memory runs out into a ValueError with a sentence for the user."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         # On a CPU torch has no class for it, only its allocator's name.
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
-            raise ValueError(
-                f"too little memory for a batch of {batch_size} pictures: start with a lower --batch-size, "
-                "or with --precision bfloat16."
-            ) from error
-        raise
+        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)):
+            raise
+        advice = "start with a lower --batch-size"
+        if train.precision != "bfloat16":
+            advice += ", or with --precision bfloat16"
+        if resumed:
+            advice = f"free some, or {advice} and --init this run"
+        raise ValueError(f"too little memory for a batch of {train.batch_size} pictures: {advice}.") from error

@@ -43,7 +43,8 @@ def test_a_version_is_no_place_for_versions(run: Path, tmp_path: Path, capsys: p
 
 
 def test_a_folder_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "best.safetensors: no such checkpoint" in fails([str(tmp_path), "--out", str(tmp_path / "out")], capsys)
+    said = fails([str(tmp_path), "--out", str(tmp_path / "out")], capsys)
+    assert f"{tmp_path}: holds no checkpoint; name a run's folder, a model folder with" in said
 
 
 def test_a_damaged_checkpoint(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,6 +56,19 @@ def test_a_damaged_checkpoint(copy: Path, tmp_path: Path, capsys: pytest.Capture
 def test_a_report_that_is_none(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copy / "report.json").write_text('{"epoch": "many"}')
     assert "report.json: is not a report" in fails([str(copy), "--out", str(tmp_path / "out")], capsys)
+
+
+def test_a_version_whose_own_report_is_none(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And a model folder stands for its newest version."""
+    out = tmp_path / "things"
+    arguments = ["--golden", "2", "--max-batch", "2", "--variants"]
+    assert main([str(copy), "--out", str(out), *arguments]) == 0
+    assert main([str(out), "--out", str(tmp_path / "again"), *arguments]) == 0
+    again, first = (load_source(folder) for folder in (out, copy))
+    assert (again.checkpoint_sha256, again.metrics) == (first.checkpoint_sha256, first.metrics)
+    (out / "1" / "metrics.json").write_text('{"report": {"epoch": "many"}}')
+    error = fails([str(out), "--out", str(tmp_path / "again"), *arguments], capsys)
+    assert f"{out / '1' / 'metrics.json'}: is not a report of this project" in error
 
 
 def test_a_report_of_another_checkpoint_gives_no_temperature(copy: Path) -> None:
@@ -72,7 +86,7 @@ def test_a_report_of_another_checkpoint_gives_no_temperature(copy: Path) -> None
 def test_a_run_without_a_report_says_so(copy: Path) -> None:
     (copy / "report.json").unlink()
     source = load_source(copy)
-    assert "there is no" in source.notes[0]
+    assert "holds no report, so the model gets no temperature and no test figures" in source.notes[0]
     assert source.temperature == 1.0
 
 

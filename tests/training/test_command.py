@@ -115,6 +115,22 @@ def assert_finishes_as(run: Path, whole: Path) -> None:
     assert reports[0]["test"] == reports[1]["test"]
 
 
+def test_what_goes_on_with_a_run_names_where_its_pictures_are_now_and_what_computes(
+    tmp_path: Path, pictures: Path, without_curves: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, old, new = tmp_path / "run", tmp_path / "old", tmp_path / "new"
+    shutil.copytree(pictures, old)
+    assert main([*RECIPE, "--data", str(old), "--out", str(run), "--max-steps=1"]) == 3
+    assert f"go on with: python -m training --resume {run} --threads 1 --device cpu\n" in capsys.readouterr().out
+    old.rename(new)
+    resume = ["--resume", str(run), "--data", str(new), "--threads=1"]
+    assert main([*resume, "--max-steps=2"]) == 3
+    again = capsys.readouterr().out.partition("go on with: python -m training ")[2].split()
+    assert again == ["--resume", str(run), "--data", str(new), "--threads", "1"]
+    assert main(again) == 0
+    assert f"export: python -m export {run} --data {new} --out models/NAME" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_after_the_step(
     tmp_path: Path,

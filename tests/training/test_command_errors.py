@@ -17,6 +17,7 @@ from PIL import Image
 from tests.training.commands import RECIPE, at_step
 from training import train
 from training.__main__ import main
+from training.folder import alone_in
 
 Arrange = Callable[[Path, Path], list[str]]
 
@@ -71,6 +72,14 @@ def among_the_classes(folder: Path, pictures: Path) -> list[str]:
     return ["--data", str(pictures), "--out", str(pictures / "val" / ".." / "train" / "run")]
 
 
+def among_pictures_of_another_split(folder: Path, pictures: Path) -> list[str]:
+    return ["--data", str(pictures), "--out", str(pictures / "test" / "run")]
+
+
+def folder_that_is_not_utf8(folder: Path, pictures: Path) -> list[str]:
+    return ["--data", str(shutil.copytree(pictures, folder / os.fsdecode(b"caf\xe9")))]
+
+
 def below_a_file(folder: Path, pictures: Path) -> list[str]:
     (folder / "file").write_text("")
     return ["--data", str(pictures), "--out", str(folder / "file" / "run")]
@@ -93,6 +102,8 @@ WRONG: dict[str, tuple[Arrange, str]] = {
     "file in its place": (a_file_in_its_place, "is a file; name a folder for the run"),
     "among other files": (among_other_files, "run: holds other files; name a folder of the run's own"),
     "among the classes": (among_the_classes, "where each folder is a class; name a folder elsewhere"),
+    "among pictures of another split": (among_pictures_of_another_split, "/test, where each folder is a class; name"),
+    "folder that is not UTF-8": (folder_that_is_not_utf8, "this path is not UTF-8, which the run's configuration is"),
     "below a file": (below_a_file, "file/run: Not a directory"),
 }
 
@@ -212,9 +223,36 @@ def test_too_little_memory_for_the_batch(
         at_step(patched, 1, exhaust)
         assert main(run) == 2
     error = capsys.readouterr().err
-    assert "error: too little memory for a batch of 8 pictures: start with a lower --batch-size" in error
+    assert "error: too little memory for a batch of 8 pictures: start with a lower --batch-size." in error
     # Nothing stands in the way of the advice.
-    assert main([*run, "--batch-size=4", "--max-steps=1"]) == 3
+    assert main([*run, "--batch-size=4", "--max-steps=1", "--precision=float32"]) == 3
+    at_step(monkeypatch, 2, exhaust)
+    assert main(["--resume", str(tmp_path / "run"), "--threads=1"]) == 2
+    advice = "free some, or start with a lower --batch-size, or with --precision bfloat16 and --init this run."
+    assert f"too little memory for a batch of 4 pictures: {advice}" in capsys.readouterr().err
+
+
+def test_a_run_that_another_process_writes(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its first checkpoint comes at the end of an epoch, so until then nothing in the folder tells of it."""
+    run = tmp_path / "run"
+    command = [*RECIPE, "--data", str(pictures), "--out", str(run), "--max-steps=2"]
+    said = f"error: {run}: another training is writing to it; wait for its end, or name another --out."
+
+    def try_too() -> None:
+        config = (run / "config.json").read_text()
+        assert main([*command, "--seed=1"]) == 2
+        assert said in capsys.readouterr().err
+        assert (run / "config.json").read_text() == config
+
+    with monkeypatch.context() as patched:
+        at_step(patched, 1, try_too)
+        assert main(command) == 3
+    with alone_in(run):
+        assert main(["--resume", str(run), "--threads=1"]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["--resume", str(run), "--threads=1"]) == 0
 
 
 def test_too_little_memory_for_the_data(

@@ -49,7 +49,23 @@ def test_few_pictures_are_told_and_trained_on(tmp_path: Path, capsys: pytest.Cap
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["batch_size"] == 8
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert (report["val"]["n"], report["training_pictures"], report["test"]) == (2, 7, None)
+    assert "taken for a class" not in output
     # Who names a batch gets it, larger than the data as it may be.
     assert main([*flags, "--out", str(tmp_path / "named"), "--batch-size=20"]) == 0
     assert "are few" not in capsys.readouterr().out
     assert checkpoint.load(tmp_path / "named" / "last.safetensors")[1].step == 1
+
+
+@pytest.mark.usefixtures("without_curves")
+def test_a_class_that_looks_like_a_split_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Test pictures without labels beside folders of classes, say."""
+    data = write_folder(tmp_path / "data", {"ant": 6, "bee": 6, "test": 3})
+    flags = [*FLAGS, "--epochs=1", "--threads=1", "--device=cpu", "--max-steps=1"]
+    assert main([*flags, "--data", str(data), "--out", str(tmp_path / "run")]) == 3
+    said = capsys.readouterr().out
+    assert f"note: {data}/test: taken for a class of that name, since the pictures are not laid out as DIR/" in said
+    for name in ("ant", "bee", "test"):  # here there is no doubt
+        (data / "train").mkdir(exist_ok=True)
+        (data / name).rename(data / "train" / name)
+    assert main([*flags, "--data", str(data), "--out", str(tmp_path / "again")]) == 3
+    assert "taken for a class" not in capsys.readouterr().out

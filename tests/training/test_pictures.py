@@ -194,3 +194,13 @@ def test_arrays_are_resized_as_files_are(tmp_path: Path) -> None:
     Image.fromarray(pixels[1]).save(tmp_path / "a.png")
     np.testing.assert_array_equal(resize_pictures(pixels, 7)[1], read_picture(tmp_path / "a.png", 7))
     assert resize_pictures(pixels, 12) is pixels
+
+
+def test_a_picture_of_too_many_pixels_is_told_from_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "large.png"
+    Image.new("L", (40, 30)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # Pillow refuses what has twice as many
+    with pytest.raises(DataError, match=r"large\.png: this picture is too large to be read \(.*1200 pixels\)"):
+        read_picture(path, 8)

@@ -1,0 +1,57 @@
+"""Whether a folder may become a run's: nobody's run is overwritten, and no two runs write to one folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from training.dataset import DataSet
+
+
+def refuse_existing(folder: Path | None) -> None:
+    """Raise ValueError when the folder holds a run that can be resumed (or when a file is in its place)."""
+    if folder is None:
+        return
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder}: is a file; name a folder for the run.")
+    if (folder / "last.safetensors").exists():
+        raise ValueError(f"{folder} holds a run already: go on with it by --resume {folder}, or name another --out.")
+    if (folder / "report.json").exists():
+        raise ValueError(f"{folder} holds a run that has ended, without last.safetensors: name another --out.")
+    # A run that ended before its first checkpoint may be started again where it was.
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise ValueError(f"--out {folder}: holds other files; name a folder of the run's own.")
+
+
+def refuse_among_classes(folder: Path, data_set: DataSet) -> None:
+    """Raise ValueError when the run would lie among the class folders: the next run would take it for a class."""
+    for classes in data_set.class_folders:
+        if folder.resolve().is_relative_to(classes.resolve()):
+            raise ValueError(
+                f"--out {folder}: lies in {classes}, where each folder is a class; name a folder elsewhere."
+            )
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make the folder where it is missing, and hold its lock, which ends with the process at the latest.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"{folder}: another training is writing to it; wait for its end, or name another --out."
+                ) from error
+        yield
+    finally:
+        os.close(descriptor)
