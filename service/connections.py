@@ -8,6 +8,7 @@ from uuid import uuid4
 
 import httptools
 from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.errors import HeadersTooLarge, ServiceError
@@ -19,6 +20,7 @@ from service.recurring import Recurring
 CLOSE: Final = b"connection: close\r\n"
 MAX_HEADER_BYTES: Final = 64 * 1024
 LOOK_SECONDS: Final = 0.1  # how much later than its limit a slow client may be cut off
+MOST_WAITING_BYTES: Final = 64 * 1024  # of requests behind the one that is answered, until nothing more is read
 
 
 class Connection(Protocol):
@@ -55,6 +57,34 @@ class ConnectionClock:
         for connection in [each for each in self._connections if each.due <= now]:
             connection.time_is_up()
         return bool(self._connections)
+
+
+class BoundedFlow(FlowControl):
+    """uvicorn's, but what waits on a connection behind the request that is answered is bounded in bytes.
+
+    Admission does not count it yet. Below the bound reading goes on, for the loop tells only who reads that the client
+    has left. Above it nothing is read until all that waits has had its turn, whoever asks for more; a client that
+    leaves then is found out with the answer that it no longer takes. The read that exceeds the bound, of 256 KiB at
+    most, is kept whole.
+    """
+
+    _waiting = 0  # bytes
+
+    def wait(self, size: int) -> None:
+        """Take note that so many bytes more wait."""
+        self._waiting += size
+        if self._waiting > MOST_WAITING_BYTES:
+            self.pause_reading()
+
+    def nothing_waits(self) -> None:
+        """Take note that the last that waited has its turn or its answer."""
+        self._waiting = 0
+        self.resume_reading()
+
+    def resume_reading(self) -> None:
+        """Read on, as the request that is answered asks for, unless too much waits behind it."""
+        if self._waiting <= MOST_WAITING_BYTES:
+            super().resume_reading()
 
 
 class BoundedConfig(Config):

@@ -17,6 +17,7 @@ from service.connections import (
     CLOSE,
     MAX_HEADER_BYTES,
     BoundedConfig,
+    BoundedFlow,
     head_without_upgrade,
     last_answer,
     request_scope,
@@ -40,6 +41,8 @@ class BoundedProtocol(HttpToolsProtocol):
     Attributes:
         due: loop time at which it has taken too long for what it is at; infinity while that is the service's affair.
     """
+
+    flow: BoundedFlow
 
     def __init__(
         self,
@@ -68,6 +71,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the connection, and give it its time for the first request's headers."""
         super().connection_made(transport)
+        self.flow = BoundedFlow(transport)
         self._clock.add(self)
         self._set_due()
         if not self.service.may_connect(len(self.connections)):
@@ -215,7 +219,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if body or not more_body:
             cycle.message_event.set()
         if busy:  # a pipelined request waits for its turn
-            self.flow.pause_reading()
+            self.flow.wait(size_of_head(self.url, cycle.scope["headers"]))
             self.pipeline.appendleft((cycle, self.app))
         else:
             self._start_asgi_task(cycle, self.app)
@@ -229,6 +233,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._bare_bytes = 0
         if self._options is None:
             super().on_body(body)
+            if self.pipeline:  # this is the body of the last that waits
+                self.flow.wait(len(body))
         else:
             self._body += body
 
@@ -287,7 +293,7 @@ class BoundedProtocol(HttpToolsProtocol):
             else:
                 self._is_idle = not (self._in_head or self.cycle.more_body)
             if not self.pipeline:
-                self.flow.resume_reading()
+                self.flow.nothing_waits()
         self._set_due()
 
     # Answers that no application gives
