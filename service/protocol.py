@@ -13,19 +13,10 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from service.connections import (
-    CLOSE,
-    MAX_HEADER_BYTES,
-    BoundedConfig,
-    BoundedFlow,
-    head_without_upgrade,
-    last_answer,
-    request_scope,
-    size_of_head,
-    too_large,
-)
+from service.connections import CLOSE, BoundedConfig, BoundedFlow, last_answer
 from service.cycle import Cycle
 from service.errors import BadRequest, HeadersTimeout, ServiceError, Unavailable
+from service.heads import MAX_HEADER_BYTES, fault_of, head_without_upgrade, request_scope, size_of_head, too_large
 from service.predict import Options
 from service.quick import QuickAnswer
 
@@ -162,13 +153,14 @@ class BoundedProtocol(HttpToolsProtocol):
         """End their time, and start the application, unless the request may go the short way.
 
         Raises:
-            HeadersTooLarge: they came in one read with their end.
+            ServiceError: they came in one read with their end and are too large, or HTTP forbids them.
         """
         if self.parser.should_upgrade():  # it will be parsed again, see `_parse`
             return
         if self._most_bare_bytes > MAX_HEADER_BYTES and size_of_head(self.url, self.headers) > MAX_HEADER_BYTES:
-            self._refusal = too_large()
-            raise self._refusal
+            raise self._refused(too_large())
+        if (fault := fault_of(self.parser.get_http_version(), self.headers)) is not None:
+            raise self._refused(fault)
         self._in_head = False
         self._bare_bytes = 0
         self._in_time()
@@ -177,6 +169,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self._body = b""
         if self._options is None:
             self._begin_cycle(b"", more_body=True)
+
+    def _refused(self, error: ServiceError) -> ServiceError:
+        self._refusal = error
+        return error
 
     def _is_plain(self) -> bool:
         """Whether a request could go the short way, as far as HTTP is concerned."""
@@ -198,8 +194,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """
         busy = self.cycle is not None and not self.cycle.response_complete
         if len(self.pipeline) == MOST_PIPELINED:
-            self._refusal = BadRequest(f"More than {MOST_PIPELINED} requests wait on this connection.")
-            raise self._refusal
+            raise self._refused(BadRequest(f"More than {MOST_PIPELINED} requests wait on this connection."))
         cycle = self.cycle = Cycle(
             scope=cast("Any", request_scope(self)),
             transport=self.transport,
