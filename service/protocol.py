@@ -142,7 +142,13 @@ class BoundedProtocol(HttpToolsProtocol):
     # The parser's callbacks
 
     def on_message_begin(self) -> None:
-        """Take note that a head has begun."""
+        """Take note that a head has begun.
+
+        Raises:
+            BadRequest: behind the last answer, of which nothing may be done any more (RFC 9112, section 9.6).
+        """
+        if self.transport.is_closing():
+            raise self._refused(BadRequest("This connection has had its last answer."))
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
@@ -193,6 +199,7 @@ class BoundedProtocol(HttpToolsProtocol):
             httptools.HttpParserError: its URL is none.
         """
         busy = self.cycle is not None and not self.cycle.response_complete
+        is_old = self.parser.get_http_version() == "1.0"
         if len(self.pipeline) == MOST_PIPELINED:
             raise self._refused(BadRequest(f"More than {MOST_PIPELINED} requests wait on this connection."))
         cycle = self.cycle = Cycle(
@@ -204,8 +211,8 @@ class BoundedProtocol(HttpToolsProtocol):
             access_log=False,
             default_headers=self.server_state.default_headers,
             message_event=asyncio.Event(),
-            expect_100_continue=self.expect_100_continue,
-            keep_alive=self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive(),
+            expect_100_continue=self.expect_100_continue and not is_old,  # RFC 9110, section 10.1.1
+            keep_alive=not is_old and self.parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
         self.headers = []  # what comes after the body, as a trailer, is none of the head
