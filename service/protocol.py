@@ -134,10 +134,17 @@ class BoundedProtocol(HttpToolsProtocol):
         self._set_due()
 
     def shutdown(self) -> None:
-        """Close an idle connection; under TLS without waiting half a minute for the client to close its half."""
+        """Close an idle connection; its client has a limited time to take what is not sent yet.
+
+        Under TLS it has to close its half, too. Before this closed, what is encrypted counted as sent, however much of
+        it waited; behind that the service's goodbye waits now, and counts. Less than 64 KiB can't be seen.
+        """
+        if self.transport.is_closing():  # and its time is running
+            return
         super().shutdown()
-        if self.scheme == "https" and self.transport.is_closing():
-            self.transport.abort()
+        if self.transport.is_closing():
+            is_sent = not self.transport.get_write_buffer_size()
+            self.due = self.loop.time() + (LINGER_SECONDS if is_sent else self.service.settings.write_timeout_s)
 
     # The parser's callbacks
 
