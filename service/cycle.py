@@ -43,6 +43,9 @@ class Cycle(RequestResponseCycle):
                 raise RuntimeError(f"an answer begins with http.response.start, not with {message['type']}")
             self._start = message
             self.response_started = True
+            if self.waiting_for_100_continue and self.more_body:
+                # Nobody has asked for the body: the next request of a client that leaves it out is none of it.
+                self.keep_alive = False
             return
         start, self._start = self._start, None
         if start is not None:

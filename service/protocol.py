@@ -13,18 +13,10 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from service.connections import (
-    CLOSE,
-    MAX_HEADER_BYTES,
-    BoundedConfig,
-    head_without_upgrade,
-    last_answer,
-    request_scope,
-    size_of_head,
-    too_large,
-)
+from service.connections import CLOSE, BoundedConfig, BoundedFlow, last_answer
 from service.cycle import Cycle
 from service.errors import BadRequest, HeadersTimeout, ServiceError, Unavailable
+from service.heads import MAX_HEADER_BYTES, fault_of, head_without_upgrade, request_scope, size_of_head, too_large
 from service.predict import Options
 from service.quick import QuickAnswer
 
@@ -40,6 +32,8 @@ class BoundedProtocol(HttpToolsProtocol):
     Attributes:
         due: loop time at which it has taken too long for what it is at; infinity while that is the service's affair.
     """
+
+    flow: BoundedFlow
 
     def __init__(
         self,
@@ -68,6 +62,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the connection, and give it its time for the first request's headers."""
         super().connection_made(transport)
+        self.flow = BoundedFlow(transport)
         self._clock.add(self)
         self._set_due()
         if not self.service.may_connect(len(self.connections)):
@@ -139,15 +134,28 @@ class BoundedProtocol(HttpToolsProtocol):
         self._set_due()
 
     def shutdown(self) -> None:
-        """Close an idle connection; under TLS without waiting half a minute for the client to close its half."""
+        """Close an idle connection; its client has a limited time to take what is not sent yet.
+
+        Under TLS it has to close its half, too. Before this closed, what is encrypted counted as sent, however much of
+        it waited; behind that the service's goodbye waits now, and counts. Less than 64 KiB can't be seen.
+        """
+        if self.transport.is_closing():  # and its time is running
+            return
         super().shutdown()
-        if self.scheme == "https" and self.transport.is_closing():
-            self.transport.abort()
+        if self.transport.is_closing():
+            is_sent = not self.transport.get_write_buffer_size()
+            self.due = self.loop.time() + (LINGER_SECONDS if is_sent else self.service.settings.write_timeout_s)
 
     # The parser's callbacks
 
     def on_message_begin(self) -> None:
-        """Take note that a head has begun."""
+        """Take note that a head has begun.
+
+        Raises:
+            BadRequest: behind the last answer, of which nothing may be done any more (RFC 9112, section 9.6).
+        """
+        if self.transport.is_closing():
+            raise self._refused(BadRequest("This connection has had its last answer."))
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
@@ -158,13 +166,14 @@ class BoundedProtocol(HttpToolsProtocol):
         """End their time, and start the application, unless the request may go the short way.
 
         Raises:
-            HeadersTooLarge: they came in one read with their end.
+            ServiceError: they came in one read with their end and are too large, or HTTP forbids them.
         """
         if self.parser.should_upgrade():  # it will be parsed again, see `_parse`
             return
         if self._most_bare_bytes > MAX_HEADER_BYTES and size_of_head(self.url, self.headers) > MAX_HEADER_BYTES:
-            self._refusal = too_large()
-            raise self._refusal
+            raise self._refused(too_large())
+        if (fault := fault_of(self.parser.get_http_version(), self.headers)) is not None:
+            raise self._refused(fault)
         self._in_head = False
         self._bare_bytes = 0
         self._in_time()
@@ -173,6 +182,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self._body = b""
         if self._options is None:
             self._begin_cycle(b"", more_body=True)
+
+    def _refused(self, error: ServiceError) -> ServiceError:
+        self._refusal = error
+        return error
 
     def _is_plain(self) -> bool:
         """Whether a request could go the short way, as far as HTTP is concerned."""
@@ -193,9 +206,9 @@ class BoundedProtocol(HttpToolsProtocol):
             httptools.HttpParserError: its URL is none.
         """
         busy = self.cycle is not None and not self.cycle.response_complete
+        is_old = self.parser.get_http_version() == "1.0"
         if len(self.pipeline) == MOST_PIPELINED:
-            self._refusal = BadRequest(f"More than {MOST_PIPELINED} requests wait on this connection.")
-            raise self._refusal
+            raise self._refused(BadRequest(f"More than {MOST_PIPELINED} requests wait on this connection."))
         cycle = self.cycle = Cycle(
             scope=cast("Any", request_scope(self)),
             transport=self.transport,
@@ -205,8 +218,8 @@ class BoundedProtocol(HttpToolsProtocol):
             access_log=False,
             default_headers=self.server_state.default_headers,
             message_event=asyncio.Event(),
-            expect_100_continue=self.expect_100_continue,
-            keep_alive=self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive(),
+            expect_100_continue=self.expect_100_continue and not is_old,  # RFC 9110, section 10.1.1
+            keep_alive=not is_old and self.parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
         self.headers = []  # what comes after the body, as a trailer, is none of the head
@@ -215,7 +228,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if body or not more_body:
             cycle.message_event.set()
         if busy:  # a pipelined request waits for its turn
-            self.flow.pause_reading()
+            self.flow.wait(size_of_head(self.url, cycle.scope["headers"]))
             self.pipeline.appendleft((cycle, self.app))
         else:
             self._start_asgi_task(cycle, self.app)
@@ -229,6 +242,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._bare_bytes = 0
         if self._options is None:
             super().on_body(body)
+            if self.pipeline:  # this is the body of the last that waits
+                self.flow.wait(len(body))
         else:
             self._body += body
 
@@ -287,7 +302,7 @@ class BoundedProtocol(HttpToolsProtocol):
             else:
                 self._is_idle = not (self._in_head or self.cycle.more_body)
             if not self.pipeline:
-                self.flow.resume_reading()
+                self.flow.nothing_waits()
         self._set_due()
 
     # Answers that no application gives

@@ -76,7 +76,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so.
 
-        As uvicorn does, which knows no limit for a TLS handshake but the loop's, of a minute.
+        As uvicorn does, which knows no limits for TLS but the loop's: a minute for the handshake, and half a minute for
+        what is not sent yet when a connection is closed.
 
         Raises:
             OSError: another service listens there.
@@ -86,12 +87,16 @@ class Server(uvicorn.Server):
         await self.lifespan.startup()
         if self.lifespan.should_exit:
             raise SystemExit(STARTUP_FAILURE)
-        tls = self.config.ssl
-        handshake_s = None if tls is None else self.service.settings.header_timeout_s
+        tls, settings = self.config.ssl, self.service.settings
         loop = asyncio.get_running_loop()
         self.servers = [
             await loop.create_server(
-                self._connection, sock=one, ssl=tls, ssl_handshake_timeout=handshake_s, backlog=self.config.backlog
+                self._connection,
+                sock=one,
+                backlog=self.config.backlog,
+                ssl=tls,
+                ssl_handshake_timeout=None if tls is None else settings.header_timeout_s,
+                ssl_shutdown_timeout=None if tls is None else settings.write_timeout_s,
             )
             for one in sockets
         ]

@@ -1,13 +1,10 @@
 """The service as it is started in production: a process, signals, exit statuses, real HTTP, a real engine."""
 
-import shutil
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -248,56 +245,6 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         refused(process, 1, "can't listen on no such host:0: ")
     with started(tmp_path, *on_model(tmp_path / "m", "--host", "a..b")) as process:
         refused(process, 1, "can't listen on a..b:0: ")
-
-
-@pytest.mark.usefixtures("either_way")
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with the openssl command")
-def test_https(tmp_path: Path) -> None:
-    make_model_folder(tmp_path / "m")
-    certificate, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
-    impatient = ("--header-timeout-s", "1", "--body-timeout-s", "0.5")
-    making = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
-    subprocess.run([*making, "-out", certificate, "-keyout", key], check=True, capture_output=True)
-    with (
-        started(
-            tmp_path, *on_model(tmp_path / "m", "--tls-cert", certificate, "--tls-key", key, *impatient)
-        ) as process,
-        process.ready() as client,
-    ):
-        assert client.base_url.scheme == "https"
-        assert post(client).status_code == 200
-        with socket.create_connection(("127.0.0.1", client.base_url.port or 0), timeout=30) as silent:
-            assert silent.recv(1) == b""  # the loop alone would have waited for its handshake for a minute
-        with socket.create_connection(("127.0.0.1", client.base_url.port or 0), timeout=15) as tcp:
-            late = ssl._create_unverified_context().wrap_socket(tcp.dup(), server_hostname="localhost")
-            late.sendall(request_head(1000) + b"abc")
-            assert late.recv(100).startswith(b"HTTP/1.1 408")
-            with suppress(ConnectionResetError):  # it need not wait for long until the client has said goodbye
-                while tcp.recv(1000):
-                    pass
-            late.close()
-        assert post(client).status_code == 200
-        process.signal()
-        assert process.exit_status() == 0
-
-
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its key with the openssl command")
-def test_a_tls_key_with_a_pass_phrase_is_refused_and_nobody_is_asked(tmp_path: Path) -> None:
-    make_model_folder(tmp_path / "m")
-    certificate, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
-    making = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-passout", "pass:secret", "-subj", "/CN=localhost"]
-    subprocess.run([*making, "-out", certificate, "-keyout", key], check=True, capture_output=True)
-    with started(tmp_path, *on_model(tmp_path / "m", "--tls-cert", certificate, "--tls-key", key)) as process:
-        refused(process, 1, "they must be PEM, with no pass phrase")
-
-
-@pytest.mark.usefixtures("either_way")
-def test_tls_files_that_are_none(tmp_path: Path) -> None:
-    make_model_folder(tmp_path / "m")
-    (tmp_path / "junk.pem").write_text("junk")
-    junk = str(tmp_path / "junk.pem")
-    with started(tmp_path, *on_model(tmp_path / "m", "--tls-cert", junk, "--tls-key", junk)) as process:
-        refused(process, 1, f"the TLS files {junk} and {junk} can't be used: ")
 
 
 def test_wrong_settings(tmp_path: Path) -> None:

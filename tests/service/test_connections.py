@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from service.connections import MAX_HEADER_BYTES, head_without_upgrade
+from service.heads import MAX_HEADER_BYTES, head_without_upgrade
 from tests.fakes import FakeEngine
 from tests.service.harness import error_of, png, read_answer, request_head, running
 from tests.service.test_protocol import ended

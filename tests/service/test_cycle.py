@@ -74,7 +74,7 @@ async def test_an_ordinary_answer_is_one_write(recorder: Recorder) -> None:
 
 async def test_who_has_his_answer_is_not_asked_to_continue(recorder: Recorder) -> None:
     cycle = cycle_on(recorder)
-    cycle.waiting_for_100_continue = True
+    cycle.waiting_for_100_continue, cycle.more_body = True, False
     await cycle.send(START)
     await cycle.send(body(b"ab"))
     assert await cycle.receive() == {"type": "http.disconnect"}

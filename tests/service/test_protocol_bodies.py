@@ -161,3 +161,50 @@ async def test_100_continue_is_sent_for_a_body_that_is_wanted(tmp_path: Path) ->
             assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         writer.write(png(1))
         assert (await read_answer(reader))[0] == 200
+
+
+HEALTH = request_head(None, target="/health/live", method="GET")
+
+
+@pytest.mark.parametrize("reason", ["media type", "size", "key", "path"])
+async def test_who_was_not_asked_for_the_body_is_told_that_the_connection_ends(tmp_path: Path, reason: str) -> None:
+    """A client that waits for 100 leaves the body out at any other answer: what comes next is a request."""
+    keys = {"api_keys": "secret"} if reason == "key" else {}
+    async with running(tmp_path, max_body_bytes=2000, **keys) as run:
+        reader, writer = await run.connect()
+        headers = ["Expect: 100-continue"] + ["Content-Type: text/plain"] * (reason == "media type")
+        target = "/nothing" if reason == "path" else "/predict"
+        writer.write(request_head(3000 if reason == "size" else 40, *headers, target=target))
+        status, answered, _ = await read_answer(reader)
+        statuses = {"media type": 415, "size": 413, "key": 401, "path": 404}
+        assert (status, answered["connection"]) == (statuses[reason], "close")
+        writer.write(HEALTH)  # from a client that did not listen
+        assert await ended(reader)
+
+
+async def test_who_sends_the_body_without_being_asked_keeps_the_connection(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        writer.write(request_head(4, "Expect: 100-continue", target="/nothing") + b"body" + HEALTH)
+        status, headers, _ = await read_answer(reader)
+        assert (status, headers.get("connection")) == (404, None)
+        assert (await read_answer(reader))[0] == 200
+
+
+async def test_a_client_of_http_1_0_is_not_told_to_continue(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        writer.write(request_head(len(png(1)), "Expect: 100-continue").replace(b"HTTP/1.1", b"HTTP/1.0"))
+        await run.until(lambda: run.in_flight == 1)
+        writer.write(png(1))
+        assert (await read_answer(reader))[0] == 200
+
+
+async def test_nothing_is_done_for_what_comes_behind_the_last_answer(tmp_path: Path) -> None:
+    async with running(tmp_path, admin_key="root") as run:
+        reader, writer = await run.connect()
+        writer.write(request_head(10, "Expect: 100-continue", target="/nothing"))
+        assert (await read_answer(reader))[1]["connection"] == "close"
+        writer.write(bytes(10) + request_head(0, "X-API-Key: root", target="/models/reload"))
+        assert await ended(reader)
+        assert "/models/reload" not in (await run.client.get("/metrics")).text

@@ -50,6 +50,8 @@ async def ask(run: Running, data: bytes) -> tuple[int, dict[str, str], bytes]:
     reader, writer = await run.connect()
     writer.write(data)
     answer = await read_answer(reader)
+    if answer[0] == 100:  # who left now might be counted, or not yet
+        answer = await read_answer(reader)
     writer.close()
     return answer
 

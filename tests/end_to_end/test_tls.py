@@ -1,0 +1,107 @@
+"""HTTPS, as it is started in production: a process with a certificate, and clients that speak TLS."""
+
+import shutil
+import socket
+import ssl
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from service.protocol import LINGER_SECONDS
+from tests.end_to_end.process import on_model, started
+from tests.end_to_end.test_service_process import post, refused
+from tests.fakes import make_model_folder
+from tests.service.harness import png, request_head
+
+needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its key with the openssl command")
+
+
+def tls(folder: Path, *how: str) -> tuple[str, ...]:
+    """The arguments for a new certificate and its key, which has no pass phrase unless `how` says so."""
+    certificate, key = str(folder / "cert.pem"), str(folder / "key.pem")
+    making = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-subj", "/CN=localhost", "-days", "2"]
+    subprocess.run(
+        [*making, *(how or ["-nodes"]), "-out", certificate, "-keyout", key], check=True, capture_output=True
+    )
+    return "--tls-cert", certificate, "--tls-key", key
+
+
+@pytest.mark.usefixtures("either_way")
+@needs_openssl
+def test_https(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m")
+    impatient = ("--header-timeout-s", "1", "--body-timeout-s", "0.5")
+    with started(tmp_path, *on_model(tmp_path / "m", *tls(tmp_path), *impatient)) as process, process.ready() as client:
+        assert client.base_url.scheme == "https"
+        assert post(client).status_code == 200
+        with socket.create_connection(("127.0.0.1", client.base_url.port or 0), timeout=30) as silent:
+            assert silent.recv(1) == b""  # the loop alone would have waited for its handshake for a minute
+        with socket.create_connection(("127.0.0.1", client.base_url.port or 0), timeout=15) as tcp:
+            late = ssl._create_unverified_context().wrap_socket(tcp.dup(), server_hostname="localhost")
+            late.sendall(request_head(1000) + b"abc")
+            assert late.recv(100).startswith(b"HTTP/1.1 408")
+            with suppress(ConnectionResetError):  # it need not wait for long until the client has said goodbye
+                while tcp.recv(1000):
+                    pass
+            late.close()
+        assert post(client).status_code == 200
+        process.signal()
+        assert process.exit_status() == 0
+
+
+@needs_openssl
+def test_a_tls_key_with_a_pass_phrase_is_refused_and_nobody_is_asked(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m")
+    with started(tmp_path, *on_model(tmp_path / "m", *tls(tmp_path, "-passout", "pass:secret"))) as process:
+        refused(process, 1, "they must be PEM, with no pass phrase")
+
+
+@pytest.mark.usefixtures("either_way")
+def test_tls_files_that_are_none(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m")
+    (tmp_path / "junk.pem").write_text("junk")
+    junk = str(tmp_path / "junk.pem")
+    with started(tmp_path, *on_model(tmp_path / "m", "--tls-cert", junk, "--tls-key", junk)) as process:
+        refused(process, 1, f"the TLS files {junk} and {junk} can't be used: ")
+
+
+@needs_openssl
+@pytest.mark.usefixtures("either_way")
+def test_an_answer_that_is_not_read_yet_is_not_cut_off_by_a_drain(tmp_path: Path) -> None:
+    """One of ten megabytes, for the names of many pictures come back: most of it waits in the process."""
+    make_model_folder(tmp_path / "m")
+    part = b'--B\r\nContent-Disposition: form-data; name="file"; filename="%b"\r\n\r\n%b\r\n' % (b"n" * 4000, png(1))
+    form = part * 2500 + b"--B--\r\n"
+    arguments = ("--max-pictures", "2500", "--max-queue-size", "2500", *tls(tmp_path))
+    with started(tmp_path, *on_model(tmp_path / "m", *arguments)) as process, process.ready() as client:
+        with socket.create_connection(("127.0.0.1", client.base_url.port or 0), timeout=30) as tcp:
+            slow = ssl._create_unverified_context().wrap_socket(tcp, server_hostname="localhost")
+            slow.sendall(request_head(len(form)).replace(b"image/png", b"multipart/form-data; boundary=B") + form)
+            process.wait(
+                lambda: 'perceiver_requests_total{code="200",route="/predict"} 1.0' in client.get("/metrics").text
+            )
+            process.signal()
+            process.wait(lambda: "draining: 0 requests" in process.stderr)
+            time.sleep(LINGER_SECONDS + 1)  # that long a client has which leaves nothing unread
+            answer = bytearray()
+            while data := slow.recv(1_000_000):
+                answer += data
+            slow.close()
+        head, _, body = bytes(answer).partition(b"\r\n\r\n")
+        assert f"content-length: {len(body)}\r\n".encode() in head
+        assert len(body) > 10_000_000
+        assert process.exit_status() == 0
+
+
+@needs_openssl
+@pytest.mark.usefixtures("either_way")
+def test_a_client_that_does_not_close_its_half_does_not_hold_a_drain(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m")
+    arguments = ("--drain-timeout-s", "3600", "--write-timeout-s", "3600", "--keep-alive-s", "3600", *tls(tmp_path))
+    with started(tmp_path, *on_model(tmp_path / "m", *arguments)) as process, process.ready() as client:
+        assert post(client).status_code == 200
+        process.signal()
+        assert process.exit_status() == 0
