@@ -60,11 +60,13 @@ class DistantService(Front):
     def __init__(self, settings: Settings, ledger: Ledger, row: int, processes: int) -> None:
         self._ledger = ledger
         self._row = row
-        self._waiting = Waiting()
         self._live: DistantModel | None = None
         self._status: Status = "loading"
         self._failure = ""
-        self.link = Link(FromEngine, self._received, self._lost)
+        # All of these processes together keep no more pictures for one that does not read than bodies in the house.
+        most_unread = settings.max_queue_bytes // processes
+        self.link = Link(FromEngine, self._received, self._lost, most_unread=most_unread)
+        self._waiting = Waiting(self.link, ledger)
         self.notes = Notes(self.link)
         super().__init__(
             settings,

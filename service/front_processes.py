@@ -143,6 +143,7 @@ class FrontProcesses:
 
     async def _tell_for_ever(self) -> None:
         while True:
+            self._ledger.beat()
             self.tell()
             await asyncio.sleep(TELL_SECONDS)
 
