@@ -8,7 +8,7 @@ from typing import Any, Final, Self, cast
 
 from service.artifact import ModelMetadata
 from service.errors import DeadlineExceeded, Overloaded, ServiceError
-from service.fair_queue import Image, Outcome, Pixels, Prediction
+from service.fair_queue import Image, Outcome, Pixels, Prediction, end_safely
 from service.front import known_route
 from service.ledger import Ledger
 from service.link import Link
@@ -152,12 +152,12 @@ class Waiting:
     def end(self, number: int, result: Any) -> None:
         """Give an answer, if somebody waits for it."""
         if (outcome := self._taken(number)) is not None:
-            outcome.set_result(result)
+            end_safely(outcome.set_result, result)
 
     def fail(self, number: int, error: ServiceError) -> None:
         """Give an error, if somebody waits."""
         if (outcome := self._taken(number)) is not None:
-            outcome.set_exception(error)
+            end_safely(outcome.set_exception, error)
 
     def fail_all(self, error: Callable[[], ServiceError]) -> None:
         """Give an error each to all that wait and all that come: no answer will."""

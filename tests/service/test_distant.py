@@ -103,6 +103,37 @@ def test_another_process_sees_that_one_is_silent_and_the_numbers_are_not_touched
     assert [ledger.total(column) for column in range(5)] == [0] * 5
 
 
+class Broken:
+    """An outcome that can't be ended."""
+
+    def done(self) -> bool:
+        return False
+
+    def set_result(self, result: object) -> None:
+        raise RuntimeError("broken")
+
+    set_exception = set_result
+
+
+@pytest.mark.parametrize("end", ["answer", "refusal", "the other process"])
+async def test_an_outcome_that_fails_does_not_take_the_others_along(caplog: pytest.LogCaptureFixture, end: str) -> None:
+    async with unread() as (link, _):
+        waiting = Waiting(link, Ledger(1))
+        last = future()
+        for outcome in (Broken(), last):
+            waiting.begin(outcome)  # type: ignore[arg-type]
+        if end == "the other process":
+            waiting.fail_all(DeadlineExceeded)
+        for number in (1, 2):
+            if end == "answer":
+                waiting.end(number, [])
+            else:
+                waiting.fail(number, DeadlineExceeded())
+        assert last.done()
+        last.exception()
+        assert "an answer could not be given" in caplog.text
+
+
 # What happened, until it is told
 
 
