@@ -139,7 +139,7 @@ class FrontProcesses:
 
     @property
     def _is_ending(self) -> bool:
-        return self._service.draining or bool(self._service.failure)
+        return self._service.leaving or self._service.draining or bool(self._service.failure)
 
     async def _tell_for_ever(self) -> None:
         while True:
