@@ -7,14 +7,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, Self, cast
 
 from service.artifact import ModelMetadata
-from service.errors import ServiceError
-from service.fair_queue import Image, Outcome, Pixels, Prediction
+from service.errors import DeadlineExceeded, Overloaded, ServiceError
+from service.fair_queue import Image, Outcome, Pixels, Prediction, end_safely
 from service.front import known_route
+from service.ledger import Ledger
 from service.link import Link
 from service.messages import Called, Cancel, Counts, Released, Submit
+from service.recurring import Recurring
 
 MOST_TIMES: Final = 1024  # in one message
 GONE: Final = "The process that runs the model has ended."
+SILENCE_SECONDS: Final = 0.1  # of the process that runs the model, after which it is not left to say what is too late
 
 
 class Notes:
@@ -36,7 +39,11 @@ class Notes:
         """Time one request to /predict."""
         self._request_seconds.append((seconds, request_id))
         if len(self._request_seconds) >= MOST_TIMES:
-            self.send()
+            if self._link.is_full:  # nobody reads: the numbers go on, the times would pile up
+                self._request_seconds.clear()
+                self._decode_seconds.clear()
+            else:
+                self.send()
 
     def decoded(self, seconds: float) -> None:
         """Time the decoding of one request's pictures."""
@@ -104,23 +111,38 @@ class DistantModel:
 
 
 class Waiting:
-    """The requests whose answer is to come from the other process, by number."""
+    """The requests whose answer is to come from the other process, by number.
 
-    def __init__(self) -> None:
-        self._outcomes: dict[int, Outcome | asyncio.Future[Called]] = {}
+    What is too late is that process's to say, for it knows what runs already. Where it shows no sign of life, it is
+    said here.
+
+    Args:
+        link: to that process.
+        ledger: where it shows that it lives.
+    """
+
+    def __init__(self, link: Link, ledger: Ledger) -> None:
+        self._link = link
+        self._ledger = ledger
+        self._outcomes: dict[int, tuple[Outcome | asyncio.Future[Called], float]] = {}
         self._last = 0
         self._over: Callable[[], ServiceError] | None = None
+        self._looks = Recurring(self._fail_late)
 
-    def begin(self, outcome: "Outcome | asyncio.Future[Called]") -> int:
+    def begin(self, outcome: "Outcome | asyncio.Future[Called]", deadline: float = math.inf) -> int:
         """Return the number of a new request, whose answer will end `outcome`.
 
         Raises:
+            Overloaded: the other process does not read what is sent; more would only fill the memory of this one.
             ServiceError: no answers come any more, see `fail_all`.
         """
         if self._over is not None:
             raise self._over()
+        if self._link.is_full:
+            raise Overloaded()
         self._last += 1
-        self._outcomes[self._last] = outcome
+        self._outcomes[self._last] = (outcome, deadline)
+        self._looks.wake()
         return self._last
 
     def give_up(self, number: int) -> bool:
@@ -130,12 +152,12 @@ class Waiting:
     def end(self, number: int, result: Any) -> None:
         """Give an answer, if somebody waits for it."""
         if (outcome := self._taken(number)) is not None:
-            outcome.set_result(result)
+            end_safely(outcome.set_result, result)
 
     def fail(self, number: int, error: ServiceError) -> None:
         """Give an error, if somebody waits."""
         if (outcome := self._taken(number)) is not None:
-            outcome.set_exception(error)
+            end_safely(outcome.set_exception, error)
 
     def fail_all(self, error: Callable[[], ServiceError]) -> None:
         """Give an error each to all that wait and all that come: no answer will."""
@@ -143,8 +165,17 @@ class Waiting:
         for number in list(self._outcomes):
             self.fail(number, error())
 
+    def _fail_late(self) -> bool:
+        """Answer what is too late while the other process is silent; return whether anything waits."""
+        if self._ledger.silence() > SILENCE_SECONDS:
+            now = asyncio.get_running_loop().time()
+            for number in [number for number, (_, deadline) in self._outcomes.items() if deadline <= now]:
+                # Not cancelled there: when that process goes on, it finds them late too, and counts them as that.
+                self.fail(number, DeadlineExceeded())
+        return bool(self._outcomes)
+
     def _taken(self, number: int) -> "Outcome | asyncio.Future[Called] | None":
-        outcome = self._outcomes.pop(number, None)
+        outcome, _ = self._outcomes.pop(number, (None, 0.0))
         return None if outcome is None or outcome.done() else outcome
 
 
@@ -168,7 +199,7 @@ class DistantBatcher:
 
     def post(self, images: Sequence[Pixels], outcome: Outcome, deadline: float) -> int:
         """Do the same for somebody who does not await it."""
-        number = self._waiting.begin(outcome)
+        number = self._waiting.begin(outcome, deadline)
         self._link.send(Submit(number, self._model, deadline, cast("list[bytes]", images)))
         return number
 

@@ -136,16 +136,16 @@ class Batch:
                     continue
                 predictions = [request.answers[index] for index in range(whole)]
             if not request.future.done():
-                _end(request.future.set_result, predictions)
+                end_safely(request.future.set_result, predictions)
 
     def fail(self, error: Callable[[], Exception]) -> None:
         """End the futures that have not ended yet, each with an exception of its own."""
         for request, _, _ in self.parts:
             if not request.future.done():
-                _end(request.future.set_exception, error())
+                end_safely(request.future.set_exception, error())
 
 
-def _end(end: Callable[[T], None], value: T) -> None:
+def end_safely(end: Callable[[T], None], value: T) -> None:
     """End one of many outcomes; the others get theirs even where this one fails."""
     try:
         end(value)
@@ -216,14 +216,14 @@ class FairQueue:
         while self._requests:
             request = self._requests.popleft()
             if not request.future.done():
-                _end(request.future.set_exception, error())
+                end_safely(request.future.set_exception, error())
         self.pictures = 0
 
     def _drop(self, request: Request, dropped: list[DropReason]) -> None:
         left = len(request.images) - request.taken
         self.pictures -= left
         if not request.future.done():
-            _end(request.future.set_exception, DeadlineExceeded())
+            end_safely(request.future.set_exception, DeadlineExceeded())
             dropped += ["deadline"] * left
         elif request.future.cancelled():
             dropped += ["cancelled"] * left

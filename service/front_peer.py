@@ -2,12 +2,9 @@
 
 import asyncio
 import logging
-import os
 import socket
-import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from itertools import groupby
 from typing import Final, Protocol
 
@@ -15,6 +12,7 @@ from starlette.types import ASGIApp
 
 from service.errors import ServiceError
 from service.fair_queue import Prediction
+from service.front_start import spawn
 from service.ledger import Ledger
 from service.link import Link
 from service.messages import (
@@ -32,8 +30,6 @@ from service.messages import (
     Submit,
 )
 from service.models import LiveModel
-from service.settings import without_settings
-from service.sockets import bound
 from service.state import Service
 from service.translation import Recorded, pack, refusal, scope_of
 
@@ -152,7 +148,9 @@ class FrontProcess:
         ours, theirs = socket.socketpair()
         try:
             with theirs:
-                self._process = process = await self._spawn(theirs)
+                self._process = process = await spawn(
+                    theirs, self._ledger, self.row, self._addresses, self._house.settings
+                )
         except BaseException:
             ours.close()
             raise
@@ -160,30 +158,11 @@ class FrontProcess:
         try:
             await Link.open(ours, link)
             self.tell()
-            await process.communicate(self._house.settings)
             return await process.wait()
         finally:
             self.kill()  # where it has not ended, this was cancelled or failed
             self._process = None
             self._end()
-
-    async def _spawn(self, link: socket.socket) -> asyncio.subprocess.Process:
-        with ExitStack() as stack:
-            # Only that process keeps them: the connections of one that has ended go to the others.
-            sockets = [
-                stack.enter_context(bound(one.family, one.getsockname(), shared=True)) for one in self._addresses
-            ]
-            descriptors = [link.fileno(), self._ledger.descriptor, *(one.fileno() for one in sockets)]
-            numbers = [descriptors[0], descriptors[1], self._ledger.rows, self.row, *descriptors[2:]]
-            return await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "service.front_process",
-                *map(str, numbers),
-                stdin=asyncio.subprocess.PIPE,
-                pass_fds=descriptors,
-                env=without_settings(os.environ),
-            )
 
     def kill(self) -> None:
         """End the process at once, unless it has ended."""

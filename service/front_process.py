@@ -5,7 +5,6 @@
 
 import asyncio
 import logging
-import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -60,11 +59,13 @@ class DistantService(Front):
     def __init__(self, settings: Settings, ledger: Ledger, row: int, processes: int) -> None:
         self._ledger = ledger
         self._row = row
-        self._waiting = Waiting()
         self._live: DistantModel | None = None
         self._status: Status = "loading"
         self._failure = ""
-        self.link = Link(FromEngine, self._received, self._lost)
+        # All of these processes together keep no more pictures for one that does not read than bodies in the house.
+        most_unread = settings.max_queue_bytes // processes
+        self.link = Link(FromEngine, self._received, self._lost, most_unread=most_unread)
+        self._waiting = Waiting(self.link, ledger)
         self.notes = Notes(self.link)
         super().__init__(
             settings,
@@ -165,7 +166,7 @@ class FrontServer(Server):
     """Ends when the process that runs the model says so or is gone; signals are that one's affair."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Do nothing: Ctrl-C reaches every process of a terminal's group."""
+        """Do nothing, in place of what uvicorn does at the signals that `service.front_main` has ignored."""
 
     def report_failure(self) -> None:
         """Do nothing: whoever found it has logged it."""
@@ -204,12 +205,6 @@ def main(arguments: Sequence[str]) -> int:
     service = DistantService(settings, Ledger(processes, memory), row, processes)
     server = service.server = FrontServer(http_config(service))
     sockets = [socket.socket(fileno=listener) for listener in listeners]
-    if hasattr(signal, "SIGHUP"):  # as with Ctrl-C: the process that runs the model answers it, by a drain
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         failed = runner.run(serve(service, socket.socket(fileno=link), sockets))
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -139,10 +139,11 @@ class FrontProcesses:
 
     @property
     def _is_ending(self) -> bool:
-        return self._service.draining or bool(self._service.failure)
+        return self._service.leaving or self._service.draining or bool(self._service.failure)
 
     async def _tell_for_ever(self) -> None:
         while True:
+            self._ledger.beat()
             self.tell()
             await asyncio.sleep(TELL_SECONDS)
 

@@ -6,6 +6,7 @@ exceeded by what one request holds for each other process. It is never exceeded 
 
 import mmap
 import os
+import time
 from typing import Final
 
 from service.admission import Admission, Ticket
@@ -31,13 +32,14 @@ class Ledger:
     """
 
     def __init__(self, rows: int, descriptor: int = -1) -> None:
-        size = rows * COLUMNS * 8
+        size = (rows * COLUMNS + 1) * 8
         if descriptor < 0:
             descriptor = os.memfd_create("ledger")
             os.truncate(descriptor, size)
         self.rows = rows
         self.descriptor = descriptor
-        self._cells = memoryview(mmap.mmap(descriptor, size)).cast("q")
+        cells = memoryview(mmap.mmap(descriptor, size)).cast("q")
+        self._cells, self._beat = cells[:-1], cells[-1:]
 
     def write(self, row: int, column: int, value: int) -> None:
         """Enter a number. Only the process that the row belongs to may."""
@@ -55,6 +57,14 @@ class Ledger:
         """Forget a process that has ended."""
         for column in range(COLUMNS):
             self.write(row, column, 0)
+
+    def beat(self) -> None:
+        """Show that the process which made this ledger is not stuck. Only that process may."""
+        self._beat[0] = time.monotonic_ns()
+
+    def silence(self) -> float:
+        """Return the seconds since it did."""
+        return (time.monotonic_ns() - self._beat[0]) / 1e9
 
 
 class Totals:

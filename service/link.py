@@ -27,6 +27,10 @@ class Link(asyncio.Protocol):
         received: called with the messages of each frame, in order.
         before_send: called before a frame is made; may `send` more.
         lost: called once when the other end is gone, or has said what can't be understood.
+        most_unread: bytes that may wait here for the other end to read them before `is_full`; None for a few.
+
+    Attributes:
+        is_full: whether more than that waits. It is for the callers to heed: what is sent all the same waits, too.
     """
 
     def __init__(
@@ -35,12 +39,16 @@ class Link(asyncio.Protocol):
         received: Callable[[Sequence[Message]], None],
         lost: Callable[[], None],
         before_send: Callable[[], None] = lambda: None,
+        *,
+        most_unread: int | None = None,
     ) -> None:
+        self.is_full = False
         self._decoder: msgspec.msgpack.Decoder[list[Message]] = msgspec.msgpack.Decoder(list[kind])  # type: ignore[valid-type]
         self._encoder = msgspec.msgpack.Encoder()
         self._received = received
         self._lost = lost
         self._before_send = before_send
+        self._most_unread = most_unread
         self._buffer = bytearray()
         self._outbox: list[Message] = []
         self._will_send = False
@@ -90,6 +98,15 @@ class Link(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is none of its subclasses
+        self._transport.set_write_buffer_limits(self._most_unread)
+
+    def pause_writing(self) -> None:
+        """Take note that the other end leaves too much unread."""
+        self.is_full = True
+
+    def resume_writing(self) -> None:
+        """Take note that it has read most of that."""
+        self.is_full = False
 
     def data_received(self, data: bytes) -> None:
         """Take frames out of the stream."""

@@ -67,7 +67,7 @@ def can_not_listen(settings: Settings, error: OSError | UnicodeError) -> int:
 
 async def run_with_processes(service: Service, app: PerceiverApp, addresses: list[socket.socket]) -> int:
     """Run the model here, and HTTP in other processes."""
-    stopping = Stopping()
+    stopping = Stopping(service)
     fronts = FrontProcesses(service, app.routes_alone, addresses, service.settings.http_processes)
     service.start()
     fronts.start()
@@ -113,12 +113,17 @@ def hangup_ends() -> bool:
 class Stopping:
     """What signals ask for: the first a drain, the second an end.
 
+    Args:
+        service: what is to leave. It is told at once: of an HTTP process which the same signal has ended, because that
+            had only just begun, nobody should think that it crashed.
+
     Attributes:
         asked: whether there was a first.
         at_once: whether there was a second.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, service: Service) -> None:
+        self._service = service
         self.asked = self.at_once = False
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hangup_ends() else [])):
@@ -126,3 +131,4 @@ class Stopping:
 
     def _stop(self) -> None:
         self.at_once, self.asked = self.asked, True
+        self._service.leaving = True

@@ -37,6 +37,7 @@ class Process:
                 env=clean | environment,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
+                process_group=0,  # so that a test can signal all of it, as a terminal does
             )
 
     @property
@@ -56,6 +57,13 @@ class Process:
 
     def signal(self, number: int = signal.SIGTERM) -> None:
         self.popen.send_signal(number)
+
+    def signal_group(self, number: int) -> None:
+        os.killpg(self.popen.pid, number)
+
+    def children(self) -> list[int]:
+        """The ids of the processes that it has started, and that have not ended."""
+        return [int(pid) for pid in Path(f"/proc/{self.popen.pid}/task/{self.popen.pid}/children").read_text().split()]
 
     def exit_status(self) -> int:
         """The status, once it has ended."""

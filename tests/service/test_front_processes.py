@@ -9,8 +9,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+import uvloop
 
-from service import front_peer, front_processes
+from service import front_peer, front_processes, front_start
 from service.ledger import CONNECTIONS
 from service.settings import Settings
 from service.sockets import bound, reserve
@@ -158,10 +159,26 @@ async def test_a_scrape_does_not_wait_for_a_process_that_hangs(
 async def test_processes_that_can_not_start_fail_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(front_processes, "FIRST_PAUSE_SECONDS", 0.01)
     async with running(tmp_path, http_processes=1) as run:
-        monkeypatch.setattr(front_peer.sys, "executable", "/bin/false")
+        monkeypatch.setattr(front_start.sys, "executable", "/bin/false")
         os.kill(pids(run)[0], signal.SIGKILL)
         await run.until(lambda: run.service.failure != "")
         assert run.service.failure.startswith("the HTTP process 0 ended 3 times before it could listen: has ended with")
+
+
+def test_a_process_that_ends_at_once_is_one_that_can_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the event loop of production, whose pipes fail in their own way; many times, since it is a race."""
+    monkeypatch.setattr(front_processes, "FIRST_PAUSE_SECONDS", 0)
+    monkeypatch.setattr(front_processes, "MOST_FAILURES", 40)
+
+    async def fail_to_start() -> str:
+        async with running(tmp_path, http_processes=1) as run:
+            monkeypatch.setattr(front_start.sys, "executable", "/bin/false")
+            os.kill(pids(run)[0], signal.SIGKILL)
+            await run.until(lambda: run.service.failure != "")
+            return run.service.failure
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(fail_to_start()).startswith("the HTTP process 0 ended 40 times before it could listen: ")
 
 
 async def test_a_process_that_can_not_be_replaced_leaves_its_clients_to_the_others(
@@ -169,7 +186,7 @@ async def test_a_process_that_can_not_be_replaced_leaves_its_clients_to_the_othe
 ) -> None:
     monkeypatch.setattr(front_processes, "FIRST_PAUSE_SECONDS", 0.01)
     async with running(tmp_path, http_processes=2) as run:
-        monkeypatch.setattr(front_peer.sys, "executable", str(tmp_path / "nowhere"))
+        monkeypatch.setattr(front_start.sys, "executable", str(tmp_path / "nowhere"))
         os.kill(pids(run)[0], signal.SIGKILL)
         restarts = run.service.metrics.http_process_restarts._value
         await run.until(lambda: restarts.get() >= front_processes.MOST_FAILURES + 1)
@@ -178,6 +195,20 @@ async def test_a_process_that_can_not_be_replaced_leaves_its_clients_to_the_othe
         assert "the HTTP process 0 could not be started: [Errno 2]" in caplog.text
         monkeypatch.undo()
         await run.until(lambda: len(pids(run)) == 2)
+
+
+async def test_a_process_that_ends_while_the_service_leaves_is_neither_replaced_nor_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(tmp_path, http_processes=1) as run:
+        assert run.fronts is not None
+        run.service.leaving = True
+        os.kill(pids(run)[0], signal.SIGKILL)
+        await run.until(lambda: run.fronts._tasks[0].done())
+        assert pids(run) == []
+        assert run.service.metrics.http_process_restarts._value.get() == 0
+        assert "is started anew" not in caplog.text
+        assert run.service.failure == ""
 
 
 async def test_a_process_that_takes_the_place_of_another_has_the_settings_of_the_start(

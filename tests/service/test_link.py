@@ -52,6 +52,9 @@ class Written:
     def abort(self) -> None:
         self.aborted = True
 
+    def set_write_buffer_limits(self, high: int | None) -> None:
+        pass
+
 
 def link(received: list[Message], kind: object = FromFront) -> tuple[Link, Written]:
     one, transport = Link(kind, received.extend, lambda: None), Written()
@@ -257,7 +260,7 @@ def test_retry_after_counts_what_is_elsewhere_and_how_fast_it_leaves() -> None:
 
 
 def test_what_is_posted_when_the_other_process_is_gone_is_refused_and_does_not_wait() -> None:
-    waiting = Waiting()
+    waiting = Waiting(link([])[0], Ledger(1))
     waiting.fail_all(lambda: NotReady(GONE))
     with pytest.raises(NotReady):
         waiting.begin(Reply(cast("FrontProcess", None), 1))
