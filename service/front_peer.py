@@ -6,10 +6,11 @@ import socket
 import time
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Final, Protocol
+from typing import Protocol
 
 from starlette.types import ASGIApp
 
+from service.asks import Asks
 from service.errors import ServiceError
 from service.fair_queue import Prediction
 from service.front_start import spawn
@@ -17,7 +18,6 @@ from service.ledger import Ledger
 from service.link import Link
 from service.messages import (
     Alive,
-    Ask,
     Call,
     Called,
     Cancel,
@@ -34,8 +34,6 @@ from service.state import Service
 from service.translation import Recorded, pack, refusal, scope_of
 
 logger = logging.getLogger(__name__)
-
-PATIENCE_SECONDS: Final = 1.0  # that a scrape waits for the newest counts
 
 
 class House(Protocol):
@@ -132,8 +130,7 @@ class FrontProcess:
         self._models: dict[int, LiveModel] = {}  # those that it holds, by number
         self._newest = 0
         self._told: State | None = None
-        self._asked = 0
-        self._alive = asyncio.Event()
+        self._asks = Asks(row)
 
     # The process
 
@@ -180,6 +177,7 @@ class FrontProcess:
             self._link.close()
             self._link = None
         self.is_listening.clear()
+        self._asks.end()
         self._ledger.clear(self.row)
         for reply in self._replies.values():
             reply.cancel()
@@ -218,14 +216,7 @@ class FrontProcess:
         """Return when it has sent what it has counted, or after a while without."""
         if self._link is None or not self.is_listening.is_set():
             return
-        self._asked += 1
-        self._alive.clear()
-        self._link.send(Ask(self._asked))
-        try:
-            async with asyncio.timeout(PATIENCE_SECONDS):
-                await self._alive.wait()
-        except TimeoutError:
-            logger.warning("the HTTP process %d takes long to answer", self.row)
+        await self._asks.ask(self._link.send)
 
     def answer(self, number: int, predictions: list[Prediction]) -> None:
         """Send an answer, with all others of this turn."""
@@ -265,8 +256,7 @@ class FrontProcess:
                 case Counts():
                     self._count(message)
                 case Alive():
-                    if message.number == self._asked:
-                        self._alive.set()
+                    self._asks.answer(message.number)
                 case Listening():
                     self.has_listened = True
                     self.is_listening.set()

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import uvloop
 
-from service import front_peer, front_processes, front_start
+from service import asks, front_processes, front_start
 from service.ledger import CONNECTIONS
 from service.settings import Settings
 from service.sockets import bound, reserve
@@ -128,7 +128,7 @@ async def test_a_process_that_is_killed_takes_its_clients_along_and_is_replaced(
 
 async def test_a_process_that_hangs_is_killed_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(front_processes, "HANG_SECONDS", 0.5)
-    monkeypatch.setattr(front_peer, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(asks, "PATIENCE_SECONDS", 0.1)
     monkeypatch.setattr(front_processes, "ASK_SECONDS", 0.1)
     async with running(tmp_path, http_processes=1) as run:
         (hung,) = pids(run)
@@ -142,18 +142,56 @@ async def test_a_process_that_hangs_is_killed_and_replaced(tmp_path: Path, monke
 async def test_a_scrape_does_not_wait_for_a_process_that_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(front_peer, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(asks, "PATIENCE_SECONDS", 0.2)
     async with running(tmp_path, http_processes=1) as run:
         assert run.fronts is not None
         (pid,) = pids(run)
         os.kill(pid, signal.SIGSTOP)
         try:
             async with asyncio.timeout(5):
-                await run.fronts.ask_all()
+                await asyncio.gather(*(run.fronts.ask_all() for _ in range(3)))
+            assert caplog.text.count("the HTTP process 0 takes long to answer") == 1
+            monkeypatch.setattr(asks, "QUIET_SECONDS", 0)  # as a minute later
+            await run.fronts.ask_all()
+            assert caplog.text.count("the HTTP process 0 takes long to answer") > 1
         finally:
             os.kill(pid, signal.SIGCONT)
-        assert "the HTTP process 0 takes long to answer" in caplog.text
         assert await run.metric("perceiver_http_processes") == 1
+
+
+async def test_who_asks_at_the_same_time_is_answered_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asks, "PATIENCE_SECONDS", 1000)
+    async with running(tmp_path, http_processes=1) as run:
+        assert run.fronts is not None
+        (front,) = run.fronts._fronts
+
+        async def ask_after(turns: int) -> None:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await front.ask()
+
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(ask_after(turns) for turns in range(100)))
+        assert front._asks._open == {}
+
+
+async def test_who_asks_a_process_that_ends_waits_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(asks, "PATIENCE_SECONDS", 1000)
+    monkeypatch.setattr(front_processes, "ASK_SECONDS", 1000)  # else the one in its place would be asked, and answer
+    async with running(tmp_path, http_processes=1) as run:
+        assert run.fronts is not None
+        (pid,) = pids(run)
+        os.kill(pid, signal.SIGSTOP)
+        asked = asyncio.create_task(run.fronts.ask_all())
+        await asyncio.sleep(0)
+        os.kill(pid, signal.SIGKILL)
+        async with asyncio.timeout(20):
+            await asked
+        assert "takes long" not in caplog.text
 
 
 async def test_processes_that_can_not_start_fail_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
