@@ -1,6 +1,7 @@
 """What connections share: the clock that ends what takes too long, what bounds those who wait, and the last answer."""
 
 import asyncio
+from collections.abc import Iterable
 from typing import Final, Protocol
 from uuid import uuid4
 
@@ -97,10 +98,10 @@ class BoundedConfig(Config):
     clock: ConnectionClock
 
 
-def last_answer(error: ServiceError) -> bytes:
+def last_answer(error: ServiceError, default_headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     """Return an error's whole answer, under a new request id, after which the connection is closed."""
     request_id = uuid4().hex
     headers, body = error_answer(error, request_id)
     headers.append((b"x-request-id", request_id.encode()))
-    lines = b"".join(b"%b: %b\r\n" % header for header in headers if header[0] != b"connection")
+    lines = b"".join(b"%b: %b\r\n" % header for header in (*default_headers, *headers) if header[0] != b"connection")
     return STATUS_LINE[error.status] + lines + CLOSE + b"\r\n" + body

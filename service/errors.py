@@ -28,6 +28,7 @@
     ├── HeadersTooLarge              431  headers_too_large
     ├── ClientDisconnected           499  client_disconnected (never sent: nobody is there to read it)
     ├── InferenceFailed              500  inference_failed
+    ├── UnsupportedTransferCoding    501  unsupported_transfer_coding
     ├── Unavailable                  503  unavailable         (carries Retry-After)
     │   ├── Overloaded               503  overloaded
     │   ├── NotReady                 503  not_ready
@@ -222,6 +223,13 @@ class InferenceFailed(ServiceError):
     """The model failed on the batch this picture was in; the next batch is served."""
 
     code, default = "inference_failed", "The model failed on this batch; the request may be sent again."
+
+
+class UnsupportedTransferCoding(ServiceError):
+    """`Transfer-Encoding` with more than `chunked`; the connection is closed, for nobody knows where the body ends."""
+
+    status, code = 501, "unsupported_transfer_coding"
+    default = "The body has a transfer coding that is not known here; chunked is."
 
 
 class Unavailable(ServiceError):

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.errors import BadRequest, HeadersTooLarge, ServiceError
+from service.errors import BadRequest, HeadersTooLarge, ServiceError, UnsupportedTransferCoding
 
 MAX_HEADER_BYTES: Final = 64 * 1024
 NAME: Final = rb"(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*"  # RFC 3986, section 3.2.2; it may be empty
@@ -21,11 +21,20 @@ def fault_of(version: str, headers: Iterable[tuple[bytes, bytes]]) -> ServiceErr
 
     A proxy in front of this service may read such a request otherwise than this service does.
     """
-    hosts = [value for name, value in headers if name == b"host"]
+    if version not in ("1.0", "1.1"):
+        return BadRequest("The service speaks HTTP/1.1 and HTTP/1.0.")
+    hosts, codings = [], []
+    for name, value in headers:
+        if name == b"host":
+            hosts.append(value)
+        elif name == b"transfer-encoding":
+            codings += value.split(b",")
     if len(hosts) != 1 and (hosts or version != "1.0"):  # RFC 9112, section 3.2
         return BadRequest(f"The request has {len(hosts)} headers Host; it must have one.")
     if hosts and not HOST.fullmatch(hosts[0]):
         return BadRequest("The header Host must be a name or an address, and may have a port.")
+    if len(codings) > 1:  # a single one that is not chunked is the parser's affair, as one behind chunked is
+        return UnsupportedTransferCoding()
     return None
 
 
@@ -46,7 +55,8 @@ def request_scope(connection: HttpToolsProtocol) -> dict[str, Any]:
         httptools.HttpParserError: its URL is none.
     """
     url = httptools.parse_url(connection.url)
-    path = url.path.decode("ascii")
+    raw_path = url.path or b"/"  # http://host and http://host?query have none
+    path = raw_path.decode("ascii")
     return {
         "type": "http",
         "asgi": {"version": connection.asgi_version, "spec_version": "2.3"},
@@ -59,7 +69,7 @@ def request_scope(connection: HttpToolsProtocol) -> dict[str, Any]:
         "state": connection.app_state.copy(),
         "method": connection.parser.get_method().decode("ascii"),
         "path": unquote(path) if "%" in path else path,
-        "raw_path": url.path,
+        "raw_path": raw_path,
         "query_string": url.query or b"",
     }
 

@@ -34,7 +34,7 @@ access_logger = logging.getLogger("service.access")
 # Bounded, because it becomes a header, a log field and an exemplar; OpenMetrics allows an exemplar 128 characters.
 REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}", re.ASCII)
 RELOAD: Final = ("POST", "/models/reload")
-KEYED: Final = frozenset({("POST", PREDICT), ("GET", "/models")})
+KEYED: Final = frozenset({("POST", PREDICT), ("GET", "/models"), ("HEAD", "/models")})
 
 Headers = list[tuple[bytes, bytes]]
 

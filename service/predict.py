@@ -72,7 +72,7 @@ class PredictEndpoint:
         started = perf_counter()
         service, settings, decoder = self.service, self.service.settings, self.service.decoder
         service.check_ready()
-        options = read_options(dict(scope["headers"]), scope["query_string"], settings.request_timeout_ms)
+        options = read_options(scope["headers"], scope["query_string"], settings.request_timeout_ms)
         self._check_head(options)
         # Only bytes are counted until the body is here, and only those that have come: who sends slowly, or announces
         # much and sends nothing, must not keep others out.
@@ -186,16 +186,21 @@ class PatientGuards:
         return bool(self._since)
 
 
-def read_options(headers: dict[bytes, bytes], query: bytes, max_timeout_ms: int) -> Options:
+def read_options(lines: Sequence[tuple[bytes, bytes]], query: bytes, max_timeout_ms: int) -> Options:
     """Read the headers and the query string of a request; of a header that is given twice, the last.
+
+    Content-Encoding is the exception: each names one more coding of the body.
 
     Raises:
         InvalidTimeout, InvalidTopK: not an integer, or below 1.
         BadRequest: an unknown query parameter, which may be a misspelt one.
         UnsupportedEncoding: the body is compressed.
     """
-    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-        raise UnsupportedEncoding()
+    headers = dict(lines)
+    if b"content-encoding" in headers:
+        codings = [value.lower() for name, value in lines if name == b"content-encoding"]
+        if codings.count(b"identity") < len(codings):
+            raise UnsupportedEncoding()
     length = headers.get(b"content-length")
     timeout_ms = max_timeout_ms
     if (asked := headers.get(b"x-request-timeout-ms")) is not None:

@@ -178,7 +178,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._bare_bytes = 0
         self._in_time()
         if self._quick is not None and self._is_plain():
-            self._options = self._quick.options(self.url, dict(self.headers))
+            self._options = self._quick.options(self.url, self.headers)
             self._body = b""
         if self._options is None:
             self._begin_cycle(b"", more_body=True)
@@ -311,7 +311,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Answer with an error and close the connection."""
         if self.transport.is_closing():
             return
-        self.transport.write(last_answer(error))
+        self.transport.write(last_answer(error, self.server_state.default_headers))
         self.close()
         self.service.metrics.rejected(error.code)
 

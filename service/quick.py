@@ -45,7 +45,7 @@ class Quick:
         self._timeout_ms = settings.request_timeout_ms
         self._most_bytes = min(settings.inline_decode_bytes, settings.max_body_bytes)
 
-    def options(self, url: bytes, headers: dict[bytes, bytes]) -> Options | None:
+    def options(self, url: bytes, headers: Headers) -> Options | None:
         """Read the head of a POST request; None where it must go the long way."""
         path, _, query = url.partition(b"?")
         if path != PATH or b"#" in query:

@@ -76,6 +76,7 @@ def add_health(router: APIRouter, service: Service) -> None:
 def add_models(router: APIRouter, service: Service) -> None:
     """Add the routes about model versions."""
 
+    @router.head("/models", include_in_schema=False)
     @router.get("/models", tags=["models"], responses=KEYED)
     async def models() -> ModelsResponse:
         """All versions in the model folder, which of them serves, and why one was refused."""

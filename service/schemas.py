@@ -105,6 +105,7 @@ CONNECTION_ERRORS: tuple[type[errors.ServiceError], ...] = (
     errors.BadRequest,
     errors.HeadersTimeout,
     errors.HeadersTooLarge,
+    errors.UnsupportedTransferCoding,
     errors.Unavailable,
 )
 

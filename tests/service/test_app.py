@@ -66,7 +66,7 @@ async def test_unknown_paths_and_methods_have_the_shape_of_all_errors(tmp_path: 
 
 
 @pytest.mark.usefixtures("either_way")
-@pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready", "/metrics"])
+@pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready", "/metrics", "/models"])
 async def test_probes_answer_head_without_a_body(tmp_path: Path, path: str) -> None:
     async with running(tmp_path) as run:
         get, head = await run.client.get(path), await run.client.head(path)

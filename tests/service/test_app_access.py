@@ -32,7 +32,8 @@ async def test_api_keys(tmp_path: Path, headers: dict[str, str], status: int) ->
     async with running(tmp_path / "m", api_keys="first, second", admin_key="root") as run:
         predicted = await run.client.post("/predict", content=png(1), headers=headers | {"content-type": "image/png"})
         listed = await run.client.get("/models", headers=headers)
-        assert (predicted.status_code, listed.status_code) == (status, status)
+        headed = await run.client.head("/models", headers=headers)
+        assert (predicted.status_code, listed.status_code, headed.status_code) == (status, status, status)
         if status == 401:
             assert error_of(predicted.content) == "unauthorized"
             assert predicted.headers["www-authenticate"] == "Bearer"
@@ -126,7 +127,9 @@ async def test_the_openapi_document_is_valid_and_describes_every_status(tmp_path
     async with running(tmp_path) as run:
         document = (await run.client.get("/openapi.json")).json()
         operation = document["paths"]["/predict"]["post"]
-        assert set(operation["responses"]) == {*("200", "400", "401", "408", "413", "415", "431", "500", "503", "504")}
+        assert set(operation["responses"]) == {
+            *("200", "400", "401", "408", "413", "415", "431", "500", "501", "503", "504")
+        }
         assert set(operation["requestBody"]["content"]) == {
             "multipart/form-data",
             "application/json",

@@ -15,7 +15,7 @@ def with_hosts(request: bytes, *hosts: bytes) -> bytes:
     return request.replace(b"Host: test\r\n", b"".join(b"Host: %b\r\n" % host for host in hosts))
 
 
-async def assert_refused(folder: Path, whole: bytes) -> None:
+async def assert_refused(folder: Path, whole: bytes, *, expected: tuple[int, str] = (400, "bad_request")) -> None:
     """Whether it comes at once, and could go the short way, or in pieces."""
     async with running(folder) as run:
         for pieces in ([whole], [whole[:20], whole[20:]]):
@@ -24,10 +24,10 @@ async def assert_refused(folder: Path, whole: bytes) -> None:
                 writer.write(piece)
                 await writer.drain()
             status, headers, body = await read_answer(reader)
-            assert (status, error_of(body), headers["connection"]) == (400, "bad_request", "close")
+            assert (status, error_of(body), headers["connection"]) == (*expected, "close")
             assert await ended(reader)
         assert run.engine.batches == []
-        assert await run.metric('perceiver_rejections_total{reason="bad_request"}') == 2
+        assert await run.metric(f'perceiver_rejections_total{{reason="{expected[1]}"}}') == 2
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,49 @@ async def test_hosts_that_are_allowed(tmp_path: Path) -> None:
             reader, writer = await run.connect()
             writer.write(request)
             assert (await read_answer(reader))[0] == 200, request
+
+
+@pytest.mark.parametrize("version", [b"2.0", b"0.9"])
+async def test_versions_that_are_not_spoken(tmp_path: Path, version: bytes) -> None:
+    await assert_refused(tmp_path, ORDINARY.replace(b"HTTP/1.1", b"HTTP/" + version))
+
+
+@pytest.mark.parametrize("lines", [b"gzip, chunked", b"gzip\r\nTransfer-Encoding: chunked"])
+async def test_transfer_codings_beside_chunked_are_unknown(tmp_path: Path, lines: bytes) -> None:
+    whole = request_head(None).removesuffix(b"\r\n") + b"Transfer-Encoding: " + lines + b"\r\n\r\n0\r\n\r\n"
+    await assert_refused(tmp_path, whole, expected=(501, "unsupported_transfer_coding"))
+
+
+@pytest.mark.parametrize("target", ["http://test", "http://test?x=1"])
+async def test_a_target_without_a_path_is_the_root(tmp_path: Path, target: str) -> None:
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        writer.write(request_head(None, target=target, method="GET"))
+        status, _, body = await read_answer(reader)
+        assert (status, error_of(body)) == (404, "not_found")  # as there is nothing at /
+        writer.write(ORDINARY)
+        assert (await read_answer(reader))[0] == 200
+
+
+async def test_answers_that_no_application_gives_have_a_date(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        run.server.server_state.default_headers = [(b"date", b"now")]
+        reader, writer = await run.connect()
+        writer.write(b"this is no HTTP\r\n\r\n")
+        assert (await read_answer(reader))[1]["date"] == "now"
+
+
+@pytest.mark.parametrize("late", [0, 10], ids=["short way", "long way"])
+@pytest.mark.parametrize(
+    ("codings", "status"),
+    [(("identity",), 200), (("gzip", "identity"), 415), (("identity", "gzip"), 415), (("Identity", "identity"), 200)],
+)
+async def test_each_content_encoding_counts(tmp_path: Path, codings: tuple[str, ...], status: int, late: int) -> None:
+    request = request_head(len(png(1)), *[f"Content-Encoding: {coding}" for coding in codings]) + png(1)
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        writer.write(request[: len(request) - late])
+        if late:
+            await run.until(lambda: run.in_flight == 1 or status == 415)
+        writer.write(request[len(request) - late :])
+        assert (await read_answer(reader))[0] == status
