@@ -1,10 +1,12 @@
-"""HTTP processes beside a process that runs the model and has stopped, as in a debugger or a driver that hangs."""
+"""HTTP processes beside a process that runs the model and has stopped, as in a debugger, or was killed."""
 
+import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -64,3 +66,33 @@ def post_until_refused(url: str) -> httpx.Response:
             if answer.status_code != 504:
                 return answer
     raise TimeoutError("all of 60 s was let in")
+
+
+def has_ended(pid: int) -> bool:
+    """Whether nothing of a process is left but its entry, which nobody may be there to take away."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_http_processes_end_when_the_model_s_process_was_killed_and_leave_the_port_to_the_next(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m")
+    with started(tmp_path, *on_model(tmp_path / "m", "--http-processes", "2")) as process, process.ready() as client:
+        address, children = (client.base_url.host, client.base_url.port), process.children()
+        try:
+            process.popen.kill()
+            process.popen.wait()
+            until = time.monotonic() + 20
+            while not all(map(has_ended, children)):
+                assert time.monotonic() < until
+                time.sleep(0.02)
+        finally:
+            for child in children:
+                with suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+        with socket.socket() as next_one:
+            next_one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            next_one.bind(address)
+            next_one.listen()
+        assert process.stderr.count("The process that runs the model has ended.") == 2
