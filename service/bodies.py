@@ -46,7 +46,7 @@ class Upload:
 
 
 async def read_body(receive: Receive, *, max_bytes: int, grew: Callable[[int], None]) -> bytes:
-    """Read a whole request body; the time it may take is the connection's affair, see `service.protocol`.
+    """Read a whole request body; the time it may take is the connection's affair, see `service.patience`.
 
     Args:
         receive: the ASGI channel.

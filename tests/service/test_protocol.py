@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service import connections, protocol
+from service import connections, patience
 from service.heads import MAX_HEADER_BYTES
 from tests.fakes import FakeEngine
 from tests.service.harness import ended, error_of, png, read_answer, request_head, running
@@ -187,7 +187,7 @@ async def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
 
 
 async def test_who_is_refused_and_does_not_read_it_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "LINGER_SECONDS", 0.3)
+    monkeypatch.setattr(patience, "LINGER_SECONDS", 0.3)
     async with running(tmp_path, write_timeout_s=600, header_timeout_s=600, keep_alive_s=600) as run:
         _, writer = await run.connect()
         writer.transport.pause_reading()  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from service import connections, protocol
+from service import connections, patience
 from tests.fakes import FakeEngine
 from tests.service.harness import ended, error_of, png, read_answer, request_head, running
 
@@ -71,7 +71,7 @@ async def test_a_chunked_body_that_is_too_large_is_refused_while_reading(tmp_pat
 async def test_the_client_can_read_an_early_answer_while_it_still_sends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protocol, "LINGER_SECONDS", 0.3)
+    monkeypatch.setattr(patience, "LINGER_SECONDS", 0.3)
     async with running(tmp_path, max_body_bytes=2000) as run:
         reader, writer = await run.connect()
         writer.write(request_head(10**12))
@@ -103,7 +103,7 @@ async def test_an_early_answer_that_closes_waits_for_the_body(tmp_path: Path, re
         await asyncio.sleep(0.05)
         assert not reader.at_eof()
         writer.write(bytes(1000) + request_head(len(png(1))) + png(1))  # the latter comes too late
-        async with asyncio.timeout(protocol.LINGER_SECONDS / 2):
+        async with asyncio.timeout(patience.LINGER_SECONDS / 2):
             assert await ended(reader)
         run.service.draining = False
 
@@ -121,7 +121,7 @@ async def test_a_body_that_ends_after_an_early_answer_leaves_the_connection_idle
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A balancer that keeps the connection must not find it closed when the next request comes."""
-    monkeypatch.setattr(protocol, "LINGER_SECONDS", 0.05)
+    monkeypatch.setattr(patience, "LINGER_SECONDS", 0.05)
     monkeypatch.setattr(connections, "LOOK_SECONDS", 0.01)
     async with running(tmp_path, max_body_bytes=2000, header_timeout_s=0.1, keep_alive_s=60) as run:
         reader, writer = await run.connect()
