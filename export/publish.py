@@ -1,15 +1,15 @@
 """Writing a version of a model folder: whole or not at all, and one at a time."""
 
-import fcntl
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from service.artifact import ArtifactError, list_versions
+from training.lock import locked
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def new_version(folder: Path) -> Iterator[tuple[int, Path]]:
         ArtifactError: somebody took the number without waiting; an existing version is never overwritten.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone_in(folder) as alone:
+    with locked(folder, wait=True) as alone:
         for entry in folder.iterdir() if alone else ():
             if re.fullmatch(r"\.\d+-export-\w+", entry.name):
                 shutil.rmtree(entry, ignore_errors=True)
@@ -40,20 +40,6 @@ def new_version(folder: Path) -> Iterator[tuple[int, Path]]:
             _to_disk(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[bool]:
-    """Hold the folder's lock, which ends with the process at the latest; False where the file system has none."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    held = False
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            held = True
-        yield held
-    finally:
-        os.close(descriptor)
 
 
 def _to_disk(path: Path) -> None:

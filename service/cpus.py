@@ -35,11 +35,11 @@ def _quotas(own: Path, groups: Path) -> Iterator[float]:
         if controllers and "cpu" not in controllers.split(","):
             continue
         root = groups / "cpu" if controllers else groups
+        files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
         group = root / path.lstrip("/")
         for folder in (group, *group.parents):
             if folder.is_relative_to(root):
-                limit = f"{_text(folder / 'cpu.cfs_quota_us')} {_text(folder / 'cpu.cfs_period_us')}"
-                time, *period = (limit if controllers else _text(folder / "cpu.max")).split() or ["max"]
+                time, *period = " ".join(_text(folder / name) for name in files).split() or ["max"]
                 # No limit is "max" in version 2 and -1 in version 1.
                 if time.isdecimal() and period and period[0].isdecimal() and int(period[0]):
                     yield int(time) / int(period[0])
@@ -47,8 +47,7 @@ def _quotas(own: Path, groups: Path) -> Iterator[float]:
 
 def usable_cpus() -> int:
     """Return how many threads can run at once: processors in the affinity mask, at most the quota, rounded up."""
-    limit = quota()
-    return len(_allowed()) if limit == inf else max(1, min(len(_allowed()), ceil(limit)))
+    return max(1, ceil(min(len(_allowed()), quota())))
 
 
 def threads_within_limits() -> int:
@@ -61,7 +60,7 @@ def threads_within_limits() -> int:
     if min(len(allowed), limit) >= (os.cpu_count() or 1):
         return 0
     cores = {_text(PROCESSORS / f"cpu{number}/topology/thread_siblings_list") or number for number in allowed}
-    return len(cores) if limit == inf else max(1, min(len(cores), int(limit)))
+    return max(1, int(min(len(cores), limit)))
 
 
 def _allowed() -> set[int]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from training.dataset import DataSet
+from training.lock import locked
 
 
 def refuse_existing(folder: Path | None) -> None:
@@ -43,15 +42,11 @@ def alone_in(folder: Path) -> Iterator[None]:
         ValueError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems have no locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(
-                    f"{folder}: another training is writing to it; wait for its end, or name another --out."
-                ) from error
+    with ExitStack() as held:  # entered apart, so that the body's own errors are not taken for the lock's
+        try:
+            held.enter_context(locked(folder, wait=False))
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{folder}: another training is writing to it; wait for its end, or name another --out."
+            ) from error
         yield
-    finally:
-        os.close(descriptor)

@@ -37,13 +37,10 @@ def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterat
             f"{count} {'files are' if count > 1 else 'file is'} passed over ({shown}), the first is {first}: "
             f"pictures lie in their class's own folder and end with {' '.join(sorted(SUFFIXES))}."
         )
-    for folder in data_set.class_folders if len(data_set.class_folders) == 1 else ():
-        splits = [label for label in data_set.labels if label.lower() in (*SPLITS, *OTHER_NAMES)]
-        if splits:
-            yield (
-                f"{' and '.join(printable(folder / name) for name in splits)}: taken for a class of that name, since "
-                f"the pictures are not laid out as {LAYOUT}."
-            )
+    splits = [label for label in data_set.labels if label.lower() in (*SPLITS, *OTHER_NAMES)]
+    if splits and len(data_set.class_folders) == 1:  # where train/ is told from val/ and test/ there is no doubt
+        shown = " and ".join(printable(data_set.class_folders[0] / name) for name in splits)
+        yield f"{shown}: taken for a class of that name, since the pictures are not laid out as {LAYOUT}."
     if preset is not None:
         yield from notes_on_validation(run, data_set)
     if preset is not None and run.init is not None:
