@@ -77,6 +77,12 @@ class ModelConfig(BaseModel):
     ffn_dropout: float = Field(0.0, ge=0, lt=1, description="dropout after a feed-forward layer")
     logits_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the logits, as the Keras example has it")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth: rate of the last block, rising from 0")
+    latent_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the latents that a training step leaves out, drawn anew at each",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

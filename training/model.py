@@ -148,21 +148,33 @@ class CrossAttention(nn.Module):
         hidden = round(config.ffn_ratio * config.dim)
         self.ffn = FeedForward(config.dim, hidden, config.dim, config.ffn_dropout)
 
-    def forward(self, latents: Tensor, tokens: Tensor) -> Tensor:
-        """float [B, N, C] latents, float [B, M, T] tokens -> float [B, N, C]."""
+    def forward(self, latents: Tensor, tokens: Tensor, kept: Tensor | None = None) -> Tensor:
+        """float [B, N, C] latents, float [B, M, T] tokens -> float [B, N, C]; `kept` as in `read`."""
         queries = self.latent_norm(latents)
-        attended = self.read(queries, self.token_norm(tokens))
+        attended = self.read(queries, self.token_norm(tokens), kept)
         x = self.output(attended) + (queries if self.normalised_residual else latents)
         y = self.ffn_norm(x)
         return self.ffn(y) + (y if self.normalised_residual else x)
 
-    def read(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        """Normed latents [B, N, C] and tokens [B, M, T] -> what the heads read, float [B, N, heads * size]."""
+    def read(self, queries: Tensor, tokens: Tensor, kept: Tensor | None = None) -> Tensor:
+        """What the heads read.
+
+        Args:
+            queries: normed latents, float [B, N, C].
+            tokens: normed tokens, float [B, M, T].
+            kept: which of the model's latents these are, int64 [N]; None: all, in their order.
+
+        Returns:
+            float [B, N, heads * size].
+        """
         q = split_heads(self.query(queries) * self.scale, self.heads)
         k = split_heads(self.key(tokens), self.heads)
         v = split_heads(self.value(tokens), self.heads)
         dropout = self.attention_dropout if self.training else 0.0
-        return attend(q, k, v, self.position_bias, 1.0, dropout)
+        bias = self.position_bias
+        if bias is not None and kept is not None:
+            bias = bias[:, kept]
+        return attend(q, k, v, bias, 1.0, dropout)
 
 
 class SelfAttention(nn.Module):
@@ -291,12 +303,24 @@ class Perceiver(nn.Module):
                 bias = grid_position_bias(self.config.cross_heads, self.config.num_latents, self.config.grid)
                 cross.position_bias.copy_(bias)
 
+    def draw_latents(self) -> Tensor | None:
+        """The latents that a training step keeps where ``latent_dropout`` leaves some out, int64 [kept]; None: all.
+
+        As PatchDropout (Liu et al. 2022, arXiv:2208.07220) draws tokens of a vision transformer: less to compute, and
+        no latent can rely on another. One draw for all pictures of the step and for all iterations.
+        """
+        if not self.training or self.config.latent_dropout == 0:
+            return None
+        count = max(1, round(self.config.num_latents * (1 - self.config.latent_dropout)))
+        return torch.randperm(self.config.num_latents, device=self.latents.device)[:count]
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised pixels, float [B, 3, image_size, image_size] -> logits, float [B, K]."""
         tokens = self.tokens(pixels)
-        latents = self.latents.expand(len(pixels), -1, -1)
+        kept = self.draw_latents()
+        latents = (self.latents if kept is None else self.latents[kept]).expand(len(pixels), -1, -1)
         for i in range(self.config.num_iterations):
-            latents = self.cross_attentions[self.cross_attention_of(i)](latents, tokens)
+            latents = self.cross_attentions[self.cross_attention_of(i)](latents, tokens, kept)
             latents = self.transformers[self.transformer_of(i)](latents)
         return self.head(self.head_norm(latents).mean(dim=1))
 

@@ -35,6 +35,7 @@ MAY_DIFFER = {
     "ffn_dropout",
     "logits_dropout",
     "drop_path",
+    "latent_dropout",
 }
 
 
