@@ -30,7 +30,7 @@ MODEL = {
 }
 # As flags, over `compact`. What the data decides is none.
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in MODEL.items() if name != "num_classes"]
-DROPOUT = {"attention_dropout": 0.1, "ffn_dropout": 0.2, "logits_dropout": 0.1, "drop_path": 0.2}
+DROPOUT = {"attention_dropout": 0.1, "ffn_dropout": 0.2, "logits_dropout": 0.1, "drop_path": 0.2, "latent_dropout": 0.5}
 
 
 def pictures(count: int, seed: int) -> Split:
