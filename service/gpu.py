@@ -40,8 +40,8 @@ class GpuCollector(Collector):
     """One sample a GPU and metric, labelled with the GPU's number as NVML counts, as of the last `refresh`."""
 
     def __init__(self) -> None:
-        self._handles = _handles()
-        self._thread = EngineThread("gpu-readings") if self._handles else None
+        self._gpus = _gpus()
+        self._thread = EngineThread("gpu-readings") if self._gpus else None
         self._reading: asyncio.Future[list[Reading]] | None = None
         self._readings: list[Reading] = []
 
@@ -56,10 +56,10 @@ class GpuCollector(Collector):
             self._reading = asyncio.ensure_future(self._thread.call(self._read))
         reading = self._reading  # which another scrape may wait for as well
         answered, _ = await asyncio.wait([reading], timeout=PATIENCE_SECONDS)
-        self._readings = reading.result() if answered else [Reading(up=False)] * len(self._handles)
+        self._readings = reading.result() if answered else [Reading(up=False)] * len(self._gpus)
 
     def _read(self) -> list[Reading]:
-        return [read(handle) for handle in self._handles]
+        return [read(number) for number in self._gpus]
 
     def describe(self) -> list[GaugeMetricFamily]:
         """Return the metrics without samples, whether there is a GPU or not."""
@@ -76,17 +76,21 @@ class GpuCollector(Collector):
         if not self._readings:
             return
         families = self.describe()
-        for index, reading in enumerate(self._readings):
+        for number, reading in zip(self._gpus, self._readings, strict=True):
             values = (float(reading.up), reading.used, reading.total, reading.busy)
             for family, value in zip(families, values, strict=True):
                 if value is not None:
-                    family.add_metric([str(index)], value)
+                    family.add_metric([str(number)], value)
         yield from families
 
 
-def read(handle: object) -> Reading:
-    """Ask one GPU."""
+def read(number: int) -> Reading:
+    """Ask one GPU, whose handle is got anew: of one that was lost there is none, until it has come back."""
     used = total = busy = None
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(number)
+    except pynvml.NVMLError:
+        return Reading(up=False)
     try:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     except pynvml.NVMLError as error:
@@ -100,11 +104,22 @@ def read(handle: object) -> Reading:
     return Reading(True, used, total, busy)
 
 
-def _handles() -> list[object]:
+def _gpus() -> list[int]:
+    """Return the numbers of the GPUs that this process may use; one that is lost is among them."""
     if pynvml is None:
         return []
     try:
         pynvml.nvmlInit()
-        return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        numbers = range(pynvml.nvmlDeviceGetCount())
     except pynvml.NVMLError:  # the library is there and the driver is not
         return []
+    return [number for number in numbers if _is_ours(number)]
+
+
+def _is_ours(number: int) -> bool:
+    """Tell whether a GPU may be asked: NVML counts those of others, too."""
+    try:
+        pynvml.nvmlDeviceGetHandleByIndex(number)
+    except pynvml.NVMLError as error:
+        return bool(error.value != pynvml.NVML_ERROR_NO_PERMISSION)
+    return True

@@ -195,6 +195,7 @@ class FakeNvml:
 
     def __init__(self, driver: bool = True) -> None:
         self.driver = driver
+        self.without_handle: dict[int, int] = {}  # the error of each
         self.answers = threading.Event()
         self.answers.set()
 
@@ -206,6 +207,8 @@ class FakeNvml:
         return 4
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        if index in self.without_handle:
+            raise self.NVMLError(self.without_handle[index])
         return index
 
     def nvmlDeviceGetMemoryInfo(self, handle: int) -> Memory:  # noqa: N802
@@ -243,6 +246,24 @@ async def test_gpus_are_read_through_nvml(monkeypatch: pytest.MonkeyPatch) -> No
         ("memory_total_bytes", "2"): 16 << 30,
         ("up", "3"): 1,
     }
+
+
+async def test_a_gpu_that_was_lost_before_the_start_or_is_somebody_elses_hides_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NVML counts both, and has a handle of neither."""
+    nvml = FakeNvml()
+    nvml.without_handle = {0: nvml.NVML_ERROR_GPU_IS_LOST, 1: nvml.NVML_ERROR_NO_PERMISSION}
+    monkeypatch.setattr(gpu, "pynvml", nvml)
+    collector = gpu.GpuCollector()
+
+    async def up() -> dict[str, float]:
+        await collector.refresh()
+        return {number: value for (name, number), value in gpu_samples(collector).items() if name == "up"}
+
+    assert await up() == {"0": 0, "2": 1, "3": 1}
+    nvml.without_handle = {3: nvml.NVML_ERROR_NO_PERMISSION}  # which was there
+    assert await up() == {"0": 1, "2": 1, "3": 0}
 
 
 async def test_a_driver_that_hangs_holds_nobody_up_and_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
