@@ -167,7 +167,7 @@ def join(device: str) -> World:
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
 
     Raises:
-        ValueError: CUDA was asked for and there is none, or not one for each process.
+        ValueError: CUDA was asked for and there is none, or not one for each process, or one can't be used.
     """
     count = torch.cuda.device_count()
     if device == "cuda" and count == 0:
@@ -178,7 +178,7 @@ def join(device: str) -> World:
         if local >= count:
             raise ValueError(f"torchrun starts more processes than the {count} CUDA devices of this machine.")
         where = torch.device("cuda", local)
-        torch.cuda.set_device(where)
+        use(where)
         torch.set_float32_matmul_precision("high")
     else:
         keep_freed_memory()
@@ -187,6 +187,24 @@ def join(device: str) -> World:
         return World(0, 1, where)
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=PATIENCE)
     return World(dist.get_rank(), size, where)
+
+
+def use(device: torch.device) -> None:
+    """Make a CUDA device this process's, and try it.
+
+    torch counts devices by asking the driver, which may be too old for this build of torch, as the build may have no
+    kernels for the device, and somebody may have it for himself. "auto" takes no CPU then: of a run of hours, who began
+    it should know.
+
+    Raises:
+        ValueError: it can't be used.
+    """
+    try:
+        torch.cuda.set_device(device)
+        torch.ones((), device=device).neg().item()
+    except Exception as error:  # RuntimeError and its children, AssertionError, and one of torch's own
+        reason = (str(error).splitlines() or [repr(error)])[0].rstrip(".")
+        raise ValueError(f"CUDA device {device.index} can't be used: {reason}. --device cpu does without.") from error
 
 
 def leave(world: World, failed_with: int | None = None) -> None:

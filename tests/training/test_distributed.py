@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tests.training import two_processes
 from tests.training.tiny import ALONE, write_pictures
 from training import checkpoint, distributed
+from training.__main__ import main
 from training.distributed import World, join
 from training.lines import read_lines
 
@@ -161,3 +162,45 @@ def test_shares_are_equal_and_leave_nothing_out() -> None:
 
 def test_a_process_without_torchrun_is_alone() -> None:
     assert join("cpu") == ALONE
+
+
+@pytest.mark.parametrize(
+    ("call", "said", "reason"),
+    [
+        # What torch says on a driver of CUDA 12, on a V100, and beside a process that has the device for itself.
+        (
+            "set_device",
+            "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver.",
+            "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver",
+        ),
+        (
+            "ones",
+            "CUDA error: no kernel image is available for execution on the device\nSearch for it.\n",
+            "CUDA error: no kernel image is available for execution on the device",
+        ),
+        (
+            "set_device",
+            "CUDA error: CUDA-capable device(s) is/are busy or unavailable\n",
+            "CUDA error: CUDA-capable device(s) is/are busy or unavailable",
+        ),
+    ],
+    ids=["driver", "kernels", "busy"],
+)
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_device_that_the_driver_counts_and_torch_can_not_use_is_told_in_a_sentence(
+    device: str,
+    call: str,
+    said: str,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuses(*_args: Any, **_kwargs: Any) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda if call == "set_device" else torch, call, refuses)
+    assert main(["--preset=compact", "--device", device, "--out", str(tmp_path / "run")]) == 2
+    assert f"error: CUDA device 0 can't be used: {reason}. --device cpu does without.\n" == capsys.readouterr().err
