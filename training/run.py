@@ -26,6 +26,7 @@ from training.dataset import DataError, DataSet
 from training.distillation import check_teacher
 from training.distributed import PeerFailed, World, join, leave
 from training.folder import alone_in, refuse_among_classes, refuse_existing
+from training.memory import is_want_of_memory
 from training.model import count_parameters
 from training.notes import notes_on
 from training.train import Trainer
@@ -293,8 +294,7 @@ def memory_explained(train: TrainConfig, *, resumed: bool) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # On a CPU torch has no class for it, only its allocator's name.
-        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)):
+        if not is_want_of_memory(error):
             raise
         advice = "start with a lower --batch-size"
         if train.precision != "bfloat16":

@@ -203,9 +203,15 @@ def raise_out_of_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
 
+def raise_error(error: Exception) -> None:
+    raise error
+
+
 EXHAUSTED: dict[str, Callable[[], object]] = {
     "torch on a CPU": lambda: torch.empty(2**62, dtype=torch.uint8),
     "torch on a GPU": raise_out_of_memory,
+    "cuBLAS": lambda: raise_error(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")),
+    "CUDA": lambda: raise_error(torch.AcceleratorError("CUDA error: out of memory")),
     "numpy": lambda: np.empty(2**62, np.uint8),
 }
 
