@@ -42,11 +42,13 @@ COPY --from=cuda /opt/cuda /opt/cuda
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /app /app
 # HOME and CUDA's cache of compiled kernels: the root file system is read-only where this runs, /tmp is not.
+# CUDA_DEVICE_ORDER: by itself CUDA counts the fastest GPU first, and not as Docker, nvidia-smi and the metrics do.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp \
     CUDA_CACHE_PATH=/tmp/cuda-cache \
+    CUDA_DEVICE_ORDER=PCI_BUS_ID \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     PERCEIVER_HOST=0.0.0.0 \

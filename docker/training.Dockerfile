@@ -31,7 +31,8 @@ COPY training /app/training
 COPY docker/train_and_export.py /app/
 # Mount points, for whatever user runs this: a new volume takes over their mode.
 RUN mkdir -m 1777 /app/data /app/runs
-# The root file system is read-only where this runs; USER, because torch asks for a name that this user id has not.
+# The root file system is read-only where this runs; USER, because torch asks for a name that this user id has not;
+# CUDA_DEVICE_ORDER: GPUs are counted as in the service's image, so that a number there is the same one here.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -40,6 +41,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     MPLCONFIGDIR=/tmp/matplotlib \
     TORCHINDUCTOR_CACHE_DIR=/tmp/inductor \
     TRITON_CACHE_DIR=/tmp/triton \
+    CUDA_DEVICE_ORDER=PCI_BUS_ID \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /app

@@ -76,7 +76,10 @@ class Settings(BaseSettings):
         "LD_LIBRARY_PATH (libnvinfer.so.10), and NVIDIA_TF32_OVERRIDE=0 for a float32 file; it has never been tried.",
     )
     device_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], NoDecode, BeforeValidator(split_list)] = Field(
-        (0,), min_length=1, description="GPU numbers, separated by commas; each runs its own copy of the model."
+        (0,),
+        min_length=1,
+        description="GPU numbers, separated by commas; each runs its own copy of the model. CUDA counts the fastest "
+        "first; with CUDA_DEVICE_ORDER=PCI_BUS_ID, as in the image, it counts as nvidia-smi and the metrics do.",
     )
     precision: Literal["auto", "float32", "float16", "int8"] = Field(
         "auto", description="Which of a version's files runs; auto takes what is best where the model runs."

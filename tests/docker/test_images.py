@@ -86,6 +86,12 @@ def test_last_stage_does_not_run_as_root_and_is_told_to_stop(path: Path):
     assert "org.opencontainers.image.revision" in stage
 
 
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_gpus_are_counted_as_docker_counts_them(path: Path):
+    """A number in PERCEIVER_DEVICE_IDS, in CUDA_VISIBLE_DEVICES of a training and in the metrics is the same GPU."""
+    assert re.findall(r"\bCUDA_DEVICE_ORDER=(\w+)", last_stage(path)) == ["PCI_BUS_ID"]
+
+
 def test_training_knows_the_revision_that_it_was_built_from():
     stage = last_stage(DOCKER / "training.Dockerfile")
     assert "ARG REVISION=unknown\n" in stage
