@@ -17,12 +17,12 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 
 FROM ${PYTHON_IMAGE}
-# torch.compile calls a C compiler.
+# torch.compile calls a C compiler for a GPU and a C++ compiler for a CPU.
 # Unpinned: Debian's mirrors drop a version when they get the next, so a pin would soon break the build; the release
 # is pinned with the base image.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && apt-get install -y --no-install-recommends g++ gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/venv /opt/venv
 COPY service /app/service

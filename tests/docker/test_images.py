@@ -92,6 +92,12 @@ def test_gpus_are_counted_as_docker_counts_them(path: Path):
     assert re.findall(r"\bCUDA_DEVICE_ORDER=(\w+)", last_stage(path)) == ["PCI_BUS_ID"]
 
 
+def test_training_has_the_compilers_that_torch_compile_calls():
+    """Triton's a C compiler, for a GPU; inductor's a C++ compiler, where compose.cpu.yml has taken the GPU away."""
+    (installed,) = re.findall(r"apt-get install (.*) \\", last_stage(DOCKER / "training.Dockerfile"))
+    assert {"gcc", "libc6-dev", "g++"} <= set(installed.split())
+
+
 def test_training_knows_the_revision_that_it_was_built_from():
     stage = last_stage(DOCKER / "training.Dockerfile")
     assert "ARG REVISION=unknown\n" in stage
