@@ -160,7 +160,6 @@ class OnnxEngine:
                 raise
             reason = str(error)
         if reason:  # not before the error is gone, whose traceback holds the session
-            self.close()  # before another session needs the memory
             self._open_without_graphs(reason)
             self._run_each_size()
         if self._tunes:
@@ -216,7 +215,9 @@ class OnnxEngine:
             self._open_without_graphs(reason)
 
     def _open_without_graphs(self, reason: str) -> None:
+        # Said first: of a device that has gone nothing can be freed, and onnxruntime ends the process.
         logger.warning("%s: no CUDA graphs, kernels are launched one by one: %s", self.path, reason)
+        self.close()  # before another session needs the memory
         self._spec = self._spec.without_graphs()
         self.max_batch_size = self._spec.max_batch_size
         self.metadata, self._runner = _open(self.path, self._spec, self._buckets)

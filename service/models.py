@@ -158,7 +158,11 @@ class ModelStore:
             model.batcher.cut_off()
 
     async def close(self) -> None:
-        """Serve what is queued in all models, and free them."""
+        """Serve what is queued in all models, and free them.
+
+        After a failure nothing is freed, for the process is about to end: on a device that has gone, onnxruntime would
+        abort it (its destructors throw), with another status.
+        """
         self._scanning.close()
         self._describing.close()
         async with self._reloading:
@@ -167,7 +171,8 @@ class ModelStore:
                 task.cancel()
             for model in models:
                 await model.batcher.drain()
-                await model.batcher.close()
+                if not self.failure:
+                    await model.batcher.close()
 
     def _serving(self) -> list[LiveModel]:
         return [*self._retiring.values(), *([self.live] if self.live is not None else [])]

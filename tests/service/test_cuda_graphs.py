@@ -84,6 +84,19 @@ def test_where_graphs_can_not_be_captured_kernels_are_launched_one_by_one(
     np.testing.assert_array_equal(engine.run(images), tiny_logits(images, 1))
 
 
+def test_why_there_are_no_graphs_is_said_before_anything_is_freed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, folder: Path
+) -> None:
+    """On a device that has gone onnxruntime aborts the process then."""
+    fake = on_cuda(monkeypatch, "capture")
+    engine = OnnxEngine(folder / "model.onnx", provider="cuda", max_batch_size=4)
+    (runner,) = fake.runners
+    said: list[str] = []
+    weakref.finalize(runner(), lambda: said.append(caplog.text))
+    engine.warm_up()
+    assert ["operation failed due to a previous error during capture" in text for text in said] == [True]
+
+
 def test_a_small_batch_without_memory_for_its_graph_is_padded_to_one_that_has_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, folder: Path
 ) -> None:

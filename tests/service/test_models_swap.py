@@ -11,6 +11,7 @@ import pytest
 
 from service.artifact import GOLDEN_FILE
 from service.engine import Engine
+from service.errors import InferenceFailed
 from service.models import EngineOptions, ModelStore, NoUsableVersionError
 from tests.fakes import FakeEngine, make_model_folder, picture, tiny_images, tiny_logits
 from tests.service.stores import AnyGolden, FakeOpener, Make, Opener, assert_serves
@@ -146,6 +147,22 @@ async def test_an_engine_that_hangs_fails_the_store(tmp_path: Path) -> None:
     assert lost.exception() is not None
     await store.close()
     opener.engines[3].let_go()
+
+
+async def test_on_a_device_that_has_gone_nothing_is_freed(tmp_path: Path) -> None:
+    """There onnxruntime's destructors throw, which aborts the process."""
+    make_model_folder(tmp_path, 3)
+    opener = FakeOpener()
+    store = ModelStore(tmp_path, EngineOptions(provider="cpu"), open_engines=opener)
+    await store.load()
+    opener.engines[3].fail = lambda batch: RuntimeError("CUDA failure 700: an illegal memory access was encountered")
+    with store.lease() as live:
+        while not store.failed.is_set():
+            with pytest.raises(InferenceFailed):
+                await live.batcher.submit(picture(1))
+    assert "batches failed in a row" in store.failure
+    await store.close()
+    assert not opener.engines[3].closed
 
 
 # A load that does not end
