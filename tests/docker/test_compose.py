@@ -166,6 +166,10 @@ def test_dashboard_waits_for_a_healthy_prometheus():
     assert "HEALTHCHECK" in (DOCKER / "service.Dockerfile").read_text()
 
 
+def test_grafana_asks_prometheus_through_no_proxy():
+    assert SERVICES["grafana"]["environment"]["NO_PROXY"] == "prometheus"
+
+
 def test_drain_fits_into_the_grace_period():
     grace = filled_in(SERVICES["service"]["stop_grace_period"])
     drain = filled_in(SERVICES["service"]["environment"]["PERCEIVER_DRAIN_TIMEOUT_S"])

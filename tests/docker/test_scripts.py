@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.docker.files import DOCKER
+from tests.docker.files import DOCKER, compose
 
 HEALTHCHECK = [sys.executable, "-IS", DOCKER / "healthcheck.py"]
 START = DOCKER / "grafana" / "start.sh"
 
 
 @contextmanager
-def answering(status: int, body: bytes) -> Iterator[int]:
-    """A server that answers everything so; yields its port."""
+def answering(status: int, body: bytes, path: str = "/health/ready") -> Iterator[int]:
+    """A server that answers this path so; yields its port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            found = status if self.path == "/health/ready" else 404
+            found = status if self.path == path else 404
             self.send_response(found)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -41,13 +41,22 @@ def answering(status: int, body: bytes) -> Iterator[int]:
             thread.join()
 
 
-def check_health(port: int) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(HEALTHCHECK, env={"PERCEIVER_PORT": str(port)}, capture_output=True, text=True, timeout=20)
+def check_health(port: int, **variables: str) -> "subprocess.CompletedProcess[str]":
+    variables["PERCEIVER_PORT"] = str(port)
+    return subprocess.run(HEALTHCHECK, env=variables, capture_output=True, text=True, timeout=20)
 
 
 def test_healthcheck_passes_when_ready():
     with answering(200, b"{}") as port:
         run = check_health(port)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_healthcheck_goes_through_no_proxy():
+    """Docker gives a container that of the host's ~/.docker/config.json."""
+    proxy = "http://127.0.0.1:9"
+    with answering(200, b"{}") as port:
+        run = check_health(port, http_proxy=proxy, HTTP_PROXY=proxy, all_proxy=proxy)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
@@ -64,6 +73,15 @@ def test_healthcheck_fails_when_nobody_listens():
     run = check_health(port)
     assert run.returncode == 1
     assert "refused" in run.stderr
+
+
+def test_grafanas_healthcheck_goes_through_no_proxy():
+    kind, command = compose()["services"]["grafana"]["healthcheck"]["test"]
+    assert kind == "CMD-SHELL"
+    environment = {"PATH": "/usr/bin:/bin", "http_proxy": "http://127.0.0.1:9"}
+    with answering(200, b"{}", "/api/health") as port:
+        run = subprocess.run(["sh", "-c", command.replace(":3000", f":{port}")], env=environment, capture_output=True)
+    assert run.returncode == 0, run.stderr
 
 
 def start_grafana(tmp_path: Path, password: str) -> str:
