@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 NO_GRAPH = -1
 RUNS_UNTIL_CAPTURED = 2
 
+HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2  # of cudaMemcpyKind
+
 
 class CudaBatch:
     """One batch size of a session: host and device buffers, IO binding, and the number of its CUDA graph.
@@ -39,8 +41,8 @@ class CudaBatch:
         size = len(images)
         self.images = images
         self._input = ort.OrtValue.ortvalue_from_shape_and_type(images.shape, np.uint8, "cuda", device_id)
-        outputs = (size, len(metadata.labels))
-        self._output = ort.OrtValue.ortvalue_from_shape_and_type(outputs, np.float32, "cuda", device_id)
+        self._outputs = (size, len(metadata.labels))
+        self._output = ort.OrtValue.ortvalue_from_shape_and_type(self._outputs, np.float32, "cuda", device_id)
         self._session = session
         self._binding = session.io_binding()
         self._binding.bind_ortvalue_input(INPUT_NAME, self._input)
@@ -55,10 +57,20 @@ class CudaBatch:
         options = self._plain if self._runs_until_captured > 1 else self._graph
         with gate.exclusive() if captures else gate.shared():
             use_device(self._device_id)
-            self._input.update_inplace(self.images)
+            self._copy_in()
             self._session.run_with_iobinding(self._binding, options)
             self._runs_until_captured = max(0, self._runs_until_captured - 1)
-            return np.asarray(self._output.numpy(), dtype=np.float32)
+            return self._copy_out()
+
+    def _copy_in(self) -> None:
+        if not copy(self._input.data_ptr(), self.images.ctypes.data, self.images.nbytes, HOST_TO_DEVICE):
+            self._input.update_inplace(self.images)
+
+    def _copy_out(self) -> Logits:
+        logits = np.empty(self._outputs, dtype=np.float32)
+        if copy(logits.ctypes.data, self._output.data_ptr(), logits.nbytes, DEVICE_TO_HOST):
+            return logits
+        return np.asarray(self._output.numpy(), dtype=np.float32)
 
 
 def _run_options(graph: int) -> Any:
@@ -105,6 +117,27 @@ def page_locked_zeros(shape: tuple[int, ...]) -> NDArray[np.uint8]:
 def use_device(device_id: int) -> None:
     """Make a device the one of this thread, before its first plain copy would open a context on device 0."""
     call_runtime("cudaSetDevice", ctypes.c_int(device_id))
+
+
+def copy(target: int, source: int, size: int, kind: int) -> bool:
+    """Copy bytes between host and device; return False where there is no CUDA runtime to do it.
+
+    onnxruntime's own copies keep the interpreter's lock. One that hangs in the driver would hold up the whole process,
+    and with it the clock by which a run that hangs is found out.
+
+    Raises:
+        RuntimeError: CUDA refuses; the message has its words.
+    """
+    status = call_runtime(
+        "cudaMemcpy", ctypes.c_void_p(target), ctypes.c_void_p(source), ctypes.c_size_t(size), ctypes.c_int(kind)
+    )
+    if status == 0:  # what comes from memory that is not page-locked may still be on its way
+        status = call_runtime("cudaStreamSynchronize", ctypes.c_void_p(0))
+    if status:
+        words = _runtime(ort.cuda_version.partition(".")[0]).cudaGetErrorString
+        words.restype = ctypes.c_char_p
+        raise RuntimeError(f"CUDA failure {status}: {words(status).decode()}")
+    return status is not None
 
 
 def call_runtime(name: str, *arguments: Any) -> int | None:

@@ -143,6 +143,9 @@ class FakeOrtValue:
     def numpy(self) -> np.ndarray:
         return self.array.copy()
 
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
 
 class FakeRunOptions(dict[str, str]):
     add_run_config_entry = dict.__setitem__
