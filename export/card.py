@@ -1,6 +1,6 @@
 """The model card: README.md of a version folder, written from metadata, report and the gate's result."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from export.failures import failures
 from export.making import making
@@ -57,7 +57,7 @@ def figures(source: Source) -> str:
     return "\n\n".join(parts)
 
 
-def data(source: Source, metadata: ModelMetadata, *, flattered: bool) -> str:
+def data(source: Source, metadata: ModelMetadata, *, flattered: bool, copies: Mapping[str, int]) -> str:
     """Say what it was trained, chosen and tested on; nothing for random weights."""
     if source.checkpoint is None:
         return ""
@@ -73,6 +73,9 @@ def data(source: Source, metadata: ModelMetadata, *, flattered: bool) -> str:
         words += (
             f", {report.test.n:,} more were read once to test it" if report.test else ", and there were none to test it"
         )
+    if copies:
+        counts = " and ".join(f"{count:,} of {SPLIT_NAMES.get(name, name)}" for name, count in copies.items())
+        words += f". Copies of training pictures, pixel for pixel, are among these: {counts}, which flatter the figures"
     words += f". {nothing_else(source, flattered=flattered)}"
     return f"## Data\n\n{paragraph(words)}"
 
@@ -168,6 +171,7 @@ def write_card(
     variants: Sequence[Variant],
     *,
     flattered: bool,
+    copies: Mapping[str, int],
 ) -> str:
     """Write the card.
 
@@ -178,12 +182,13 @@ def write_card(
         comparisons: result of the gate.
         variants: files beside the float32 one.
         flattered: whether pictures that validated it may have trained one of the runs that led to it.
+        copies: validation and test pictures that trained it as well, by split.
     """
     parts = [
         title(source, metadata, operations[-1][1]),
         figures(source),
         contract(metadata),
-        data(source, metadata, flattered=flattered),
+        data(source, metadata, flattered=flattered, copies=copies),
         limits(source, metadata),
         failures(source),
         making(source, metadata),
