@@ -120,10 +120,12 @@ def limits(source: Source, metadata: ModelMetadata) -> str:
     if source.checkpoint is None:
         return ""
     height, width = metadata.input_size
+    sure = "the probabilities are calibrated on pictures like those it was trained on, and on no others."
+    if source.report is None:  # nor was a temperature fitted
+        sure = "the probabilities are not calibrated on any pictures, since the run has no report."
     lines = [
         f"It knows the {len(metadata.labels)} classes of {metadata.dataset} and nothing else. A picture of anything "
-        "else gets one of these labels too, and may get it with confidence: the probabilities are calibrated on "
-        "pictures like those it was trained on, and on no others.",
+        f"else gets one of these labels too, and may get it with confidence: {sure}",
         f"It sees {width} x {height} pixels. What can't be told apart at that size, it can't tell apart.",
         "It names one class for the whole picture. It doesn't find where the object is, and doesn't count.",
         "It shows how a Perceiver is trained and served. Nobody has examined it for fairness or safety: let it decide "
