@@ -43,7 +43,10 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     about = describe_run() | {"torch": f"{torch.__version__}, {torch.get_num_threads()} CPU threads"}
-    world = join(args.device)
+    try:
+        world = join(args.device)
+    except ValueError as error:
+        raise BenchmarkError(str(error)) from error
     try:
         if world.is_main:
             print_run(about)
@@ -62,7 +65,10 @@ def main() -> int:
 def measure(preset: str, args: argparse.Namespace, world: World) -> dict[str, object]:
     """Train a preset on noise for a while and say how fast that was."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(preset, args, Path(folder), world)
+        try:
+            trainer = make_trainer(preset, args, Path(folder), world)
+        except ValueError as error:  # the processes can't share the batch
+            raise BenchmarkError(str(error)) from error
         batch = trainer.config.batch_size
         indices = torch.arange(batch, device=world.device)
         trainer.state.model.train()

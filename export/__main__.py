@@ -149,6 +149,9 @@ def main(argv: list[str] | None = None) -> int:
     except ExportError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    except OSError as error:  # of temporary files, of the data, of what is verified
+        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}.", file=sys.stderr)
+        return ExportError.exit_status
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130

@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -97,6 +97,7 @@ class Exported:
 
     Attributes:
         flattered: whether pictures that validated the run may have trained one that led to it.
+        copies: validation and test pictures that are training pictures as well, see `DataSet.copies`.
     """
 
     model: bytes
@@ -106,6 +107,7 @@ class Exported:
     comparisons: list[Comparison]
     variants: list[Variant]
     flattered: bool
+    copies: Mapping[str, int]
 
 
 def make_metadata(source: Source, name: str) -> ModelMetadata:
@@ -253,7 +255,8 @@ def build(source: Source, options: Options) -> Exported:
     except (ArtifactError, EngineError) as error:
         raise ExportError(f"the service's engine can't run the exported model: {error}") from error
     flattered = data is not None and bool(flatterers(source.run, data_path(source, options.data), own_val=data.own_val))
-    return Exported(model, golden, metadata, operations, comparisons, variants, flattered)
+    copies = {} if data is None or has_changed(source, data) else data.copies()
+    return Exported(model, golden, metadata, operations, comparisons, variants, flattered, copies)
 
 
 def metrics_json(source: Source, exported: Exported) -> str:
@@ -291,6 +294,7 @@ def fill(folder: Path, source: Source, exported: Exported) -> None:
         exported.comparisons,
         exported.variants,
         flattered=exported.flattered,
+        copies=exported.copies,
     )
     (folder / "README.md").write_text(card)
     (folder / METRICS_FILE).write_text(metrics_json(source, exported))

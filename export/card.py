@@ -1,6 +1,6 @@
 """The model card: README.md of a version folder, written from metadata, report and the gate's result."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from export.failures import failures
 from export.making import making
@@ -57,7 +57,7 @@ def figures(source: Source) -> str:
     return "\n\n".join(parts)
 
 
-def data(source: Source, metadata: ModelMetadata, *, flattered: bool) -> str:
+def data(source: Source, metadata: ModelMetadata, *, flattered: bool, copies: Mapping[str, int]) -> str:
     """Say what it was trained, chosen and tested on; nothing for random weights."""
     if source.checkpoint is None:
         return ""
@@ -65,7 +65,8 @@ def data(source: Source, metadata: ModelMetadata, *, flattered: bool) -> str:
     if metadata.dataset == CIFAR100:
         words = (
             "CIFAR-100 (Krizhevsky 2009), fine labels: photographs of 32 x 32 pixels found on the web, of 100 classes "
-            "in 20 superclasses, as many of each"
+            "in 20 superclasses, as many of each. A tenth of its test pictures have near-duplicates among the training "
+            "pictures (Barz and Denzler 2020), for every model that is measured on it"
         )
     report = source.report
     if report is not None and report.training_pictures is not None:
@@ -73,6 +74,9 @@ def data(source: Source, metadata: ModelMetadata, *, flattered: bool) -> str:
         words += (
             f", {report.test.n:,} more were read once to test it" if report.test else ", and there were none to test it"
         )
+    if copies:
+        counts = " and ".join(f"{count:,} of {SPLIT_NAMES.get(name, name)}" for name, count in copies.items())
+        words += f". Copies of training pictures, pixel for pixel, are among these: {counts}, which flatter the figures"
     words += f". {nothing_else(source, flattered=flattered)}"
     return f"## Data\n\n{paragraph(words)}"
 
@@ -117,10 +121,12 @@ def limits(source: Source, metadata: ModelMetadata) -> str:
     if source.checkpoint is None:
         return ""
     height, width = metadata.input_size
+    sure = "the probabilities are calibrated on pictures like those it was trained on, and on no others."
+    if source.report is None:  # nor was a temperature fitted
+        sure = "the probabilities are not calibrated on any pictures, since the run has no report."
     lines = [
         f"It knows the {len(metadata.labels)} classes of {metadata.dataset} and nothing else. A picture of anything "
-        "else gets one of these labels too, and may get it with confidence: the probabilities are calibrated on "
-        "pictures like those it was trained on, and on no others.",
+        f"else gets one of these labels too, and may get it with confidence: {sure}",
         f"It sees {width} x {height} pixels. What can't be told apart at that size, it can't tell apart.",
         "It names one class for the whole picture. It doesn't find where the object is, and doesn't count.",
         "It shows how a Perceiver is trained and served. Nobody has examined it for fairness or safety: let it decide "
@@ -168,6 +174,7 @@ def write_card(
     variants: Sequence[Variant],
     *,
     flattered: bool,
+    copies: Mapping[str, int],
 ) -> str:
     """Write the card.
 
@@ -178,12 +185,13 @@ def write_card(
         comparisons: result of the gate.
         variants: files beside the float32 one.
         flattered: whether pictures that validated it may have trained one of the runs that led to it.
+        copies: validation and test pictures that trained it as well, by split.
     """
     parts = [
         title(source, metadata, operations[-1][1]),
         figures(source),
         contract(metadata),
-        data(source, metadata, flattered=flattered),
+        data(source, metadata, flattered=flattered, copies=copies),
         limits(source, metadata),
         failures(source),
         making(source, metadata),

@@ -27,6 +27,7 @@ from service.artifact import (
     MODEL_FILE,
     MODEL_FILES,
     ArtifactError,
+    EvalMetrics,
     Golden,
     ModelMetadata,
     Precision,
@@ -144,6 +145,7 @@ def _check_described(path: Path, metadata: ModelMetadata, source: Source) -> Non
         "preset": source.run.preset,
         "parameters": source.parameters,
         "temperature": source.temperature if source.report else metadata.temperature,
+        "metrics": EvalMetrics(**source.metrics.model_dump()) if source.report and source.metrics else metadata.metrics,
     }
     wrong = [name for name, value in true.items() if getattr(metadata, name) != value]
     if wrong:

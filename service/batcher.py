@@ -215,11 +215,13 @@ class DynamicBatcher:
         self._looks.stop()
         self._look_whether_idle()
         await self._idle.wait()
-        slots, self._slots = self._slots, []
-        for slot in slots:
-            if not slot.hung:
-                await slot.thread.call(slot.engine.close)
-            slot.thread.stop()
+        while self._slots:  # one by one: who is cancelled here leaves the others to the next call
+            slot = self._slots.pop(0)
+            try:
+                if not slot.hung:
+                    await slot.thread.call(slot.engine.close)
+            finally:
+                slot.thread.stop()
 
     async def _dispatch(self) -> None:
         """Serve for ever. From the pop to the hand-over nothing can raise: what is popped is in good hands."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -20,6 +21,20 @@ DEFAULT_PRESET = "compact"
 
 # The data set decides this, nobody else.
 NOT_FLAGS = {"num_classes"}
+
+# Fields that say something only beside others: when each is used, and what to say of one that is given and is not.
+USED_ONLY: dict[str, tuple[Callable[[Preset], bool], str]] = {
+    "adamw_learning_rate": (lambda preset: preset.train.optimizer == "muon", "without --optimizer muon"),
+    "warmup_epochs": (lambda preset: preset.train.schedule != "plateau", "with --schedule plateau"),
+    **dict.fromkeys(
+        ("plateau_factor", "plateau_patience", "plateau_threshold"),
+        (lambda preset: preset.train.schedule == "plateau", "without --schedule plateau"),
+    ),
+    "mix_probability": (lambda preset: preset.train.mixup + preset.train.cutmix > 0, "without --mixup or --cutmix"),
+    "distillation_temperature": (lambda preset: preset.train.distillation > 0, "without --distillation"),
+    "fourier_bands": (lambda preset: preset.model.position != "learned", "with --position learned"),
+    "drop_path": (lambda preset: preset.model.num_blocks > 0, "with --num-blocks 0"),
+}
 
 USAGE = """python -m training [--preset NAME] [--data DIR] [--out RUN] [flags]
        python -m training --resume RUN
@@ -179,10 +194,9 @@ def choose_preset(args: argparse.Namespace) -> Preset | None:
         )
     if args.teacher is not None and not chosen.train.distillation:
         raise ValueError(f"--teacher {args.teacher} teaches nothing without --distillation: give both, or neither.")
-    if args.distillation_temperature is not None and not chosen.train.distillation:
-        raise ValueError(
-            f"--distillation-temperature {args.distillation_temperature} changes nothing without --distillation."
-        )
+    for name, (is_used, lacking) in USED_ONLY.items():
+        if name in changes and not is_used(chosen):
+            raise ValueError(f"{flag_with(name, changes[name])} changes nothing {lacking}.")
     if chosen.model.input_size > chosen.model.image_size:
         raise ValueError(
             f"--input-size {chosen.model.input_size} would be shrunk again, without filtering, to --image-size "

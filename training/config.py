@@ -81,7 +81,8 @@ class ModelConfig(BaseModel):
         0.0,
         ge=0,
         lt=1,
-        description="share of the latents that a training step leaves out, drawn anew at each",
+        description="share of the latents that a training step leaves out, drawn anew at each, for each process; "
+        "evaluation and export have all",
     )
 
     @model_validator(mode="after")
@@ -103,7 +104,14 @@ class ModelConfig(BaseModel):
             raise ValueError(
                 f"latent_init grid needs a square number of latents, not {self.num_latents}: try num_latents {side**2}"
             )
+        if self.latent_dropout and self.kept_latents == self.num_latents:
+            raise ValueError(f"latent_dropout {self.latent_dropout} leaves out none of num_latents {self.num_latents}")
         return self
+
+    @property
+    def kept_latents(self) -> int:
+        """Latents that a training step keeps: one at least."""
+        return max(1, round(self.num_latents * (1 - self.latent_dropout)))
 
     @property
     def grid(self) -> int:

@@ -42,6 +42,11 @@ class Split:
         sha256.update(self.labels.contiguous().numpy().data)
         return sha256.hexdigest()
 
+    def digests(self) -> list[bytes]:
+        """A digest of each picture, whatever its label."""
+        pictures = self.images.contiguous().numpy()
+        return [hashlib.blake2b(picture.data, digest_size=16).digest() for picture in pictures]
+
 
 @dataclass(frozen=True)
 class DataSet:
@@ -71,3 +76,10 @@ class DataSet:
     def digest(self) -> str:
         """SHA-256 of what a run learns and chooses from: training and validation pictures and labels."""
         return hashlib.sha256((self.train.digest() + self.val.digest()).encode()).hexdigest()
+
+    def copies(self) -> dict[str, int]:
+        """How many pictures of "val" and of "test" are training pictures as well, pixel for pixel; none: left out."""
+        trained = set(self.train.digests())
+        others = {"val": self.val} | ({} if self.test is None else {"test": self.test})
+        found = {name: sum(digest in trained for digest in split.digests()) for name, split in others.items()}
+        return {name: count for name, count in found.items() if count}

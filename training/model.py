@@ -307,12 +307,12 @@ class Perceiver(nn.Module):
         """The latents that a training step keeps where ``latent_dropout`` leaves some out, int64 [kept]; None: all.
 
         As PatchDropout (Liu et al. 2022, arXiv:2208.07220) draws tokens of a vision transformer: less to compute, and
-        no latent can rely on another. One draw for all pictures of the step and for all iterations.
+        no latent can rely on another. One draw for all iterations and for all pictures of the step, or of this
+        process where several share them.
         """
         if not self.training or self.config.latent_dropout == 0:
             return None
-        count = max(1, round(self.config.num_latents * (1 - self.config.latent_dropout)))
-        return torch.randperm(self.config.num_latents, device=self.latents.device)[:count]
+        return torch.randperm(self.config.num_latents, device=self.latents.device)[: self.config.kept_latents]
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised pixels, float [B, 3, image_size, image_size] -> logits, float [B, K]."""

@@ -43,6 +43,7 @@ def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterat
         yield f"{shown}: taken for a class of that name, since the pictures are not laid out as {LAYOUT}."
     if preset is not None:
         yield from notes_on_validation(run, data_set)
+        yield from notes_on_copies(data_set)
     if preset is not None and run.init is not None:
         theirs = run.init.run.model
         if theirs.grid != run.model.grid:
@@ -74,6 +75,18 @@ def notes_on_validation(run: RunConfig, data_set: DataSet) -> Iterator[str]:
         yield (
             "of the pictures that validate now some have trained the run that --init or --teacher names, or one before "
             f"it, and flatter this one: --validation-fraction {min(shares)} or less keeps them apart."
+        )
+
+
+def notes_on_copies(data_set: DataSet) -> Iterator[str]:
+    """Tell where what trains also validates or tests; of an image folder, whose copies somebody can take out."""
+    if not data_set.class_folders:
+        return
+    for split, count in data_set.copies().items():
+        among = f"{len(data_set.val)} validation" if split == "val" else f"{len(data_set.test or ())} test"
+        yield (
+            f"{count} of the {among} pictures {'is a copy' if count == 1 else 'are copies'} of training pictures: the "
+            "figures on these flatter; take all but one of each out."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -51,9 +52,11 @@ def find(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    versions = sorted((int(folder.name) for folder in path.iterdir() if folder.name.isdecimal()), reverse=True)
+    # Of the folders whose name is a plain positive integer, as the service counts them: no "03", no backup of one.
+    versions = [folder for folder in path.iterdir() if re.fullmatch("[1-9][0-9]*", folder.name) and folder.is_dir()]
     candidates = [path / "best.safetensors", path / "checkpoint.safetensors"]
-    candidates += [path / str(version) / "checkpoint.safetensors" for version in versions[:1]]
+    if versions:
+        candidates.append(max(versions, key=lambda folder: int(folder.name)) / "checkpoint.safetensors")
     for candidate in candidates:
         if candidate.is_file():
             return candidate

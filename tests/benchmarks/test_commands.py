@@ -97,6 +97,13 @@ def test_training_speed(tmp_path: Path) -> None:
     assert 0 < float(row["fraction of it, best"]) < 1
 
 
+def test_training_speed_where_there_is_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = run("benchmarks.training_speed", "compact", "--device", "cuda")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --device cuda: torch sees no CUDA device")
+
+
 def test_startup(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "startup.csv"
     done = run("benchmarks.startup", str(tiny), "--runs", "1", "--requests", "20", "--csv", str(out))

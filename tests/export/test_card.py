@@ -4,7 +4,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from export.card import figures, nothing_else
+from export.build import make_metadata
+from export.card import data, figures, limits, nothing_else
 from export.making import first_epochs, origin, training_commands
 from export.source import Source, load_source
 from tests.export.conftest import LABELS
@@ -136,6 +137,27 @@ def test_a_card_without_test_pictures_tells_what_is_served(run: Path) -> None:
         replace(source, report=report)
     )
     assert "validation, as served" not in figures(source)
+
+
+def test_only_of_a_run_with_a_report_the_card_says_that_it_is_calibrated(run: Path) -> None:
+    source = load_source(run)
+    metadata = make_metadata(source, "things")
+    calibrated = "calibrated on pictures like those it was trained on"
+    assert calibrated in " ".join(limits(source, metadata).split())
+    without = " ".join(limits(replace(source, report=None, temperature=1.0), metadata).split())
+    assert calibrated not in without
+    assert "the probabilities are not calibrated on any pictures" in without
+
+
+def test_of_cifar100_the_card_tells_that_test_pictures_resemble_training_pictures(run: Path) -> None:
+    source = load_source(run)
+    metadata = make_metadata(source, "things")
+    near = "A tenth of its test pictures have near-duplicates among the training pictures (Barz and Denzler 2020)"
+    for dataset, told in (("cifar100", True), ("things", False)):
+        named = metadata.model_copy(update={"dataset": dataset})
+        words = " ".join(data(source, named, flattered=False, copies={"test": 3}).split())
+        assert (near in words) == told
+        assert "read once to test it. Copies of training pictures, pixel for pixel, are among these: 3 of test" in words
 
 
 def test_a_data_sets_name_with_a_space_is_quoted(run: Path) -> None:

@@ -1,6 +1,8 @@
 """What the user gets wrong is answered in a sentence, and nothing is written."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -200,6 +202,26 @@ def test_a_folder_that_can_not_be_written(run: Path, tmp_path: Path, capsys: pyt
     (tmp_path / "file").write_text("")
     arguments = [str(run), "--out", str(tmp_path / "file" / "out"), "--golden", "2", "--max-batch", "2"]
     assert "is no folder that can be written to" in fails(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"), [((), "No space left on device."), (("/tmp/x/model.onnx",), "/tmp/x/model.onnx: No space left")]
+)
+def test_a_disk_without_room_for_temporary_files(
+    copy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    names: Any,
+    said: str,
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *names)
+
+    monkeypatch.setattr(build, "to_onnx", full)
+    error = fails([str(copy), "--out", str(tmp_path / "out"), "--golden", "2", "--max-batch", "2"], capsys)
+    assert error.startswith(f"error: {said}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_without_a_name(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

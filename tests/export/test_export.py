@@ -157,6 +157,22 @@ def test_the_card_tells_what_a_user_must_know(exported: Path) -> None:
         assert f"]({name})\n" in card
 
 
+def test_the_card_tells_of_copies_that_flatter(run: Path, pictures: Path, tmp_path: Path, exported: Path) -> None:
+    mixed = Path(shutil.copytree(pictures, tmp_path / "mixed"))
+    shutil.copytree(mixed / "train", mixed / "test")
+    shutil.copyfile(mixed / "train" / LABELS[0] / "0.png", mixed / "val" / LABELS[1] / "0.png")
+    flags = ["--golden", "2", "--max-batch", "1", "--variants", "--data", str(mixed)]
+    assert main([str(run), "--out", str(tmp_path / "out"), *flags]) == 0
+    card, other = (
+        " ".join((folder / "README.md").read_text().split()) for folder in (tmp_path / "out" / "1", exported)
+    )
+    assert (
+        "Copies of training pictures, pixel for pixel, are among these: 1 of validation and 20 of test, which flatter "
+        "the figures. Nothing else was used" in card
+    )
+    assert "Copies of training pictures" not in other
+
+
 def test_metrics_json_holds_report_and_verification(exported: Path, run: Path) -> None:
     metrics = json.loads((exported / "metrics.json").read_text())
     report = json.loads((run / "report.json").read_text())

@@ -101,6 +101,23 @@ def test_inputs_of_products_are_collected(model: ModelProto) -> None:
         assert rows[product.source].dtype == np.float32
 
 
+@pytest.mark.parametrize(("rows_wanted", "kept"), [(10**6, 40), (9, 9), (8, 6), (1, 3)])
+def test_of_each_batch_as_many_rows_are_kept_evenly_spread(
+    model: ModelProto, monkeypatch: pytest.MonkeyPatch, rows_wanted: int, kept: int
+) -> None:
+    """Of batches of 16, 16 and 8 pictures; of a batch one row at least."""
+    head = find_products(model)[-1]  # whose input has a row a picture
+    images = noise(40)
+    (whole,) = collect_inputs(model, [head], images).values()
+    monkeypatch.setattr("export.int8.CALIBRATION_ROWS", rows_wanted)
+    (rows,) = collect_inputs(model, [head], images).values()
+    assert len(whole) == 40
+    assert len(rows) == kept
+    each = kept // 3
+    indices = [start + -(-size // each) * i for start, size in ((0, 16), (16, 16), (32, 8)) for i in range(each)]
+    np.testing.assert_array_equal(rows, whole if kept == 40 else whole[indices])
+
+
 def test_an_input_of_several_products_is_quantised_once(model: ModelProto, quantised: dict[str, Quantised]) -> None:
     graph = quantise(model, quantised).graph
     kinds = [node.op_type for node in graph.node]

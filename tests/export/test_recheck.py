@@ -31,7 +31,7 @@ from export.verify import (
     run_all,
     summary,
 )
-from service.artifact import ModelMetadata, from_props, to_props
+from service.artifact import EvalMetrics, ModelMetadata, from_props, to_props
 from service.engine import OnnxEngine, read_metadata
 from tests.export.conftest import SIZE
 from tests.fakes import Images, Logits, tiny_metadata
@@ -79,6 +79,7 @@ def verify(version: Path) -> int:
         ("preset", "reference"),
         ("parameters", 12),
         ("temperature", 1.0),
+        ("metrics", EvalMetrics(split="test", n=30, top1=0.99, top5=1.0, loss=1.0, ece=0.1)),
     ],
 )
 def test_metadata_that_the_checkpoint_contradicts(

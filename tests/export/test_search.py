@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from onnx import ModelProto
 
+from export import search
 from export.golden import spread
-from export.int8 import quantise
-from export.search import choose, leads, logits_of, measure_noise, predicted_flips, quantise_all
+from export.int8 import find_products, quantise
+from export.search import candidates, choose, leads, logits_of, measure_noise, predicted_flips, quantise_all
 from tests.export.test_int8 import model, noise  # noqa: F401
 
 
@@ -49,3 +50,34 @@ def test_noise_of_products_adds_up(model: ModelProto) -> None:  # noqa: F811
     together = np.square(logits_of(quantise(model, quantised), images) - logits_of(model, images)).mean()
     assert set(each) == set(quantised)
     assert sum(each.values()) == pytest.approx(together, rel=0.5)
+
+
+def test_candidates_have_fewer_and_fewer_products_on_integers(
+    model: ModelProto,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images = noise(40)
+    monkeypatch.setattr(search, "CALIBRATION_PICTURES", 10)
+    calibration = spread(images, 10)
+    quantised = quantise_all(model, calibration)
+    noise_of = measure_noise(model, quantised, calibration)
+    sizes = {product.name: product.weight.size for product in find_products(model)}
+    order = sorted(noise_of, key=lambda name: noise_of[name] / sizes[name])
+    lead = np.full(5, math.sqrt(sum(noise_of.values())))
+
+    def target_of(count: int) -> float:
+        """What lets so many products pass, and not one more."""
+        return predicted_flips(lead, sum(noise_of[name] for name in order[:count])) * (1 + 1e-9)
+
+    # Twice the same, which is tried once; and none, which is model.onnx again.
+    half = len(order) // 2
+    monkeypatch.setattr(search, "TARGETS", (0.5, target_of(half), target_of(half) * (1 + 1e-9), target_of(1), 0.0))
+    found = list(candidates(model, images, lead))
+    assert [words for words, _ in found] == [
+        f"{count} of {len(order)} products with constant weights on integers" for count in (len(order), half, 1)
+    ]
+    for (_, graph), count in zip(found, (len(order), half, 1), strict=True):
+        integers = {node.output[0] for node in graph.graph.node if node.op_type == "MatMulIntegerToFloat"}
+        assert integers == set(order[:count])
+        expected = quantise(model, {name: quantised[name] for name in order[:count]})
+        np.testing.assert_array_equal(logits_of(graph, images), logits_of(expected, images))

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import threading
 
 import pytest
 
@@ -173,3 +174,31 @@ async def test_pixels_of_another_size_reach_no_batch(start: Start) -> None:
             batcher.post([right, wrong], future, math.inf)  # type: ignore[arg-type]
     assert batcher.queue_length == 0
     assert not future.done()
+
+
+class SlowToClose(FakeEngine):
+    """As one whose memory a driver takes its time to free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.may_close = threading.Event(), threading.Event()
+
+    def close(self) -> None:
+        self.begun.set()
+        assert self.may_close.wait(5)
+        super().close()
+
+
+async def test_engines_that_a_cancelled_close_left_are_closed_by_the_next(start: Start) -> None:
+    """As when the service ends while an old version retires."""
+    slow, other = SlowToClose(), FakeEngine()
+    batcher = start(slow, other)
+    retiring = asyncio.create_task(batcher.close())
+    assert await asyncio.to_thread(slow.begun.wait, 5)
+    retiring.cancel()
+    await asyncio.wait([retiring])
+    assert not other.closed
+    await batcher.close()
+    assert other.closed
+    slow.may_close.set()
+    assert await asyncio.to_thread(slow.closing.wait, 5)

@@ -11,7 +11,7 @@ import pytest
 
 from service.artifact import GOLDEN_FILE
 from service.engine import Engine
-from service.errors import InferenceFailed
+from service.errors import Draining, InferenceFailed
 from service.models import EngineOptions, ModelStore, NoUsableVersionError
 from tests.fakes import FakeEngine, make_model_folder, picture, tiny_images, tiny_logits
 from tests.service.stores import AnyGolden, FakeOpener, Make, Opener, assert_serves
@@ -130,6 +130,25 @@ async def test_closing_answers_what_is_queued_in_the_old_model_too(make: Make, t
     ]
     assert opener.engines[1].closed
     assert opener.engines[2].closed
+
+
+async def test_closing_waits_for_no_request_that_holds_an_old_model(make: Make, tmp_path: Path) -> None:
+    make_model_folder(tmp_path, 1)
+    opener = FakeOpener()
+    store = make(open_engines=opener)
+    await store.load()
+    with store.lease() as old:
+        make_model_folder(tmp_path, 2)
+        await store.reload()
+        (retiring,) = (task for task in asyncio.all_tasks() if task.get_name() == "retire-1")
+        async with asyncio.timeout(5):
+            await store.close()
+            await asyncio.wait([retiring])  # it would wait for the lease, and the loop's end for it
+        assert retiring.cancelled()
+        assert opener.engines[1].closed
+        assert opener.engines[2].closed
+        with pytest.raises(Draining):
+            await old.batcher.submit(picture(1))
 
 
 async def test_an_engine_that_hangs_fails_the_store(tmp_path: Path) -> None:

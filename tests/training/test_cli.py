@@ -70,6 +70,24 @@ BAD_FLAGS = {
         ["--distillation-temperature", "4"],
         "--distillation-temperature 4.0 changes nothing without --distillation.",
     ),
+    "a rate of no optimiser": (
+        ["--preset", "reference", "--adamw-learning-rate", "0.01"],
+        "--adamw-learning-rate 0.01 changes nothing without --optimizer muon.",
+    ),
+    "a warm-up of none": (
+        ["--preset", "reference", "--warmup-epochs", "2"],
+        "--warmup-epochs 2.0 changes nothing with --schedule plateau.",
+    ),
+    "a plateau on a line": (["--plateau-patience", "5"], "--plateau-patience 5 changes nothing without --schedule"),
+    "a share of no mix": (
+        ["--cutmix", "0", "--mix-probability", "0.9"],
+        "changes nothing without --mixup or --cutmix.",
+    ),
+    "frequencies of nothing": (["--fourier-bands", "4"], "--fourier-bands 4 changes nothing with --position learned."),
+    "a path that is not there": (
+        ["--num-blocks", "0", "--drop-path", "0.1"],
+        "--drop-path 0.1 changes nothing with --num-blocks 0.",
+    ),
     "pictures that would be shrunk": (
         ["--input-size", "64"],
         "--input-size 64 would be shrunk again, without filtering, to --image-size 32, which the patches are cut from",
@@ -88,6 +106,15 @@ def test_flags_that_do_not_fit_are_told_in_a_sentence(
     assert error.startswith("error: ")
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_flags_that_belong_together_are_taken_together() -> None:
+    assert preset_of("--mixup=0.2", "--cutmix=0", "--mix-probability=0.9").train.mix_probability == 0.9
+    assert preset_of("--schedule=plateau", "--plateau-patience=5").train.plateau_patience == 5
+    assert preset_of("--preset=reference", "--schedule=linear", "--warmup-epochs=2").train.warmup_epochs == 2
+    assert preset_of("--position=both", "--fourier-bands=4").model.fourier_bands == 4
+    # What a preset has of them stays without a word.
+    assert preset_of("--optimizer=adamw").train.adamw_learning_rate == PRESETS["compact"].train.adamw_learning_rate
 
 
 UNPARSABLE = {

@@ -43,9 +43,10 @@ def test_a_compiled_step_is_one_graph_with_the_same_loss(
 ) -> None:
     # Captures the graph, and leaves out the C++ compiler, which takes most of a minute for it.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    expected = loss_of_steps(tmp_path, {"num_iterations": 1}, 12, taught=taught, **MIXED)
+    model: dict[str, object] = {"num_iterations": 1, "latent_dropout": 0.5, "cross_position_bias": True}
+    expected = loss_of_steps(tmp_path, model, 12, taught=taught, **MIXED)
     assert not counters["stats"]
-    found = loss_of_steps(tmp_path, {"num_iterations": 1}, 12, taught=taught, compile=True, **MIXED)
+    found = loss_of_steps(tmp_path, model, 12, taught=taught, compile=True, **MIXED)
     assert found == pytest.approx(expected, rel=1e-5)
     # One with and one without a mix, whatever is drawn.
     assert counters["stats"]["unique_graphs"] == 2

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.training.data_sets import write_folder
+from tests.training.data_sets import write_folder, write_picture
 from tests.training.tiny import FLAGS
 from training import checkpoint
 from training.__main__ import main
@@ -69,3 +70,24 @@ def test_a_class_that_looks_like_a_split_is_told(tmp_path: Path, capsys: pytest.
         (data / name).rename(data / "train" / name)
     assert main([*flags, "--data", str(data), "--out", str(tmp_path / "again")]) == 3
     assert "taken for a class" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("without_curves")
+def test_copies_of_training_pictures_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One of another format in another class, and a link; not those that train twice."""
+    data = tmp_path / "data"
+    for split, first in (("train", 0), ("val", 50), ("test", 80)):
+        for label, name in enumerate(("ant", "bee")):
+            for index in range(3):
+                write_picture(data / split / name / f"{index}.png", (first + 10 * label + index,) * 3)
+    flags = [*FLAGS, "--epochs=2", "--threads=1", "--device=cpu", "--data", str(data), "--max-steps=1"]
+    shutil.copyfile(data / "train" / "ant" / "0.png", data / "train" / "ant" / "again.png")
+    assert main([*flags, "--out", str(tmp_path / "apart")]) == 3
+    assert "flatter" not in capsys.readouterr().out
+    write_picture(data / "val" / "bee" / "copy.bmp", (1, 1, 1))
+    for index in range(2):
+        (data / "test" / "ant" / f"link{index}.png").symlink_to(data / "train" / "ant" / f"{index}.png")
+    assert main([*flags, "--out", str(tmp_path / "mixed")]) == 3
+    told = capsys.readouterr().out
+    assert "note: 1 of the 7 validation pictures is a copy of training pictures: the figures" in told
+    assert "note: 2 of the 8 test pictures are copies of training pictures: the figures" in told

@@ -184,6 +184,9 @@ def test_checkpoints_are_found_in_runs_and_model_folders(tmp_path: Path) -> None
     for version in (2, 10):
         saved(tmp_path / "models" / str(version), run_config(), "checkpoint.safetensors")
     newest = tmp_path / "models" / "10" / "checkpoint.safetensors"
+    for no_version in ("011", "\N{ARABIC-INDIC DIGIT NINE}\N{ARABIC-INDIC DIGIT NINE}"):
+        saved(tmp_path / "models" / no_version, run_config(), "checkpoint.safetensors")
+    (tmp_path / "models" / "12").write_text("a file")
     assert find(tmp_path / "models") == find(tmp_path / "models" / "10") == newest
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="empty: holds no checkpoint; name a run's folder, a model folder"):
