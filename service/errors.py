@@ -253,7 +253,7 @@ class Overloaded(Unavailable):
 
 
 class NotReady(Unavailable):
-    """No model has passed its golden check yet, or the batcher has failed."""
+    """No model has passed its golden check yet, the batcher has failed, or the process that runs the model hangs."""
 
     code, default = "not_ready", "No model is ready to serve."
 

@@ -33,13 +33,16 @@ class Ledger:
 
     def __init__(self, rows: int, descriptor: int = -1) -> None:
         size = (rows * COLUMNS + 1) * 8
-        if descriptor < 0:
+        is_new = descriptor < 0
+        if is_new:
             descriptor = os.memfd_create("ledger")
             os.truncate(descriptor, size)
         self.rows = rows
         self.descriptor = descriptor
         cells = memoryview(mmap.mmap(descriptor, size)).cast("q")
         self._cells, self._beat = cells[:-1], cells[-1:]
+        if is_new:
+            self.beat()
 
     def write(self, row: int, column: int, value: int) -> None:
         """Enter a number. Only the process that the row belongs to may."""
