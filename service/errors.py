@@ -208,7 +208,7 @@ class UnsupportedEncoding(Unsupported):
 
 
 class HeadersTooLarge(ServiceError):
-    """More bytes of headers than any sensible client sends."""
+    """More bytes or lines of headers than any sensible client sends."""
 
     status, code, default = 431, "headers_too_large", "The request's headers are too large."
 
