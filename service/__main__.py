@@ -1,5 +1,6 @@
 """python -m service: serve the model. `--help` lists every setting."""
 
+import logging
 import os
 import signal
 import sys
@@ -57,7 +58,10 @@ def killed_by_ctrl_c() -> Iterator[None]:
 
 
 def allow_open_files(number: int) -> None:
-    """Raise the soft limit of open files towards what the connections need; the usual 1,024 is too few."""
+    """Raise the soft limit of open files towards what the connections need; the usual 1,024 is too few.
+
+    Where that may not be, say so: beyond it, a connection is closed without a word, and no count knows of it.
+    """
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -66,11 +70,19 @@ def allow_open_files(number: int) -> None:
     wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if wanted < number:
+        logging.getLogger("service").warning(
+            "this system allows %d open files, and max_connections asks for %d: further connections will be closed "
+            "unanswered; raise the hard limit (ulimit -Hn, LimitNOFILE=), or lower max_connections",
+            hard,
+            number,
+        )
 
 
 if __name__ == "__main__":
     status = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # it may have been started with one closed
+            stream.flush()
     # Not sys.exit: a thread that hangs in a driver must not keep a failed process from being replaced.
     os._exit(status)

@@ -38,6 +38,7 @@ class Admission:
         pictures_elsewhere: pictures that other processes have in the house, see `service.ledger`.
         bytes_elsewhere: likewise.
         rate_elsewhere: pictures a second that leave them.
+        byte_rate_elsewhere: likewise.
     """
 
     def __init__(self, max_pictures: int, max_bytes: int, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -47,11 +48,11 @@ class Admission:
         self.bytes = 0
         self.pictures_elsewhere = 0
         self.bytes_elsewhere = 0
-        self.rate_elsewhere = 0.0
+        self.rate_elsewhere = self.byte_rate_elsewhere = 0.0
         self._clock = clock
-        self._rate = 0.0
+        self._rate = self._byte_rate = 0.0
         self._window_start = 0.0
-        self._window_count = 0
+        self._window_count = self._window_bytes = 0
 
     def admit(self, *, pictures: int = 1, bytes: int = 0) -> "Ticket":  # noqa: A002 - the unit is the best name
         """Ask for room: `with admission.admit(pictures=1, bytes=n) as ticket:`. It is asked, or refused, on entering.
@@ -68,13 +69,20 @@ class Admission:
             or self.bytes + self.bytes_elsewhere + size > self.max_bytes
         )
 
-    def retry_after(self) -> float:
-        """Seconds until what is in the house will have left, at the measured rate; at least 1, at most 60."""
+    def retry_after(self, size: int = 0) -> float:
+        """Seconds until what is in the house will have left, at the measured rate; at least 1, at most 60.
+
+        Args:
+            size: bytes for which room was asked: where there is none, the bytes have to leave, too.
+        """
         elapsed = self._clock() - self._window_start
+        pictures, size_here = self.pictures + self.pictures_elsewhere, self.bytes + self.bytes_elsewhere
         # A batch leaves at once, and with it a window begins: its first moments would show any rate.
         rate = self._rate or (self._window_count / elapsed if elapsed > 0 else 0.0)
-        rate += self.rate_elsewhere
-        seconds = (self.pictures + self.pictures_elsewhere) / rate if rate > 0 else 0.0
+        seconds = seconds_for(pictures, rate + self.rate_elsewhere)
+        if size_here + size > self.max_bytes:
+            rate = self._byte_rate or (self._window_bytes / elapsed if elapsed > 0 else 0.0)
+            seconds = max(seconds, seconds_for(size_here, rate + self.byte_rate_elsewhere))
         return min(max(seconds, 1.0), MAX_RETRY_AFTER_SECONDS)
 
     def _take(self, ticket: "Ticket", pictures: int, size: int) -> None:
@@ -83,9 +91,9 @@ class Admission:
         if ticket.bytes + size > self.max_bytes:
             raise BodyTooLarge(f"A request can hold at most {self.max_bytes} bytes; send several requests.")
         if self.is_full(pictures, size):
-            raise Overloaded(retry_after=self.retry_after())
+            raise Overloaded(retry_after=self.retry_after(size))
         if self.pictures == 0 == self.bytes:  # idle time tells nothing of how fast the house empties
-            self._window_start, self._window_count = self._clock(), 0
+            self._window_start, self._window_count, self._window_bytes = self._clock(), 0, 0
         self.pictures += pictures
         self.bytes += size
 
@@ -93,11 +101,22 @@ class Admission:
         self.pictures -= pictures
         self.bytes -= size
         self._window_count += pictures
+        self._window_bytes += size
         elapsed = self._clock() - self._window_start
         if elapsed >= RATE_WINDOW_SECONDS:
-            # A window of few requests shows their number, not the capacity: keep the peak, and let it fade.
-            self._rate = max(self._window_count / elapsed, RATE_DECAY * self._rate)
-            self._window_start, self._window_count = self._clock(), 0
+            self._measure(elapsed)
+
+    def _measure(self, elapsed: float) -> None:
+        """End a window of so many seconds."""
+        # A window of few requests shows their number, not the capacity: keep the peak, and let it fade.
+        self._rate = max(self._window_count / elapsed, RATE_DECAY * self._rate)
+        self._byte_rate = max(self._window_bytes / elapsed, RATE_DECAY * self._byte_rate)
+        self._window_start, self._window_count, self._window_bytes = self._clock(), 0, 0
+
+
+def seconds_for(number: int, rate: float) -> float:
+    """Return the seconds in which so many leave; 0 where nobody knows."""
+    return number / rate if rate > 0 else 0.0
 
 
 class Ticket:

@@ -4,11 +4,13 @@ Only here are bodies read, so only here do their limits stand: bytes are counted
 body is parsed. A URL in a body is never fetched.
 """
 
+import re
 from binascii import a2b_base64
 from codecs import BOM_UTF8
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 from python_multipart.exceptions import FormParserError
@@ -32,6 +34,8 @@ LATE: Final = "perceiver.late"  # in a message of type http.disconnect: the clie
 FORM: Final = "multipart/form-data"
 JSON: Final = "application/json"
 BLANKS: Final = b" \t\r\n\f\v"
+# RFC 5987
+EXTENDED_NAME: Final = re.compile(rb";\s*filename\*=\"?(utf-8|iso-8859-1)'[^';]{0,40}'([^\";]*)", re.IGNORECASE)
 SPARE_STRINGS: Final = 1000  # in JSON, beside the pictures; where there are more, no object is made of them
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -205,6 +209,17 @@ def parse_form(content_type: str, body: bytes, max_pictures: int) -> list[Upload
     return form.uploads
 
 
+def extended_name(disposition: bytes) -> bytes | None:
+    """Return the file name, as UTF-8, that a part has in another spelling only.
+
+    RFC 7578 forbids it, so the plain one counts where there is one; some clients send nothing else.
+    """
+    if (found := EXTENDED_NAME.search(disposition)) is None:
+        return None
+    charset, name = found[1].decode(), unquote_to_bytes(found[2].rstrip())
+    return name.decode(charset, "replace").encode()
+
+
 class Form:
     """Collects the files of a form from the parser's callbacks.
 
@@ -243,8 +258,11 @@ class Form:
         self.chunks.append(data[start:end])
 
     def _end(self) -> None:
-        options = parse_options_header(self.headers.get(b"content-disposition"))[1]
+        disposition = self.headers.get(b"content-disposition", b"")
+        options = parse_options_header(disposition)[1]
         filename = options.get(b"filename")
+        if filename is None:
+            filename = extended_name(disposition)
         data = b"".join(self.chunks)
         if not data and filename == b"":
             return  # what a browser sends for a file input in which nothing was chosen

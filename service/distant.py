@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, Self, cast
 
 from service.artifact import ModelMetadata
-from service.errors import DeadlineExceeded, Overloaded, ServiceError
+from service.errors import DeadlineExceeded, NotReady, Overloaded, ServiceError
 from service.fair_queue import Image, Outcome, Pixels, Prediction, end_safely
 from service.front import known_route
 from service.ledger import Ledger
@@ -17,7 +17,9 @@ from service.recurring import Recurring
 
 MOST_TIMES: Final = 1024  # in one message
 GONE: Final = "The process that runs the model has ended."
+SILENT: Final = "The process that runs the model does not answer."
 SILENCE_SECONDS: Final = 0.1  # of the process that runs the model, after which it is not left to say what is too late
+PATIENCE_SECONDS: Final = 3.0  # with such a silence, of those who have no deadline: probes and scrapes among them
 
 
 class Notes:
@@ -114,7 +116,7 @@ class Waiting:
     """The requests whose answer is to come from the other process, by number.
 
     What is too late is that process's to say, for it knows what runs already. Where it shows no sign of life, it is
-    said here.
+    said here; and those who have no deadline are told so.
 
     Args:
         link: to that process.
@@ -133,11 +135,14 @@ class Waiting:
         """Return the number of a new request, whose answer will end `outcome`.
 
         Raises:
-            Overloaded: the other process does not read what is sent; more would only fill the memory of this one.
+            NotReady: the other process has been silent for long, and there is no deadline.
+            Overloaded: it does not read what is sent; more would only fill the memory of this one.
             ServiceError: no answers come any more, see `fail_all`.
         """
         if self._over is not None:
             raise self._over()
+        if deadline == math.inf and self._ledger.silence() > PATIENCE_SECONDS:
+            raise NotReady(SILENT)
         if self._link.is_full:
             raise Overloaded()
         self._last += 1
@@ -167,11 +172,14 @@ class Waiting:
 
     def _fail_late(self) -> bool:
         """Answer what is too late while the other process is silent; return whether anything waits."""
-        if self._ledger.silence() > SILENCE_SECONDS:
+        if (silence := self._ledger.silence()) > SILENCE_SECONDS:
             now = asyncio.get_running_loop().time()
-            for number in [number for number, (_, deadline) in self._outcomes.items() if deadline <= now]:
-                # Not cancelled there: when that process goes on, it finds them late too, and counts them as that.
-                self.fail(number, DeadlineExceeded())
+            for number, (_, deadline) in list(self._outcomes.items()):
+                if deadline <= now:
+                    # Not cancelled there: when that process goes on, it finds them late too, and counts them as that.
+                    self.fail(number, DeadlineExceeded())
+                elif deadline == math.inf and silence > PATIENCE_SECONDS:
+                    self.fail(number, NotReady(SILENT))
         return bool(self._outcomes)
 
     def _taken(self, number: int) -> "Outcome | asyncio.Future[Called] | None":

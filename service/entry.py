@@ -1,16 +1,34 @@
 """The layers that every request passes where it arrives, and the short ways to `/predict`."""
 
 from typing import Final
+from uuid import uuid4
 
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.errors import BadRequest
 from service.front import PREDICT, Front
-from service.middleware import Observe, RequireKey
+from service.middleware import Observe, RequireKey, error_answer
 from service.predict import PredictEndpoint
 from service.quick import Quick
 
 EXPOSED_HEADERS: Final = ["X-Request-Id", "Server-Timing", "Retry-After"]
+
+
+class Cors(CORSMiddleware):
+    """Starlette's, but what it refuses is an error like all others."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Answer a preflight."""
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        request_id = uuid4().hex
+        headers, body = error_answer(BadRequest(f"{bytes(response.body).decode()}."), request_id)
+        own = dict(response.headers) | {name.decode(): value.decode() for name, value in headers}
+        return Response(body, response.status_code, own | {"x-request-id": request_id})
 
 
 class Entry:
@@ -33,7 +51,7 @@ class Entry:
         observe = Observe(self._dispatch, front)
         self._app: ASGIApp = observe
         if settings.cors_origins:  # outermost: a browser must be able to read errors too
-            self._app = CORSMiddleware(
+            self._app = Cors(
                 observe,
                 allow_origins=settings.cors_origins,
                 allow_methods=["GET", "POST"],

@@ -208,7 +208,7 @@ class UnsupportedEncoding(Unsupported):
 
 
 class HeadersTooLarge(ServiceError):
-    """More bytes of headers than any sensible client sends."""
+    """More bytes or lines of headers than any sensible client sends."""
 
     status, code, default = 431, "headers_too_large", "The request's headers are too large."
 
@@ -253,7 +253,7 @@ class Overloaded(Unavailable):
 
 
 class NotReady(Unavailable):
-    """No model has passed its golden check yet, or the batcher has failed."""
+    """No model has passed its golden check yet, the batcher has failed, or the process that runs the model hangs."""
 
     code, default = "not_ready", "No model is ready to serve."
 

@@ -11,6 +11,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from service.errors import BadRequest, HeadersTooLarge, ServiceError, UnsupportedTransferCoding
 
 MAX_HEADER_BYTES: Final = 64 * 1024
+MAX_HEADER_LINES: Final = 128  # each takes some 150 bytes of memory beside its own, however short it is
 NAME: Final = rb"(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*"  # RFC 3986, section 3.2.2; it may be empty
 LITERAL: Final = rb"\[[A-Za-z0-9._~!$&'()*+,;=:%-]+\]"  # an IPv6 address, as a rule
 HOST: Final = re.compile(rb"(?:%b|%b)(?::[0-9]*)?" % (NAME, LITERAL))
@@ -44,8 +45,8 @@ def size_of_head(url: bytes, headers: Iterable[tuple[bytes, bytes]]) -> int:
 
 
 def too_large() -> HeadersTooLarge:
-    """Return what is said of a head beyond the limit."""
-    return HeadersTooLarge(f"The headers are larger than {MAX_HEADER_BYTES} bytes.")
+    """Return what is said of a head beyond the limits."""
+    return HeadersTooLarge(f"The headers are larger than {MAX_HEADER_BYTES} bytes, or more than {MAX_HEADER_LINES}.")
 
 
 def request_scope(connection: HttpToolsProtocol) -> dict[str, Any]:

@@ -18,12 +18,17 @@ from PIL import (
     ExifTags,
     Image,
     ImageOps,
+    MpoImagePlugin,  # noqa: F401 - as below
     TiffImagePlugin,
     WebPImagePlugin,  # noqa: F401 - registers itself; without it Pillow imports all its forty plugins at the first WebP
 )
 
 from service.artifact import ResizePolicy
 from service.errors import NotAnImage, ServiceError, TooManyPixels, TruncatedImage, UnsupportedFormat
+
+# Pillow imports its plugins with the first picture. Where no file can be opened any more by then, it would never know
+# the formats, and good pictures would be called damaged.
+Image.preinit()
 
 FILTERS: Final = {
     "bilinear": Image.Resampling.BILINEAR,

@@ -16,7 +16,8 @@ BYTES: Final = 1
 CONNECTIONS: Final = 2
 IN_FLIGHT: Final = 3
 RATE: Final = 4  # pictures that leave in a thousand seconds
-COLUMNS: Final = 5
+BYTE_RATE: Final = 5  # bytes that leave in a second
+COLUMNS: Final = 6
 
 
 class Ledger:
@@ -33,13 +34,16 @@ class Ledger:
 
     def __init__(self, rows: int, descriptor: int = -1) -> None:
         size = (rows * COLUMNS + 1) * 8
-        if descriptor < 0:
+        is_new = descriptor < 0
+        if is_new:
             descriptor = os.memfd_create("ledger")
             os.truncate(descriptor, size)
         self.rows = rows
         self.descriptor = descriptor
         cells = memoryview(mmap.mmap(descriptor, size)).cast("q")
         self._cells, self._beat = cells[:-1], cells[-1:]
+        if is_new:
+            self.beat()
 
     def write(self, row: int, column: int, value: int) -> None:
         """Enter a number. Only the process that the row belongs to may."""
@@ -104,11 +108,15 @@ class SharedAdmission(Admission):
         self._look_elsewhere()
         return super().is_full(pictures, size)
 
-    def retry_after(self) -> float:
+    def retry_after(self, size: int = 0) -> float:
         """Seconds until what is in the house will have left, at the rate of all processes."""
         self._look_elsewhere()
-        self.rate_elsewhere = (self._ledger.total(RATE) - self._ledger.read(self._row, RATE)) / 1000
-        return super().retry_after()
+        self.rate_elsewhere = self._elsewhere(RATE) / 1000
+        self.byte_rate_elsewhere = self._elsewhere(BYTE_RATE)
+        return super().retry_after(size)
+
+    def _elsewhere(self, column: int) -> int:
+        return self._ledger.total(column) - self._ledger.read(self._row, column)
 
     def _look_elsewhere(self) -> None:
         self.pictures_elsewhere = self._ledger.total(PICTURES) - self.pictures
@@ -122,7 +130,11 @@ class SharedAdmission(Admission):
         super()._give_back(pictures, size)
         self._enter()
 
+    def _measure(self, elapsed: float) -> None:
+        super()._measure(elapsed)
+        self._ledger.write(self._row, RATE, round(1000 * self._rate))
+        self._ledger.write(self._row, BYTE_RATE, round(self._byte_rate))
+
     def _enter(self) -> None:
         self._ledger.write(self._row, PICTURES, self.pictures)
         self._ledger.write(self._row, BYTES, self.bytes)
-        self._ledger.write(self._row, RATE, round(1000 * self._rate))

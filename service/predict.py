@@ -106,7 +106,7 @@ class PredictEndpoint:
         check_size(announced, self.service.settings.max_body_bytes)
         admission = self.service.admission
         if admission.is_full(size=announced):
-            raise Overloaded(retry_after=admission.retry_after())
+            raise Overloaded(retry_after=admission.retry_after(announced))
 
     def writer_of(self, live: ServedModel) -> AnswerWriter:
         """Return the writer of a model's answers, which is kept while it is the live one."""

@@ -15,7 +15,15 @@ from uvicorn.server import ServerState
 from service.connections import CLOSE, BoundedConfig, BoundedFlow
 from service.cycle import Cycle
 from service.errors import BadRequest, ServiceError, Unavailable
-from service.heads import MAX_HEADER_BYTES, fault_of, head_without_upgrade, request_scope, size_of_head, too_large
+from service.heads import (
+    MAX_HEADER_BYTES,
+    MAX_HEADER_LINES,
+    fault_of,
+    head_without_upgrade,
+    request_scope,
+    size_of_head,
+    too_large,
+)
 from service.patience import PatientProtocol
 from service.predict import Options
 from service.quick import QuickAnswer
@@ -81,7 +89,7 @@ class BoundedProtocol(PatientProtocol):
         self._parse(data)
         if self.transport.is_closing():
             return
-        if self._bare_bytes > MAX_HEADER_BYTES:
+        if self._bare_bytes > MAX_HEADER_BYTES or len(self.headers) > MAX_HEADER_LINES:
             self.end(too_large())
         elif self.due == math.inf and not self._is_working():
             self._set_due()
@@ -136,7 +144,9 @@ class BoundedProtocol(PatientProtocol):
         """
         if self.parser.should_upgrade():  # it will be parsed again, see `_parse`
             return
-        if self._most_bare_bytes > MAX_HEADER_BYTES and size_of_head(self.url, self.headers) > MAX_HEADER_BYTES:
+        if len(self.headers) > MAX_HEADER_LINES or (
+            self._most_bare_bytes > MAX_HEADER_BYTES and size_of_head(self.url, self.headers) > MAX_HEADER_BYTES
+        ):
             raise self._refused(too_large())
         if (fault := fault_of(self.parser.get_http_version(), self.headers)) is not None:
             raise self._refused(fault)

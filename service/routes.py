@@ -6,6 +6,7 @@ from service import errors
 from service.models import VersionStatus
 from service.schemas import (
     CONNECTION_ERRORS,
+    ErrorResponse,
     HealthResponse,
     ModelsResponse,
     QueueState,
@@ -17,7 +18,10 @@ from service.state import Service
 
 NOT_READY = error_responses([errors.Unavailable, errors.NotReady, errors.Draining])
 KEYED = error_responses([errors.Unauthorized])
-FAILED = error_responses([*CONNECTION_ERRORS, errors.ServiceError])
+FAILED = error_responses([*CONNECTION_ERRORS, errors.NotReady, errors.ServiceError])
+NOT_HEALTHY: dict[int | str, dict[str, object]] = {
+    503: {"model": HealthResponse | ErrorResponse, "description": "Not ready; an error where nobody can say why."}
+}
 
 
 def create_router(service: Service) -> APIRouter:
@@ -51,7 +55,7 @@ def add_health(router: APIRouter, service: Service) -> None:
     """Add the probes. HEAD is answered too, since some load balancers ask that way."""
 
     @router.head("/health", include_in_schema=False)
-    @router.get("/health", tags=["operation"], responses={503: {"model": HealthResponse, "description": "Not ready."}})
+    @router.get("/health", tags=["operation"], responses=NOT_HEALTHY)
     async def health(response: Response) -> HealthResponse:
         """Summary for people; 200 when predictions are served, 503 otherwise."""
         response.status_code = 200 if service.probed_status == "ready" else 503
@@ -82,7 +86,7 @@ def add_models(router: APIRouter, service: Service) -> None:
         """All versions in the model folder, which of them serves, and why one was refused."""
         return models_of(service, service.store.versions())
 
-    reloading = KEYED | error_responses([errors.ReloadDisabled, errors.Unavailable])
+    reloading = KEYED | error_responses([errors.ReloadDisabled, errors.Unavailable, errors.NotReady])
 
     @router.post("/models/reload", tags=["models"], responses=reloading)
     async def reload() -> ModelsResponse:

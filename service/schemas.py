@@ -51,7 +51,7 @@ class ErrorDetail(Schema):
 
 
 class ErrorResponse(Schema):
-    """The body of every answer with a status of 400 and above, /health's excepted."""
+    """The body of every answer with a status of 400 and above, /health's own 503 excepted."""
 
     error: ErrorDetail
 

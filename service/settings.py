@@ -233,7 +233,9 @@ class Settings(BaseSettings):
         "Each request costs more CPU then, as with the access log.",
     )
     tls_cert: Path | None = Field(None, description="PEM file with the certificate chain; needs tls_key: serves HTTPS.")
-    tls_key: Path | None = Field(None, description="PEM file with the private key.")
+    tls_key: Path | None = Field(
+        None, description="PEM file with the private key. Both are read at the start: restart it after a renewal."
+    )
 
     log_format: Literal["plain", "json"] = Field("plain", description="One line or one JSON object per log record.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level logged.")
@@ -284,7 +286,7 @@ class Settings(BaseSettings):
     def _files_exist(self) -> Self:
         for name in ("api_keys_file", "admin_key_file", "tls_cert", "tls_key"):
             path: Path | None = getattr(self, name)
-            if path is not None and not path.is_file():
+            if path is not None and not _is_file(path, name):
                 raise ValueError(f"{name}: there is no file {path}")
         if self.admin_key_file is not None and not self.administrator_keys():
             raise ValueError(f"admin_key_file: {self.admin_key_file} holds no key, so reloading over HTTP would be off")
@@ -317,6 +319,13 @@ def without_settings(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _is_key(key: str) -> bool:
     return bool(key) and key.isascii() and key.isprintable() and " " not in key
+
+
+def _is_file(path: Path, name: str) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:  # it lies in a folder that this user may not look into, say
+        raise ValueError(f"{name}: {path} can't be looked for: {(error.strerror or str(error)).lower()}") from error
 
 
 def _read_keys(path: Path | None) -> tuple[str, ...]:

@@ -253,6 +253,14 @@ def test_wrong_settings(tmp_path: Path) -> None:
         assert len(process.stderr.splitlines()) == 2
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_status_is_told_without_an_output(closed: str) -> None:
+    """As some supervisors start it."""
+    command = f'exec "$0" -m service --max-batch-size 0 {closed}'
+    done = subprocess.run(["sh", "-c", command, sys.executable], cwd=ROOT, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 2
+
+
 def test_help_needs_no_model() -> None:
     command = [sys.executable, "-m", "service", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)

@@ -45,6 +45,21 @@ def test_deadlines_hold_while_the_model_s_process_has_stopped(tmp_path: Path) ->
         assert "perceiver_admitted_pictures 0.0" in exposition
 
 
+def test_probes_and_scrapes_are_told_that_the_model_s_process_has_stopped(tmp_path: Path) -> None:
+    paths = ["/health", "/health/live", "/health/ready", "/metrics", "/models"]
+    make_model_folder(tmp_path / "m")
+    with started(tmp_path, *on_model(tmp_path / "m", "--http-processes", "1")) as process, process.ready() as client:
+        with stopped(process), ThreadPoolExecutor(len(paths)) as pool:
+            told = list(pool.map(lambda path: client.get(path, timeout=30), paths))
+            told.append(client.get("/health", timeout=30))  # one that comes later need not wait at all
+        for answer in told:
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (503, "not_ready")
+            assert error["message"] == "The process that runs the model does not answer."
+            assert int(answer.headers["retry-after"]) >= 1
+        process.wait(lambda: {client.get(path).status_code for path in paths} == {200})
+
+
 def test_pictures_do_not_pile_up_before_a_process_that_reads_none(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     arguments = on_model(tmp_path / "m", "--max-queue-bytes", "2048", "--max-body-bytes", "2048")

@@ -85,6 +85,31 @@ def test_retry_after_is_what_is_here_over_the_measured_rate(clock: Clock) -> Non
     assert refused.value.retry_after == pytest.approx(100 / 20)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_where_bytes_are_what_is_full_their_rate_counts(clock: Clock, whole: bool) -> None:
+    """Bodies that are still read hold bytes, and no pictures yet."""
+    admission = Admission(100, 1000, clock=clock)
+    tickets = [enter(admission, 1, 100), *(enter(admission, 0, 100) for _ in range(9))]
+    clock.now += 2 if whole else 0.5
+    leave(tickets.pop())
+    rate = 50 if whole else 200
+    assert admission.retry_after(100) == 1  # there is room for that
+    with pytest.raises(Overloaded) as refused:
+        enter(admission, 0, 101)
+    assert refused.value.retry_after == pytest.approx(900 / rate)
+
+
+def test_bytes_do_not_count_where_pictures_are_what_is_full(clock: Clock) -> None:
+    admission = Admission(10, 1000, clock=clock)
+    ticket, _ = enter(admission, 5, 5), enter(admission, 5, 900)
+    clock.now += 1
+    leave(ticket)
+    enter(admission, 5)
+    with pytest.raises(Overloaded) as refused:
+        enter(admission, 1)
+    assert refused.value.retry_after == pytest.approx(10 / 5)
+
+
 def test_the_first_seconds_rate_counts_before_that_second_is_over(clock: Clock) -> None:
     admission = Admission(100, 0, clock=clock)
     ticket, _ = enter(admission, 10), enter(admission, 80)

@@ -90,6 +90,11 @@ async def test_cors_preflight_and_errors_can_be_read_by_allowed_origins_alone(tm
         assert good.headers["access-control-allow-origin"] == "https://example.org"
         bad = await run.client.options("/predict", headers={"origin": "https://evil.example"} | asking)
         assert bad.status_code == 400
+        error = bad.json()["error"]
+        assert (error["code"], error["message"]) == ("bad_request", "Disallowed CORS origin.")
+        assert bad.headers["x-request-id"] == error["request_id"]
+        assert "access-control-allow-origin" not in bad.headers
+        assert "Origin" in bad.headers["vary"]
         refused = await run.client.post("/predict", headers={"origin": "https://example.org"})
         assert refused.status_code == 401
         assert refused.headers["access-control-allow-origin"] == "https://example.org"

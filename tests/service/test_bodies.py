@@ -82,6 +82,29 @@ def test_file_names_are_utf8_and_quoted() -> None:
     assert parse(FORM, body)[0].filename == 'ä "b".png'
 
 
+@pytest.mark.parametrize(
+    ("parameters", "filename"),
+    [
+        ("filename*=UTF-8''na%C3%AFve%20one.png", "naïve one.png"),
+        ("filename*=utf-8'fr'na%C3%AFve.png; size=3", "naïve.png"),
+        ("filename*=\"UTF-8''a%22b.png\"", 'a"b.png'),
+        ("filename*=ISO-8859-1''%A3.png", "£.png"),
+        ("filename*=UTF-8''%ff.png", "\ufffd.png"),
+        ("filename*=UTF-8''other.png; filename=\"plain.png\"", "plain.png"),
+        ("filename*=other''a.png", None),
+        ("filename*=a.png", None),
+    ],
+)
+def test_a_file_name_that_is_spelt_in_the_extended_way_alone(parameters: str, filename: str | None) -> None:
+    body = form((f'Content-Disposition: form-data; name="file"; {parameters}', DATA))
+    assert parse(FORM, body) == [Upload(DATA, filename)]
+
+
+def test_a_part_that_is_a_file_by_its_extended_name_may_be_no_picture() -> None:
+    body = form(("Content-Disposition: form-data; name=file; filename*=UTF-8''a.txt", b"text"))
+    assert parse(FORM, body) == [Upload(b"text", "a.txt")]
+
+
 def test_the_boundary_may_be_quoted_and_the_header_in_any_case() -> None:
     assert parse('Multipart/Form-Data; charset=x; boundary="frontier"', form((file_part(), DATA))) == [
         Upload(DATA, "a.png")

@@ -8,14 +8,23 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from service.distant import MOST_TIMES, SILENCE_SECONDS, DistantBatcher, Notes, Waiting
-from service.errors import DeadlineExceeded, Overloaded
+from service.distant import MOST_TIMES, PATIENCE_SECONDS, SILENCE_SECONDS, DistantBatcher, Notes, Waiting
+from service.errors import DeadlineExceeded, NotReady, Overloaded
 from service.ledger import Ledger
 from service.link import Link
 from service.messages import Counts, FromEngine, Message
 from service.recurring import TICK_SECONDS
 
 PICTURE = bytes(1_000_000)
+
+
+class Silent(Ledger):
+    """A ledger whose maker has been silent for as long as the test says."""
+
+    seconds = 0.0
+
+    def silence(self) -> float:
+        return self.seconds
 
 
 @asynccontextmanager
@@ -93,6 +102,29 @@ async def test_what_is_too_late_is_said_here_only_while_the_other_process_is_sil
             with pytest.raises(DeadlineExceeded):
                 late.result()
             early.cancel()
+
+
+async def test_who_has_no_deadline_is_told_when_the_other_process_is_silent_for_long() -> None:
+    ledger = Silent(1)
+    async with unread(1000) as (link, other):
+        waiting = Waiting(link, ledger)
+        call, early = future(), future()
+        waiting.begin(call)  # type: ignore[arg-type]
+        waiting.begin(early, 1e12)  # type: ignore[arg-type]
+        ledger.seconds = PATIENCE_SECONDS + 0.1
+        with pytest.raises(NotReady, match="does not answer"):
+            async with asyncio.timeout(10):
+                await call
+        assert not early.done()
+        DistantBatcher(1, link, waiting).post([PICTURE], early, 1e12)  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        assert link.is_full
+        with pytest.raises(NotReady, match="does not answer"):  # and not that a queue is full
+            waiting.begin(future())  # type: ignore[arg-type]
+        ledger.seconds = 0
+        await read_all(other, link)
+        waiting.begin(future())  # type: ignore[arg-type]
+        early.cancel()
 
 
 def test_another_process_sees_that_one_is_silent_and_the_numbers_are_not_touched_by_it() -> None:

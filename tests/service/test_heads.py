@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from service.heads import MAX_HEADER_LINES
 from tests.service.harness import ended, error_of, png, read_answer, request_head, running
 
 ORDINARY = request_head(len(png(1))) + png(1)
+CHUNKED = request_head(None, "Transfer-Encoding: chunked")
+TOO_LARGE = (431, "headers_too_large")
 OLD = ORDINARY.replace(b"HTTP/1.1", b"HTTP/1.0")
 
 
@@ -50,6 +53,30 @@ async def assert_refused(folder: Path, whole: bytes, *, expected: tuple[int, str
 )
 async def test_a_request_names_one_host(tmp_path: Path, hosts: list[bytes]) -> None:
     await assert_refused(tmp_path, with_hosts(ORDINARY, *hosts))
+
+
+async def test_a_request_of_more_lines_than_any_sensible_client_sends(tmp_path: Path) -> None:
+    first, rest = ORDINARY.split(b"\r\n", 1)
+    lines = rest.partition(b"\r\n\r\n")[0].count(b"\r\n") + 1
+    most = first + b"\r\n" + b"a:\r\n" * (MAX_HEADER_LINES - lines) + rest
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        writer.write(most)
+        assert (await read_answer(reader))[0] == 200
+    await assert_refused(tmp_path / "more", most.replace(b"a:\r\n", b"a:\r\na:\r\n", 1), expected=TOO_LARGE)
+
+
+@pytest.mark.parametrize("before", [ORDINARY[:24], CHUNKED + b"1\r\na\r\n0\r\n"], ids=["head", "trailer"])
+async def test_lines_are_counted_before_their_end(tmp_path: Path, before: bytes) -> None:
+    """Each takes many times its bytes in memory, and who sends slowly would keep that."""
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        writer.write(before)
+        await writer.drain()
+        writer.write(b"a:\r\n" * (MAX_HEADER_LINES + 2))
+        status, _, body = await read_answer(reader)
+        assert (status, error_of(body)) == TOO_LARGE
+        assert await ended(reader)
 
 
 async def test_an_old_request_that_names_two_hosts(tmp_path: Path) -> None:

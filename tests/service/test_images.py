@@ -1,6 +1,10 @@
 """Every format and pixel format against the pixels it was made from."""
 
+import pickle
+import subprocess
+import sys
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from service.errors import UnsupportedFormat
 from service.images import open_picture, to_array
 from tests.service.pictures import Pixels, all_files, encode, lossless_files, pixels
 
+ROOT = Path(__file__).parents[2]
 SIZE = (32, 32)
 ARRAY = pixels()
 
@@ -34,6 +39,25 @@ def test_lossy_formats_give_what_pillow_gives_and_that_is_near(name: str) -> Non
     decoded = decode(data)
     np.testing.assert_array_equal(decoded, np.asarray(Image.open(BytesIO(data)).convert("RGB")))
     assert np.abs(decoded.astype(int) - ARRAY).mean() < 6
+
+
+def test_pictures_are_read_where_no_file_can_be_opened_any_more() -> None:
+    """As when all are connections; in a process that has read no picture yet, for what Pillow imports it keeps."""
+    array = pixels(64, 64)
+    files = [*all_files(array).values(), encode(array, "MPO", save_all=True, append_images=[Image.fromarray(array)])]
+    program = """
+import pickle, resource, sys
+from service.artifact import ResizePolicy
+from service.images import open_picture, to_array
+files = pickle.load(sys.stdin.buffer)
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+for file in files:
+    to_array(open_picture(file, max_pixels=10_000), size=(32, 32), resize=ResizePolicy())
+"""
+    read = subprocess.run(
+        [sys.executable, "-c", program], input=pickle.dumps(files), capture_output=True, check=False, cwd=ROOT
+    )
+    assert read.returncode == 0, read.stderr.decode()
 
 
 def test_gif_gives_its_first_frame() -> None:

@@ -17,7 +17,7 @@ from service.admission import Admission
 from service.distant import GONE, Waiting
 from service.errors import NotReady, Overloaded
 from service.front_peer import FrontProcess, Reply
-from service.ledger import BYTES, IN_FLIGHT, PICTURES, RATE, Ledger, SharedAdmission, Totals
+from service.ledger import BYTE_RATE, BYTES, IN_FLIGHT, PICTURES, RATE, Ledger, SharedAdmission, Totals
 from service.link import LENGTH_BYTES, Link
 from service.messages import Alive, Ask, Cancel, FromEngine, FromFront, Message, Released, Submit
 from tests.service.test_admission import Clock
@@ -200,9 +200,23 @@ def test_retry_after_counts_what_others_hold_and_answer() -> None:
     ledger.write(0, RATE, 999_000)  # its own, which it knows better
     ledger.write(1, PICTURES, 300)
     ledger.write(1, RATE, 20_000)  # thousandths of a picture a second
-    with here.admit(pictures=100):
+    ledger.write(1, BYTES, 800)
+    ledger.write(1, BYTE_RATE, 20)
+    with here.admit(pictures=100, bytes=200):
         ledger.write(0, RATE, 999_000)
+        ledger.write(0, BYTE_RATE, 999)
         assert here.retry_after() == pytest.approx(400 / 20)
+        assert here.retry_after(1) == pytest.approx(1000 / 20)
+
+
+def test_others_learn_the_rates_that_were_measured() -> None:
+    ledger = Ledger(2)
+    now = 0.0
+    here = SharedAdmission(400, 1000, ledger, 0)
+    here._clock = lambda: now
+    with here.admit(pictures=8, bytes=800):
+        now = 2.0
+    assert (ledger.read(0, RATE), ledger.read(0, BYTE_RATE)) == (4000, 400)
 
 
 @given(

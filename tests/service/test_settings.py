@@ -112,6 +112,7 @@ def test_every_number_has_its_bounds_in_its_description() -> None:
         (["--tls-cert", "/nowhere.pem", "--tls-key", "/nowhere.key"], "tls_cert: there is no file /nowhere.pem"),
         (["--admin-key-file", "/dev/null"], "admin_key_file: there is no file /dev/null"),
         (["--api-keys-file", "/nowhere"], "api_keys_file: there is no file /nowhere"),
+        (["--api-keys-file", "/" + 300 * "a"], "can't be looked for: file name too long"),
         (["--prot", "1"], "--prot is not a flag; did you mean --port?"),
         (["--xyzzy"], "--xyzzy is not a flag; --help lists all."),
         (["models"], "models is not a flag"),
