@@ -59,7 +59,9 @@ class Settings(BaseSettings):
         None, ge=1, description="Serve this version and no other; newer ones are listed and not taken."
     )
     model_poll_s: float = bounded(5.0, 0.1, 3600, "Seconds between two looks into the model folder for a new version.")
-    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 for all of IPv4.")
+    host: str = Field(
+        "127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 for all of IPv4, :: for all of IPv6."
+    )
     port: int = bounded(8000, 0, 65535, "TCP port to listen on; 0 takes a free one and logs it.")
     http_processes: int = bounded(
         0,

@@ -64,7 +64,7 @@ def nginx(folder: Path, *urls: str) -> Iterator[httpx.Client]:
     port = free_port()
     (folder / "perceiver.conf").write_text(configuration(folder, port, [url.removeprefix("http://") for url in urls]))
     (folder / "nginx.conf").write_text(WRAPPER.format(folder))
-    command = ["nginx", "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")]
+    command = ["nginx", "-p", str(folder), "-c", str(folder / "nginx.conf")]
     tested = subprocess.run([*command, "-t"], capture_output=True, text=True, check=False)
     assert tested.returncode == 0, tested.stderr
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
