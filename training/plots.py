@@ -32,14 +32,19 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, colour
     axes.plot(x, y, label=label, color=colour, linewidth=1.8, marker="o", markersize=3 if len(x) <= 60 else 0)
 
 
-def _draw_accuracy(axes: Axes, columns: Mapping[str, Sequence[float]]) -> None:
+def _draw_accuracy(axes: Axes, columns: Mapping[str, Sequence[float]], best_by: str) -> None:
     epochs, top1, top5 = columns["epoch"], columns["val_top1"], columns["val_top5"]
     _line(axes, epochs, top5, "top-5", GREEN)
     _line(axes, epochs, top1, "top-1", BLUE)
-    best = max(range(len(top1)), key=lambda row: (top1[row], -columns["val_loss"][row]))  # as `TrainState.is_best`
+    loss = columns["val_loss"]
+
+    def rank(row: int) -> tuple[float, ...]:  # as `TrainState.is_best`
+        return (-loss[row],) if best_by == "loss" else (top1[row], -loss[row])
+
+    best = max(range(len(top1)), key=rank)
     axes.plot(epochs[best], top1[best], marker="o", markersize=9, markerfacecolor="none", color=ORANGE, linestyle="")
     axes.annotate(
-        f"best {top1[best]:.1%}\nepoch {epochs[best]:g}",
+        f"best by {best_by.replace('top1', 'top-1')}: {top1[best]:.1%}\nepoch {epochs[best]:g}",
         (epochs[best], top1[best]),
         xytext=(-6, -12) if top1[best] > 0.2 else (-6, 30),  # clear of the axis
         textcoords="offset points",
@@ -53,11 +58,11 @@ def _draw_accuracy(axes: Axes, columns: Mapping[str, Sequence[float]]) -> None:
     axes.legend(frameon=False, loc="upper left")
 
 
-def save_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
+def save_curves(metrics: Sequence[Mapping[str, float]], path: Path, best_by: str) -> None:
     """Draw the rows of ``metrics.jsonl`` as ``path`` (PNG): loss, accuracy, learning rate, speed, each over epochs.
 
     Each row has epoch, train_loss, val_loss (nats), val_top1, val_top5 (0..1), learning_rate, pictures_per_second.
-    Raises ValueError without a row.
+    The epoch that ``best_by`` (of `TrainConfig`) chooses is marked. Raises ValueError without a row.
     """
     if not metrics:
         raise ValueError("there are no curves before the first epoch has ended")
@@ -69,7 +74,7 @@ def save_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
     _line(loss, epochs, columns["val_loss"], "validation, cross-entropy", BLUE)
     _style(loss, "Loss", "epoch", "nats a picture")
     loss.legend(frameon=False, loc="best")
-    _draw_accuracy(accuracy, columns)
+    _draw_accuracy(accuracy, columns, best_by)
     _line(rate, epochs, columns["learning_rate"], "learning rate", ORANGE)
     rate.set_ylim(0, 1.1 * max(columns["learning_rate"]) or 1)
     _style(rate, "Learning rate", "epoch", "learning rate at the epoch's end")

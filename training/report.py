@@ -42,7 +42,7 @@ NOTES = {
 }
 
 
-def announce(folder: Path, events: SummaryWriter) -> None:
+def announce(folder: Path, events: SummaryWriter, best_by: str) -> None:
     """Show the last epoch of ``metrics.jsonl`` on the terminal, in TensorBoard's events and in ``curves.png``."""
     lines = read_lines(folder)
     line = lines[-1]
@@ -50,7 +50,7 @@ def announce(folder: Path, events: SummaryWriter) -> None:
         if key not in ("epoch", "step", *MACHINE):
             events.add_scalar(key, value, int(line["epoch"]))
     events.flush()
-    save_curves(lines, folder / figures.CURVES)
+    save_curves(lines, folder / figures.CURVES, best_by)
     tqdm.write(
         f"epoch {line['epoch']:3d}  train loss {line['train_loss']:.4f}  val loss {line['val_loss']:.4f}  "
         f"top-1 {line['val_top1']:.2%}  top-5 {line['val_top5']:.2%}  {line['pictures_per_second']:.0f} pictures/s"

@@ -321,7 +321,7 @@ class Trainer:
                     return False
                 self.finish_epoch()
                 if events is not None:
-                    announce(self.folder, events)
+                    announce(self.folder, events, self.config.best_by)
         return True
 
     def _events(self) -> SummaryWriter | nullcontext[None]:

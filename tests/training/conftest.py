@@ -25,7 +25,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture
 def without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the figure that is drawn after every epoch and takes longer than the epochs here."""
-    monkeypatch.setattr("training.report.save_curves", lambda lines, path: None)
+    monkeypatch.setattr("training.report.save_curves", lambda lines, path, best_by: None)
 
 
 @pytest.fixture(scope="session")

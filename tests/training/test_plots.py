@@ -56,7 +56,7 @@ def assert_picture(path: Path) -> None:
 
 @pytest.mark.parametrize("epochs", [1, 3, 80])
 def test_curves_show_every_epoch(tmp_path: Path, figures: list[Figure], epochs: int) -> None:
-    save_curves(rows(epochs), tmp_path / "curves.png")
+    save_curves(rows(epochs), tmp_path / "curves.png", "top1")
     assert_picture(tmp_path / "curves.png")
     panels = {axes.get_title(loc="left"): axes for axes in figures[0].axes}
     assert list(panels) == ["Loss", "Validation accuracy", "Learning rate", "Speed"]
@@ -66,14 +66,17 @@ def test_curves_show_every_epoch(tmp_path: Path, figures: list[Figure], epochs: 
     assert all(axes.get_xlabel() == "epoch" and axes.get_ylabel() for axes in panels.values())
 
 
-def test_curves_mark_the_best_epoch(tmp_path: Path, figures: list[Figure]) -> None:
-    save_curves(rows(5), tmp_path / "curves.png")
-    assert [text.get_text() for text in figures[0].axes[1].texts] == ["best 40.0%\nepoch 2"]
+@pytest.mark.parametrize(
+    ("best_by", "told"), [("top1", "best by top-1: 40.0%\nepoch 2"), ("loss", "best by loss: 39.7%\nepoch 5")]
+)
+def test_curves_mark_the_epoch_that_is_kept(tmp_path: Path, figures: list[Figure], best_by: str, told: str) -> None:
+    save_curves(rows(5), tmp_path / "curves.png", best_by)
+    assert [text.get_text() for text in figures[0].axes[1].texts] == [told]
 
 
 def test_no_curves_without_an_epoch(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="before the first epoch"):
-        save_curves([], tmp_path / "curves.png")
+        save_curves([], tmp_path / "curves.png", "top1")
     assert not (tmp_path / "curves.png").exists()
 
 
