@@ -23,6 +23,14 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def seeded() -> Iterator[None]:
+    """Begin with the same random numbers in every run."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        yield
+
+
+@pytest.fixture
 def without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the figure that is drawn after every epoch and takes longer than the epochs here."""
     monkeypatch.setattr("training.report.save_curves", lambda lines, path, best_by: None)

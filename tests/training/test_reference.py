@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from training.config import PRESETS, ModelConfig
 from training.model import Perceiver, count_parameters
 from training.preprocessing import Preprocess
 
+pytestmark = pytest.mark.usefixtures("seeded")
 REFERENCE = PRESETS["reference"].model
 SMALL = {
     "num_classes": 7,
@@ -42,16 +42,6 @@ VARIANTS = {
     "small heads": {"self_head_dim": 4},
     "more latents than tokens": {"num_latents": 50},
 }
-
-
-@pytest.fixture(autouse=True)
-def _seeded_on_one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        yield
-    torch.set_num_threads(threads)
 
 
 def small(**changes: object) -> ModelConfig:
