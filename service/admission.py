@@ -76,13 +76,17 @@ class Admission:
             size: bytes for which room was asked: where there is none, the bytes have to leave, too.
         """
         elapsed = self._clock() - self._window_start
+
+        def seconds_for(inside: int, measured: float, left: int, elsewhere: float) -> float:
+            # A batch leaves at once, and with it a window begins: its first moments would show any rate.
+            rate = (measured or (left / elapsed if elapsed > 0 else 0.0)) + elsewhere
+            return inside / rate if rate > 0 else 0.0
+
         pictures, size_here = self.pictures + self.pictures_elsewhere, self.bytes + self.bytes_elsewhere
-        # A batch leaves at once, and with it a window begins: its first moments would show any rate.
-        rate = self._rate or (self._window_count / elapsed if elapsed > 0 else 0.0)
-        seconds = seconds_for(pictures, rate + self.rate_elsewhere)
+        seconds = seconds_for(pictures, self._rate, self._window_count, self.rate_elsewhere)
         if size_here + size > self.max_bytes:
-            rate = self._byte_rate or (self._window_bytes / elapsed if elapsed > 0 else 0.0)
-            seconds = max(seconds, seconds_for(size_here, rate + self.byte_rate_elsewhere))
+            of_bytes = seconds_for(size_here, self._byte_rate, self._window_bytes, self.byte_rate_elsewhere)
+            seconds = max(seconds, of_bytes)
         return min(max(seconds, 1.0), MAX_RETRY_AFTER_SECONDS)
 
     def _take(self, ticket: "Ticket", pictures: int, size: int) -> None:
@@ -112,11 +116,6 @@ class Admission:
         self._rate = max(self._window_count / elapsed, RATE_DECAY * self._rate)
         self._byte_rate = max(self._window_bytes / elapsed, RATE_DECAY * self._byte_rate)
         self._window_start, self._window_count, self._window_bytes = self._clock(), 0, 0
-
-
-def seconds_for(number: int, rate: float) -> float:
-    """Return the seconds in which so many leave; 0 where nobody knows."""
-    return number / rate if rate > 0 else 0.0
 
 
 class Ticket:
