@@ -71,6 +71,13 @@ class Running:
         await self.until(lambda: self.engine.batches == [[1]])
         return posted
 
+    async def assert_first_alone_ran(self, first: asyncio.Task[httpx.Response]) -> None:
+        """Wait until all others have left, let go what `hold_first` has held, and see that no other picture ran."""
+        await self.until(lambda: self.in_flight == 1)
+        self.engine.let_go()
+        assert (await first).status_code == 200
+        assert self.engine.batches == [[1]]
+
     async def metric(self, line: str) -> float:
         """The value of a sample, by its name and labels as they stand in the exposition; 0 where it is absent."""
         text = (await self.client.get("/metrics")).text

@@ -154,10 +154,7 @@ async def test_who_leaves_with_several_requests_waiting_has_none_of_them_run(tmp
         connections = run.server.server_state.connections
         await run.until(lambda: any(len(connection.pipeline) == 1 for connection in connections))
         writer.close()
-        await run.until(lambda: run.in_flight == 1)
-        engine.let_go()
-        assert (await held).status_code == 200
-        assert engine.batches == [[1]]
+        await run.assert_first_alone_ran(held)
         assert await run.metric('perceiver_requests_total{code="499",route="/predict"}') == 1
 
 
@@ -170,7 +167,4 @@ async def test_who_is_cut_off_on_the_short_way_is_not_run_either(tmp_path: Path)
         connections = run.server.server_state.connections
         await run.until(lambda: any(len(connection.pipeline) == 1 for connection in connections))
         next(connection for connection in connections if connection.pipeline).transport.abort()
-        await run.until(lambda: run.in_flight == 1)
-        engine.let_go()
-        assert (await held).status_code == 200
-        assert engine.batches == [[1]]
+        await run.assert_first_alone_ran(held)

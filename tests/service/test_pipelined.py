@@ -56,10 +56,7 @@ async def test_who_leaves_with_a_request_behind_is_not_run(tmp_path: Path, late:
         writer.write(SMALL[len(SMALL) - late :] + LIVE)
         await run.until(lambda: any(connection.pipeline for connection in run.server.server_state.connections))
         writer.close()
-        await run.until(lambda: run.in_flight == 1)
-        engine.let_go()
-        assert (await held).status_code == 200
-        assert engine.batches == [[1]]
+        await run.assert_first_alone_ran(held)
         assert await run.metric('perceiver_requests_total{code="499",route="/predict"}') == 1
 
 
