@@ -230,7 +230,7 @@ class DynamicBatcher:
             slot = await self._free.get()
             if self._delay and self._queue:  # else all of it was late
                 await self._wait_for_more(slot.engine.max_batch_size)
-            batch = self._queue.pop(slot.engine.max_batch_size, self._loop.time())
+            batch = self._queue.pop(slot.room(self._queue.pictures, self._free.qsize()), self._loop.time())
             if batch.size:
                 self._start_run(slot, batch)
             else:

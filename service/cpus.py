@@ -59,6 +59,15 @@ def threads_within_limits() -> int:
     allowed, limit = _allowed(), quota()
     if min(len(allowed), limit) >= (os.cpu_count() or 1):
         return 0
+    return _threads(allowed, limit)
+
+
+def threads_of_each(engines: int) -> int:
+    """Return the threads that a run may take where so many engines share the processors; 0, as above, for one."""
+    return max(1, _threads(_allowed(), quota()) // engines) if engines > 1 else 0
+
+
+def _threads(allowed: set[int], limit: float) -> int:
     cores = {_text(PROCESSORS / f"cpu{number}/topology/thread_siblings_list") or number for number in allowed}
     return max(1, int(min(len(cores), limit)))
 

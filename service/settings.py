@@ -98,7 +98,11 @@ class Settings(BaseSettings):
         0,
         0,
         1024,
-        "CPU threads of one run of the model; 0: one a physical core, of those that a container's limit leaves.",
+        "CPU threads of one run of the model; 0: one a physical core, of those that a container's limit leaves, shared "
+        "between cpu_engines.",
+    )
+    cpu_engines: int = bounded(
+        1, 1, 64, "Copies of the model on the CPU, which share its threads and run at once. No meaning on a GPU."
     )
     max_batch_size: int = bounded(
         32, 1, 1024, "Pictures in one run of the model at most. Larger: more throughput, more memory."

@@ -129,6 +129,7 @@ def engine_options(settings: Settings) -> EngineOptions:
     return EngineOptions(
         provider=settings.provider,
         device_ids=settings.device_ids,
+        cpu_engines=settings.cpu_engines,
         max_batch_size=settings.max_batch_size,
         intra_op_threads=settings.intra_op_threads,
         precision=settings.precision,

@@ -6,12 +6,13 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from service.artifact import GOLDEN_FILE, MODEL_FILES, ArtifactError, ModelMetadata, ModelVersion, list_versions
 from service.batcher import DynamicBatcher
+from service.cpus import threads_of_each
 from service.engine import (
     Engine,
     EngineError,
@@ -44,12 +45,15 @@ class EngineOptions:
     """How each version is loaded: the arguments of `OnnxEngine` and `DynamicBatcher`, and how long that may take.
 
     Attributes:
-        device_ids: GPUs, one engine each; on the CPU there is one engine and these have no meaning.
+        device_ids: GPUs, one engine each; no meaning on the CPU.
+        cpu_engines: engines on the CPU; no meaning on a GPU.
+        intra_op_threads: of one run on the CPU; 0 shares the physical cores that this process may use between them.
         precision: which of the version's files; "auto" takes what is best on the provider.
     """
 
     provider: ProviderChoice = "auto"
     device_ids: Sequence[int] = (0,)
+    cpu_engines: int = 1
     max_batch_size: int = 32
     intra_op_threads: int = 0
     precision: PrecisionChoice = "auto"
@@ -189,16 +193,20 @@ def _fingerprint(folder: Path) -> Fingerprint:
 
 
 def open_engines(folder: Path, options: EngineOptions) -> list[Engine]:
-    """Open a version on every device of `options`.
+    """Open a version on every GPU of `options`, or as often as they say on the CPU.
 
     Raises:
         EngineError, ArtifactError: as `OnnxEngine`.
     """
     provider = resolve_provider(options.provider, options.device_ids[0])
     path = choose_file(folder, provider, options.precision)
+    device_ids = options.device_ids
+    if provider == "cpu":
+        device_ids = (0,) * options.cpu_engines
+        options = replace(options, intra_op_threads=options.intra_op_threads or threads_of_each(options.cpu_engines))
     engines: list[Engine] = []
     with ExitStack() as opened:
-        for device_id in options.device_ids if provider != "cpu" else (0,):
+        for device_id in device_ids:
             engine = _open_engine(path, options, provider, device_id)
             opened.callback(engine.close)
             engines.append(engine)

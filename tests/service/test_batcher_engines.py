@@ -1,6 +1,7 @@
 """Several engines, and the thread of each."""
 
 import asyncio
+from typing import Literal
 
 import pytest
 
@@ -26,6 +27,42 @@ async def test_engines_run_at_the_same_time_and_share_one_queue(start: Start) ->
     for engine in engines:
         engine.let_go()
     assert await numbers(tasks) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("provider", "batches"),
+    [("cpu", [[0, 1, 2], [3, 4], [5, 6]]), ("cuda", [[0, 1, 2, 3, 4, 5], [6], []])],
+)
+async def test_free_engines_of_a_cpu_share_what_waits_and_a_gpu_takes_it_all(
+    start: Start, provider: Literal["cpu", "cuda"], batches: list[list[int]]
+) -> None:
+    engines = [FakeEngine(max_batch_size=6, tag=tag) for tag in range(3)]
+    for engine in engines:
+        engine.provider = provider
+        engine.hold()
+    batcher = start(*engines)
+    tasks = await submitted(batcher, *range(7))
+    for engine, numbers_ in zip(engines, batches, strict=True):
+        if numbers_:
+            await begun(engine)
+        assert engine.batches == ([numbers_] if numbers_ else [])
+        engine.let_go()
+    assert await numbers(tasks) == list(range(7))
+
+
+async def test_a_busy_engine_of_a_cpu_leaves_all_to_the_one_that_is_free(start: Start) -> None:
+    engines = [FakeEngine(max_batch_size=8), FakeEngine(max_batch_size=8)]
+    for engine in engines:
+        engine.hold()
+    batcher = start(*engines)
+    tasks = await submitted(batcher, 0)
+    await begun(engines[0])
+    tasks += await submitted(batcher, 1, 2, 3)
+    await begun(engines[1])
+    assert engines[1].batches == [[1, 2, 3]]
+    for engine in engines:
+        engine.let_go()
+    assert await numbers(tasks) == [0, 1, 2, 3]
 
 
 async def test_each_engine_has_one_thread_of_its_own_for_warm_up_and_runs() -> None:

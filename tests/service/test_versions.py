@@ -4,13 +4,15 @@ import errno
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from service import cpus
 from service import versions as versions_module
 from service.engine import EngineError
 from service.models import EngineOptions
 from service.versions import Seen, open_engines, scan, without_folders
-from tests.fakes import FakeEngine, make_model_folder
+from tests.fakes import FakeEngine, make_model_folder, tiny_images, tiny_logits
 
 
 class DeviceEngine(FakeEngine):
@@ -59,9 +61,40 @@ def test_if_one_gpu_fails_the_engines_on_the_others_are_closed(devices: list[Dev
     assert [engine.closed for engine in devices] == [True, True]
 
 
-def test_a_cpu_has_one_engine(tmp_path: Path) -> None:
+def test_a_cpu_has_one_engine_whatever_gpus_are_named(tmp_path: Path) -> None:
     (engine,) = open_engines(make_model_folder(tmp_path), EngineOptions(provider="cpu", device_ids=(0, 1)))
     assert engine.provider == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("engines", "asked", "threads"), [(1, 0, 0), (2, 0, 3), (3, 0, 2), (4, 0, 1), (16, 0, 1), (2, 5, 5)]
+)
+def test_engines_on_the_cpu_share_its_threads(
+    engines: int, asked: int, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions_module, "OnnxEngine", DeviceEngine)
+    monkeypatch.setattr(cpus, "_allowed", lambda: set(range(6)))
+    monkeypatch.setattr(cpus, "quota", lambda: 6.5)
+    monkeypatch.setattr(cpus, "PROCESSORS", tmp_path / "none")
+    DeviceEngine.made.clear()
+    options = EngineOptions(provider="cpu", cpu_engines=engines, intra_op_threads=asked)
+    opened = open_engines(make_model_folder(tmp_path), options)
+    assert opened == DeviceEngine.made
+    assert [engine.options["intra_op_threads"] for engine in DeviceEngine.made] == [threads] * engines
+
+
+def test_engines_on_the_cpu_are_real_and_give_the_same_answers(tmp_path: Path) -> None:
+    engines = open_engines(make_model_folder(tmp_path), EngineOptions(provider="cpu", cpu_engines=2))
+    images = tiny_images(3)
+    first, second = [engine.run(images) for engine in engines]
+    assert len(engines) == 2
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_allclose(first, tiny_logits(images, 1), atol=1e-4)
+
+
+def test_a_gpu_takes_no_notice_of_the_engines_of_a_cpu(devices: list[DeviceEngine], tmp_path: Path) -> None:
+    assert len(open_engines(make_model_folder(tmp_path), EngineOptions(cpu_engines=4))) == 1
+    assert devices[0].options["intra_op_threads"] == 0
 
 
 # What a client may read
