@@ -1,7 +1,8 @@
 """The same job on other serving frameworks, in turn in one run: `python -m benchmarks.rivals`.
 
-A tiny model and small JPEGs, one a request, so that what is measured is what serving costs: HTTP, decoding, batching.
-Every answer's label is checked; CPU time and memory are those of all processes of a server.
+Small JPEGs, one a request, to a tiny model, so that what is measured is what serving costs: HTTP, decoding, batching.
+Or to a model of one's own (`--model`): then it is the job as it is. Every answer's label is checked; CPU time and
+memory are those of all processes of a server.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from benchmarks.common import (
     BenchmarkError,
     ModelPlace,
     describe_run,
+    find_model,
     print_run,
     report,
     run_command,
@@ -28,15 +30,17 @@ from benchmarks.processes import run_load
 from benchmarks.request_path import PICTURES, SETTINGS
 from benchmarks.rivals.environments import environment, requirements
 from benchmarks.rivals.frameworks import Framework, choose
-from benchmarks.rivals.labels import expected_labels, reject_wrong_labels
+from benchmarks.rivals.labels import Expected, expect, reject_wrong_labels
 from benchmarks.rivals.process_tree import tree_cpu_seconds, tree_memory_bytes
 from benchmarks.rivals.servers import RivalServer
-from benchmarks.server import HOST, Server
+from benchmarks.server import HOST, Server, parse_settings
 from benchmarks.summary import Summary, medians, summarize
-from benchmarks.tiny_model import SIDE, make_tiny_model
+from benchmarks.tiny_model import make_tiny_model
 from service.artifact import MODEL_FILE
+from service.engine import read_metadata
 
 OURS = "this service"
+OWN_MODEL = {"provider": "cpu", "precision": "float32"}
 WARMUP_S = 1.0  # longer than in request_path: BentoML learns from its first batches how long to wait
 
 
@@ -63,6 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rivals", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rivals: triton, mosec, litserve, bentoml")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="serve this model, and not a tiny one")
     parser.add_argument("--connections", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=5.0, help="of one measurement")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each server, in turn")
@@ -71,6 +76,7 @@ def parse_arguments() -> argparse.Namespace:
         "--http-processes", type=int, nargs="+", default=[0], metavar="N", help="of this service, which runs with each"
     )
     parser.add_argument("--setting", action="append", default=[], metavar="NAME.SETTING=NUMBER", help="of a rival")
+    parser.add_argument("--service", action="append", default=[], metavar="NAME=VALUE", help="setting of this service")
     parser.add_argument(
         "--environments", type=Path, default=ROOT / ".rivals", metavar="DIR", help="where their environments are made"
     )
@@ -80,20 +86,20 @@ def parse_arguments() -> argparse.Namespace:
 
 def enter(
     frameworks: Mapping[str, Framework],
-    folder: Path,
     model: ModelPlace,
     pictures: Sequence[Picture],
-    http_processes: Sequence[int],
+    args: argparse.Namespace,
 ) -> list[Contender]:
     """Return our service, once with each number of HTTP processes, and the rivals that have or get an environment."""
     requests = build_requests(pictures, "raw", host=HOST, path="/predict?top_k=1")
+    settings = settings_of_ours(args)
     contenders = [
-        Contender(title_of(number), partial(Server, model, SETTINGS | {"http_processes": str(number)}), requests)
-        for number in http_processes
+        Contender(title_of(number), partial(Server, model, settings | {"http_processes": str(number)}), requests)
+        for number in args.http_processes
     ]
     for name, framework in frameworks.items():
         try:
-            python = environment(name, folder)
+            python = environment(name, args.environments)
         except BenchmarkError as error:
             print(f"{name} is left out: {error}\n", file=sys.stderr, flush=True)
             continue
@@ -104,12 +110,17 @@ def enter(
     return contenders
 
 
+def settings_of_ours(args: argparse.Namespace) -> dict[str, str]:
+    """Return the settings of our service: for a model of one's own the defaults, and the file that the rivals run."""
+    return (SETTINGS if args.model is None else OWN_MODEL) | parse_settings(args.service)
+
+
 def title_of(http_processes: int) -> str:
     """Name our service with so many HTTP processes."""
     return f"{OURS}, {http_processes} HTTP" if http_processes else OURS
 
 
-def check(contender: Contender, port: int, expected: Sequence[bytes]) -> None:
+def check(contender: Contender, port: int, expected: Expected) -> None:
     """Send every picture once and hold the labels against onnxruntime's.
 
     Raises:
@@ -122,7 +133,7 @@ def check(contender: Contender, port: int, expected: Sequence[bytes]) -> None:
         raise BenchmarkError(f"{contender.title}: not every answer is right: {errors}, as {body[:200]!r}")
 
 
-def measure(contender: Contender, args: argparse.Namespace, expected: Sequence[bytes]) -> None:
+def measure(contender: Contender, args: argparse.Namespace, expected: Expected) -> None:
     """Run one round: start it, check a picture each, load it, check every answer, stop it.
 
     Alone on the machine: some rivals poll, and would take time from the others while they wait for their turn.
@@ -142,9 +153,7 @@ def measure(contender: Contender, args: argparse.Namespace, expected: Sequence[b
     contender.summaries.append(summarize(load))
 
 
-def measure_in_turn(
-    contenders: list[Contender], args: argparse.Namespace, expected: Sequence[bytes]
-) -> list[Contender]:
+def measure_in_turn(contenders: list[Contender], args: argparse.Namespace, expected: Expected) -> list[Contender]:
     """Run all rounds; return those that took part in every one, and say why another did not.
 
     Raises:
@@ -176,12 +185,24 @@ def rows_of(contenders: Sequence[Contender]) -> list[dict[str, object]]:
     ]
 
 
-def describe(frameworks: Mapping[str, Framework], args: argparse.Namespace) -> dict[str, str]:
+def side_of(model: ModelPlace) -> int:
+    """Return the side of the pictures that a model takes, pixels.
+
+    Raises:
+        BenchmarkError: they are not square.
+    """
+    height, width = read_metadata(model.path / MODEL_FILE).input_size
+    if height != width:
+        raise BenchmarkError(f"{model.path}: takes {height} x {width} pixels; here it must be a square")
+    return height
+
+
+def describe(frameworks: Mapping[str, Framework], args: argparse.Namespace, side: int) -> dict[str, str]:
     """Say how it is measured, and with which versions and settings of the rivals."""
-    ours = ", ".join(f"{name}={value}" for name, value in SETTINGS.items())
+    ours = ", ".join(f"{name}={value}" for name, value in settings_of_ours(args).items())
     method = (
         f"{args.rounds} rounds of {args.seconds:g} s in turn, medians; closed loop, {args.connections} connections; "
-        f"JPEGs of {SIDE} x {SIDE}; {OURS}: {ours}"
+        f"JPEGs of {side} x {side}; {OURS}: {ours}"
     )
     about = {**describe_run(), "method": method}
     for name, framework in frameworks.items():
@@ -196,15 +217,15 @@ def describe(frameworks: Mapping[str, Framework], args: argparse.Namespace) -> d
 def main() -> int:
     """Start, check, measure in turn, print, write."""
     args = parse_arguments()
-    frameworks = choose(args.only, args.setting)
-    about = describe(frameworks, args)
-    print_run(about)
-    pictures = generate_pictures(PICTURES, SIDE, "jpeg")
+    frameworks = choose(args.only, args.setting, costly=args.model is not None)
     with tempfile.TemporaryDirectory() as folder:
-        model = make_tiny_model(Path(folder))
-        expected = expected_labels(model.path / MODEL_FILE, pictures)
-        contenders = enter(frameworks, args.environments, model, pictures, args.http_processes)
-        contenders = measure_in_turn(contenders, args, expected)
+        model = make_tiny_model(Path(folder)) if args.model is None else find_model(args.model)
+        side = side_of(model)
+        about = describe(frameworks, args, side)
+        print_run(about)
+        pictures = generate_pictures(PICTURES, side, "jpeg")
+        expected = expect(model.path / MODEL_FILE, pictures)
+        contenders = measure_in_turn(enter(frameworks, model, pictures, args), args, expected)
     rows = rows_of(contenders)
     report(rows, about, args.csv)
     return 0

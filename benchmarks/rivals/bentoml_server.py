@@ -8,7 +8,7 @@ import base64
 
 import bentoml
 
-from benchmarks.rivals.job import MAX_BATCH_SIZE, Classifier, decode, model_path, setting
+from benchmarks.rivals.job import decode, open_classifier, setting
 
 
 @bentoml.service(workers=setting("workers"), traffic={"timeout": 30}, logging={"access": {"enabled": False}})
@@ -16,9 +16,9 @@ class Classify:
     """One API, /classify."""
 
     def __init__(self) -> None:
-        self._classifier = Classifier(model_path())
+        self._classifier = open_classifier()
 
-    @bentoml.api(batchable=True, max_batch_size=MAX_BATCH_SIZE, max_latency_ms=setting("max_latency_ms"))
+    @bentoml.api(batchable=True, max_batch_size=setting("batch"), max_latency_ms=setting("max_latency_ms"))
     def classify(self, images: list[str]) -> list[str]:
         """Classify a batch: base64 to labels."""
         pictures = [decode(base64.b64decode(image)) for image in images]

@@ -16,6 +16,8 @@ from benchmarks.rivals import job
 from benchmarks.server import HOST, free_port
 
 TRITON_MODEL = "classify"
+COSTLY = {"workers": 2, "batch": 8}  # two cores, and what one run of the shipped model does fastest
+PLAIN = {"threads": 1, "batch": job.MAX_BATCH_SIZE}  # of a run on the CPU; pictures of one at most
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Framework:
         title: its name.
         package: on PyPI; its version is in benchmarks/rivals/NAME.txt.
         settings: its own, by name; the server module reads them with `job.setting`.
+        costly: those that are others for a model of which a run takes milliseconds.
         command: what starts it.
         variables: environment variables that it needs besides those of the job.
         directory: where it runs.
@@ -58,6 +61,7 @@ class Framework:
     form: Form = "raw"
     path: str = "/predict"
     headers: Mapping[str, str] = field(default_factory=dict)
+    costly: Mapping[str, int] = field(default_factory=dict)
 
 
 def _mosec(place: Place) -> Sequence[str | Path]:
@@ -127,7 +131,7 @@ def triton_config(settings: Mapping[str, int]) -> str:
     """Write the model's config.pbtxt."""
     return f"""name: "{TRITON_MODEL}"
 backend: "python"
-max_batch_size: {job.MAX_BATCH_SIZE}
+max_batch_size: {settings["batch"]}
 input {{ name: "IMAGE" data_type: TYPE_STRING dims: [1] }}
 output {{ name: "ANSWER" data_type: TYPE_STRING dims: [1] }}
 instance_group {{ count: {settings["workers"]} kind: KIND_CPU }}
@@ -139,29 +143,40 @@ FRAMEWORKS: dict[str, Framework] = {
     "triton": Framework(
         "Triton",
         "nvidia-pytriton",
-        {"workers": 2, "wait_us": 0, "http_threads": 8, "metrics": 1},
+        PLAIN | {"workers": 2, "wait_us": 0, "http_threads": 8, "metrics": 1},
         _triton,
         _triton_variables,
         _triton_packages,
         path=f"/v2/models/{TRITON_MODEL}/infer",
         headers={"Inference-Header-Content-Length": "0"},  # Triton's raw binary request: the body is the one tensor
+        costly=COSTLY,
     ),
-    "mosec": Framework("Mosec", "mosec", {"workers": 1, "wait_ms": 1}, _mosec, path="/inference"),
-    "litserve": Framework("LitServe", "litserve", {"workers": 1, "wait_ms": 0, "api_servers": 2}, _litserve),
+    "mosec": Framework(
+        "Mosec", "mosec", PLAIN | {"workers": 1, "wait_ms": 1}, _mosec, path="/inference", costly=COSTLY
+    ),
+    "litserve": Framework(
+        "LitServe", "litserve", PLAIN | {"workers": 1, "wait_ms": 0, "api_servers": 2}, _litserve, costly=COSTLY
+    ),
     "bentoml": Framework(
         "BentoML",
         "bentoml",
-        {"workers": 2, "max_latency_ms": 1000},
+        PLAIN | {"workers": 2, "max_latency_ms": 1000},
         _bentoml,
         _bentoml_variables,
         form="json",
         path="/classify",
+        costly=COSTLY,
     ),
 }
 
 
-def choose(names: Sequence[str] | None, settings: Sequence[str]) -> dict[str, Framework]:
+def choose(names: Sequence[str] | None, settings: Sequence[str], *, costly: bool = False) -> dict[str, Framework]:
     """Return the frameworks by name, all of them without names, with other settings where "NAME.SETTING=VALUE" asks.
+
+    Args:
+        names: of some.
+        settings: texts of this form.
+        costly: whether the model is, for which they have settings of their own.
 
     Raises:
         BenchmarkError: a framework, or a setting of it, is unknown; a value is no whole number.
@@ -170,6 +185,8 @@ def choose(names: Sequence[str] | None, settings: Sequence[str]) -> dict[str, Fr
         if name not in FRAMEWORKS:
             raise BenchmarkError(f"--only {name}: must be one of {', '.join(FRAMEWORKS)}")
     chosen = {name: FRAMEWORKS[name] for name in names or FRAMEWORKS}
+    if costly:
+        chosen = {name: replace(item, settings={**item.settings, **item.costly}) for name, item in chosen.items()}
     for text in settings:
         key, _, value = text.partition("=")
         name, _, setting = key.partition(".")

@@ -13,22 +13,26 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from simplejpeg import decode_jpeg
 
-MAX_BATCH_SIZE = 32
+MAX_BATCH_SIZE = 32  # of the plain settings
 LABELS_KEY = "perceiver.labels"  # of the model's ONNX metadata: a JSON list
 MODEL, PORT, SETTING = "RIVAL_MODEL", "RIVAL_PORT", "RIVAL_SETTING_"  # environment variables
 
 
 class Classifier:
-    """The model in onnxruntime on one CPU thread, as the service runs it.
+    """The model in onnxruntime on the CPU, with the options that a handler of one's own begins with.
+
+    Args:
+        path: of the ONNX file.
+        threads: of one run.
 
     Attributes:
         labels: names of the C classes.
         answers: the JSON of an answer for each of them, encoded once.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, threads: int = 1) -> None:
         options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
+        options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.labels: list[str] = json.loads(self._session.get_modelmeta().custom_metadata_map[LABELS_KEY])
@@ -41,15 +45,15 @@ class Classifier:
         return indices
 
 
+def open_classifier() -> Classifier:
+    """Open the model that the environment names, with the threads that it wants."""
+    return Classifier(os.environ[MODEL], setting("threads"))
+
+
 def decode(body: bytes) -> NDArray[np.uint8]:
     """Decode a JPEG to uint8 [H, W, 3], RGB, with the decoder that the service takes for such pictures."""
     pixels: NDArray[np.uint8] = decode_jpeg(body, "RGB")
     return pixels
-
-
-def model_path() -> str:
-    """Path of the ONNX file, from the environment."""
-    return os.environ[MODEL]
 
 
 def port() -> int:

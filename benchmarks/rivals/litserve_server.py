@@ -7,7 +7,7 @@ import numpy as np
 from fastapi import Body, Response
 from numpy.typing import NDArray
 
-from benchmarks.rivals.job import MAX_BATCH_SIZE, Classifier, decode, model_path, port, setting
+from benchmarks.rivals.job import decode, open_classifier, port, setting
 
 
 class Classify(litserve.LitAPI):
@@ -15,7 +15,7 @@ class Classify(litserve.LitAPI):
 
     def setup(self, device: str) -> None:
         """Load the model, in the process that runs it."""
-        self._classifier = Classifier(model_path())
+        self._classifier = open_classifier()
 
     def decode_request(self, request: Annotated[bytes, Body(media_type="image/jpeg")]) -> NDArray[np.uint8]:
         """Decode one body; the annotation lets FastAPI hand over the raw bytes."""
@@ -39,7 +39,7 @@ class Classify(litserve.LitAPI):
 
 
 if __name__ == "__main__":
-    api = Classify(max_batch_size=MAX_BATCH_SIZE, batch_timeout=setting("wait_ms") / 1e3)
+    api = Classify(max_batch_size=setting("batch"), batch_timeout=setting("wait_ms") / 1e3)
     # No fast_queue: this version ignores it (LitServe's issue 751).
     server = litserve.LitServer(api, accelerator="cpu", devices=1, workers_per_device=setting("workers"))
     server.run(

@@ -7,7 +7,7 @@ import numpy as np
 from mosec import Server, Worker
 from numpy.typing import NDArray
 
-from benchmarks.rivals.job import MAX_BATCH_SIZE, Classifier, decode, model_path, setting
+from benchmarks.rivals.job import decode, open_classifier, setting
 
 
 class Classify(Worker):
@@ -15,7 +15,7 @@ class Classify(Worker):
 
     def __init__(self) -> None:
         super().__init__()
-        self._classifier = Classifier(model_path())
+        self._classifier = open_classifier()
 
     def deserialize(self, data: bytes) -> NDArray[np.uint8]:
         """Decode one body."""
@@ -33,6 +33,6 @@ class Classify(Worker):
 if __name__ == "__main__":  # Mosec starts its processes with spawn, which imports this module again
     server = Server()
     server.append_worker(
-        Classify, num=setting("workers"), max_batch_size=MAX_BATCH_SIZE, max_wait_time=setting("wait_ms")
+        Classify, num=setting("workers"), max_batch_size=setting("batch"), max_wait_time=setting("wait_ms")
     )
     server.run()

@@ -1,12 +1,12 @@
 """The job on Triton: what model.py of its Python backend imports; it runs in a process beside the C++ server.
 
-The backend hands over up to MAX_BATCH_SIZE requests at once, with their bodies as BYTES tensors in shared memory.
+The backend hands over up to a batch of requests at once, with their bodies as BYTES tensors in shared memory.
 """
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from benchmarks.rivals.job import Classifier, decode, model_path
+from benchmarks.rivals.job import decode, open_classifier
 
 
 class TritonPythonModel:
@@ -14,7 +14,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the model."""
-        self._classifier = Classifier(model_path())
+        self._classifier = open_classifier()
         self._answers = [np.array([[answer]], dtype=np.object_) for answer in self._classifier.answers]
 
     def execute(self, requests: list["pb_utils.InferenceRequest"]) -> list["pb_utils.InferenceResponse"]:
