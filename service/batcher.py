@@ -25,7 +25,7 @@ from service.errors import Draining, InferenceFailed, NotReady
 from service.fair_queue import Batch, DropReason, FairQueue, Image, Outcome, Pixels, Prediction, Request
 from service.observers import BatchObserver, NoObserver
 from service.recurring import TICK_SECONDS, Recurring
-from service.slot import Slot
+from service.slot import Slot, Slots
 from service.worker import report
 
 __all__ = ["BatchObserver", "DynamicBatcher", "NoObserver", "Prediction"]
@@ -62,7 +62,7 @@ class DynamicBatcher:
         observer: BatchObserver | None = None,
         on_failure: Callable[[str], None] | None = None,
     ) -> None:
-        self._slots = [Slot(engine, f"engine-{index}") for index, engine in enumerate(engines)]
+        self._slots = Slots(engines)
         self._shape = (*engines[0].metadata.input_size, 3)
         self._bytes = math.prod(self._shape)
         self._delay = max_queue_delay_ms / 1000
@@ -74,7 +74,6 @@ class DynamicBatcher:
         self._arrived = asyncio.Event()  # there is something in the queue
         self._idle = asyncio.Event()  # the queue is empty and no engine runs
         self._idle.set()
-        self._free: asyncio.Queue[Slot] = asyncio.Queue()
         self._loop_task: asyncio.Task[None] | None = None
         self._looks = Recurring(self._drop_late)
         self._refusal: Callable[[], Exception] | None = NotReady
@@ -89,21 +88,16 @@ class DynamicBatcher:
     @property
     def max_batch_size(self) -> int:
         """Pictures that one run may have, on the engine that allows the most; 0 after `close`."""
-        return max((slot.engine.max_batch_size for slot in self._slots), default=0)
+        return self._slots.max_batch_size
 
     async def on_each_engine(self, function: Callable[[Engine], T]) -> list[T]:
-        """Call `function` with each engine, in its own thread, one after the other; for warm-up and checks.
-
-        On several GPUs at a time, the capture of one would wait for the first run of another, which takes long, and all
-        that serves would wait for that capture.
-        """
-        return [await slot.thread.call(partial(function, slot.engine)) for slot in self._slots]
+        """Call `function` with each engine, in its own thread; for warm-up and checks."""
+        return await self._slots.on_each(function)
 
     def start(self) -> None:
         """Serve from now on."""
         self._loop = asyncio.get_running_loop()
-        for slot in self._slots:
-            self._free.put_nowait(slot)
+        self._slots.open()
         self._refusal = None
         self._loop_task = self._loop.create_task(self._dispatch(), name="batcher")
         self._loop_task.add_done_callback(self._loop_ended)
@@ -193,15 +187,15 @@ class DynamicBatcher:
         """Refuse what comes, and answer what waits and what runs with Draining, now."""
         self._refusal = self._refusal or Draining
         self._queue.fail_all(Draining)
-        for slot in self._slots:
+        for slot in self._slots.all:
             if slot.batch is not None:
                 slot.batch.fail(Draining)
         self._look_whether_idle()
 
     def abandon(self) -> None:
         """Close the engines when their threads come to it, which nobody waits for; only where it was never started."""
-        slots, self._slots = self._slots, []
-        for slot in slots:
+        while self._slots.all:
+            slot = self._slots.all.pop()
             slot.thread.abandon(slot.engine.close)
 
     async def close(self) -> None:
@@ -215,8 +209,8 @@ class DynamicBatcher:
         self._looks.stop()
         self._look_whether_idle()
         await self._idle.wait()
-        while self._slots:  # one by one: who is cancelled here leaves the others to the next call
-            slot = self._slots.pop(0)
+        while self._slots.all:  # one by one: who is cancelled here leaves the others to the next call
+            slot = self._slots.all.pop(0)
             try:
                 if not slot.hung:
                     await slot.thread.call(slot.engine.close)
@@ -227,14 +221,14 @@ class DynamicBatcher:
         """Serve for ever. From the pop to the hand-over nothing can raise: what is popped is in good hands."""
         while True:
             await self._arrived.wait()
-            slot = await self._free.get()
+            slot = await self._slots.claim()
             if self._delay and self._queue:  # else all of it was late
                 await self._wait_for_more(slot.engine.max_batch_size)
-            batch = self._queue.pop(slot.room(self._queue.pictures, self._free.qsize()), self._loop.time())
+            batch = self._queue.pop(self._slots.room(slot, self._queue.pictures), self._loop.time())
             if batch.size:
-                self._start_run(slot, batch)
+                self._start_run(self._slots.best(slot, batch.size, self._queue.pictures), batch)
             else:
-                self._free.put_nowait(slot)
+                self._slots.release(slot)
             (self._arrived.set if self._queue else self._arrived.clear)()
             self._note_dropped(batch.dropped)
 
@@ -279,7 +273,7 @@ class DynamicBatcher:
                 self._end_answered(slot, batch, outcome, seconds)
         except Exception as error:  # an observer's
             self._observer_failed(error)
-        self._free.put_nowait(slot)
+        self._slots.release(slot)
         self._look_whether_idle()
 
     def _end_answered(self, slot: Slot, batch: Batch, logits: NDArray[np.float32], seconds: float) -> None:
@@ -342,5 +336,5 @@ class DynamicBatcher:
             self._on_failure(reason)
 
     def _look_whether_idle(self) -> None:
-        if not self._queue and all(slot.batch is None for slot in self._slots):
+        if not self._queue and not self._slots.is_busy:
             self._idle.set()

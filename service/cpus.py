@@ -50,26 +50,19 @@ def usable_cpus() -> int:
     return max(1, ceil(min(len(_allowed()), quota())))
 
 
-def threads_within_limits() -> int:
-    """Return the threads that a run may take where a limit is below the machine, 0 where none is.
+def usable_cores() -> int:
+    """Return how many threads of a run pay: one a physical core of those in the affinity mask, within the quota.
 
-    One a physical core of those in the affinity mask, as onnxruntime takes by itself of the machine, and no more than
-    the quota has whole CPUs, since the event loop wants a share as well.
+    As many as the quota has whole CPUs, since the event loop wants a share as well.
     """
-    allowed, limit = _allowed(), quota()
-    if min(len(allowed), limit) >= (os.cpu_count() or 1):
-        return 0
-    return _threads(allowed, limit)
-
-
-def threads_of_each(engines: int) -> int:
-    """Return the threads that a run may take where so many engines share the processors; 0, as above, for one."""
-    return max(1, _threads(_allowed(), quota()) // engines) if engines > 1 else 0
-
-
-def _threads(allowed: set[int], limit: float) -> int:
+    allowed = _allowed()
     cores = {_text(PROCESSORS / f"cpu{number}/topology/thread_siblings_list") or number for number in allowed}
-    return max(1, int(min(len(cores), limit)))
+    return max(1, int(min(len(cores), quota())))
+
+
+def threads_within_limits() -> int:
+    """Return `usable_cores` where a limit is below the machine, 0 where none is: onnxruntime counts the machine's."""
+    return usable_cores() if min(len(_allowed()), quota()) < (os.cpu_count() or 1) else 0
 
 
 def _allowed() -> set[int]:

@@ -52,11 +52,13 @@ class Engine(Protocol):
         metadata: of the file that runs.
         provider: "cpu", "cuda" or "tensorrt": where it really runs.
         max_batch_size: largest N; may fall while serving, when the device's memory does not suffice.
+        runs_alone: whether it is for batches that come while no other engine of the model runs.
     """
 
     metadata: ModelMetadata
     provider: Provider
     max_batch_size: int
+    runs_alone: bool
 
     def run(self, images: Images) -> Logits:
         """Classify uint8 [N, H, W, 3], RGB, 1 <= N <= max_batch_size; return float32 [N, C].
@@ -85,6 +87,7 @@ class OnnxEngine:
         gpu_memory_limit_bytes: ceiling of onnxruntime's arena on the GPU; None: no ceiling.
         cuda_graphs: capture each bucket as a CUDA graph at warm-up (CUDA only).
         tune_batch_size: let the warm-up measure which batch size is fastest, and make it the largest (CPU only).
+        runs_alone: see `Engine`.
 
     Raises:
         EngineError: the file can't be loaded, does not run on that provider, or its graph breaks the contract.
@@ -103,6 +106,7 @@ class OnnxEngine:
         gpu_memory_limit_bytes: int | None = None,
         cuda_graphs: bool = True,
         tune_batch_size: bool = False,
+        runs_alone: bool = False,
     ) -> None:
         if max_batch_size < 1:
             raise EngineError(f"max_batch_size must be at least 1, and is {max_batch_size}")
@@ -119,6 +123,7 @@ class OnnxEngine:
         )
         self._runner: Runner | None = None
         self.max_batch_size = max_batch_size
+        self.runs_alone = runs_alone
         self._open()
         self._tunes = tune_batch_size and self.provider == "cpu"
 
@@ -162,8 +167,9 @@ class OnnxEngine:
         if reason:  # not before the error is gone, whose traceback holds the session
             self._open_without_graphs(reason)
             self._run_each_size()
-        if self._tunes:
-            self._tune(self._open_runner())
+        runner = self._open_runner()
+        if self._tunes and isinstance(runner, HostRunner):
+            self._tune(runner)
 
     def _run_each_size(self) -> None:
         runner = self._open_runner()
@@ -185,7 +191,7 @@ class OnnxEngine:
                 else:
                     self._lower_ceiling(runner, images, error)
 
-    def _tune(self, runner: Runner) -> None:
+    def _tune(self, runner: HostRunner) -> None:
         """Lower `max_batch_size` to a batch size that is clearly faster, if there is one."""
         ceiling = self.max_batch_size
         try:
@@ -195,6 +201,8 @@ class OnnxEngine:
                 raise self._failed(self._blank(ceiling), error) from error
             fastest = self._lower_ceiling(runner, self._blank(ceiling), error)
         self.max_batch_size = min(self.max_batch_size, fastest)
+        if self.max_batch_size < ceiling:
+            runner.trim(self._blank(1))
         logger.info("%s: batches of up to %d, of %d allowed", self.path, self.max_batch_size, ceiling)
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 from service.artifact import INPUT_NAME, OUTPUT_NAME
@@ -66,6 +67,12 @@ class HostRunner:
         """Classify uint8 [N, H, W, 3]; return float32 [N, C]."""
         (logits,) = self._session.run([OUTPUT_NAME], {INPUT_NAME: images})
         return np.asarray(logits, dtype=np.float32)
+
+    def trim(self, images: Images) -> None:
+        """Run a batch, and give back the memory that onnxruntime's arena keeps of larger ones."""
+        options = ort.RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._session.run([OUTPUT_NAME], {INPUT_NAME: images}, options)
 
     def shrink(self, failed: int) -> int:
         """Half of what failed."""

@@ -99,10 +99,10 @@ class Settings(BaseSettings):
         0,
         1024,
         "CPU threads of one run of the model; 0: one a physical core, of those that a container's limit leaves, shared "
-        "between cpu_engines.",
+        "between the engines.",
     )
     cpu_engines: int = bounded(
-        1, 1, 64, "Copies of the model on the CPU, which share its threads and run at once. No meaning on a GPU."
+        0, 0, 64, "Engines on the CPU that run at once; 0: one a core, at most 4, or one if intra_op_threads are given."
     )
     max_batch_size: int = bounded(
         32, 1, 1024, "Pictures in one run of the model at most. Larger: more throughput, more memory."
@@ -110,7 +110,7 @@ class Settings(BaseSettings):
     tune_batch_size: bool = Field(
         True,
         description="On a CPU: measure, while the model is loaded, whether a smaller batch size than max_batch_size is "
-        "faster in pictures a second, and run none that are larger, nor any that take over 0.25 s. Off: batches of up "
+        "faster in pictures a second, and run none that are larger, nor any that take over 0.1 s. Off: batches of up "
         "to max_batch_size.",
     )
     max_queue_delay_ms: float = bounded(

@@ -11,21 +11,21 @@ from typing import Final
 
 # A size gives way to a smaller one that is faster by more than that, in pictures a second: what is measured beside
 # other work is not exact, and too small a batch costs more, behind a queue, than too large a one.
-WORTH: Final = 1.1
+WORTH: Final = 1.05
 LEAST_ROUNDS: Final = 2
 MOST_ROUNDS: Final = 5
 BUDGET_SECONDS: Final = 1.0
 # What a run costs apart from its pictures is below a millisecond: a batch that takes longer than this shares nothing
 # worth sharing any more, and its first picture waits for its last.
-LONGEST_RUN_SECONDS: Final = 0.25
+LONGEST_RUN_SECONDS: Final = 0.1
 
 
 def fastest_size(
     run: Callable[[int], object], sizes: Sequence[int], *, clock: Callable[[], float] = perf_counter
 ) -> int:
-    """Return the largest size that runs within a quarter of a second and is about as fast as the fastest.
+    """Return the largest size that runs within a tenth of a second and is about as fast as the fastest.
 
-    Fast is meant in pictures a second, and about as fast within a tenth. By the time of a single picture, larger sizes
+    Fast is meant in pictures a second, and about as fast within a twentieth. By the time of a single picture, larger sizes
     are not even tried.
 
     Each round runs every size, as often as it takes for as many pictures as the largest has: what else the machine does

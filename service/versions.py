@@ -4,15 +4,15 @@ import asyncio
 import logging
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Final, Literal
 
 from service.artifact import GOLDEN_FILE, MODEL_FILES, ArtifactError, ModelMetadata, ModelVersion, list_versions
 from service.batcher import DynamicBatcher
-from service.cpus import threads_of_each
+from service.cpus import usable_cores
 from service.engine import (
     Engine,
     EngineError,
@@ -28,6 +28,7 @@ from service.worker import beside
 
 logger = logging.getLogger(__name__)
 
+MOST_CPU_ENGINES: Final = 4
 SERVED_FILES = frozenset({*MODEL_FILES.values(), GOLDEN_FILE})
 # Name, size, and times of change of content and of status (ns) of each of these; see `Seen.is_like`.
 Fingerprint = tuple[tuple[str, int, int, int], ...]
@@ -46,14 +47,13 @@ class EngineOptions:
 
     Attributes:
         device_ids: GPUs, one engine each; no meaning on the CPU.
-        cpu_engines: engines on the CPU; no meaning on a GPU.
-        intra_op_threads: of one run on the CPU; 0 shares the physical cores that this process may use between them.
+        cpu_engines, intra_op_threads: engines on the CPU, and threads of each; see `engines_of_cpu`.
         precision: which of the version's files; "auto" takes what is best on the provider.
     """
 
     provider: ProviderChoice = "auto"
     device_ids: Sequence[int] = (0,)
-    cpu_engines: int = 1
+    cpu_engines: int = 0
     max_batch_size: int = 32
     intra_op_threads: int = 0
     precision: PrecisionChoice = "auto"
@@ -200,18 +200,35 @@ def open_engines(folder: Path, options: EngineOptions) -> list[Engine]:
     """
     provider = resolve_provider(options.provider, options.device_ids[0])
     path = choose_file(folder, provider, options.precision)
-    device_ids = options.device_ids
-    if provider == "cpu":
-        device_ids = (0,) * options.cpu_engines
-        options = replace(options, intra_op_threads=options.intra_op_threads or threads_of_each(options.cpu_engines))
+    on_gpus = [{"device_id": device_id} for device_id in options.device_ids]
     engines: list[Engine] = []
     with ExitStack() as opened:
-        for device_id in device_ids:
-            engine = _open_engine(path, options, provider, device_id)
+        for arguments in on_gpus if provider != "cpu" else engines_of_cpu(options):
+            engine = _open_engine(path, options, provider, arguments)
             opened.callback(engine.close)
             engines.append(engine)
         opened.pop_all()
     return engines
+
+
+def engines_of_cpu(options: EngineOptions) -> list[dict[str, Any]]:
+    """Return the arguments of each `OnnxEngine` on the CPU, beside those that all have.
+
+    The threads of one run meet behind every product, and wait there for each other; runs of one thread each meet
+    nowhere. So the cores are shared between engines that run at once, and one more engine has all of them, for a
+    picture that comes while nothing else runs: it has its answer sooner.
+
+    Without `cpu_engines` there are as many as cores, at most `MOST_CPU_ENGINES`, since each takes memory; one where
+    `intra_op_threads` are named.
+    """
+    cores, threads = usable_cores(), options.intra_op_threads
+    count = options.cpu_engines or (1 if threads else min(cores, MOST_CPU_ENGINES))
+    if count == 1:
+        return [{}]
+    engines: list[dict[str, Any]] = [{"intra_op_threads": threads or max(1, cores // count)}] * count
+    if threads or cores == 1:
+        return engines
+    return [*engines, {"max_batch_size": 1, "tune_batch_size": False, "runs_alone": True}]
 
 
 async def open_beside(open_them: Callable[[], Sequence[Engine]]) -> Sequence[Engine]:
@@ -232,15 +249,13 @@ async def open_beside(open_them: Callable[[], Sequence[Engine]]) -> Sequence[Eng
         raise
 
 
-def _open_engine(path: Path, options: EngineOptions, provider: Provider, device_id: int) -> Engine:
-    return OnnxEngine(
-        path,
-        provider=provider,
-        device_id=device_id,
-        max_batch_size=options.max_batch_size,
-        intra_op_threads=options.intra_op_threads,
-        buckets=options.buckets,
-        gpu_memory_limit_bytes=options.gpu_memory_limit_bytes,
-        cuda_graphs=options.cuda_graphs,
-        tune_batch_size=options.tune_batch_size,
-    )
+def _open_engine(path: Path, options: EngineOptions, provider: Provider, arguments: Mapping[str, Any]) -> Engine:
+    every = {
+        "max_batch_size": options.max_batch_size,
+        "intra_op_threads": options.intra_op_threads,
+        "buckets": options.buckets,
+        "gpu_memory_limit_bytes": options.gpu_memory_limit_bytes,
+        "cuda_graphs": options.cuda_graphs,
+        "tune_batch_size": options.tune_batch_size,
+    }
+    return OnnxEngine(path, provider=provider, **{**every, **arguments})

@@ -96,6 +96,7 @@ class FakeEngine:
     """
 
     provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
+    runs_alone = False
 
     def __init__(self, max_batch_size: int = 4, *, tag: float = 0, delay: float = 0) -> None:
         self.metadata = tiny_metadata()

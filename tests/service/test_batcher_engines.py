@@ -1,11 +1,14 @@
 """Several engines, and the thread of each."""
 
 import asyncio
+import threading
+import time
 from typing import Literal
 
 import pytest
 
 from service.batcher import DynamicBatcher
+from service.engine import Engine
 from service.worker import EngineThread
 from tests.fakes import FakeEngine, picture, tiny_images
 from tests.service.batchers import Start, begun, numbers, submitted
@@ -63,6 +66,103 @@ async def test_a_busy_engine_of_a_cpu_leaves_all_to_the_one_that_is_free(start: 
     for engine in engines:
         engine.let_go()
     assert await numbers(tasks) == [0, 1, 2, 3]
+
+
+def alone(*others: FakeEngine) -> FakeEngine:
+    """An engine for one picture that comes while none of the others runs; all of them hold their runs."""
+    engine = FakeEngine(max_batch_size=1, tag=9)
+    engine.runs_alone = True
+    for one in (engine, *others):
+        one.hold()
+    return engine
+
+
+async def test_a_picture_that_comes_alone_runs_on_the_engine_for_that(start: Start) -> None:
+    others = [FakeEngine(max_batch_size=8), FakeEngine(max_batch_size=8)]
+    wide = alone(*others)
+    batcher = start(*others, wide)
+    tasks = await submitted(batcher, 0)
+    await begun(wide)
+    tasks += await submitted(batcher, 1)  # not alone any more, but it does not have to wait
+    await begun(others[1])  # the first had its turn, and gave it away
+    tasks += await submitted(batcher, 2, 3)
+    await begun(others[0])
+    assert [engine.batches for engine in (wide, *others)] == [[[0]], [[2, 3]], [[1]]]
+    for engine in (wide, *others):
+        engine.release()
+    assert await numbers(tasks) == [0, 1, 2, 3]
+    tasks = await submitted(batcher, 4)
+    await begun(wide)
+    assert wide.batches == [[0], [4]]
+    for engine in (wide, *others):
+        engine.let_go()
+    assert await numbers(tasks) == [4]
+
+
+async def test_pictures_that_come_together_leave_the_engine_for_one_alone(start: Start) -> None:
+    others = [FakeEngine(max_batch_size=8), FakeEngine(max_batch_size=8)]
+    wide = alone(*others)
+    batcher = start(*others, wide)
+    predictions = asyncio.create_task(batcher.submit_many([picture(number) for number in range(5)]))
+    for engine in others:
+        await begun(engine)
+    assert [engine.batches for engine in (wide, *others)] == [[], [[0, 1, 2]], [[3, 4]]]
+    for engine in (wide, *others):
+        engine.let_go()
+    assert [int(prediction.logits[0]) for prediction in await predictions] == list(range(5))
+
+
+async def test_the_engine_for_one_alone_counts_as_busy_and_is_closed_as_all(start: Start) -> None:
+    other = FakeEngine()
+    wide = alone(other)
+    batcher = start(other, wide)
+    assert batcher.max_batch_size == 4
+    tasks = await submitted(batcher, 7)
+    await begun(wide)
+    draining = asyncio.create_task(batcher.drain())
+    await asyncio.sleep(0)
+    assert not draining.done()
+    wide.let_go()
+    other.let_go()
+    await draining
+    assert await numbers(tasks) == [7]
+    await batcher.close()
+    assert wide.closed
+    assert other.closed
+
+
+async def test_engines_of_a_cpu_are_warmed_up_together_and_the_one_for_one_alone_after_them() -> None:
+    others, order = [FakeEngine(), FakeEngine()], []
+    wide = FakeEngine()
+    wide.runs_alone = True
+    meeting = threading.Barrier(2, timeout=5)
+
+    def warm_up(engine: Engine) -> int:
+        order.append(engine)
+        if engine is not wide:
+            meeting.wait()
+        return len(order)
+
+    batcher = DynamicBatcher([wide, *others])
+    assert await batcher.on_each_engine(warm_up) == [3, 2, 2]
+    assert order[2] is wide
+    await batcher.close()
+
+
+async def test_engines_on_gpus_are_warmed_up_one_after_the_other() -> None:
+    engines, running = [FakeEngine() for _ in range(3)], threading.Lock()
+    for engine in engines:
+        engine.provider = "cuda"
+
+    def warm_up(engine: Engine) -> Engine:
+        assert running.acquire(blocking=False)
+        time.sleep(0.01)
+        running.release()
+        return engine
+
+    batcher = DynamicBatcher(engines)
+    assert await batcher.on_each_engine(warm_up) == engines
+    await batcher.close()
 
 
 async def test_each_engine_has_one_thread_of_its_own_for_warm_up_and_runs() -> None:

@@ -1,11 +1,17 @@
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from service import engine as engine_module
-from service.artifact import MODEL_FILES
+from service.artifact import INPUT_NAME, MODEL_FILES, OUTPUT_NAME
 from service.engine import OnnxEngine
+from service.runners import HostRunner, Images
+from service.session import SessionSpec, open_session
 from service.tuning import LEAST_ROUNDS, MOST_ROUNDS, fastest_size
 from tests.fakes import make_model_folder, tiny_images
 
@@ -37,12 +43,12 @@ def test_a_model_that_larger_batches_slow_down_runs_alone() -> None:
 
 
 def test_the_ceiling_stays_when_others_are_hardly_faster() -> None:
-    assert Machine(lambda size: 0.001 * size * (1.09 if size == 32 else 1.0)).fastest() == 32
-    assert Machine(lambda size: 0.001 * size * (1.11 if size == 32 else 1.0)).fastest() == 16
+    assert Machine(lambda size: 0.001 * size * (1.04 if size == 32 else 1.0)).fastest() == 32
+    assert Machine(lambda size: 0.001 * size * (1.06 if size == 32 else 1.0)).fastest() == 16
 
 
 def test_of_sizes_about_as_fast_as_the_fastest_the_largest() -> None:
-    factors = {1: 1.5, 2: 1.03, 4: 1.0, 8: 1.09, 16: 1.11, 32: 1.2}
+    factors = {1: 1.5, 2: 1.03, 4: 1.0, 8: 1.04, 16: 1.06, 32: 1.2}
     assert Machine(lambda size: 0.001 * size * factors[size]).fastest() == 8
 
 
@@ -67,7 +73,7 @@ def test_work_beside_it_is_no_reason_for_small_batches() -> None:
 
 
 def test_sizes_that_take_too_long_are_not_tried() -> None:
-    machine = Machine(lambda size: 0.060 * size)
+    machine = Machine(lambda size: 0.024 * size)
     assert machine.fastest() == 4
     assert max(machine.runs) == 4
 
@@ -109,3 +115,50 @@ def test_memory_that_runs_out_while_tuning_lowers_the_ceiling(tmp_path: Path, mo
     engine.warm_up()
     assert engine.max_batch_size == 4
     assert len(engine.run(tiny_images(4))) == 4
+
+
+@pytest.mark.parametrize(("fastest", "trims"), [(4, True), (8, False)])
+def test_what_the_arena_keeps_of_larger_batches_is_given_back(
+    fastest: int, trims: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trimmed: list[int] = []
+    trim = HostRunner.trim
+
+    def noted(runner: HostRunner, images: Images) -> None:
+        trimmed.append(len(images))
+        trim(runner, images)
+
+    monkeypatch.setattr(engine_module, "fastest_size", lambda run, sizes: fastest)
+    monkeypatch.setattr(HostRunner, "trim", noted)
+    path = next(make_model_folder(tmp_path).rglob(MODEL_FILES["float32"]))
+    engine = OnnxEngine(path, provider="cpu", max_batch_size=8, intra_op_threads=1, tune_batch_size=True)
+    engine.warm_up()
+    assert trimmed == [1] * trims
+    assert len(engine.run(tiny_images(fastest))) == fastest
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads /proc")
+def test_trimming_frees_memory(tmp_path: Path) -> None:
+    """A model of two products over 1 MiB of intermediates a picture: what a run has taken is kept, and then is not."""
+    batch = helper.make_tensor_value_info(INPUT_NAME, TensorProto.UINT8, ["batch", 4])
+    logits = helper.make_tensor_value_info(OUTPUT_NAME, TensorProto.FLOAT, ["batch", 1])
+    wide = numpy_helper.from_array(np.ones((4, 1 << 18), dtype=np.float32), "wide")
+    narrow = numpy_helper.from_array(np.ones((1 << 18, 1), dtype=np.float32), "narrow")
+    nodes = [
+        helper.make_node("Cast", [INPUT_NAME], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["float", "wide"], ["hidden"]),
+        helper.make_node("MatMul", ["hidden", "narrow"], [OUTPUT_NAME]),
+    ]
+    graph = helper.make_graph(nodes, "wide", [batch], [logits], [wide, narrow])
+    path = tmp_path / "wide.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    runner = HostRunner(open_session(path, SessionSpec("cpu", intra_op_threads=1)), 128)
+    runner.run(np.zeros((128, 4), dtype=np.uint8))  # 128 MiB
+    kept = resident_bytes()
+    runner.trim(np.zeros((1, 4), dtype=np.uint8))
+    assert kept - resident_bytes() > 100 * 2**20
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE

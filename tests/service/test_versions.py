@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service import cpus
 from service import versions as versions_module
 from service.engine import EngineError
 from service.models import EngineOptions
@@ -20,7 +19,7 @@ class DeviceEngine(FakeEngine):
 
     made: list["DeviceEngine"] = []  # noqa: RUF012 - emptied by each test
 
-    def __init__(self, path: Path, *, provider: str, device_id: int, **options: object) -> None:
+    def __init__(self, path: Path, *, provider: str, device_id: int = 0, **options: object) -> None:
         super().__init__()
         if device_id == 7:
             raise EngineError("CUDA device 7 can't be opened")
@@ -61,35 +60,46 @@ def test_if_one_gpu_fails_the_engines_on_the_others_are_closed(devices: list[Dev
     assert [engine.closed for engine in devices] == [True, True]
 
 
-def test_a_cpu_has_one_engine_whatever_gpus_are_named(tmp_path: Path) -> None:
-    (engine,) = open_engines(make_model_folder(tmp_path), EngineOptions(provider="cpu", device_ids=(0, 1)))
-    assert engine.provider == "cpu"
-
-
 @pytest.mark.parametrize(
-    ("engines", "asked", "threads"), [(1, 0, 0), (2, 0, 3), (3, 0, 2), (4, 0, 1), (16, 0, 1), (2, 5, 5)]
+    ("cores", "engines", "asked", "threads"),
+    [
+        (1, 0, 0, [0]),
+        (2, 0, 0, [1, 1, 0]),  # the last has all of them
+        (3, 0, 0, [1, 1, 1, 0]),
+        (6, 0, 0, [1, 1, 1, 1, 0]),
+        (9, 0, 0, [2, 2, 2, 2, 0]),
+        (6, 0, 6, [6]),
+        (6, 1, 0, [0]),
+        (6, 1, 2, [2]),
+        (6, 2, 0, [3, 3, 0]),
+        (6, 8, 0, [1] * 8 + [0]),
+        (1, 2, 0, [1, 1]),
+        (6, 2, 5, [5, 5]),
+    ],
 )
-def test_engines_on_the_cpu_share_its_threads(
-    engines: int, asked: int, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_engines_on_the_cpu_share_its_cores(
+    cores: int, engines: int, asked: int, threads: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(versions_module, "OnnxEngine", DeviceEngine)
-    monkeypatch.setattr(cpus, "_allowed", lambda: set(range(6)))
-    monkeypatch.setattr(cpus, "quota", lambda: 6.5)
-    monkeypatch.setattr(cpus, "PROCESSORS", tmp_path / "none")
+    monkeypatch.setattr(versions_module, "usable_cores", lambda: cores)
     DeviceEngine.made.clear()
-    options = EngineOptions(provider="cpu", cpu_engines=engines, intra_op_threads=asked)
+    options = EngineOptions("cpu", device_ids=(5, 6), cpu_engines=engines, intra_op_threads=asked, tune_batch_size=True)
     opened = open_engines(make_model_folder(tmp_path), options)
     assert opened == DeviceEngine.made
-    assert [engine.options["intra_op_threads"] for engine in DeviceEngine.made] == [threads] * engines
+    assert [engine.options["intra_op_threads"] for engine in DeviceEngine.made] == threads
+    for engine, number in zip(DeviceEngine.made, threads, strict=True):
+        runs_alone = len(threads) > 1 and number == 0
+        assert engine.options.get("runs_alone", False) == runs_alone
+        assert engine.options["max_batch_size"] == (1 if runs_alone else 32)
+        assert engine.options["tune_batch_size"] != runs_alone
 
 
 def test_engines_on_the_cpu_are_real_and_give_the_same_answers(tmp_path: Path) -> None:
     engines = open_engines(make_model_folder(tmp_path), EngineOptions(provider="cpu", cpu_engines=2))
-    images = tiny_images(3)
-    first, second = [engine.run(images) for engine in engines]
-    assert len(engines) == 2
-    np.testing.assert_array_equal(first, second)
-    np.testing.assert_allclose(first, tiny_logits(images, 1), atol=1e-4)
+    image = tiny_images(1)
+    assert [engine.runs_alone for engine in engines[:2]] == [False, False]
+    for engine in engines:
+        np.testing.assert_allclose(engine.run(image), tiny_logits(image, 1), atol=1e-4)
 
 
 def test_a_gpu_takes_no_notice_of_the_engines_of_a_cpu(devices: list[DeviceEngine], tmp_path: Path) -> None:
