@@ -296,8 +296,8 @@ def fill(folder: Path, source: Source, exported: Exported) -> None:
         flattered=exported.flattered,
         copies=exported.copies,
     )
-    (folder / "README.md").write_text(card)
-    (folder / METRICS_FILE).write_text(metrics_json(source, exported))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / METRICS_FILE).write_text(metrics_json(source, exported), encoding="utf-8")
     for path in source.pictures:
         shutil.copyfile(path, folder / path.name)
 

@@ -138,7 +138,7 @@ def read_report(folder: Path, sha256: str) -> tuple[Report | None, tuple[str, ..
     of_run, of_version = folder / REPORT_FILE, folder / METRICS_FILE
     path = of_run if of_run.is_file() else of_version
     try:
-        text = of_run.read_text() if of_run.is_file() else exported_report(of_version)
+        text = of_run.read_text(encoding="utf-8") if of_run.is_file() else exported_report(of_version)
     except (OSError, UnicodeDecodeError) as error:
         raise ExportError(f"{path}: can't be read ({error}); restore or remove it.") from error
     if text is None:
@@ -165,7 +165,7 @@ def exported_report(path: Path) -> str | None:
 def exported_part(path: Path, key: str) -> Any:
     """Return a part of the `metrics.json` of a version folder; None where there is none."""
     try:
-        return json.loads(path.read_text())[key]
+        return json.loads(path.read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -50,7 +50,7 @@ def write_triton_config(folder: Path, metadata: ModelMetadata) -> str | None:
             return (
                 f"{path}: left as it is, since its first line is not that of this command; compare it with the model."
             )
-        temporary.write_text(triton_config(metadata))
+        temporary.write_text(triton_config(metadata), encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

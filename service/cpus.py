@@ -71,6 +71,6 @@ def _allowed() -> set[int]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text().strip()
+        return path.read_text(encoding="utf-8").strip()
     except OSError:  # no Linux, another version, or hidden
         return ""

@@ -25,8 +25,8 @@ def fastest_size(
 ) -> int:
     """Return the largest size that runs within a tenth of a second and is about as fast as the fastest.
 
-    Fast is meant in pictures a second, and about as fast within a twentieth. By the time of a single picture, larger sizes
-    are not even tried.
+    Fast is meant in pictures a second, and about as fast within a twentieth. By the time of a single picture, larger
+    sizes are not even tried.
 
     Each round runs every size, as often as it takes for as many pictures as the largest has: what else the machine does
     then meets all of them alike, where a short run would often slip through and a long one never. The fastest round of

@@ -139,7 +139,7 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Let the processes of one machine (torchrun starts several) download and unpack one after the other."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock = (folder / ".lock").open("w", encoding="utf-8")
     except OSError as error:
         raise DataError(
             f"{folder}: cannot be written ({error.strerror}), so CIFAR-100 cannot be downloaded there; "

@@ -37,7 +37,7 @@ def read_lines(folder: Path) -> list[Line]:
 
 def append_line(folder: Path, line: Line) -> None:
     """Add an epoch."""
-    with (folder / FILE).open("a") as file:
+    with (folder / FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -45,8 +45,8 @@ def forget_lines_after(folder: Path, epoch: int) -> None:
     """Drop epochs that were written after the checkpoint, by a run killed between the two."""
     kept = "".join(json.dumps(line) + "\n" for line in read_lines(folder) if line["epoch"] <= epoch)
     path, partial = folder / FILE, folder / f"{FILE}.partial"
-    if path.exists() and path.read_text() == kept:
+    if path.exists() and path.read_text(encoding="utf-8") == kept:
         return
     # Under another name first: where the disk is full, the epochs that there are stay.
-    partial.write_text(kept)
+    partial.write_text(kept, encoding="utf-8")
     partial.replace(path)

@@ -106,7 +106,7 @@ def write_report(
         confidence=(measure_confidence(logits[shown] / temperature, labels[shown], SPLITS[shown]), *strange),
     )
     partial = folder / f"{figures.FILE}.partial"
-    partial.write_text(report.model_dump_json(indent=2) + "\n")
+    partial.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
     partial.replace(folder / figures.FILE)
     return report
 

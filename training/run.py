@@ -109,7 +109,7 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
             else:
                 trainer.begin_with(*(None if path is None else find(path) for path in (args.init, args.teacher)))
             if preset is not None and world.is_main:
-                (folder / "config.json").write_text(run.model_dump_json(indent=2) + "\n")
+                (folder / "config.json").write_text(run.model_dump_json(indent=2) + "\n", encoding="utf-8")
             if world.is_main:
                 notes = (f"note: {note}" for note in notes_on(run, data_set, preset))
                 print(describe(trainer), *notes, sep="\n", flush=True)
@@ -215,7 +215,7 @@ def resumed(args: argparse.Namespace) -> tuple[RunConfig, DataSet]:
     """Configuration and data of the run in a folder."""
     path = args.resume / "config.json"
     try:
-        run = RunConfig.model_validate_json(path.read_text())
+        run = RunConfig.model_validate_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"--resume {args.resume}: is no run; it has no config.json.") from error
     except UnicodeDecodeError as error:
