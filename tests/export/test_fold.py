@@ -69,7 +69,7 @@ def pictures(config: ModelConfig, count: int = 3) -> torch.Tensor:
     return torch.randint(0, 256, (count, config.input_size, config.input_size, 3), dtype=torch.uint8)
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(config=configurations(), seed=st.integers(0, 1000))
 def test_folded_is_the_trained_function(config: ModelConfig, seed: int) -> None:
     form, images = form_of(config, seed), pictures(config)
@@ -84,7 +84,7 @@ def test_folded_is_the_trained_function(config: ModelConfig, seed: int) -> None:
     assert (folded32 - trained32).abs().max().item() <= 1e-4 * max(1.0, size)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(config=configurations())
 def test_folding_never_costs_operations(config: ModelConfig) -> None:
     form, image = form_of(config), pictures(config, 1)

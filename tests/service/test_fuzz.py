@@ -16,7 +16,7 @@ CORPUS = sorted((Path(__file__).parent / "corpus").iterdir())
 
 # Pillow warns of odd metadata; the service logs that, and here warnings would be errors of its parsers.
 pytestmark = pytest.mark.filterwarnings("ignore")
-fuzz = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+fuzz = settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 
 EDITS = st.lists(
     st.tuples(st.sampled_from(["replace", "insert", "delete", "cut"]), st.integers(0, 2000), st.binary(max_size=8)),
