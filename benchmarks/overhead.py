@@ -110,7 +110,8 @@ def main() -> int:
     args = parse_arguments()
     model = find_model(args.model)
     file = choose_file(model.path, resolve_provider(args.provider))
-    settings = {"provider": args.provider, "intra_op_threads": str(args.threads)} | parse_settings(args.setting)
+    same = {"provider": args.provider, "intra_op_threads": str(args.threads), "cpu_engines": "1"}
+    settings = same | parse_settings(args.setting)
     about = describe_run() | {
         "method": f"{args.rounds} rounds in turn of {args.seconds:g} s: engine alone, HTTP at concurrency "
         f"{args.concurrency}, HTTP with one client; raw {args.format} of {args.size} x {args.size}; medians"

@@ -1,7 +1,7 @@
 """Dynamic batching: claim an engine's slot, then pop. One asyncio task and a deque; no batch waits for a timer.
 
-    wait until the queue is not empty -> claim a free slot -> pop up to max_batch_size, dropping what was cancelled or
-    has expired -> run in the engine's thread -> end every future exactly once -> release the slot
+    wait until the queue is not empty -> claim a free slot -> pop up to max_batch_size, or the slot's share, dropping
+    what was cancelled or has expired -> run in the engine's thread -> end every future exactly once -> release the slot
 
 Batches form by themselves while the engines are busy, and an idle service answers at once. Late arrivals join until
 the moment of the pop. In which order pictures leave the queue: see `service.fair_queue`. While all engines are busy, a
@@ -222,9 +222,12 @@ class DynamicBatcher:
         while True:
             await self._arrived.wait()
             slot = await self._slots.claim()
-            if self._delay and self._queue:  # else all of it was late
-                await self._wait_for_more(slot.engine.max_batch_size)
-            batch = self._queue.pop(self._slots.room(slot, self._queue.pictures), self._loop.time())
+            room = slot.engine.max_batch_size
+            if not self._delay:
+                room = self._slots.room(slot, self._queue.pictures)
+            elif self._queue:  # else all of it was late
+                await self._wait_for_more(room)  # who waits for a whole batch does not share it then
+            batch = self._queue.pop(room, self._loop.time())
             if batch.size:
                 self._start_run(self._slots.best(slot, batch.size, self._queue.pictures), batch)
             else:

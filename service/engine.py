@@ -202,7 +202,10 @@ class OnnxEngine:
             fastest = self._lower_ceiling(runner, self._blank(ceiling), error)
         self.max_batch_size = min(self.max_batch_size, fastest)
         if self.max_batch_size < ceiling:
-            runner.trim(self._blank(1))
+            try:
+                runner.trim(self._blank(1))
+            except Exception as error:  # it serves all the same, and takes more memory
+                logger.warning("%s: the memory of larger batches is kept: %s", self.path, error)
         logger.info("%s: batches of up to %d, of %d allowed", self.path, self.max_batch_size, ceiling)
 
     def close(self) -> None:

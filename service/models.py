@@ -256,15 +256,16 @@ class ModelStore:
             on_failure=partial(self._batcher_failed, version.number),
         )
         try:
-            await batcher.on_each_engine(lambda engine: engine.warm_up())
-            reports = await batcher.on_each_engine(lambda engine: check_golden(engine, golden))
+            try:
+                await batcher.on_each_engine(lambda engine: engine.warm_up())
+                reports = await batcher.on_each_engine(lambda engine: check_golden(engine, golden))
+            except Exception as error:
+                if isinstance(error, GoldenMismatchError):
+                    self._golden_checked(error.report.max_abs_difference)
+                await batcher.close()  # waits for engines that still run
+                raise
         except asyncio.CancelledError:
             batcher.abandon()  # a run that hangs must not hold up who stops waiting for it
-            raise
-        except Exception as error:
-            if isinstance(error, GoldenMismatchError):
-                self._golden_checked(error.report.max_abs_difference)
-            await batcher.close()
             raise
         self._golden_checked(max(report.max_abs_difference for report in reports))
         batcher.start()

@@ -102,7 +102,7 @@ class Settings(BaseSettings):
         "between the engines.",
     )
     cpu_engines: int = bounded(
-        0, 0, 64, "Engines on the CPU that run at once; 0: one a core, at most 4, or one if intra_op_threads are given."
+        0, 0, 64, "Number of engines on the CPU; 0: one a core, at most 4, or one if intra_op_threads are given."
     )
     max_batch_size: int = bounded(
         32, 1, 1024, "Pictures in one run of the model at most. Larger: more throughput, more memory."

@@ -35,8 +35,12 @@ class Slots:
 
     def __init__(self, engines: Sequence[Engine]) -> None:
         self.all = [Slot(engine, f"engine-{index}") for index, engine in enumerate(engines)]
-        self._alone = next((slot for slot in self.all if slot.engine.runs_alone), None)
         self._free: asyncio.Queue[Slot] = asyncio.Queue()
+
+    @property
+    def _alone(self) -> Slot | None:
+        # Not kept: an engine of a version that was refused leaves memory with its place in `all`.
+        return next((slot for slot in self.all if slot.engine.runs_alone), None)
 
     @property
     def is_busy(self) -> bool:
@@ -57,7 +61,7 @@ class Slots:
         """
         jobs = [partial(slot.thread.call, partial(function, slot.engine)) for slot in self.all]
         if all(slot.engine.provider == "cpu" for slot in self.all):
-            together = [index for index, slot in enumerate(self.all) if slot is not self._alone]
+            together = [index for index, slot in enumerate(self.all) if not slot.engine.runs_alone]
             done = dict(zip(together, await asyncio.gather(*(jobs[index]() for index in together)), strict=True))
             return [done[index] if index in done else await job() for index, job in enumerate(jobs)]
         return [await job() for job in jobs]
@@ -73,7 +77,7 @@ class Slots:
 
     def release(self, slot: Slot) -> None:
         """Give back a slot."""
-        if slot is not self._alone:  # which nobody has to wait for, see `best`
+        if not slot.engine.runs_alone:  # which nobody has to wait for, see `best`
             self._free.put_nowait(slot)
 
     def room(self, slot: Slot, waiting: int) -> int:

@@ -68,6 +68,14 @@ async def test_a_busy_engine_of_a_cpu_leaves_all_to_the_one_that_is_free(start: 
     assert await numbers(tasks) == [0, 1, 2, 3]
 
 
+async def test_a_whole_batch_that_was_waited_for_is_not_shared(start: Start) -> None:
+    engines = [FakeEngine(max_batch_size=6), FakeEngine(max_batch_size=6)]
+    batcher = start(*engines, max_queue_delay_ms=3_600_000)
+    async with asyncio.timeout(5):  # or half of them would wait for the next ones
+        assert await numbers(await submitted(batcher, *range(6))) == list(range(6))
+    assert [engine.batches for engine in engines] == [[[0, 1, 2, 3, 4, 5]], []]
+
+
 def alone(*others: FakeEngine) -> FakeEngine:
     """An engine for one picture that comes while none of the others runs; all of them hold their runs."""
     engine = FakeEngine(max_batch_size=1, tag=9)

@@ -1,8 +1,11 @@
 """Which version serves, and why one is refused. With tiny real models, and fake engines where a test must hold them."""
 
+import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 
 from service import versions as versions_module
@@ -10,8 +13,8 @@ from service.engine import EngineError
 from service.errors import NotReady
 from service.models import EngineOptions, ModelStore, NoUsableVersionError
 from service.versions import without_folders
-from tests.fakes import Defect, FakeEngine, make_model_folder, tiny_metadata
-from tests.service.stores import OPTIONS, FakeOpener, Make, Notes, Opener, assert_serves, lines
+from tests.fakes import Defect, FakeEngine, make_model_folder, tiny_images, tiny_logits, tiny_metadata
+from tests.service.stores import OPTIONS, FakeOpener, Make, Notes, Opener, answer, assert_serves, lines
 
 REASONS: dict[Defect, str] = {
     "corrupt_onnx": "can't load this file",
@@ -211,3 +214,20 @@ async def test_a_variant_that_was_asked_for_is_not_replaced(make: Make, tmp_path
     (other / "model.onnx").rename(version / "model.int8.onnx")
     with pytest.raises(NoUsableVersionError, match="golden"):
         await ModelStore(tmp_path, EngineOptions(provider="cpu", precision="int8")).load()
+
+
+async def test_engines_of_a_cpu_serve_together_and_a_version_takes_over_from_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by default on two cores: two engines and one for a picture alone, real ones, with measured batch sizes."""
+    monkeypatch.setattr(versions_module, "usable_cores", lambda: 2)
+    store = ModelStore(tmp_path, replace(OPTIONS, intra_op_threads=0, tune_batch_size=True))
+    for version in (1, 2):
+        make_model_folder(tmp_path, version)
+        await store.reload()
+        for together in (1, 40, 1):
+            answers = await asyncio.gather(*(answer(store, seed) for seed in range(together)))
+            for seed, (named, logits) in enumerate(answers):
+                assert named == version
+                np.testing.assert_allclose(logits, tiny_logits(tiny_images(1, seed), version)[0], atol=1e-4)
+    await store.close()

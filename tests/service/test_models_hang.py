@@ -1,15 +1,17 @@
-"""A disk that does not answer holds up neither what serves nor who looks next."""
+"""What does not answer, a disk or an engine, holds up neither what serves nor who looks next."""
 
 import asyncio
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from service import models
 from service import versions as versions_module
-from service.engine import read_metadata
-from tests.fakes import make_model_folder
+from service.engine import EngineError, read_metadata
+from service.models import EngineOptions, ModelStore, NoUsableVersionError
+from tests.fakes import FakeEngine, make_model_folder
 from tests.service.stores import Make, assert_serves, lines
 
 
@@ -88,3 +90,32 @@ async def test_a_folder_that_does_not_answer_is_told_once_and_looked_into_when_i
     watching.cancel()
     await asyncio.wait([watching])
     await assert_serves(store, 2)
+
+
+class WarmingEngine(FakeEngine):
+    """An engine that does at its warm-up what the test says."""
+
+    def __init__(self, warm_up: Callable[[], object]) -> None:
+        super().__init__()
+        self.warm_up = warm_up  # type: ignore[method-assign, assignment]
+
+
+async def test_where_one_engine_fails_and_another_hangs_all_are_closed_when_they_come_to_an_end(tmp_path: Path) -> None:
+    def fails() -> None:
+        raise EngineError("no good")
+
+    make_model_folder(tmp_path)
+    may_end = threading.Event()
+    engines = [WarmingEngine(fails), WarmingEngine(lambda: may_end.wait(20)), FakeEngine(), FakeEngine()]
+    engines[3].runs_alone = True
+    before = set(threading.enumerate())
+    store = ModelStore(tmp_path, EngineOptions("cpu", load_timeout_s=0.2), open_engines=lambda folder, options: engines)
+    async with asyncio.timeout(10):
+        with pytest.raises(NoUsableVersionError, match=r"not loaded, warm and checked within 0\.2 s"):
+            await store.load()
+        may_end.set()
+        while not all(engine.closed for engine in engines):  # noqa: ASYNC110 - threads
+            await asyncio.sleep(0.01)
+        while set(threading.enumerate()) - before:  # noqa: ASYNC110 - theirs, which end, too
+            await asyncio.sleep(0.01)
+    await store.close()

@@ -279,9 +279,10 @@ async def test_what_is_refused_leaves_memory_at_once(make: Make, tmp_path: Path)
     def opened(folder: Path, options: EngineOptions) -> list[Engine]:
         if folder.name == "1":
             return open_engines(folder, options)
-        engine = Failing()
-        engines.append(weakref.ref(engine))
-        return [engine]
+        opened = [Failing(), FakeEngine(), FakeEngine()]
+        opened[-1].runs_alone = True
+        engines.extend(map(weakref.ref, opened))
+        return opened
 
     store = make(open_engines=opened)
     await store.load()
@@ -295,6 +296,6 @@ async def test_what_is_refused_leaves_memory_at_once(make: Make, tmp_path: Path)
         until = time.monotonic() + 5
         while any(engine() is not None for engine in engines) and time.monotonic() < until:  # noqa: ASYNC110 - threads
             await asyncio.sleep(0.01)
-        assert [engine() for engine in engines] == [None, None]
+        assert [engine() for engine in engines] == [None] * 6
     finally:
         gc.enable()

@@ -137,6 +137,19 @@ def test_what_the_arena_keeps_of_larger_batches_is_given_back(
     assert len(engine.run(tiny_images(fastest))) == fastest
 
 
+def test_an_engine_that_can_not_be_trimmed_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trim(runner: HostRunner, images: Images) -> None:
+        raise RuntimeError("Did not find an arena based allocator registered for device-id combination cpu:0")
+
+    monkeypatch.setattr(engine_module, "fastest_size", lambda run, sizes: 4)
+    monkeypatch.setattr(HostRunner, "trim", trim)
+    path = next(make_model_folder(tmp_path).rglob(MODEL_FILES["float32"]))
+    engine = OnnxEngine(path, provider="cpu", max_batch_size=8, intra_op_threads=1, tune_batch_size=True)
+    engine.warm_up()
+    assert engine.max_batch_size == 4
+    assert len(engine.run(tiny_images(4))) == 4
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads /proc")
 def test_trimming_frees_memory(tmp_path: Path) -> None:
     """A model of two products over 1 MiB of intermediates a picture: what a run has taken is kept, and then is not."""
