@@ -42,6 +42,21 @@ def test_a_picture_in_a_label_out(tmp_path: Path) -> None:
         assert process.exit_status() == 0
 
 
+def test_engines_of_a_cpu_answer_many_at_once_each_with_its_own(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m")
+    engines = ("--intra-op-threads", "0", "--cpu-engines", "2")
+    pictures = [pixels(HEIGHT, WIDTH, seed) for seed in range(64)]
+    files = [("file", (f"{index}.png", encode(picture, "PNG"))) for index, picture in enumerate(pictures)]
+    with started(tmp_path, *on_model(tmp_path / "m"), *engines) as process, process.ready() as client:
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda at: client.post("/predict", files=files[at : at + 8]), range(0, 64, 8)))
+        labels = [one["top"][0]["index"] for answer in answers for one in answer.json()["predictions"]]
+        assert labels == tiny_logits(np.stack(pictures), 1).argmax(axis=1).tolist()
+        assert client.post("/predict", files=files[:1]).json()["predictions"][0]["top"][0]["index"] == labels[0]
+        process.signal()
+        assert process.exit_status() == 0
+
+
 @pytest.mark.usefixtures("either_way")
 def test_sigterm_finishes_what_was_accepted_while_probes_say_503(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
