@@ -150,7 +150,7 @@ def test_a_full_disk_takes_no_epochs_away(tmp_path: Path, monkeypatch: pytest.Mo
     for epoch in (1, 2, 3):
         append_line(tmp_path, {"epoch": epoch})
 
-    def full(path: Path, text: str) -> None:
+    def full(path: Path, text: str, encoding: str) -> None:
         path.open("w").close()
         raise OSError(errno.ENOSPC, "No space left on device")
 
