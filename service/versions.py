@@ -4,7 +4,7 @@ import asyncio
 import logging
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,8 +249,8 @@ async def open_beside(open_them: Callable[[], Sequence[Engine]]) -> Sequence[Eng
         raise
 
 
-def _open_engine(path: Path, options: EngineOptions, provider: Provider, arguments: Mapping[str, Any]) -> Engine:
-    every = {
+def _open_engine(path: Path, options: EngineOptions, provider: Provider, arguments: dict[str, Any]) -> Engine:
+    every: dict[str, Any] = {
         "max_batch_size": options.max_batch_size,
         "intra_op_threads": options.intra_op_threads,
         "buckets": options.buckets,
@@ -258,4 +258,4 @@ def _open_engine(path: Path, options: EngineOptions, provider: Provider, argumen
         "cuda_graphs": options.cuda_graphs,
         "tune_batch_size": options.tune_batch_size,
     }
-    return OnnxEngine(path, provider=provider, **{**every, **arguments})
+    return OnnxEngine(path, provider=provider, **(every | arguments))

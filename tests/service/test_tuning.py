@@ -84,6 +84,12 @@ def test_a_picture_that_takes_too_long_runs_alone() -> None:
     assert machine.runs == [1] * 2 * LEAST_ROUNDS
 
 
+def tiny_engine(folder: Path, *, tunes: bool = True) -> OnnxEngine:
+    """A real engine for batches of up to 8."""
+    path = next(make_model_folder(folder).rglob(MODEL_FILES["float32"]))
+    return OnnxEngine(path, provider="cpu", max_batch_size=8, intra_op_threads=1, tune_batch_size=tunes)
+
+
 @pytest.mark.parametrize(("tunes", "ceiling"), [(True, 4), (False, 8)])
 def test_an_engine_lowers_its_ceiling_at_warm_up(
     tunes: bool, ceiling: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -96,17 +102,14 @@ def test_an_engine_lowers_its_ceiling_at_warm_up(
         return 4
 
     monkeypatch.setattr(engine_module, "fastest_size", fastest)
-    folder = make_model_folder(tmp_path)
-    path = next(folder.rglob(MODEL_FILES["float32"]))
-    engine = OnnxEngine(path, provider="cpu", max_batch_size=8, intra_op_threads=1, tune_batch_size=tunes)
+    engine = tiny_engine(tmp_path, tunes=tunes)
     engine.warm_up()
     assert engine.max_batch_size == ceiling
     assert asked == ([[1, 2, 4, 8]] if tunes else [])
 
 
 def test_memory_that_runs_out_while_tuning_lowers_the_ceiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = next(make_model_folder(tmp_path).rglob(MODEL_FILES["float32"]))
-    engine = OnnxEngine(path, provider="cpu", max_batch_size=8, intra_op_threads=1, tune_batch_size=True)
+    engine = tiny_engine(tmp_path)
 
     def fastest(run: Callable[[int], object], sizes: list[int]) -> int:
         raise RuntimeError("Failed to allocate memory for requested buffer of size 1")
@@ -130,8 +133,7 @@ def test_what_the_arena_keeps_of_larger_batches_is_given_back(
 
     monkeypatch.setattr(engine_module, "fastest_size", lambda run, sizes: fastest)
     monkeypatch.setattr(HostRunner, "trim", noted)
-    path = next(make_model_folder(tmp_path).rglob(MODEL_FILES["float32"]))
-    engine = OnnxEngine(path, provider="cpu", max_batch_size=8, intra_op_threads=1, tune_batch_size=True)
+    engine = tiny_engine(tmp_path)
     engine.warm_up()
     assert trimmed == [1] * trims
     assert len(engine.run(tiny_images(fastest))) == fastest
@@ -143,8 +145,7 @@ def test_an_engine_that_can_not_be_trimmed_serves(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(engine_module, "fastest_size", lambda run, sizes: 4)
     monkeypatch.setattr(HostRunner, "trim", trim)
-    path = next(make_model_folder(tmp_path).rglob(MODEL_FILES["float32"]))
-    engine = OnnxEngine(path, provider="cpu", max_batch_size=8, intra_op_threads=1, tune_batch_size=True)
+    engine = tiny_engine(tmp_path)
     engine.warm_up()
     assert engine.max_batch_size == 4
     assert len(engine.run(tiny_images(4))) == 4
