@@ -59,12 +59,14 @@ class Slots:
         all that serves would wait for that capture. On a CPU all that serve together at a time, so that what is
         measured then is what they do then.
         """
-        jobs = [partial(slot.thread.call, partial(function, slot.engine)) for slot in self.all]
-        if all(slot.engine.provider == "cpu" for slot in self.all):
-            together = [index for index, slot in enumerate(self.all) if not slot.engine.runs_alone]
-            done = dict(zip(together, await asyncio.gather(*(jobs[index]() for index in together)), strict=True))
-            return [done[index] if index in done else await job() for index, job in enumerate(jobs)]
-        return [await job() for job in jobs]
+
+        async def call(slot: Slot) -> T:
+            return await slot.thread.call(partial(function, slot.engine))
+
+        on_cpu = all(slot.engine.provider == "cpu" for slot in self.all)
+        together = [slot for slot in self.all if on_cpu and not slot.engine.runs_alone]
+        done = dict(zip(together, await asyncio.gather(*map(call, together)), strict=True))
+        return [done[slot] if slot in done else await call(slot) for slot in self.all]
 
     def open(self) -> None:
         """Let them be claimed."""
