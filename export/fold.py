@@ -241,6 +241,7 @@ class FoldedPerceiver(nn.Module):
             for index in range(len(model.transformers))
         )
         self.head = fold_head(model, form.temperature)
+        self.test_time_flip = config.test_time_flip
 
     def uses(self, cross: int) -> Uses:
         """How the iterations use a cross-attention's weights."""
@@ -253,6 +254,13 @@ class FoldedPerceiver(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, H, W, 3], RGB -> calibrated logits, [B, K]."""
+        if not self.test_time_flip:
+            return self.answer(images)
+        straight, mirrored = self.answer(torch.cat([images, images.flip(2)])).chunk(2)
+        return (straight + mirrored) / 2
+
+    def answer(self, images: Tensor) -> Tensor:
+        """The logits of the pictures as they are; shapes as `forward`'s."""
         tokens: Tensor = self.tokens(images)
         prepared = [
             pick(self.crosses, index, FoldedCross).attention.prepare(tokens, self.num_tokens)

@@ -84,6 +84,11 @@ class ModelConfig(BaseModel):
         description="share of the latents that a training step leaves out, drawn anew at each, for each process; "
         "evaluation and export have all",
     )
+    test_time_flip: bool = Field(
+        False,
+        description="evaluation and export answer with the mean of two logits, of the picture and of its mirror image: "
+        "twice the cost; training has one",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -315,7 +315,18 @@ class Perceiver(nn.Module):
         return torch.randperm(self.config.num_latents, device=self.latents.device)[: self.config.kept_latents]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels, float [B, 3, image_size, image_size] -> logits, float [B, K]."""
+        """Normalised pixels, float [B, 3, image_size, image_size] -> logits, float [B, K].
+
+        With ``test_time_flip``, outside of training, the mean of the picture's and its mirror image's (Krizhevsky et
+        al. 2012, section 4.1, average the answers to mirrored crops).
+        """
+        if self.training or not self.config.test_time_flip:
+            return self.answer(pixels)
+        straight, mirrored = self.answer(torch.cat([pixels, pixels.flip(3)])).chunk(2)
+        return (straight + mirrored) / 2
+
+    def answer(self, pixels: Tensor) -> Tensor:
+        """The logits of the pixels as they are; shapes as `forward`'s."""
         tokens = self.tokens(pixels)
         kept = self.draw_latents()
         latents = (self.latents if kept is None else self.latents[kept]).expand(len(pixels), -1, -1)

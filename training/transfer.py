@@ -37,6 +37,7 @@ MAY_DIFFER = {
     "logits_dropout",
     "drop_path",
     "latent_dropout",
+    "test_time_flip",
 }
 
 

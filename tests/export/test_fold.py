@@ -50,6 +50,7 @@ def configurations(draw: st.DrawFn) -> ModelConfig:
         bias=draw(st.booleans()),
         head_hidden=draw(st.booleans()),
         head_norm=draw(st.booleans()),
+        test_time_flip=draw(st.booleans()),
         attention_dropout=0.1,
         ffn_dropout=0.2,
         logits_dropout=0.2,
