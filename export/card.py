@@ -103,15 +103,21 @@ def nothing_else(source: Source, *, flattered: bool) -> str:
     return words
 
 
-def contract(metadata: ModelMetadata) -> str:
+def contract(source: Source, metadata: ModelMetadata) -> str:
     """Describe input and output, and what becomes of a picture of another size."""
     height, width = metadata.input_size
+    views = ""
+    if source.run.model.test_time_flip:
+        views = " They are the mean of those of the picture and of its mirror image."
     brought = {"center": "is cropped to its largest centred region of that shape", "none": "is stretched to that shape"}
+    logits = (
+        f"`logits`: float32 `[batch, {len(metadata.labels)}]`; their softmax is the probabilities.{views} The labels "
+        "stand in the file's metadata."
+    )
     return f"""## Input and output
 
 - `images`: uint8 `[batch, {height}, {width}, 3]`, RGB, 0..255. Normalisation and resize are inside the graph.
-- `logits`: float32 `[batch, {len(metadata.labels)}]`; their softmax is the probabilities. The labels stand in the
-  file's metadata.
+{bullet(logits)}
 - A picture that is not {width} x {height} {brought[metadata.resize.crop]}
   and resized ({metadata.resize.filter}, antialiased) by the service."""
 
@@ -190,7 +196,7 @@ def write_card(
     parts = [
         title(source, metadata, operations[-1][1]),
         figures(source),
-        contract(metadata),
+        contract(source, metadata),
         data(source, metadata, flattered=flattered, copies=copies),
         limits(source, metadata),
         failures(source),

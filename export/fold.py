@@ -256,8 +256,9 @@ class FoldedPerceiver(nn.Module):
         """uint8 [B, H, W, 3], RGB -> calibrated logits, [B, K]."""
         if not self.test_time_flip:
             return self.answer(images)
-        straight, mirrored = self.answer(torch.cat([images, images.flip(2)])).chunk(2)
-        return (straight + mirrored) / 2
+        # Side by side: halves of a batch could not be told apart in a graph whose batch may be of any size.
+        views = torch.stack([images, images.flip(2)], dim=1).flatten(0, 1)
+        return mean_rows(self.answer(views), 2)
 
     def answer(self, images: Tensor) -> Tensor:
         """The logits of the pictures as they are; shapes as `forward`'s."""

@@ -322,8 +322,8 @@ class Perceiver(nn.Module):
         """
         if self.training or not self.config.test_time_flip:
             return self.answer(pixels)
-        straight, mirrored = self.answer(torch.cat([pixels, pixels.flip(3)])).chunk(2)
-        return (straight + mirrored) / 2
+        views = torch.stack([pixels, pixels.flip(3)], dim=1).flatten(0, 1)
+        return self.answer(views).unflatten(0, (-1, 2)).mean(dim=1)
 
     def answer(self, pixels: Tensor) -> Tensor:
         """The logits of the pixels as they are; shapes as `forward`'s."""

@@ -18,7 +18,7 @@ from export.source import load_source
 from service.artifact import from_props, list_versions, load_golden
 from service.engine import OnnxEngine
 from service.golden import check_golden
-from tests.export.conftest import LABELS, SIZE, TINY
+from tests.export.conftest import LABELS, SIZE, TINY, write_run
 from training.checkpoint import Origin, RunConfig, load_model
 from training.config import PRESETS
 from training.data import load
@@ -238,6 +238,19 @@ def test_the_gate_refuses_another_function_and_nothing_is_written(
     assert "export/fold.py has to follow; --plain exports the form that was trained" in said
     assert files_below(tmp_path) == []
     assert main([str(run), "--out", str(tmp_path / "out"), "--golden", "2", "--max-batch", "2", "--plain"]) == 0
+
+
+@pytest.mark.parametrize("form", [[], ["--plain"]], ids=["folded", "plain"])
+def test_a_model_that_flips_is_exported_and_verified(form: list[str], pictures: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", pictures, TINY.model_copy(update={"test_time_flip": True}))
+    assert main([str(run), "--out", str(tmp_path / "out"), "--golden", "2", "--max-batch", "3", *form]) == 0
+    assert main(["--verify", str(tmp_path / "out"), "--provider", "cpu", "--max-batch", "3"]) == 0
+    card = " ".join((tmp_path / "out" / "1" / "README.md").read_text().split())
+    assert "probabilities. They are the mean of those of the picture and of its mirror image. The labels" in card
+    images = np.random.default_rng(0).integers(0, 256, (2, SIZE, SIZE, 3), dtype=np.uint8)
+    engine = open_engine(tmp_path / "out" / "1")
+    mirrored = engine.run(np.ascontiguousarray(images[:, :, ::-1]))
+    np.testing.assert_allclose(engine.run(images), mirrored, rtol=1e-4, atol=1e-5)
 
 
 def test_random_weights_need_no_data_and_say_so(

@@ -131,6 +131,24 @@ def test_the_graph_computes_what_torch_computes(graph: tuple[ModelConfig, onnx.M
     np.testing.assert_allclose(session.run(None, {"images": images})[0], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_graph_that_flips_has_the_same_products_for_any_batch(graph: tuple[ModelConfig, onnx.ModelProto]) -> None:
+    config = graph[0].model_copy(update={"test_time_flip": True})
+    module = folded(config)
+    model = to_onnx(module, (SIZE, SIZE))
+    more = operators(model) - operators(graph[1])
+    # The columns backwards; both pictures side by side; the mean of both answers.
+    assert more == {"Slice": 1, "Unsqueeze": 2, "Concat": 1, "Reshape": 2, "ReduceMean": 1}
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for batch in (1, 2, 7):
+        images = np.random.default_rng(batch).integers(0, 256, (batch, SIZE, SIZE, 3), dtype=np.uint8)
+        with torch.inference_mode():
+            expected = module(torch.from_numpy(images)).numpy()
+        found = session.run(None, {"images": images})[0]
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        mirrored = session.run(None, {"images": np.ascontiguousarray(images[:, :, ::-1])})[0]
+        np.testing.assert_allclose(mirrored, found, rtol=1e-4, atol=1e-5)
+
+
 def test_a_batch_of_one_size_is_refused(graph: tuple[ModelConfig, onnx.ModelProto]) -> None:
     fixed = onnx.ModelProto()
     fixed.CopyFrom(graph[1])
