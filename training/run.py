@@ -82,7 +82,8 @@ def start_or_complain(args: argparse.Namespace, preset: Preset | None, world: Wo
         return complain(error, FAILED)
     except OSError as error:
         if error.errno in FULL:
-            return complain(f"{error.strerror}: make room, and go on with the run by --resume.", USER_ERROR)
+            again = "make room; a run that has a checkpoint goes on with --resume"
+            return complain(f"{error.strerror}: {again}.", USER_ERROR)
         if error.filename is None:
             raise
         return complain(f"{error.filename}: {error.strerror}.", USER_ERROR)
