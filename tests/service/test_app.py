@@ -220,7 +220,9 @@ async def test_models_lists_versions_with_metadata(tmp_path: Path, monkeypatch: 
         assert await run.metric('perceiver_model_reloads_total{result="loaded"}') == 2
         monkeypatch.setattr(models, "scan", no_entry)
         refused = await run.client.post("/models/reload", headers={"x-api-key": "root"})
-        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "folder_unavailable")
+        # An alarm takes that for a connection too many.
+        assert await run.metric('perceiver_rejections_total{reason="unavailable"}') == 0
         assert refused.json()["error"]["message"] == "The model folder can't be looked into: Permission denied."
         label = 'perceiver_model_info{name="tiny",precision="float32",provider="cpu",version="%d"}'
         assert [await run.metric(label % version) for version in (2, 4)] == [0, 1]
