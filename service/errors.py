@@ -74,9 +74,9 @@ class InvalidTopK(BadRequest):
 
 
 class InvalidTimeout(BadRequest):
-    """`X-Request-Timeout-Ms` is not a positive integer; one above `request_timeout_ms` means that."""
+    """`X-Request-Timeout-Ms` is no integer of 1 to 10 digits above 0; one above `request_timeout_ms` means that."""
 
-    code, default = "invalid_timeout", "X-Request-Timeout-Ms must be a positive integer."
+    code, default = "invalid_timeout", "X-Request-Timeout-Ms must be an integer between 1 and 9999999999."
 
 
 class InvalidJson(BadRequest):
