@@ -66,7 +66,7 @@ async def test_unknown_paths_and_methods_have_the_shape_of_all_errors(tmp_path: 
 
 
 @pytest.mark.usefixtures("either_way")
-@pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready", "/metrics", "/models"])
+@pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready", "/metrics", "/models", "/docs"])
 async def test_probes_answer_head_without_a_body(tmp_path: Path, path: str) -> None:
     async with running(tmp_path) as run:
         get, head = await run.client.get(path), await run.client.head(path)
@@ -74,6 +74,7 @@ async def test_probes_answer_head_without_a_body(tmp_path: Path, path: str) -> N
         assert head.content == b""
         if path != "/metrics":  # which has a number more or less each time
             assert head.headers["content-length"] == get.headers["content-length"]
+        assert (await run.client.delete(path)).headers["allow"] == "GET, HEAD"
 
 
 async def test_an_unexpected_error_is_a_500_without_details(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
