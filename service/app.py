@@ -95,6 +95,8 @@ async def answer_error(request: Request, exception: Exception) -> Response:
     elif isinstance(exception, HTTPException):
         error = ROUTER_ERRORS.get(exception.status_code, BadRequest)()
         headers = dict(exception.headers or {})
+        if "GET" in headers.get("Allow", ""):  # the router names the methods of one route; HEAD has its own at a path
+            headers["Allow"] = "GET, HEAD"
     else:
         error = ServiceError()
     request.app.state.service.metrics.rejected(error.code)

@@ -7,7 +7,7 @@ body is parsed. A URL in a body is never fetched.
 import re
 from binascii import a2b_base64
 from codecs import BOM_UTF8
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
@@ -123,10 +123,19 @@ def parse_body(content_type: str, body: bytes, *, max_pictures: int) -> list[Upl
         uploads = parse_json(body, max_pictures)
     else:
         uploads = [Upload(body)]
-    for upload in uploads:
+    for index, upload in enumerate(uploads):
         if not upload.data:
-            raise NoPicture("The picture is empty: it has 0 bytes.")
+            raise NoPicture(f"{which(uploads, index)}The picture is empty: it has 0 bytes.")
     return uploads
+
+
+def which(uploads: Sequence[Upload], index: int) -> str:
+    """Return what stands before a sentence about one of several pictures; "" where there is but one."""
+    if len(uploads) == 1:
+        return ""
+    filename = uploads[index].filename
+    name = f" ({filename[:80]!r})" if filename else ""
+    return f"Picture {index + 1} of {len(uploads)}{name}: "
 
 
 class JsonBody(msgspec.Struct, forbid_unknown_fields=True):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.artifact import ModelMetadata
-from service.bodies import Upload, parse_body
+from service.bodies import Upload, parse_body, which
 from service.errors import DeadlineExceeded, ServiceError, TooManyPixels
 from service.images import JPEG_SCAN, open_picture, to_array
 from service.jpeg import decode_exact_jpeg
@@ -160,12 +160,11 @@ def shaped(image: Image.Image, metadata: ModelMetadata) -> Pixels:
 def each(uploads: Sequence[Upload], function: Callable[[int], T]) -> list[T]:
     """Apply a function to the number of each upload; an error of one of several says which it is."""
     results = []
-    for index, upload in enumerate(uploads):
+    for index in range(len(uploads)):
         try:
             results.append(function(index))
         except ServiceError as error:
             if len(uploads) == 1:
                 raise
-            name = f" ({upload.filename[:80]!r})" if upload.filename else ""
-            raise type(error)(f"Picture {index + 1} of {len(uploads)}{name}: {error.message}") from error
+            raise type(error)(f"{which(uploads, index)}{error.message}") from error
     return results

@@ -31,6 +31,7 @@
     ├── UnsupportedTransferCoding    501  unsupported_transfer_coding
     ├── Unavailable                  503  unavailable         (carries Retry-After)
     │   ├── Overloaded               503  overloaded
+    │   ├── FolderUnavailable        503  folder_unavailable
     │   ├── NotReady                 503  not_ready
     │   └── Draining                 503  draining
     └── DeadlineExceeded             504  deadline_exceeded
@@ -73,9 +74,9 @@ class InvalidTopK(BadRequest):
 
 
 class InvalidTimeout(BadRequest):
-    """`X-Request-Timeout-Ms` is not a positive integer; one above `request_timeout_ms` means that."""
+    """`X-Request-Timeout-Ms` is no integer of 1 to 10 digits above 0; one above `request_timeout_ms` means that."""
 
-    code, default = "invalid_timeout", "X-Request-Timeout-Ms must be a positive integer."
+    code, default = "invalid_timeout", "X-Request-Timeout-Ms must be an integer between 1 and 9999999999."
 
 
 class InvalidJson(BadRequest):
@@ -166,7 +167,7 @@ class BodyTooLarge(TooLarge):
 
 
 class TooManyPixels(TooLarge):
-    """More pixels than `max_pixels` according to the picture's header; found before decoding."""
+    """A picture of more than `max_pixels` by its header, or pictures of more than `max_request_pixels` together."""
 
     code, default = "too_many_pixels", "The picture has too many pixels."
 
@@ -233,7 +234,9 @@ class UnsupportedTransferCoding(ServiceError):
 
 
 class Unavailable(ServiceError):
-    """Not now: the client should try again after `retry_after` seconds.
+    """As many connections are open as `max_connections` allows; this one is closed.
+
+    Its kinds are other reasons for which a client should try again after `retry_after` seconds.
 
     Attributes:
         retry_after: seconds, > 0; sent rounded up to whole seconds in `Retry-After`.
@@ -250,6 +253,12 @@ class Overloaded(Unavailable):
     """Admission is full, in pictures or in bytes."""
 
     code, default = "overloaded", "The queue is full; try again later."
+
+
+class FolderUnavailable(Unavailable):
+    """`POST /models/reload` while the model folder can't be looked into; what serves goes on."""
+
+    code, default = "folder_unavailable", "The model folder can't be looked into."
 
 
 class NotReady(Unavailable):

@@ -74,7 +74,7 @@ def open_picture(data: bytes, *, max_pixels: int) -> Image.Image:
 
     Raises:
         NotAnImage: the bytes are no picture.
-        UnsupportedFormat: they are one in another format, or a JPEG of very many scans.
+        UnsupportedFormat: they are one in another format or variant, or a JPEG of very many scans.
         TooManyPixels: the header announces more than `max_pixels`.
         TruncatedImage: the header is damaged or incomplete.
     """
@@ -89,12 +89,15 @@ def open_picture(data: bytes, *, max_pixels: int) -> Image.Image:
         if isinstance(image, TiffImagePlugin.TiffImageFile):
             # libtiff allocates whole tiles, and a small picture may announce a gigantic one.
             check_pixels((image.tag_v2.get(322, 1), image.tag_v2.get(323, 1)), max_pixels)
+            check_planes(image)
+        elif name == "PNG":
+            scale_transparency(image, bits=data[24])
     except (ServiceError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooManyPixels(f"The picture has more than the {max_pixels} pixels that are allowed.") from error
     except Exception as error:  # whatever a parser raises on these bytes, the bytes are to blame
-        raise TruncatedImage(f"{damaged(name)} Its header can't be read.") from error
+        raise TruncatedImage(f"{damaged(name, is_header=True)} Its header can't be read.") from error
     return image
 
 
@@ -130,9 +133,12 @@ def to_array(image: Image.Image, *, size: tuple[int, int], resize: ResizePolicy)
         raise TruncatedImage(damaged(name)) from error
 
 
-def damaged(name: str | None) -> str:
-    """Return the sentence about a picture that can't be decoded; of TIFF there are more variants than decoders."""
-    variant = ", or of a variant that is not decoded here" if name == "TIFF" else ""
+def damaged(name: str | None, *, is_header: bool = False) -> str:
+    """Return the sentence about a picture that can't be decoded.
+
+    Of TIFF there are more variants than decoders; of others too, as JPEG of 12 bits, but that shows in the header.
+    """
+    variant = ", or of a variant that is not decoded here" if name == "TIFF" or is_header else ""
     return f"The {name} picture is truncated or damaged{variant}."
 
 
@@ -197,6 +203,25 @@ def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
         raise TooManyPixels(
             f"The picture has {width} x {height} = {width * height} pixels; at most {max_pixels} are allowed."
         )
+
+
+def check_planes(image: TiffImagePlugin.TiffImageFile) -> None:
+    """Raise UnsupportedFormat for planes of 16 bits that are not compressed: Pillow takes their bytes for pixels."""
+    tags = image.tag_v2
+    if tags.get(284) == 2 and tags.get(259, 1) == 1 and max(tags.get(258, (1,))) > 8:
+        raise UnsupportedFormat(
+            "A TIFF of 16 bits with a plane for each channel (PlanarConfiguration 2) is decoded only if compressed; "
+            "send it compressed, or with the channels of each pixel together."
+        )
+
+
+def scale_transparency(image: Image.Image, bits: int) -> None:
+    """Bring a PNG's transparent value to the 8 bits to which Pillow brings its pixels, and not this."""
+    transparent = image.info.get("transparency")
+    if image.mode == "L" and bits in (2, 4) and isinstance(transparent, int):
+        image.info["transparency"] = transparent * 255 // ((1 << bits) - 1)
+    elif image.mode == "RGB" and bits == 16 and isinstance(transparent, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -80,6 +80,7 @@ class ModelStore:
         self._live_seen: Seen | None = None
         self._reloading = asyncio.Lock()
         self._scanning, self._describing, self._is_hanging = Looking(), Looking(), False
+        self._is_gone = False
         self._retiring: dict[asyncio.Task[None], LiveModel] = {}
         self.live: LiveModel | None = None
         self.failed = asyncio.Event()
@@ -120,6 +121,7 @@ class ModelStore:
         async with self._reloading:
             await self._look()
             await self._take_best()
+            self._tell_if_gone()
             if self.live is not None:
                 await self._describe_all(self.live.provider)
         return self.versions()
@@ -189,6 +191,17 @@ class ModelStore:
             else Seen(version, fingerprint)
             for version, fingerprint in found
         }
+
+    def _tell_if_gone(self) -> None:
+        """Say once that what serves is in memory alone: else nobody would know before the next start fails."""
+        is_gone = self.live is not None and self.live.version not in self._seen
+        if self.live is not None and is_gone and not self._is_gone:
+            logger.warning(
+                "version %d: its folder is gone from %s; it goes on from memory, and the next start will not find it",
+                self.live.version,
+                self._folder,
+            )
+        self._is_gone = is_gone
 
     async def _take_best(self) -> None:
         """Go down from the best candidate to the first that is live already or passes.

@@ -198,8 +198,8 @@ def read_options(lines: Sequence[tuple[bytes, bytes]], query: bytes, max_timeout
     """
     headers = dict(lines)
     if b"content-encoding" in headers:
-        codings = [value.lower() for name, value in lines if name == b"content-encoding"]
-        if codings.count(b"identity") < len(codings):
+        codings = b",".join([value.lower() for name, value in lines if name == b"content-encoding"]).split(b",")
+        if any(coding.strip() not in (b"", b"identity") for coding in codings):  # a list may have empty places
             raise UnsupportedEncoding()
     length = headers.get(b"content-length")
     timeout_ms = max_timeout_ms

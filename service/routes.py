@@ -86,7 +86,8 @@ def add_models(router: APIRouter, service: Service) -> None:
         """All versions in the model folder, which of them serves, and why one was refused."""
         return models_of(service, service.store.versions())
 
-    reloading = KEYED | error_responses([errors.ReloadDisabled, errors.Unavailable, errors.NotReady])
+    unavailable = [errors.Unavailable, errors.FolderUnavailable, errors.NotReady]
+    reloading = KEYED | error_responses([errors.ReloadDisabled, *unavailable])
 
     @router.post("/models/reload", tags=["models"], responses=reloading)
     async def reload() -> ModelsResponse:
@@ -94,7 +95,7 @@ def add_models(router: APIRouter, service: Service) -> None:
         try:
             versions = await service.store.reload()
         except OSError as error:
-            raise errors.Unavailable(f"The model folder can't be looked into: {error.strerror}.") from error
+            raise errors.FolderUnavailable(f"The model folder can't be looked into: {error.strerror}.") from error
         return models_of(service, versions)
 
 

@@ -338,7 +338,7 @@ def _read_keys(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a mark that nobody sees
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} can't be read as text: {error}") from error
     lines = [re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip() for line in text.splitlines()]

@@ -52,9 +52,44 @@ def all_files(array: Pixels) -> dict[str, bytes]:
 
 def png_announcing(width: int, height: int) -> bytes:
     """A PNG of 60 bytes whose header announces a picture of any size."""
+    return png_of(width, height, 8, 2, b"")
+
+
+def png_of(width: int, height: int, bits: int, colour: int, rows: bytes, transparent: bytes = b"") -> bytes:
+    """A PNG of a depth that Pillow does not write: rows as the format packs them, each behind a 0, and its tRNS."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    if transparent:
+        header += chunk(b"tRNS", transparent)
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def planar_tiff(array: NDArray[np.uint8] | NDArray[np.uint16], compressed: bool) -> bytes:
+    """A TIFF of [height, width, channels] with a plane for each channel, which Pillow does not write."""
+    height, width, channels = array.shape
+    planes = [plane.astype(array.dtype.newbyteorder("<")).tobytes() for plane in np.moveaxis(array, 2, 0)]
+    if compressed:
+        planes = [zlib.compress(plane) for plane in planes]
+    lists = 8 + 2 + 12 * 10 + 4  # where what does not fit into an entry begins
+    begins = np.cumsum([lists + (2 + 4 + 4) * channels, *map(len, planes)])[:-1].tolist()
+    entries, behind = b"", b""
+    for tag, kind, values in (
+        (256, "H", [width]),
+        (257, "H", [height]),
+        (258, "H", [8 * array.itemsize] * channels),
+        (259, "H", [8 if compressed else 1]),
+        (262, "H", [2]),  # RGB
+        (273, "I", begins),
+        (277, "H", [channels]),
+        (278, "H", [height]),
+        (279, "I", [len(plane) for plane in planes]),
+        (284, "H", [2]),  # planes
+    ):
+        data = struct.pack(f"<{len(values)}{kind}", *values)
+        entries += struct.pack("<HHI", tag, 3 if kind == "H" else 4, len(values))
+        entries += data.ljust(4, b"\0") if len(data) <= 4 else struct.pack("<I", lists + len(behind))
+        behind += data if len(data) > 4 else b""
+    return struct.pack("<2sHIH", b"II", 42, 8, 10) + entries + bytes(4) + behind + b"".join(planes)

@@ -66,7 +66,7 @@ async def test_unknown_paths_and_methods_have_the_shape_of_all_errors(tmp_path: 
 
 
 @pytest.mark.usefixtures("either_way")
-@pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready", "/metrics", "/models"])
+@pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready", "/metrics", "/models", "/docs"])
 async def test_probes_answer_head_without_a_body(tmp_path: Path, path: str) -> None:
     async with running(tmp_path) as run:
         get, head = await run.client.get(path), await run.client.head(path)
@@ -74,6 +74,7 @@ async def test_probes_answer_head_without_a_body(tmp_path: Path, path: str) -> N
         assert head.content == b""
         if path != "/metrics":  # which has a number more or less each time
             assert head.headers["content-length"] == get.headers["content-length"]
+        assert (await run.client.delete(path)).headers["allow"] == "GET, HEAD"
 
 
 async def test_an_unexpected_error_is_a_500_without_details(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -220,7 +221,9 @@ async def test_models_lists_versions_with_metadata(tmp_path: Path, monkeypatch: 
         assert await run.metric('perceiver_model_reloads_total{result="loaded"}') == 2
         monkeypatch.setattr(models, "scan", no_entry)
         refused = await run.client.post("/models/reload", headers={"x-api-key": "root"})
-        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "folder_unavailable")
+        # An alarm takes that for a connection too many.
+        assert await run.metric('perceiver_rejections_total{reason="unavailable"}') == 0
         assert refused.json()["error"]["message"] == "The model folder can't be looked into: Permission denied."
         label = 'perceiver_model_info{name="tiny",precision="float32",provider="cpu",version="%d"}'
         assert [await run.metric(label % version) for version in (2, 4)] == [0, 1]

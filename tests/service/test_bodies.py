@@ -123,6 +123,13 @@ def test_a_file_without_content_is_no_picture() -> None:
         parse(FORM, form((file_part(), b"")))
 
 
+def test_of_several_pictures_the_empty_one_is_named() -> None:
+    with pytest.raises(NoPicture, match=r"Picture 2 of 3 \('b.png'\): The picture is empty"):
+        parse(FORM, form((file_part(), DATA), (file_part(filename="b.png"), b""), (file_part(), DATA)))
+    with pytest.raises(NoPicture, match="Picture 2 of 2: The picture is empty"):
+        parse("application/json", json.dumps({"images": [TEXT, ""]}).encode())
+
+
 def test_a_text_field_is_an_error_that_names_it() -> None:
     with pytest.raises(InvalidForm, match="'top_k' is not a file"):
         parse(FORM, form((file_part(), DATA), ('Content-Disposition: form-data; name="top_k"', b"3")))

@@ -5,6 +5,7 @@ import pytest
 from service import errors
 from service.errors import ServiceError
 from service.middleware import error_answer
+from service.predict import MAX_DIGITS, read_options
 
 
 def hierarchy() -> list[type[ServiceError]]:
@@ -28,6 +29,13 @@ def test_the_docstring_prints_the_hierarchy_as_it_is() -> None:
         if any(kind.__name__ in line.split() for kind in hierarchy())
     }
     assert printed == {(kind.__name__, str(kind.status), kind.code) for kind in hierarchy()}
+
+
+def test_a_timeout_of_more_digits_than_are_read_is_told_the_most() -> None:
+    most = 10**MAX_DIGITS - 1
+    read_options([(b"x-request-timeout-ms", b"%d" % most)], b"", 1000)
+    with pytest.raises(errors.InvalidTimeout, match=f"between 1 and {most}"):
+        read_options([(b"x-request-timeout-ms", b"%d" % (most + 1))], b"", 1000)
 
 
 def test_a_message_of_its_own_replaces_the_default() -> None:

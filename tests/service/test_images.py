@@ -1,6 +1,7 @@
 """Every format and pixel format against the pixels it was made from."""
 
 import pickle
+import struct
 import subprocess
 import sys
 from io import BytesIO
@@ -13,7 +14,7 @@ from PIL import Image, ImageOps
 from service.artifact import ResizePolicy
 from service.errors import UnsupportedFormat
 from service.images import open_picture, to_array
-from tests.service.pictures import Pixels, all_files, encode, lossless_files, pixels
+from tests.service.pictures import Pixels, all_files, encode, lossless_files, pixels, planar_tiff, png_of
 
 ROOT = Path(__file__).parents[2]
 SIZE = (32, 32)
@@ -149,10 +150,35 @@ def test_a_transparent_colour_is_put_on_white(mode: str) -> None:
     assert decode(data).min() == 255
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_transparent_grey_of_few_bits_is_put_on_white(bits: int) -> None:
+    values = np.arange(32 * 32).reshape(SIZE) % 2**bits
+    packed = np.packbits(np.unpackbits(values.astype(np.uint8)[..., None], axis=2)[..., -bits:].reshape(32, -1), axis=1)
+    rows = b"".join(b"\0" + row.tobytes() for row in packed)
+    expected = np.where(values == 2, 255, values * 255 // (2**bits - 1))
+    decoded = decode(png_of(32, 32, bits, 0, rows, struct.pack(">H", 2)))
+    np.testing.assert_array_equal(decoded, np.repeat(expected[..., None], 3, axis=2))
+
+
+def test_a_transparent_colour_of_sixteen_bits_is_put_on_white() -> None:
+    values = ARRAY.astype(np.uint16) * 256 + 7
+    values[0] = (0x1234, 0x5678, 0x9ABC)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    decoded = decode(png_of(32, 32, 16, 2, rows, struct.pack(">HHH", 0x1234, 0x5678, 0x9ABC)))
+    assert decoded[0].min() == 255
+    np.testing.assert_array_equal(decoded[1:], ARRAY[1:])
+
+
 def test_transparent_gif_is_put_on_white() -> None:
     image = Image.new("P", SIZE, 1)
     image.putpalette([0, 0, 0, 10, 20, 30])
     assert decode(encode(image, "GIF", transparency=1)).min() == 255
+
+
+@pytest.mark.parametrize(("dtype", "compressed"), [(np.uint8, False), (np.uint8, True), (np.uint16, True)])
+def test_tiff_may_hold_a_plane_for_each_channel(dtype: type, compressed: bool) -> None:
+    data = planar_tiff(ARRAY if dtype is np.uint8 else ARRAY.astype(np.uint16) * 257, compressed)
+    np.testing.assert_array_equal(decode(data), ARRAY)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What is no picture, too large or damaged, and what clients are told."""
 
 import random
+import re
 import struct
 import warnings
 
@@ -11,7 +12,7 @@ from PIL import Image
 from service.artifact import ResizePolicy
 from service.errors import NotAnImage, ServiceError, TooManyPixels, TruncatedImage, UnsupportedFormat
 from service.images import open_picture, to_array
-from tests.service.pictures import Pixels, all_files, encode, pixels, png_announcing
+from tests.service.pictures import Pixels, all_files, encode, pixels, planar_tiff, png_announcing
 
 SIZE = (32, 32)
 ARRAY = pixels()
@@ -99,6 +100,18 @@ def test_a_tiff_with_gigantic_tiles_is_refused() -> None:
     data = b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(200)
     with pytest.raises(TooManyPixels, match="60000 x 60000"):
         open_picture(data, max_pixels=1_000_000)
+
+
+def test_a_tiff_whose_planes_pillow_reads_wrongly_is_refused() -> None:
+    sixteen_bits = ARRAY.astype(np.uint16) * 257
+    with pytest.raises(UnsupportedFormat, match="PlanarConfiguration"):
+        decode(planar_tiff(sixteen_bits, compressed=False))
+
+
+def test_a_picture_whose_header_is_beyond_the_decoder_may_be_of_a_variant() -> None:
+    twelve_bits = re.sub(rb"(\xff\xc0\0.)\x08", rb"\1" + b"\x0c", encode(ARRAY, "JPEG"), count=1, flags=re.DOTALL)
+    with pytest.raises(TruncatedImage, match="or of a variant that is not decoded here"):
+        decode(twelve_bits)
 
 
 def test_nothing_but_service_errors_and_no_warning_for_garbage_after_each_signature() -> None:

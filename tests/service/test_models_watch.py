@@ -57,7 +57,9 @@ async def test_watching_finds_a_new_version_and_outlives_trouble(
     await assert_serves(store, 2)
 
 
-async def test_deleting_the_highest_version_rolls_back(make: Make, tmp_path: Path) -> None:
+async def test_deleting_the_highest_version_rolls_back(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for version in (1, 2):
         make_model_folder(tmp_path, version)
     store = make()
@@ -67,11 +69,12 @@ async def test_deleting_the_highest_version_rolls_back(make: Make, tmp_path: Pat
     await store.reload()
     await assert_serves(store, 1)
     assert lines(store) == [(1, "live")]
+    assert "is gone" not in caplog.text
 
 
 @pytest.mark.parametrize("broken_left", [True, False])
 async def test_a_version_whose_folder_is_gone_goes_on_if_nothing_else_passes(
-    broken_left: bool, make: Make, tmp_path: Path
+    broken_left: bool, make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     if broken_left:
         make_model_folder(tmp_path, 1, defect="golden_mismatch")
@@ -79,8 +82,10 @@ async def test_a_version_whose_folder_is_gone_goes_on_if_nothing_else_passes(
     store = make()
     await store.load()
     shutil.rmtree(tmp_path / "2")
-    await store.reload()
+    for _ in range(3):
+        await store.reload()
     await assert_serves(store, 2)
+    assert caplog.text.count("version 2: its folder is gone") == 1
     assert lines(store) == [(1, "refused"), (2, "live")][not broken_left :]
 
 

@@ -191,6 +191,7 @@ RAW_ERRORS = [
     ("", IMAGE | {"x-request-timeout-ms": "soon"}, png(1), 400, "invalid_timeout"),
     ("", IMAGE | {"x-request-timeout-ms": "0"}, png(1), 400, "invalid_timeout"),
     ("", IMAGE | {"x-request-timeout-ms": "1e3"}, png(1), 400, "invalid_timeout"),
+    ("", IMAGE | {"x-request-timeout-ms": str(2**63 - 1)}, png(1), 400, "invalid_timeout"),
     ("", IMAGE, b"I am no picture", 400, "not_an_image"),
     ("", IMAGE, b"", 400, "no_picture"),
     ("", IMAGE, encode(pixels(99, 99), "PNG")[:-400], 400, "truncated_image"),

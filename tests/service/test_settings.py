@@ -207,6 +207,11 @@ def test_a_key_may_hold_what_begins_a_comment_elsewhere(tmp_path: Path) -> None:
     assert Settings(api_keys_file=tmp_path / "keys").client_keys() == ("tr#sJ9kQ2", "other")
 
 
+def test_a_key_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("one\r\ntwo\r\n", encoding="utf-8-sig")
+    assert Settings(api_keys_file=tmp_path / "keys").client_keys() == ("one", "two")
+
+
 def test_settings_do_not_change() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Settings().port = 1
