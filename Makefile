@@ -1,6 +1,7 @@
 # Few verbs, the same on a desk and in CI. Each sets up what it needs.
 PYTHON  ?= python3
-HOST    ?= $(or $(PERCEIVER_HOST),127.0.0.1)
+# Not from the environment: conda's compilers and tcsh export HOST, and mean the machine's name or kind by it.
+HOST     = $(or $(PERCEIVER_HOST),127.0.0.1)
 PORT    ?= $(or $(PERCEIVER_PORT),8000)
 MODEL   ?= $(or $(PERCEIVER_MODEL_DIR),models/perceiver-cifar100)
 # onnxruntime for the service: gpu where an NVIDIA driver is found, cpu elsewhere. RUNTIME=cpu or RUNTIME=gpu overrides.
