@@ -210,14 +210,20 @@ def without_what_others_would_judge(source: Source, data: DataSet | None, option
     return replace(options, variants=())
 
 
-def folded(trained: TrainingForm) -> nn.Module:
+def folded(trained: TrainingForm, image: torch.Tensor) -> nn.Module:
     """Rewrite the trained form by exact algebra.
+
+    Args:
+        trained: the form that was trained.
+        image: uint8 [1, H, W, 3], any.
 
     Raises:
         ExportError: the algebra does not know the model.
     """
     try:
-        return fold(trained)
+        form = fold(trained)
+        form(image)  # what was folded without a word may not fit together
+        return form
     except Exception as error:  # it takes the model apart, and of one that was changed any part may be missing
         raise ExportError(
             f"export/fold.py does not know this model ({type(error).__name__}: {error}); it has to follow a change of "
@@ -240,10 +246,10 @@ def build(source: Source, options: Options) -> Exported:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ExportError(f"the model can't be described: {first['loc'][0]}: {first['msg']}.") from error
+    image = torch.zeros(1, *metadata.input_size, 3, dtype=torch.uint8)
     forms: list[tuple[str, nn.Module]] = [("as trained", trained)]
     if not options.plain:
-        forms.append(("folded", folded(trained)))
-    image = torch.zeros(1, *metadata.input_size, 3, dtype=torch.uint8)
+        forms.append(("folded", folded(trained, image)))
     operations = [(name, count_operations(form, image)) for name, form in forms]
     print("GFLOP a picture: " + ", ".join(f"{name} {count / 1e9:.3f}" for name, count in operations))
     graph = to_onnx(forms[-1][1], metadata.input_size)

@@ -1,9 +1,11 @@
 """From a torch module to an ONNX file: dynamic batch, constants folded, metadata attached once."""
 
+import io
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
 import onnx
 import onnxscript.optimizer
@@ -23,17 +25,23 @@ FOLDED_ELEMENTS = 1 << 24
 
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Keep away what torch's exporter says to its own developers: absent torchvision, its use of old names."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
+    """Keep away what torch's exporter says to its own developers: absent torchvision, its use of old names.
+
+    Where it fails, also the whole graph, which it prints, and the traces that several of its loggers have.
+    """
+    logger, said = logging.getLogger("torch.onnx"), io.StringIO()
+    level, disabled = logger.level, logging.root.manager.disable
     logger.setLevel(logging.ERROR)
+    logging.disable(max(disabled, logging.ERROR))
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(said):
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:
+        logging.disable(disabled)
         logger.setLevel(level)
+    sys.stderr.write(said.getvalue())
 
 
 def to_onnx(model: nn.Module, input_size: tuple[int, int]) -> ModelProto:
@@ -44,8 +52,30 @@ def to_onnx(model: nn.Module, input_size: tuple[int, int]) -> ModelProto:
         input_size: (H, W) in pixels.
 
     Raises:
-        ExportError: the translation is no valid ONNX file, or has lost its dynamic batch.
+        ExportError: torch can't translate it; the translation is no valid ONNX file, or has lost its dynamic batch.
     """
+    try:
+        proto = strip(translate(model, input_size))
+    except OSError:  # of temporary files
+        raise
+    except Exception as error:  # of any kind: an architecture of one's own may be anything
+        raise ExportError(
+            f"torch can't translate this model to ONNX ({why(error)}): its forward must take any number of pictures, "
+            "take no branch by what is in them, and use operators that ONNX has."
+        ) from error
+    check(proto)
+    return proto
+
+
+def why(error: BaseException) -> str:
+    """Return the kind and the first line of the error that others were raised from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0].rstrip('.')}"
+
+
+def translate(model: nn.Module, input_size: tuple[int, int]) -> ModelProto:
+    """Have torch translate; see `to_onnx`."""
     # Two pictures, since torch takes a dimension of one for a constant.
     example = torch.zeros(2, *input_size, 3, dtype=torch.uint8)
     with quiet_exporter(), torch.no_grad():
@@ -64,8 +94,7 @@ def to_onnx(model: nn.Module, input_size: tuple[int, int]) -> ModelProto:
         onnxscript.optimizer.optimize(
             program.model, input_size_limit=FOLDED_ELEMENTS, output_size_limit=FOLDED_ELEMENTS
         )
-    proto = strip(program.model_proto)
-    check(proto)
+    proto: ModelProto = program.model_proto
     return proto
 
 

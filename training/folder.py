@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from training.checkpoint import RunConfig
 from training.dataset import DataSet
 from training.lock import locked
 
@@ -20,9 +23,23 @@ def refuse_existing(folder: Path | None) -> None:
         raise ValueError(f"{folder} holds a run already: go on with it by --resume {folder}, or name another --out.")
     if (folder / "report.json").exists():
         raise ValueError(f"{folder} holds a run that has ended, without last.safetensors: name another --out.")
+    if (folder / "best.safetensors").exists():
+        raise ValueError(
+            f"{folder} holds the weights of a run, best.safetensors: export it, or begin with them by --init {folder}; "
+            "either way name another --out."
+        )
     # A run that ended before its first checkpoint may be started again where it was.
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
+    if folder.is_dir() and any(folder.iterdir()) and not _is_of_a_run(folder / "config.json"):
         raise ValueError(f"--out {folder}: holds other files; name a folder of the run's own.")
+
+
+def _is_of_a_run(config: Path) -> bool:
+    """Whether a file is a run's configuration; other trainers call theirs so, too."""
+    try:
+        RunConfig.model_validate_json(config.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return False
+    return True
 
 
 def refuse_among_classes(folder: Path, data_set: DataSet) -> None:

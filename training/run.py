@@ -224,10 +224,10 @@ def resumed(args: argparse.Namespace) -> tuple[RunConfig, DataSet]:
     except ValidationError as error:
         raise CheckpointError(f"{path} is not of this version of the project: {error.errors()[0]['msg']}.") from error
     if not (args.resume / "last.safetensors").exists():
-        if (args.resume / "report.json").exists():
+        if (ended := (args.resume / "report.json").exists()) or (args.resume / "best.safetensors").exists():
             raise CheckpointError(
-                f"--resume {args.resume}: this run has ended, and its last.safetensors is gone; "
-                f"export it, or start another with --init {args.resume}."
+                f"--resume {args.resume}: this run has {'ended' if ended else 'stopped'}, and its last.safetensors is "
+                f"gone; export it, or start another with --init {args.resume}."
             )
         raise CheckpointError(
             f"--resume {args.resume}: this run ended before its first checkpoint; "

@@ -149,6 +149,41 @@ def test_a_graph_that_flips_has_the_same_products_for_any_batch(graph: tuple[Mod
         np.testing.assert_allclose(mirrored, found, rtol=1e-4, atol=1e-5)
 
 
+class Branch(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        means = images.float().mean(dim=(1, 2))
+        return means * 2 if means.sum() > 0 else means
+
+
+class Halves(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        straight, mirrored = torch.cat([images, images.flip(2)]).float().mean(dim=(1, 2)).chunk(2)
+        return straight + mirrored
+
+
+class Operator(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.svdvals(images.float().mean(dim=3))
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (Branch(), "Data-dependent branching"),
+        (Halves(), "Constraints violated"),
+        (Operator(), "No ONNX function found for .*svd"),
+    ],
+    ids=["branch", "halves", "operator"],
+)
+def test_what_torch_can_not_translate_is_told_in_a_sentence(
+    module: nn.Module, reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And not in the hundreds of lines that torch has for its own developers."""
+    with pytest.raises(ExportError, match=rf"^torch can't translate this model to ONNX \(.*{reason}[^\n]*$"):
+        to_onnx(module, (SIZE, SIZE))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_batch_of_one_size_is_refused(graph: tuple[ModelConfig, onnx.ModelProto]) -> None:
     fixed = onnx.ModelProto()
     fixed.CopyFrom(graph[1])

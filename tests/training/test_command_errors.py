@@ -123,6 +123,11 @@ def emptied(run: Path) -> None:
 
 
 def without_checkpoint(run: Path) -> None:
+    for name in ("last.safetensors", "best.safetensors", "report.json"):
+        (run / name).unlink()
+
+
+def stopped_and_without_checkpoint(run: Path) -> None:
     (run / "last.safetensors").unlink()
     (run / "report.json").unlink()
 
@@ -170,6 +175,7 @@ UNRESUMABLE: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "no run": (emptied, [], "is no run; it has no config.json"),
     "no checkpoint yet": (without_checkpoint, [], "ended before its first checkpoint; start it again with --out"),
     "checkpoint gone": (ended_and_without_checkpoint, [], "has ended, and its last.safetensors is gone; export it"),
+    "best alone left": (stopped_and_without_checkpoint, [], "has stopped, and its last.safetensors is gone; export it"),
     "best in its place": (with_best_in_its_place, [], "holds weights alone (as best does); to begin with them, use"),
     "broken configuration": (with_broken_config, [], "config.json is not of this version of the project"),
     "broken checkpoint": (with_truncated_checkpoint, [], "last.safetensors: damaged or not a safetensors file"),
