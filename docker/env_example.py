@@ -34,7 +34,8 @@ HEAD = """\
 #STOP_GRACE_PERIOD=45s
 
 # Where the ports listen: 127.0.0.1 is this host alone, 0.0.0.0 everywhere, past most firewalls' rules. Before you open
-# the service, set PERCEIVER_API_KEYS and put a TLS proxy in front of it.
+# the service, set PERCEIVER_API_KEYS and put a TLS proxy in front of it. MONITORING_ADDRESS opens Grafana, and with it
+# Prometheus, which asks nobody for a password.
 #SERVICE_ADDRESS=127.0.0.1
 #SERVICE_PORT=8000
 #MONITORING_ADDRESS=127.0.0.1
