@@ -9,7 +9,8 @@ RUNTIME ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu
 # Everything after `make train ARGS=`, `make export ARGS=` and so on goes to the program.
 ARGS    ?=
 
-NEW_ENOUGH = @$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "$(PYTHON) is Python " + sys.version.split()[0] + ", and this needs 3.11 or newer: name one, as in make $(MAKECMDGOALS) PYTHON=python3.12")'
+# The pinned onnxruntime has wheels for these versions of Python alone: pyproject.toml's requires-python.
+FITTING = @$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 15) else "$(PYTHON) is Python " + sys.version.split()[0] + ", and this needs 3.11 to 3.14: name one, as in make $(MAKECMDGOALS) PYTHON=python3.12")'
 
 DEV   := .venv
 SERVE := .venv-serve-$(RUNTIME)
@@ -52,13 +53,15 @@ clean: ## Remove the environments and caches (no data, no runs)
 
 # The tests run on onnxruntime-gpu, as production does; without its CUDA libraries it serves on the CPU.
 $(DEV)/.installed: pyproject.toml constraints.txt
-	$(NEW_ENOUGH)
+	$(FITTING)
 	$(PYTHON) -m venv --clear $(DEV)
 	$(DEV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
 	touch $@
 
+# Another runtime is refused: pip only warns of an extra that there is not, and installs no onnxruntime.
 $(SERVE)/.installed: pyproject.toml constraints.txt constraints-cuda.txt
-	$(NEW_ENOUGH)
+	$(if $(filter cpu gpu,$(RUNTIME)),,$(error RUNTIME is cpu or gpu, not "$(RUNTIME)"))
+	$(FITTING)
 	$(PYTHON) -m venv --clear $(SERVE)
 	$(SERVE)/bin/python -m pip install --quiet --constraint constraints.txt --constraint constraints-cuda.txt --editable '.[$(RUNTIME)]'
 	touch $@

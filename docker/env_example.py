@@ -13,7 +13,8 @@ TARGET = Path(__file__).parent.parent / ".env.example"
 
 HEAD = """\
 # Every variable that docker-compose.yml reads. Copy it to .env, which git ignores, and change what you need: all have a
-# default, the one written here. Written by `python docker/env_example.py`.
+# default, the one written here. Single quotes around a value with $ or #: else Compose takes $word for a variable, and
+# the rest goes. Written by `python docker/env_example.py`.
 
 # Which compose files, and which profiles, `docker compose` takes when it is not told: gpu adds NVIDIA's exporter.
 #COMPOSE_FILE=docker-compose.yml
@@ -34,7 +35,8 @@ HEAD = """\
 #STOP_GRACE_PERIOD=45s
 
 # Where the ports listen: 127.0.0.1 is this host alone, 0.0.0.0 everywhere, past most firewalls' rules. Before you open
-# the service, set PERCEIVER_API_KEYS and put a TLS proxy in front of it.
+# the service, set PERCEIVER_API_KEYS and put a TLS proxy in front of it. MONITORING_ADDRESS opens Grafana, and with it
+# Prometheus, which asks nobody for a password. An IPv6 address stands in brackets.
 #SERVICE_ADDRESS=127.0.0.1
 #SERVICE_PORT=8000
 #MONITORING_ADDRESS=127.0.0.1

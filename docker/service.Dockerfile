@@ -33,7 +33,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && python -m pip --python /opt/venv/bin/python check
 COPY service /app/service
 COPY docker/healthcheck.py /app/
-RUN python -m compileall -q /app
+# Whatever the umask was under which the repository was cloned, the user who runs this reads it.
+RUN python -m compileall -q /app && chmod -R a+rX /app
 
 
 FROM ${PYTHON_IMAGE}

@@ -29,8 +29,9 @@ COPY service /app/service
 COPY export /app/export
 COPY training /app/training
 COPY docker/train_and_export.py /app/
-# Mount points, for whatever user runs this: a new volume takes over their mode.
-RUN mkdir -m 1777 /app/data /app/runs
+# Read by the user who runs this, whatever the umask was under which the repository was cloned. And mount points, for
+# whatever user: a new volume takes over their mode.
+RUN chmod -R a+rX /app && mkdir -m 1777 /app/data /app/runs
 # The root file system is read-only where this runs; USER, because torch asks for a name that this user id has not;
 # CUDA_DEVICE_ORDER: GPUs are counted as in the service's image, so that a number there is the same one here.
 ENV PATH=/opt/venv/bin:$PATH \

@@ -9,6 +9,7 @@ if [ -z "${GF_SECURITY_ADMIN_PASSWORD:-}" ]; then
     fi
     GF_SECURITY_ADMIN_PASSWORD=$(cat "$file")
     export GF_SECURITY_ADMIN_PASSWORD
-    echo "Grafana's admin password is in $file, in this container."
+    # Not for sure: a volume that began with a password which was set keeps that one.
+    echo "Grafana's admin password is in $file, in this container, unless one was set at the first start or since."
 fi
 exec "${GRAFANA_RUN:-/run.sh}" "$@"

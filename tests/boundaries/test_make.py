@@ -1,8 +1,12 @@
-"""What `make serve` listens on, as make itself tells it without running anything."""
+"""What `make serve` does and refuses, as make itself tells it without running anything."""
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,18 +16,15 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 
 
-def host_of(*arguments: str, **environment: str) -> str:
-    """The value of --host that `make serve` would start the service with."""
-    done = subprocess.run(
-        ["make", "-n", "serve", "RUNTIME=cpu", *arguments],
+def make_serve(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """What `make serve` would run."""
+    return subprocess.run(
+        ["make", "-n", "-W", "pyproject.toml", "serve", *arguments],
         cwd=ROOT,
         env={"PATH": os.environ["PATH"]} | environment,
         capture_output=True,
         encoding="utf-8",
-        check=True,
     )
-    words = done.stdout.split()
-    return words[words.index("--host") + 1]
 
 
 @pytest.mark.parametrize(
@@ -38,4 +39,30 @@ def host_of(*arguments: str, **environment: str) -> str:
 def test_make_serve_listens_where_it_is_told_to(
     arguments: tuple[str, ...], environment: dict[str, str], host: str
 ) -> None:
-    assert host_of(*arguments, **environment) == host
+    words = make_serve("RUNTIME=cpu", *arguments, **environment).stdout.split()
+    assert words[words.index("--host") + 1] == host
+
+
+@pytest.mark.parametrize("runtime", ["cuda", ""])
+def test_a_runtime_that_there_is_not_is_refused_before_anything_is_installed(runtime: str) -> None:
+    """pip would only warn, and the service would end with a traceback for want of onnxruntime."""
+    done = make_serve(RUNTIME=runtime)
+    assert done.returncode == 2
+    assert f'RUNTIME is cpu or gpu, not "{runtime}"' in done.stderr
+    assert "pip" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [((3, 10, 9), False), ((3, 11), True), ((3, 14, 9), True), ((3, 15), False)]
+)
+def test_a_python_without_wheels_is_told_so(version: tuple[int, ...], fits: bool) -> None:
+    code = next(
+        shlex.split(line)[2] for line in make_serve("RUNTIME=cpu").stdout.splitlines() if "version_info" in line
+    )
+    patched = f"import sys; sys.version_info = {version}; exec({code!r})"
+    done = subprocess.run([sys.executable, "-c", patched], capture_output=True, text=True)
+    assert (done.returncode == 0) is fits, done.stderr
+    assert fits or "this needs 3.11 to 3.14" in done.stderr
+    first, last = re.findall(r"\(3, (\d+)\)", code)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == f">=3.{first},<3.{last}"

@@ -87,6 +87,14 @@ def test_last_stage_does_not_run_as_root_and_is_told_to_stop(path: Path):
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_the_programs_can_be_read_whatever_the_umask_of_the_clone(path: Path):
+    """COPY keeps the files' mode: 0600 of a clone under umask 077, and root's."""
+    before, _, after = path.read_text().partition("chmod -R a+rX /app")
+    assert "COPY docker/" in before, "after the last of them"
+    assert not re.search(r"^COPY (?!--from)", after, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 def test_gpus_are_counted_as_docker_counts_them(path: Path):
     """A number in PERCEIVER_DEVICE_IDS, in CUDA_VISIBLE_DEVICES of a training and in the metrics is the same GPU."""
     assert re.findall(r"\bCUDA_DEVICE_ORDER=(\w+)", last_stage(path)) == ["PCI_BUS_ID"]
@@ -121,5 +129,5 @@ def test_requirements_are_those_of_the_project():
 def test_service_serves_what_it_is_tested_with():
     """The interpreter's minor version is the one that `requires-python` starts with, which CI runs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    minor = project["requires-python"].removeprefix(">=")
+    minor = project["requires-python"].removeprefix(">=").partition(",")[0]
     assert all(f"python:{minor}." in path.read_text() for path in DOCKERFILES)
