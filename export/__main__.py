@@ -60,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--random)",
     )
     parser.add_argument(
-        "--untimed", action="store_true", help="write a variant although its speed can't be measured here; it says so"
+        "--untimed",
+        action="store_true",
+        help="try variants whose speed can't be measured here as well, and write them if they pass; they say so",
     )
     parser.add_argument(
         "--other-classes", action="store_true", help="write beside versions that have other classes than this model"
@@ -93,7 +95,7 @@ def run_verify(args: argparse.Namespace) -> None:
 
 
 def chosen_variants(args: argparse.Namespace) -> tuple[VariantPrecision, ...]:
-    """Those that were asked for; else those that can be timed here, and a note on the others.
+    """Those that were asked for; else those that can be timed here, or need not be, and a note on the others.
 
     None of what is for comparisons only.
     """
@@ -103,7 +105,7 @@ def chosen_variants(args: argparse.Namespace) -> tuple[VariantPrecision, ...]:
         return ()
     timed = []
     for precision, provider in PROVIDER_OF.items():
-        if provider_for(precision)[1] is None:
+        if args.untimed or provider_for(precision)[1] is None:
             timed.append(precision)
         else:
             name = MODEL_FILES[precision]

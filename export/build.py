@@ -136,11 +136,18 @@ def make_metadata(source: Source, name: str) -> ModelMetadata:
 
 
 def make_golden(model: nn.Module, source: Source, data: DataSet | None, count: int) -> Golden:
-    """Real pictures, or noise for random weights."""
-    if data is None:
-        size = source.run.model.input_size
-        return noise_golden(model, (size, size), count)
-    return real_golden(model, data.val, count)
+    """Real pictures, or noise for random weights.
+
+    Raises:
+        ExportError: a logit is no number.
+    """
+    size = source.run.model.input_size
+    try:
+        return noise_golden(model, (size, size), count) if data is None else real_golden(model, data.val, count)
+    except ArtifactError as error:
+        raise ExportError(
+            f"{source.checkpoint}: gives logits that are no numbers ({error}); export another checkpoint of the run."
+        ) from error
 
 
 def make_variants(
@@ -283,13 +290,15 @@ def fill(folder: Path, source: Source, exported: Exported) -> None:
     """Write the files of a version.
 
     Raises:
-        ExportError: the checkpoint is no longer the one that was exported.
+        ExportError: the checkpoint is no longer there, or no longer the one that was exported.
     """
     (folder / MODEL_FILE).write_bytes(exported.model)
     for variant in exported.variants:
         (folder / MODEL_FILES[variant.precision]).write_bytes(variant.model)
     save_golden(folder / GOLDEN_FILE, exported.golden)
     if source.checkpoint is not None:
+        if not source.checkpoint.is_file():
+            raise ExportError(f"{source.checkpoint}: has gone since the export began; nothing was written.")
         shutil.copyfile(source.checkpoint, folder / CHECKPOINT_FILE)
         if digest(folder / CHECKPOINT_FILE) != source.checkpoint_sha256:
             raise ExportError(f"{source.checkpoint}: has changed since the export began, as by a run; export again.")

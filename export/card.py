@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from export.failures import failures
 from export.making import making
-from export.markdown import bullet, paragraph, picture, table
+from export.markdown import bullet, code, literal, paragraph, picture, table
 from export.precision import describe
 from export.source import Source
 from export.variants import Variant
@@ -18,11 +18,11 @@ SPLIT_NAMES = {"val": "validation"}
 
 def title(source: Source, metadata: ModelMetadata, operations: int) -> str:
     """Return the name, and what the model is in one sentence."""
-    task = f"tells {len(metadata.labels)} classes of {metadata.dataset} apart"
+    task = f"tells {len(metadata.labels)} classes of {literal(metadata.dataset)} apart"
     if source.checkpoint is None:
         task = "has random weights: for measurements of speed, not for answers"
     return (
-        f"# {metadata.name}\n\n"
+        f"# {literal(metadata.name)}\n\n"
         f"A Perceiver (Jaegle et al. 2021) that {task}.\n"
         f"Preset `{metadata.preset}`, {metadata.parameters:,} parameters, {operations / 1e9:.3g} GFLOP a picture."
     )
@@ -61,7 +61,7 @@ def data(source: Source, metadata: ModelMetadata, *, flattered: bool, copies: Ma
     """Say what it was trained, chosen and tested on; nothing for random weights."""
     if source.checkpoint is None:
         return ""
-    words = f"The pictures of `{metadata.dataset}`"
+    words = f"The pictures of {code(metadata.dataset)}"
     if metadata.dataset == CIFAR100:
         words = (
             "CIFAR-100 (Krizhevsky 2009), fine labels: photographs of 32 x 32 pixels found on the web, of 100 classes "
@@ -90,7 +90,7 @@ def nothing_else(source: Source, *, flattered: bool) -> str:
     """
     mine = (source.run.dataset, source.run.labels)
     runs = [*(origin.run for origin in source.run.ancestry()), source.run]
-    others = dict.fromkeys(f"`{run.dataset}`" for run in runs if (run.dataset, run.labels) != mine)
+    others = dict.fromkeys(code(run.dataset) for run in runs if (run.dataset, run.labels) != mine)
     words = "Nothing else was used: no other pictures, and no weights that others have trained."
     if others:
         began = "It began with weights" if all(run.teacher is None for run in runs) else "It goes back to models"
@@ -131,8 +131,8 @@ def limits(source: Source, metadata: ModelMetadata) -> str:
     if source.report is None:  # nor was a temperature fitted
         sure = "the probabilities are not calibrated on any pictures, since the run has no report."
     lines = [
-        f"It knows the {len(metadata.labels)} classes of {metadata.dataset} and nothing else. A picture of anything "
-        f"else gets one of these labels too, and may get it with confidence: {sure}",
+        f"It knows the {len(metadata.labels)} classes of {literal(metadata.dataset)} and nothing else. A picture of "
+        f"anything else gets one of these labels too, and may get it with confidence: {sure}",
         f"It sees {width} x {height} pixels. What can't be told apart at that size, it can't tell apart.",
         "It names one class for the whole picture. It doesn't find where the object is, and doesn't count.",
         "It shows how a Perceiver is trained and served. Nobody has examined it for fairness or safety: let it decide "

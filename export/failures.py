@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from export.markdown import paragraph, picture, table
+from export.markdown import literal, paragraph, picture, table
 from export.source import Source
 from training.evaluate import Confidence, SuperclassMetrics
 from training.figures import PICTURES
@@ -45,10 +45,11 @@ def confusions(source: Source) -> str:
     pairs = source.report.most_confused[:3] if source.report else ()
     if not pairs:
         return ""
-    named = [
-        f"{pair.true} is taken for {pair.predicted} ({pair.share:.0%} of the {pair.true} pictures)" for pair in pairs
+    named = [(literal(pair.true), literal(pair.predicted), pair.share) for pair in pairs]
+    words = [
+        f"{true} is taken for {predicted} ({share:.0%} of the {true} pictures)" for true, predicted, share in named
     ]
-    return paragraph(f"Confused most: {'; '.join(named)}.")
+    return paragraph(f"Confused most: {'; '.join(words)}.")
 
 
 def strangers(confidence: Sequence[Confidence]) -> str:

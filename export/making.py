@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from export.markdown import bullet, duration, paragraph, table
+from export.markdown import bullet, code, duration, paragraph, table
 from export.source import Source
 from service.artifact import ModelMetadata
 from training.checkpoint import Origin, RunConfig
@@ -98,7 +98,7 @@ def origin(source: Source) -> str:
 def identity(origin: Origin) -> str:
     """Return the words that tell one checkpoint from all others."""
     return (
-        f"preset `{origin.run.preset}` on `{origin.run.dataset}`, commit `{origin.git_commit or 'unknown'}`, "
+        f"preset `{origin.run.preset}` on {code(origin.run.dataset)}, commit `{origin.git_commit or 'unknown'}`, "
         f"checkpoint's SHA-256 `{origin.checkpoint_sha256}`"
     )
 

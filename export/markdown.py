@@ -1,9 +1,25 @@
 """Pieces of Markdown that the model card is made of."""
 
+import re
 import textwrap
 from collections.abc import Sequence
 
 WIDTH = 116
+# What Markdown, or HTML in it, may take for more than text; an underscore within a word it does not.
+MARKUP = re.compile(r"[\\`*<>\[\]|~$#&]|(?<!\w)_|_(?!\w)")
+
+
+def literal(name: str) -> str:
+    """Return a name that somebody else gave as text that shows it as it is; most names are this already."""
+    return MARKUP.sub(r"\\\g<0>", " ".join(name.split()))
+
+
+def code(name: str) -> str:
+    """Return a name that somebody else gave as code."""
+    name = " ".join(name.split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", name)), default=0))
+    space = " " if "`" in name else ""
+    return f"{fence}{space}{name}{space}{fence}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -97,6 +97,8 @@ class ModelConfig(BaseModel):
                 f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}: "
                 "patches must tile the picture"
             )
+        if round(self.ffn_ratio * self.dim) < 1:
+            raise ValueError(f"ffn_ratio {self.ffn_ratio} of dim {self.dim} is no hidden channel: it needs one")
         if not self.cross_output and self.cross_heads * self.cross_head_dim != self.dim:
             raise ValueError(
                 f"without cross_output the heads' channels are the latents': cross_heads * cross_head_dim "

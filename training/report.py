@@ -30,7 +30,7 @@ from training.figures import Report
 from training.lines import MACHINE, read_lines
 from training.model import count_parameters
 from training.out_of_distribution import ALTERED, COUNT, out_of_distribution
-from training.plots import save_answers, save_confusion, save_curves, save_reliability
+from training.plots import save_answers, save_confusion, save_curves, save_reliability, shortened
 
 SPLITS = {"test": "test pictures", "val": "validation pictures"}
 DRAWN = 6  # pictures of each kind
@@ -155,7 +155,7 @@ def draw_strangers(
         logits = answer(Split(torch.from_numpy(images), targets))
         result.append(measure_confidence(logits, targets if kind in ALTERED else None, kind))
         sure, first = logits.softmax(-1).max(-1)
-        words = [f"{labels[i]} {p:.0%}" for i, p in zip(first.tolist(), sure.tolist(), strict=True)]
+        words = [f"{shortened(labels[i], 20)} {p:.0%}" for i, p in zip(first.tolist(), sure.tolist(), strict=True)]
         rows[kind] = list(zip(images, words, strict=True))[:DRAWN]
     save_answers(rows, folder / "out_of_distribution.png")
     return result

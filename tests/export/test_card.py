@@ -5,12 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from export.build import make_metadata
-from export.card import data, figures, limits, nothing_else
+from export.card import data, figures, limits, nothing_else, title
+from export.failures import confusions
 from export.making import first_epochs, origin, training_commands
+from export.markdown import code, literal
 from export.source import Source, load_source
 from tests.export.conftest import LABELS
 from training.checkpoint import Origin
 from training.config import PRESETS
+from training.evaluate import ConfusedPair
 
 
 def told(run: Path, content: str) -> Source:
@@ -173,3 +176,23 @@ def test_a_data_sets_name_with_a_space_is_quoted(run: Path) -> None:
     assert "Of 3 classes the right one is always among the first five" in figures(replace(source, run=few))
     many = named.model_copy(update={"labels": (*LABELS, "x", "y")})
     assert "among the first five" not in figures(replace(source, run=many))
+
+
+def test_names_are_shown_as_they_are_whatever_markdown_or_html_would_make_of_them(run: Path) -> None:
+    source = load_source(run)
+    assert source.report is not None
+    pairs = (ConfusedPair("<unknown>", "*_x_*", 1, 0.5),)
+    report = source.report.model_copy(update={"most_confused": pairs})
+    said = confusions(replace(source, report=report))
+    assert said == r"Confused most: \<unknown\> is taken for \*\_x\_\* (50% of the \<unknown\> pictures)."
+    metadata = make_metadata(source, "C# <b>").model_copy(update={"dataset": "<!-- mine"})
+    told = title(source, metadata, 1)
+    assert told.startswith("# C\\# \\<b\\>\n")
+    assert r"4 classes of \<!-- mine apart" in told
+    assert "The pictures of `<!-- mine`" in data(source, metadata, flattered=False, copies={})
+
+
+def test_most_names_need_nothing() -> None:
+    names = ("sweet_pepper", "five-things", "lamp (old)", "M. C. Escher's", "猫")
+    assert [literal(name) for name in names] == list(names)
+    assert [code(name) for name in ("a_b", "a`b``c")] == ["`a_b`", "``` a`b``c ```"]

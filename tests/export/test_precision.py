@@ -224,6 +224,17 @@ def test_what_is_not_tried_is_told(
     assert "is not tried" not in capsys.readouterr().out
 
 
+def test_who_wants_what_can_not_be_timed_need_not_name_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("service.session.why_no_cuda", lambda device_id=0: "there is none")
+    monkeypatch.setattr(precision, "times_as_fast", lambda base, variant, batches: FAST)
+    assert export(run, tmp_path / "out", "--untimed") == 0
+    told = capsys.readouterr().out
+    assert "is not tried" not in told
+    assert "model.fp16.onnx: half precision but for the pixels and the last mean" in told
+
+
 def test_a_variant_that_does_not_run_is_refused_alone(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

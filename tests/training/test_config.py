@@ -44,6 +44,7 @@ REFUSED: list[tuple[type[ModelConfig | TrainConfig], dict[str, Any], str]] = [
     (ModelConfig, {"latent_init": "grid", "cross_position_bias": True}, "not 32: try num_latents 25"),
     (ModelConfig, {"latent_dropout": 0.5, "num_latents": 1}, "leaves out none of num_latents 1"),
     (ModelConfig, {"latent_dropout": 0.01}, "latent_dropout 0.01 leaves out none of num_latents 32"),
+    (ModelConfig, {"ffn_ratio": 0.003}, "ffn_ratio 0.003 of dim 128 is no hidden channel"),
     (ModelConfig, {"sharing": "some"}, "'all', 'all_but_first_cross', 'all_but_first' or 'none'"),
     (ModelConfig, {"ffn_ratio": float("inf")}, "finite number"),
     (ModelConfig, {"wings": 2}, "Extra inputs are not permitted"),

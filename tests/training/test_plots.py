@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from training.evaluate import ConfusedPair, calibration_bins
-from training.plots import save_answers, save_confusion, save_curves, save_reliability
+from training.plots import save_answers, save_confusion, save_curves, save_reliability, shortened
 
 
 @pytest.fixture
@@ -132,3 +132,16 @@ def test_names_with_dollar_signs_are_no_formulas(tmp_path: Path) -> None:
     save_answers({"noise": [(np.zeros((8, 8, 3), np.uint8), "$a_$ 50%")]}, tmp_path / "answers.png")
     assert_picture(tmp_path / "confusion.png")
     assert_picture(tmp_path / "answers.png")
+
+
+def test_long_names_leave_room_for_what_is_drawn(tmp_path: Path, figures: list[Figure]) -> None:
+    """As those of data sets that name a species by all that it belongs to; matplotlib warns where there is none."""
+    names = [f"00000_Animalia_Annelida_Clitellata_Haplotaxida_Lumbricidae_Lumbricus_{end}" for end in ("a" * 160, "b")]
+    save_confusion([ConfusedPair(*names, 3, 0.25)], tmp_path / "confusion.png")
+    (label,) = figures[0].axes[0].get_yticklabels()
+    assert label.get_text() == "00000_Animalia_Annelida…aaaaaaaaaaaa  →  00000_Animalia_Annelida…_Lumbricus_b"
+    assert label.get_window_extent().x0 > 0
+
+
+def test_names_are_shortened_in_their_middle() -> None:
+    assert [shortened(name, 6) for name in ("abcdef", "abcdefg", " a\nb ")] == ["abcdef", "abc…fg", "a b"]
