@@ -13,6 +13,15 @@ from training import checkpoint, model
 from training.model import Perceiver, Tokens
 
 
+def assert_plain_alone_passes(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "report.json").unlink()
+    arguments = [str(copy), "--out", str(tmp_path / "out"), "--golden", "2", "--max-batch", "2", "--variants"]
+    error = fails(arguments, capsys)
+    assert "export/fold.py does not know this model (" in error
+    assert "--plain exports the form that was trained" in error
+    assert main([*arguments, "--plain"]) == 0
+
+
 def test_a_model_that_the_algebra_does_not_know(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -26,12 +35,7 @@ def test_a_model_that_the_algebra_does_not_know(
     weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.head.")}
     weights |= {f"model.head.{name}": tensor for name, tensor in changed(header.run.model).head.state_dict().items()}
     checkpoint.save(copy / "best.safetensors", weights, header)
-    (copy / "report.json").unlink()
-    arguments = [str(copy), "--out", str(tmp_path / "out"), "--golden", "2", "--max-batch", "2", "--variants"]
-    error = fails(arguments, capsys)
-    assert "export/fold.py does not know this model (" in error
-    assert "--plain exports the form that was trained" in error
-    assert main([*arguments, "--plain"]) == 0
+    assert_plain_alone_passes(copy, tmp_path, capsys)
 
 
 def test_a_model_whose_tokens_the_algebra_does_not_know(
@@ -45,9 +49,4 @@ def test_a_model_whose_tokens_the_algebra_does_not_know(
             return torch.cat([tokens, torch.zeros_like(tokens[:, :1])], dim=1)
 
     monkeypatch.setattr(model, "Tokens", WithARegister)
-    (copy / "report.json").unlink()
-    arguments = [str(copy), "--out", str(tmp_path / "out"), "--golden", "2", "--max-batch", "2", "--variants"]
-    error = fails(arguments, capsys)
-    assert "export/fold.py does not know this model (" in error
-    assert "--plain exports the form that was trained" in error
-    assert main([*arguments, "--plain"]) == 0
+    assert_plain_alone_passes(copy, tmp_path, capsys)
