@@ -29,6 +29,9 @@ from training.preprocessing import Preprocess
 
 HEADER = "perceiver"
 
+# Of a disk without room, wherever it is noticed: there may be no checkpoint yet.
+MAKE_ROOM = "make room; a run that has a checkpoint goes on with --resume"
+
 
 class CheckpointError(Exception):
     """A checkpoint that can't be used: one sentence with the path, what is wrong and what would be right."""
@@ -145,9 +148,7 @@ def save(path: Path, tensors: dict[str, Tensor], header: Header) -> None:
         save_file(held, partial, metadata={HEADER: header.model_dump_json()})
     except SafetensorError as error:  # also where the disk is full
         partial.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"{path}: can't be written ({error}); make room, and go on from the last whole checkpoint with --resume."
-        ) from error
+        raise CheckpointError(f"{path}: can't be written ({error}): {MAKE_ROOM}.") from error
     with partial.open("rb+") as file:
         os.fsync(file.fileno())  # a power cut would else leave a name without its bytes
     mask = os.umask(0)

@@ -19,7 +19,7 @@ import torch
 from pydantic import ValidationError
 
 from training import data
-from training.checkpoint import CheckpointError, RunConfig
+from training.checkpoint import MAKE_ROOM, CheckpointError, RunConfig
 from training.cli import DEFAULT_PRESET
 from training.config import Preset, TrainConfig
 from training.dataset import DataError, DataSet
@@ -82,8 +82,7 @@ def start_or_complain(args: argparse.Namespace, preset: Preset | None, world: Wo
         return complain(error, FAILED)
     except OSError as error:
         if error.errno in FULL:
-            again = "make room; a run that has a checkpoint goes on with --resume"
-            return complain(f"{error.strerror}: {again}.", USER_ERROR)
+            return complain(f"{error.strerror}: {MAKE_ROOM}.", USER_ERROR)
         if error.filename is None:
             raise
         return complain(f"{error.filename}: {error.strerror}.", USER_ERROR)
