@@ -15,6 +15,10 @@ CUDNN = "libcudnn.so.9"
 # A captured graph calls the code that cuDNN compiled for its convolution. Since 9.28 cuDNN keeps that for as long as
 # the graph lives; before, it goes with the plan, of which onnxruntime has one at a time, for the last batch size.
 KEEPS_CODE_OF_GRAPHS = (9, 28, 0)
+# Batched products find their operands by lists of addresses, which each replay copies again from where they lay in
+# host memory at the capture. Since 1.30 onnxruntime keeps that memory; before, the next batch size writes its lists
+# there, and the graphs captured earlier follow those (onnxruntime's pull request 32121).
+KEEPS_LISTS_OF_GRAPHS = (1, 30)
 
 # A model of one node: y = Cast(x), uint8 [1] to float32 [1]. A service needs no `onnx` to make it.
 PROBE = (
@@ -67,6 +71,9 @@ def cudnn_version() -> tuple[int, int, int] | None:
 
 def why_no_graphs() -> str | None:
     """Say why captured graphs could not be trusted, or None where they can; to be asked after `why_no_cuda`."""
+    if tuple(map(int, ort.__version__.split(".")[:2])) < KEEPS_LISTS_OF_GRAPHS:
+        wanted = ".".join(map(str, KEEPS_LISTS_OF_GRAPHS))
+        return f"onnxruntime must be {wanted} or newer to keep what a captured graph copies, and is {ort.__version__}"
     version = cudnn_version()
     if version is not None and version >= KEEPS_CODE_OF_GRAPHS:
         return None

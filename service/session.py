@@ -95,8 +95,8 @@ def resolve_provider(choice: ProviderChoice, device_id: int = 0) -> Provider:
         reason = "this build of onnxruntime is without TensorRT"
     if reason is not None:
         raise EngineError(
-            f"provider {choice} was asked for and can't run here: {reason}. "
-            "Install the project with the extra 'gpu' on a host with an NVIDIA driver, or ask for 'cpu' or 'auto'"
+            f"provider {choice} was asked for and can't run here: {reason.rstrip('.')}. It needs the extra 'gpu' and a "
+            f"host with an NVIDIA driver and the device {device_id}; or ask for 'cpu' or 'auto'"
         )
     return choice
 

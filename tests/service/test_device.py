@@ -101,3 +101,21 @@ def test_graphs_need_a_cudnn_that_keeps_their_code(
     assert cudnn_version() == version
     said = why_no_graphs()
     assert said is None if reason is None else said is not None and said.endswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        ("1.29.0", "onnxruntime must be 1.30 or newer to keep what a captured graph copies, and is 1.29.0"),
+        ("1.9.1", "onnxruntime must be 1.30 or newer to keep what a captured graph copies, and is 1.9.1"),
+        ("1.30.0", None),
+        ("1.32.0.dev20261101", None),
+        ("2.0.0", None),
+    ],
+)
+def test_graphs_need_an_onnxruntime_that_keeps_what_they_copy(
+    version: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_module.ctypes, "CDLL", libraries(92801))
+    monkeypatch.setattr(device_module.ort, "__version__", version)
+    assert why_no_graphs() == reason

@@ -25,6 +25,18 @@ def test_a_gpu_that_is_not_there_is_refused_with_a_reason(
         OnnxEngine(folder / "model.onnx", provider=choice)
 
 
+def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In onnxruntime's words, which end with a full stop."""
+    words = "CUDA device 7 can't be used: The provided device id doesn't match any available GPUs on the machine."
+    monkeypatch.setattr(session_module, "why_no_cuda", lambda device_id: words)
+    with pytest.raises(EngineError) as raised:
+        resolve_provider("cuda", 7)
+    assert str(raised.value) == (
+        f"provider cuda was asked for and can't run here: {words} It needs the extra 'gpu' and a host with an NVIDIA "
+        "driver and the device 7; or ask for 'cpu' or 'auto'"
+    )
+
+
 def test_auto_takes_the_cpu_where_there_is_no_gpu_and_says_so(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
