@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -109,10 +110,10 @@ def _hold_out(full: _Listing, path: Path, fraction: float, seed: int) -> tuple[_
     return full.at(training), full.at(validation)
 
 
-def _passed_over(path: Path, places: Iterable[Path], taken: set[Path]) -> list[Path]:
+def _passed_over(path: Path, places: Sequence[Path], taken: set[Path]) -> list[Path]:
     """Return the files at and below ``path`` that are not in ``taken``, sorted.
 
-    Nothing that hides behind a dot, but for the pictures of a folder that is a class if not for its dot.
+    Nothing that hides behind a dot, except the pictures of what would be a class without its dot.
 
     Args:
         path: of the data set.
@@ -121,13 +122,12 @@ def _passed_over(path: Path, places: Iterable[Path], taken: set[Path]) -> list[P
     """
     classes = [folder for place in places for folder in place.glob("*") if folder.is_dir()]
     links = [folder for folder in (*places, *classes) if folder.is_symlink()]  # which `rglob` does not enter
-    below = {file for root in (path, *links) for file in root.rglob("*")}
-    found = {file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)}
-    for folder in classes:
-        if folder.name.startswith("."):
-            found |= {file for file in folder.glob("[!.]*") if file.suffix.lower() in SUFFIXES}
+    below = (file for root in (path, *links) for file in root.rglob("*"))
+    visible = (file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts))
+    hidden = (file for folder in classes if folder.name.startswith(".") for file in folder.glob("[!.]*"))
+    found = chain(visible, (file for file in hidden if file.suffix.lower() in SUFFIXES))
     # A link that leads nowhere is no file, and no folder.
-    return sorted(file for file in found - taken if not file.is_dir())
+    return sorted({file for file in found if file not in taken and not file.is_dir()})
 
 
 def load(path: Path, *, input_size: int, validation_fraction: float, seed: int = 0) -> DataSet:
