@@ -4,6 +4,9 @@ PYTHON  ?= python3
 HOST     = $(or $(PERCEIVER_HOST),127.0.0.1)
 PORT    ?= $(or $(PERCEIVER_PORT),8000)
 MODEL   ?= $(or $(PERCEIVER_MODEL_DIR),models/perceiver-cifar100)
+# As a word of the shell, spaces and all; in quotes a ~ would stay one.
+SPACE   := $() $()
+FOLDER   = $(subst $(SPACE),\ ,$(MODEL))
 # onnxruntime for the service: gpu where an NVIDIA driver is found, cpu elsewhere. RUNTIME=cpu or RUNTIME=gpu overrides.
 RUNTIME ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 # Everything after `make train ARGS=`, `make export ARGS=` and so on goes to the program.
@@ -22,7 +25,7 @@ help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 serve: $(SERVE)/.installed ## Serve the shipped model on 127.0.0.1:8000 (PORT=, HOST=, MODEL=, RUNTIME=)
-	$(SERVE)/bin/python -m service --host $(HOST) --port $(PORT) --model-dir $(MODEL) $(ARGS)
+	$(SERVE)/bin/python -m service --host $(HOST) --port $(PORT) --model-dir $(FOLDER) $(ARGS)
 
 test: $(DEV)/.installed ## Run every test
 	$(DEV)/bin/python -m pytest $(ARGS)
@@ -46,7 +49,7 @@ export: $(DEV)/.installed ## Export a run (ARGS="runs/NAME --out models/NAME")
 	$(DEV)/bin/python -m export $(ARGS)
 
 bench: $(DEV)/.installed ## Pictures a second of the shipped model on this machine
-	$(DEV)/bin/python -m benchmarks.engine $(MODEL) $(ARGS)
+	$(DEV)/bin/python -m benchmarks.engine $(FOLDER) $(ARGS)
 
 clean: ## Remove the environments and caches (no data, no runs)
 	rm -rf .venv .venv-serve-* .rivals .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

@@ -13,6 +13,15 @@ from export.verify import TABLE_HEAD, summary
 from service.artifact import MODEL_FILES
 from training.config import PRESETS
 
+GOLDEN, MAX_BATCH = 64, 32
+
+# Flags that what is asked for takes no notice of: who gives one would believe that it had been followed.
+MEANINGLESS = {
+    "run": ("provider",),
+    "random": ("data", "provider"),
+    "verify": ("out", "name", "golden", "plain", "variants", "untimed", "other_classes", "even_if_worse"),
+}
+
 
 def positive(text: str) -> int:
     """Read a number of at least 1."""
@@ -40,9 +49,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", type=Path, help="the run's data set, also for --verify (default: where it was while training)"
     )
-    parser.add_argument("--golden", type=positive, default=64, metavar="N", help="golden pictures (default: 64)")
+    parser.add_argument("--golden", type=positive, metavar="N", help=f"golden pictures (default: {GOLDEN})")
     parser.add_argument(
-        "--max-batch", type=positive, default=32, metavar="N", help="largest batch that is verified (default: 32)"
+        "--max-batch",
+        type=positive,
+        default=MAX_BATCH,
+        metavar="N",
+        help=f"largest batch that is verified (default: {MAX_BATCH})",
     )
     parser.add_argument(
         "--plain",
@@ -69,9 +82,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--even-if-worse", action="store_true", help="write beside a version that was right more often")
     parser.add_argument(
-        "--provider", choices=("auto", "cpu", "cuda"), default="auto",
-        help="where --verify runs; auto: CUDA where there is one",
-    )  # fmt: skip
+        "--provider",
+        choices=("auto", "cpu", "cuda"),
+        help="where --verify runs (default: auto, CUDA where there is one); an export's gate runs on the CPU",
+    )
     return parser
 
 
@@ -81,7 +95,7 @@ def run_verify(args: argparse.Namespace) -> None:
     Raises:
         ExportError: a gate refuses, or the folder can't be verified.
     """
-    results = verify(args.verify, args.provider, args.max_batch, args.data)
+    results = verify(args.verify, args.provider or "auto", args.max_batch, args.data)
     for result in results:
         print(f"{result.path} on {result.provider}")
         if result.comparisons:
@@ -126,7 +140,7 @@ def run_export(args: argparse.Namespace) -> None:
         out=args.out,
         name=args.name,
         data=args.data,
-        golden=args.golden,
+        golden=args.golden or GOLDEN,
         max_batch=args.max_batch,
         plain=args.plain,
         variants=chosen_variants(args),
@@ -142,8 +156,14 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 the gate refused, 2 nothing could be exported."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if sum(value is not None for value in (args.run, args.random, args.verify)) != 1:
+    asked = [what for what in MEANINGLESS if getattr(args, what) is not None]
+    if len(asked) != 1:
         parser.error("name one of RUN, --random PRESET and --verify FOLDER")
+    given = [name for name in MEANINGLESS[asked[0]] if getattr(args, name) not in (None, False)]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        what = "RUN" if asked == ["run"] else f"--{asked[0]}"
+        parser.error(f"{flags} would change nothing with {what}; leave out what is not meant")
     if args.verify is None and args.out is None:
         parser.error("--out is needed: the model folder, say models/perceiver-cifar100")
     try:

@@ -31,9 +31,16 @@ USED_ONLY: dict[str, tuple[Callable[[Preset], bool], str]] = {
         (lambda preset: preset.train.schedule == "plateau", "without --schedule plateau"),
     ),
     "mix_probability": (lambda preset: preset.train.mixup + preset.train.cutmix > 0, "without --mixup or --cutmix"),
+    **dict.fromkeys(("mixup", "cutmix"), (lambda preset: preset.train.mix_probability > 0, "with --mix-probability 0")),
+    "decay_all": (lambda preset: preset.train.weight_decay > 0, "with --weight-decay 0"),
+    "label_smoothing": (lambda preset: preset.train.distillation < 1, "with --distillation 1"),
     "distillation_temperature": (lambda preset: preset.train.distillation > 0, "without --distillation"),
     "fourier_bands": (lambda preset: preset.model.position != "learned", "with --position learned"),
-    "drop_path": (lambda preset: preset.model.num_blocks > 0, "with --num-blocks 0"),
+    "sharing": (lambda preset: preset.model.num_iterations > 1, "with --num-iterations 1"),
+    **dict.fromkeys(
+        ("self_heads", "self_head_dim", "attention_fans", "drop_path"),
+        (lambda preset: preset.model.num_blocks > 0, "with --num-blocks 0"),
+    ),
 }
 
 USAGE = """python -m training [--preset NAME] [--data DIR] [--out RUN] [flags]
@@ -194,6 +201,8 @@ def choose_preset(args: argparse.Namespace) -> Preset | None:
         )
     if args.teacher is not None and not chosen.train.distillation:
         raise ValueError(f"--teacher {args.teacher} teaches nothing without --distillation: give both, or neither.")
+    if args.init is not None and "latent_std" in changes:
+        raise ValueError(f"--latent-std {changes['latent_std']} changes nothing with --init, which has latents.")
     for name, (is_used, lacking) in USED_ONLY.items():
         if name in changes and not is_used(chosen):
             raise ValueError(f"{flag_with(name, changes[name])} changes nothing {lacking}.")

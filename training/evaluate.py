@@ -182,14 +182,14 @@ def most_confused(
 
     targets, predictions: int64 [N], indices into ``labels``. Of pairs with equal shares the earlier classes come first.
     """
-    matrix = np.zeros((len(labels), len(labels)), np.int64)
-    np.add.at(matrix, (np.asarray(targets), np.asarray(predictions)), 1)
-    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    np.fill_diagonal(share, 0)
-    order = np.argsort(-share, axis=None, kind="stable")[:limit]
-    pairs = zip(*np.unravel_index(order, share.shape), strict=True)
+    # Of the pairs that there are: a matrix of all would have gigabytes of 10,000 classes.
+    pairs = np.stack([np.asarray(targets), np.asarray(predictions)], axis=1)
+    pictures = np.bincount(pairs[:, 0], minlength=len(labels))
+    wrong, counts = np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0, return_counts=True)
+    shares = counts / pictures[wrong[:, 0]]
     return [
-        ConfusedPair(labels[i], labels[j], int(matrix[i, j]), float(share[i, j])) for i, j in pairs if share[i, j] > 0
+        ConfusedPair(labels[wrong[i, 0]], labels[wrong[i, 1]], int(counts[i]), float(shares[i]))
+        for i in np.argsort(-shares, kind="stable")[:limit]
     ]
 
 

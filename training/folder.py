@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -56,9 +57,13 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Make the folder where it is missing, and hold its lock, which ends with the process at the latest.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds it, or it can't be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):  # before TensorBoard's thread finds out, with a traceback
+        raise ValueError(
+            f"{folder}: can't be written to; go on with a copy of the run elsewhere, or name another --out."
+        )
     with ExitStack() as held:  # entered apart, so that the body's own errors are not taken for the lock's
         try:
             held.enter_context(locked(folder, wait=False))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -108,11 +110,24 @@ def _hold_out(full: _Listing, path: Path, fraction: float, seed: int) -> tuple[_
     return full.at(training), full.at(validation)
 
 
-def _passed_over(path: Path, taken: set[Path]) -> list[Path]:
-    """Return the visible files at and below ``path`` that are not in ``taken``, sorted."""
+def _passed_over(path: Path, places: Sequence[Path], taken: set[Path]) -> list[Path]:
+    """Return the files at and below ``path`` that are not in ``taken``, sorted.
+
+    Nothing that hides behind a dot, except the pictures of what would be a class without its dot.
+
+    Args:
+        path: of the data set.
+        places: folders of which each folder is a class.
+        taken: the pictures of the data set.
+    """
+    classes = [folder for place in places for folder in place.glob("*") if folder.is_dir()]
+    links = [folder for folder in (*places, *classes) if folder.is_symlink()]  # which `rglob` does not enter
+    below = (file for root in (path, *links) for file in root.rglob("*"))
+    visible = (file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts))
+    hidden = (file for folder in classes if folder.name.startswith(".") for file in folder.glob("[!.]*"))
+    found = chain(visible, (file for file in hidden if file.suffix.lower() in SUFFIXES))
     # A link that leads nowhere is no file, and no folder.
-    files = (file for file in path.rglob("*") if not file.is_dir() and file not in taken)
-    return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts))
+    return sorted({file for file in found if file not in taken and not file.is_dir()})
 
 
 def load(path: Path, *, input_size: int, validation_fraction: float, seed: int = 0) -> DataSet:
@@ -135,7 +150,8 @@ def load(path: Path, *, input_size: int, validation_fraction: float, seed: int =
         _list_split(path / name, labels) if has_splits and (path / name).is_dir() else None for name in ("val", "test")
     )
     listings = [listing for listing in (train, val, test) if listing is not None]
-    passed_over = _passed_over(path, {file for listing in listings for file in listing.paths})
+    places = tuple(path / name for name in SPLITS) if has_splits else (path,)
+    passed_over = _passed_over(path, places, {file for listing in listings for file in listing.paths})
     if val is None:
         train, val = _hold_out(train, train_path, validation_fraction, seed)
     name = path.resolve().name
@@ -145,7 +161,7 @@ def load(path: Path, *, input_size: int, validation_fraction: float, seed: int =
         train=train.read(input_size, "training pictures"),
         val=val.read(input_size, "validation pictures"),
         test=test.read(input_size, "test pictures") if test is not None else None,
-        class_folders=tuple(path / name for name in SPLITS) if has_splits else (path,),
+        class_folders=places,
         own_val=has_splits and (path / "val").is_dir(),
         passed_over=tuple(passed_over),
     )

@@ -35,7 +35,8 @@ def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterat
         count = len(data_set.passed_over)
         yield (
             f"{count} {'files are' if count > 1 else 'file is'} passed over ({shown}), the first is {first}: "
-            f"pictures lie in their class's own folder and end with {' '.join(sorted(SUFFIXES))}."
+            "pictures lie in their class's own folder, whose name begins with no dot, and end with "
+            f"{' '.join(sorted(SUFFIXES))}."
         )
     splits = [label for label in data_set.labels if label.lower() in (*SPLITS, *OTHER_NAMES)]
     if splits and len(data_set.class_folders) == 1:  # where train/ is told from val/ and test/ there is no doubt
@@ -53,11 +54,20 @@ def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterat
             )
         if theirs.num_latents != run.model.num_latents:
             yield f"{run.model.num_latents} latents are interpolated from a grid of {theirs.num_latents}."
-    seen = set(data_set.val.labels.tolist())
-    unseen = [label for index, label in enumerate(run.labels) if index not in seen]
-    if unseen:
-        shown = ", ".join(unseen[:5]) + (f" and {len(unseen) - 5} more" if len(unseen) > 5 else "")
-        yield f"no validation picture of {shown}: no figure tells how well that is known; a class needs two pictures."
+    yield from notes_on_unseen(data_set)
+
+
+def notes_on_unseen(data_set: DataSet) -> Iterator[str]:
+    """Tell the classes that no picture validates, or tests."""
+    few = "put some into val/" if data_set.own_val else "a class needs two pictures"
+    for name, split, wanted in (("validation", data_set.val, few), ("test", data_set.test, "put some into test/")):
+        if split is None:
+            continue
+        seen = set(split.labels.tolist())
+        unseen = [printable(label) for index, label in enumerate(data_set.labels) if index not in seen]
+        if unseen:
+            shown = ", ".join(unseen[:5]) + (f" and {len(unseen) - 5} more" if len(unseen) > 5 else "")
+            yield f"no {name} picture of {shown}: no figure tells how well that is known; {wanted}."
 
 
 def notes_on_validation(run: RunConfig, data_set: DataSet) -> Iterator[str]:

@@ -85,7 +85,7 @@ def start_or_complain(args: argparse.Namespace, preset: Preset | None, world: Wo
             return complain(f"{error.strerror}: {MAKE_ROOM}.", USER_ERROR)
         if error.filename is None:
             raise
-        return complain(f"{error.filename}: {error.strerror}.", USER_ERROR)
+        return complain(f"{os.fsdecode(error.filename)}: {error.strerror}.", USER_ERROR)  # TensorBoard's are bytes
 
 
 def complain(problem: object, status: int) -> int:

@@ -94,7 +94,9 @@ def load_origin(path: Path, origin: Origin) -> tuple[dict[str, Tensor], Header]:
 
 def check_fits(path: Path, theirs: ModelConfig, mine: ModelConfig) -> None:
     """Raise CheckpointError, with the flags that would put it right, unless one model can take the other's weights."""
-    differing = [name for name in ModelConfig.model_fields if name not in MAY_DIFFER]
+    free = MAY_DIFFER | ({"sharing"} if theirs.num_iterations == 1 else set())  # of which one iteration has none
+    free |= {"self_heads", "self_head_dim"} if theirs.num_blocks == 0 else set()  # then all blocks are fresh
+    differing = [name for name in ModelConfig.model_fields if name not in free]
     differing = [name for name in differing if getattr(theirs, name) != getattr(mine, name)]
     if mine.num_blocks < theirs.num_blocks:
         differing.append("num_blocks")

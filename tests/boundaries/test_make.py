@@ -43,6 +43,15 @@ def test_make_serve_listens_where_it_is_told_to(
     assert words[words.index("--host") + 1] == host
 
 
+@pytest.mark.parametrize("folder", ["models/five-things", "models/five things", "~/models"])
+def test_make_serve_takes_a_folder_whatever_its_name(folder: str) -> None:
+    done = make_serve("RUNTIME=cpu", f"MODEL={folder}").stdout.splitlines()
+    command = next(line for line in done if "--model-dir" in line)
+    words = shlex.split(command)
+    assert words[words.index("--model-dir") + 1] == folder
+    assert not {"'", '"'} & set(command)  # in which the shell would leave a ~ alone
+
+
 @pytest.mark.parametrize("runtime", ["cuda", ""])
 def test_a_runtime_that_there_is_not_is_refused_before_anything_is_installed(runtime: str) -> None:
     """pip would only warn, and the service would end with a traceback for want of onnxruntime."""

@@ -246,6 +246,22 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     assert "usage:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--out", "x", "--provider", "cuda"], "--provider would change nothing with RUN; leave"),
+        (["--random", "compact", "--out", "x", "--data", "y"], "--data would change nothing with --random; leave"),
+        (["--verify", "x", "--variants", "--even-if-worse"], "--variants, --even-if-worse would change nothing with"),
+        (["--verify", "x", "--golden", "64"], "--golden would change nothing with --verify; leave out"),
+    ],
+)
+def test_flags_that_would_change_nothing(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_checkpoint_that_a_run_replaces_meanwhile(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,6 +83,30 @@ BAD_FLAGS = {
         ["--cutmix", "0", "--mix-probability", "0.9"],
         "changes nothing without --mixup or --cutmix.",
     ),
+    "a mix of no batch": (
+        ["--mixup", "0.5", "--mix-probability", "0"],
+        "--mixup 0.5 changes nothing with --mix-probability 0.",
+    ),
+    "a decay of nothing": (
+        ["--decay-all", "--weight-decay", "0"],
+        "--decay-all changes nothing with --weight-decay 0.",
+    ),
+    "smooth labels that nobody reads": (
+        ["--label-smoothing", "0.2", "--distillation", "1", "--teacher", "run"],
+        "--label-smoothing 0.2 changes nothing with --distillation 1.",
+    ),
+    "weights that one iteration shares": (
+        ["--sharing", "all", "--num-iterations", "1"],
+        "--sharing all changes nothing with --num-iterations 1.",
+    ),
+    "heads of no block": (
+        ["--num-blocks", "0", "--self-heads", "2"],
+        "--self-heads 2 changes nothing with --num-blocks 0.",
+    ),
+    "latents drawn for nothing": (
+        ["--init", "run", "--latent-std", "0.1"],
+        "--latent-std 0.1 changes nothing with --init, which has latents.",
+    ),
     "frequencies of nothing": (["--fourier-bands", "4"], "--fourier-bands 4 changes nothing with --position learned."),
     "a path that is not there": (
         ["--num-blocks", "0", "--drop-path", "0.1"],

@@ -317,3 +317,16 @@ def test_a_full_disk_is_told(
     monkeypatch.setattr(train, "append_line", full)
     assert main([*RECIPE, "--data", str(pictures), "--out", str(tmp_path / "run")]) == 2
     assert "error: No space left on device: make room" in capsys.readouterr().err
+
+
+def test_a_file_that_can_not_be_written_is_named(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As TensorBoard's are: as bytes."""
+
+    def refused(folder: Path, line: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", os.fsencode(folder / "events"))
+
+    monkeypatch.setattr(train, "append_line", refused)
+    assert main([*RECIPE, "--data", str(pictures), "--out", str(tmp_path / "run")]) == 2
+    assert f"error: {tmp_path}/run/events: Read-only file system." in capsys.readouterr().err

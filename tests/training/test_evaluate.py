@@ -160,6 +160,11 @@ def test_most_confused_counts_ordered_pairs() -> None:
     assert len(most_confused(targets, predictions, ["ant", "bee", "cat"], limit=2)) == 2
 
 
+def test_confusions_of_very_many_classes_take_no_memory_for_pairs_that_there_are_not() -> None:
+    labels = ["ant"] * 999_998 + ["bee", "cat"]
+    assert most_confused([999_998, 999_999], [999_999, 999_999], labels) == [ConfusedPair("bee", "cat", 1, 1.0)]
+
+
 def test_nothing_is_confused_where_all_is_right() -> None:
     assert most_confused(torch.arange(3), torch.arange(3), ["ant", "bee", "cat"]) == []
 

@@ -45,7 +45,8 @@ def test_few_pictures_are_told_and_trained_on(tmp_path: Path, capsys: pytest.Cap
     assert main([*flags, "--out", str(tmp_path / "run")]) == 0
     output = capsys.readouterr().out
     assert "note: 7 training pictures are few: a step takes 8 of them and not the preset's 256" in output
-    assert "note: no validation picture of cow: no figure tells how well that is known" in output
+    unseen = "note: no validation picture of cow: no figure tells how well that is known; a class needs two pictures."
+    assert unseen in output
     assert f"note: 3 files are passed over (2 .heic, 1 .txt), the first is {data}/ant/a.heic: pictures lie in" in output
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["batch_size"] == 8
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -70,6 +71,17 @@ def test_a_class_that_looks_like_a_split_is_told(tmp_path: Path, capsys: pytest.
         (data / name).rename(data / "train" / name)
     assert main([*flags, "--data", str(data), "--out", str(tmp_path / "again")]) == 3
     assert "taken for a class" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("without_curves")
+def test_splits_that_lack_a_class_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, counts in (("train", {"ant": 6, "bee": 6}), ("val", {"ant": 3}), ("test", {"bee": 3})):
+        write_folder(tmp_path / "data" / name, counts)
+    flags = [*FLAGS, "--epochs=1", "--threads=1", "--device=cpu", "--max-steps=1"]
+    assert main([*flags, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]) == 3
+    said = capsys.readouterr().out
+    assert "note: no validation picture of bee: no figure tells how well that is known; put some into val/." in said
+    assert "note: no test picture of ant: no figure tells how well that is known; put some into test/." in said
 
 
 @pytest.mark.usefixtures("without_curves")

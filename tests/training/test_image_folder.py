@@ -79,6 +79,32 @@ def test_hidden_and_other_files_are_passed_over(tmp_path: Path) -> None:
     assert loaded.passed_over == tuple(tmp_path / name for name in told)
 
 
+def test_a_class_behind_a_dot_is_told_by_its_pictures(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"cat": 2, "dog": 2, ".22 calibre": 2, "cat/.thumbnails": 1})
+    (tmp_path / ".22 calibre" / "notes.txt").write_text("")
+    loaded = load(tmp_path, input_size=8)
+    assert loaded.labels == ("cat", "dog")
+    assert [file.parent.name for file in loaded.passed_over] == [".22 calibre"] * 2
+
+
+def test_what_lies_behind_links_is_told_as_well(tmp_path: Path) -> None:
+    """Splits, and classes, that lie elsewhere."""
+    write_folder(tmp_path / "train", {"cat": 2})
+    write_folder(tmp_path / "elsewhere", {"dog": 2})
+    (tmp_path / "train" / "dog").symlink_to(tmp_path / "elsewhere" / "dog")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train").symlink_to(tmp_path / "train")
+    for name in ("cat/a.heic", "dog/b.heic", "dog/deep/c.png"):
+        (tmp_path / "train" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "train" / name).write_text("")
+    loaded = load(data, input_size=8)
+    assert len(loaded.train) + len(loaded.val) == 4
+    assert [str(file.relative_to(data / "train")) for file in loaded.passed_over] == [
+        "cat/a.heic", "dog/b.heic", "dog/deep/c.png"
+    ]  # fmt: skip
+
+
 def test_the_validation_split_depends_on_the_seed_alone(tmp_path: Path) -> None:
     write_folder(tmp_path, {"cat": 30, "dog": 30})
 

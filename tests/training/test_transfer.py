@@ -156,6 +156,18 @@ def test_another_architecture_is_refused_with_the_flags_that_would_fit(
         check_fits(path, origin_of(path).run.model, run_config({"patch_size": 4} | change).model)
 
 
+def test_what_decides_nothing_of_the_other_may_differ(tmp_path: Path) -> None:
+    """Of one iteration that it shares weights, of no block its heads: their flags would be refused as well."""
+    least = {"num_iterations": 1, "num_blocks": 0}
+    model, path = saved(tmp_path, run_config(least))
+    other = run_config(least | {"sharing": "none", "self_heads": 1, "num_blocks": 1})
+    check_fits(path, origin_of(path).run.model, other.model)
+    pixels = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(begun(path, other)(pixels), model(pixels), rtol=0, atol=1e-6)
+    with pytest.raises(CheckpointError, match=r"it could with --num-iterations 1\.$"):
+        check_fits(path, origin_of(path).run.model, run_config({"num_iterations": 2, "sharing": "none"}).model)
+
+
 def test_fourier_features_of_another_grid_are_refused(tmp_path: Path) -> None:
     _, path = saved(tmp_path, run_config(WIDE | {"position": "fourier"}))
     with pytest.raises(CheckpointError, match=r"Fourier features are of a grid of 2 x 2 patches, .* of 4 x 4"):
