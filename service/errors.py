@@ -17,14 +17,12 @@
     ├── MethodNotAllowed             405  method_not_allowed
     ├── HeadersTimeout               408  headers_timeout
     ├── BodyTimeout                  408  body_timeout
-    ├── TooLarge                     413  too_large
-    │   ├── BodyTooLarge             413  body_too_large
-    │   ├── TooManyPixels            413  too_many_pixels
-    │   └── TooManyPictures          413  too_many_pictures
-    ├── Unsupported                  415  unsupported
-    │   ├── UnsupportedFormat        415  unsupported_format
-    │   ├── UnsupportedMediaType     415  unsupported_media_type
-    │   └── UnsupportedEncoding      415  unsupported_encoding
+    ├── BodyTooLarge                 413  body_too_large
+    ├── TooManyPixels                413  too_many_pixels
+    ├── TooManyPictures              413  too_many_pictures
+    ├── UnsupportedFormat            415  unsupported_format
+    ├── UnsupportedMediaType         415  unsupported_media_type
+    ├── UnsupportedEncoding          415  unsupported_encoding
     ├── HeadersTooLarge              431  headers_too_large
     ├── ClientDisconnected           499  client_disconnected (never sent: nobody is there to read it)
     ├── InferenceFailed              500  inference_failed
@@ -154,57 +152,45 @@ class BodyTimeout(ServiceError):
     status, code, default = 408, "body_timeout", "The body did not arrive in time."
 
 
-class TooLarge(ServiceError):
-    """A limit of the settings is exceeded."""
-
-    status, code, default = 413, "too_large", "The request is too large."
-
-
-class BodyTooLarge(TooLarge):
+class BodyTooLarge(ServiceError):
     """More bytes than `max_body_bytes`; found while reading, not after."""
 
-    code, default = "body_too_large", "The body is too large."
+    status, code, default = 413, "body_too_large", "The body is too large."
 
 
-class TooManyPixels(TooLarge):
+class TooManyPixels(ServiceError):
     """A picture of more than `max_pixels` by its header, or pictures of more than `max_request_pixels` together."""
 
-    code, default = "too_many_pixels", "The picture has too many pixels."
+    status, code, default = 413, "too_many_pixels", "The picture has too many pixels."
 
 
-class TooManyPictures(TooLarge):
+class TooManyPictures(ServiceError):
     """More pictures than `max_pictures`, or than the whole queue can hold."""
 
-    code, default = "too_many_pictures", "The request holds too many pictures."
+    status, code, default = 413, "too_many_pictures", "The request holds too many pictures."
 
 
-class Unsupported(ServiceError):
-    """Understood, and not offered here."""
-
-    status, code, default = 415, "unsupported", "This kind of content is not supported."
-
-
-class UnsupportedFormat(Unsupported):
+class UnsupportedFormat(ServiceError):
     """An image format, or a variant of one, that is not decoded here."""
 
-    code = "unsupported_format"
+    status, code = 415, "unsupported_format"
     default = "This image format is not supported; send a JPEG, PNG, WebP, BMP, GIF or TIFF file."
 
 
-class UnsupportedMediaType(Unsupported):
+class UnsupportedMediaType(ServiceError):
     """A Content-Type that `POST /predict` does not take."""
 
-    code = "unsupported_media_type"
+    status, code = 415, "unsupported_media_type"
     default = (
         "Send the picture as multipart/form-data (curl -F file=@picture.jpg), or its bytes with a Content-Type of "
         "image/* or application/octet-stream, or as application/json."
     )
 
 
-class UnsupportedEncoding(Unsupported):
+class UnsupportedEncoding(ServiceError):
     """`Content-Encoding` other than identity."""
 
-    code = "unsupported_encoding"
+    status, code = 415, "unsupported_encoding"
     default = "The body is compressed (Content-Encoding); send it as it is, pictures are compressed already."
 
 

@@ -98,7 +98,8 @@ def draw_series(axes: Axes, panel: Panel, window: Window) -> None:
         axes.plot(window.minutes, values, label=name, color=GREY, linewidth=1.1, linestyle="--")
     if panel.unit != "sci":
         axes.set_ylim(0, 1.3 * axes.dataLim.y1 if axes.dataLim.y1 > 0 else 1)
-    axes.legend(fontsize=6.5, loc="upper left", ncols=2, frameon=False)
+    if series:
+        axes.legend(fontsize=6.5, loc="upper left", ncols=2, frameon=False)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: in_unit(value, panel.unit)))
     axes.yaxis.set_major_locator(MaxNLocator(4))
 

@@ -8,9 +8,10 @@ NOW = (
         kind="stat",
         unit="short",
         shows="Whether /health/ready says 200, of the worst instance.",
-        bad="no: predictions are refused with 503.",
-        do="Read the service's log and GET /health/ready; see PerceiverNotReady in docs/operations.md.",
-        queries=(Query(f"min(perceiver_ready{{{HERE}}})", "ready"),),
+        bad="no: an instance refuses predictions with 503, or does not even answer Prometheus.",
+        do="Read its log and GET /health/ready; see PerceiverNotReady and PerceiverDown in docs/operations.md.",
+        # One that is down tells nothing, and would leave the word to the others.
+        queries=(Query(f'min(perceiver_ready{{{HERE}}} or up{{job="perceiver", {HERE}}} == 0)', "ready"),),
         width=3,
         words=(("0", "no"), ("1", "yes")),
     ),

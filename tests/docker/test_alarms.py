@@ -9,6 +9,9 @@ import pytest
 import yaml
 
 from tests.docker.files import DOCKER, ROOT, RULES, Yaml, alerts
+from tests.docker.stack import fill
+
+import request_panels  # isort: skip - files.py has put its folder on the path
 
 PROMETHEUS = DOCKER / "prometheus"
 UNIT_TESTS = PROMETHEUS / "tests" / "alerts.yml"
@@ -72,6 +75,24 @@ def test_unit_tests_notice_an_alarm_that_always_goes_off(name: str, tmp_path: Pa
     run = promtool("test", "rules", mutated(tmp_path, name, expr="vector(1)", **{"for": "0s"}))
     assert f"alertname: {name}" in run.stdout + run.stderr
     assert run.returncode != 0
+
+
+@needs_promtool
+@pytest.mark.parametrize(("others", "ready"), [({}, 1), ({"up": 0}, 0), ({"up": 1, "perceiver_ready": 0}, 0)])
+def test_panel_ready_tells_of_the_worst_instance(others: dict[str, int], ready: int, tmp_path: Path):
+    """Beside one that is ready: none, one that is down and so tells nothing, one that loads."""
+    (panel,) = [panel for panel in request_panels.NOW if panel.title == "Ready"]
+    both = {"a": {"up": 1, "perceiver_ready": 1}, "b": others}
+    series = [
+        {"series": f'{name}{{job="perceiver", instance="{instance}"}}', "values": str(value)}
+        for instance, values in both.items()
+        for name, value in values.items()
+    ]
+    asked = {"expr": fill(panel.queries[0].expr), "eval_time": "0m", "exp_samples": [{"labels": "{}", "value": ready}]}
+    test = {"tests": [{"interval": "10s", "input_series": series, "promql_expr_test": [asked]}]}
+    (tmp_path / "tests.yml").write_text(yaml.safe_dump(test))
+    run = promtool("test", "rules", tmp_path / "tests.yml")
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("alert", alerts(), ids=NAMES)

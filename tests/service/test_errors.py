@@ -1,5 +1,8 @@
 """The hierarchy as clients see it."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from service import errors
@@ -29,6 +32,14 @@ def test_the_docstring_prints_the_hierarchy_as_it_is() -> None:
         if any(kind.__name__ in line.split() for kind in hierarchy())
     }
     assert printed == {(kind.__name__, str(kind.status), kind.code) for kind in hierarchy()}
+
+
+@pytest.mark.parametrize("kind", hierarchy())
+def test_there_is_no_error_that_nothing_raises(kind: type[ServiceError]) -> None:
+    """The reference would tell of a code that no answer has."""
+    own = Path(errors.__file__)
+    others = "".join(path.read_text(encoding="utf-8") for path in own.parent.glob("*.py") if path != own)
+    assert re.search(rf"\b{kind.__name__}\b", others)
 
 
 def test_a_timeout_of_more_digits_than_are_read_is_told_the_most() -> None:
