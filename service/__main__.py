@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 # Files, sockets and libraries beside the connections.
 SPARE_FILES = 256
+LAST_STREAM = 2  # the descriptor of standard error
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -17,10 +18,21 @@ def main(arguments: Sequence[str]) -> int:
     0 after a drain, 1 where the service could not start or go on, 2 for wrong settings, 130 where Ctrl-C ended it at
     once: before it listened for signals, or with a second one.
     """
+    replace_closed_streams()
     try:
         return serve(arguments)
     except KeyboardInterrupt:
         return 130
+
+
+def replace_closed_streams() -> None:
+    """Open nothing in place of standard input, output and error, where this was started without.
+
+    The next files would get their numbers, and libuv ends the process (SIGABRT) when one of these is closed.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= LAST_STREAM:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
 
 
 def serve(arguments: Sequence[str]) -> int:

@@ -105,7 +105,7 @@ def to_array(image: Image.Image, *, size: tuple[int, int], resize: ResizePolicy)
     """Decode an opened picture and bring it to the model's input size.
 
     Args:
-        image: what `open_picture` returned; only its first frame is read.
+        image: what `open_picture` returned; only its first frame is read. It is of no use afterwards.
         size: (H, W) of the result.
         resize: crop and filter for pictures of other sizes. One of exactly this size is passed through untouched.
 
@@ -123,7 +123,10 @@ def to_array(image: Image.Image, *, size: tuple[int, int], resize: ResizePolicy)
             reach = REDUCING_GAP * max(size)
             image.draft(None, (reach, reach))
         image.load()
-        rgb = to_rgb(upright(image))
+        turned = upright(image)
+        if turned is not image:
+            image.close()  # a large one: its pixels go at once
+        rgb = to_rgb(turned)
         if rgb.size != (width, height):
             rgb = resized(rgb, (width, height), resize)
         return np.frombuffer(rgb.tobytes(), np.uint8).reshape(height, width, 3)
@@ -251,25 +254,35 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def on_white(image: Image.Image) -> Image.Image:
     """Composite a picture with any kind of transparency on white."""
-    rgba = image.convert("RGBA")
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")  # which would copy it
     canvas = Image.new("RGB", rgba.size, WHITE)
     canvas.paste(rgba, mask=rgba)
     return canvas
 
 
 def grey16_to_rgb(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey (mode I;16*) to 8 bits, rounded; Pillow's own conversion clips at 255."""
+    """Bring 16-bit grey (mode I;16*) to 8 bits."""
+    return Image.fromarray(scaled_to_8_bits(image)).convert("RGB")
+
+
+def scaled_to_8_bits(image: Image.Image) -> NDArray[np.uint8]:
+    """Scale 16-bit grey, rounded; Pillow's own conversion clips at 255."""
     values = np.asarray(image).astype(np.uint32)
     bits, inverted = 16, False
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         bits, inverted = image.tag_v2.get(258, (16,))[0], image.tag_v2.get(262) == 0
     peak = (1 << bits) - 1
-    grey = (values * 255 + peak // 2) // peak
+    transparent = image.info.get("transparency")
+    hidden = values == transparent if isinstance(transparent, int) else None
+    values *= 255  # in place: each step's array would take four bytes a pixel
+    values += peak // 2
+    values //= peak
+    grey = values.astype(np.uint8)
     if inverted:
-        grey = 255 - grey
-    if isinstance(transparent := image.info.get("transparency"), int):
-        grey[values == transparent] = 255
-    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        np.subtract(255, grey, out=grey)
+    if hidden is not None:
+        grey[hidden] = 255
+    return grey
 
 
 def resized(image: Image.Image, size: tuple[int, int], resize: ResizePolicy) -> Image.Image:

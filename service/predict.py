@@ -207,7 +207,8 @@ def read_options(lines: Sequence[tuple[bytes, bytes]], query: bytes, max_timeout
         timeout_ms = min(max_timeout_ms, positive(asked.decode("latin-1"), InvalidTimeout()))
     return Options(
         content_type=headers.get(b"content-type", b"").decode("latin-1"),
-        content_length=None if length is None else int(length),
+        # HTTP allows any number of leading zeros, and the parser has bounded the rest; int() takes 4,300 digits alone.
+        content_length=None if length is None else int(length.lstrip(b"0") or b"0"),
         timeout=timeout_ms / 1000,
         top_k=read_top_k(query) if query else None,
     )

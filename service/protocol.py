@@ -136,6 +136,10 @@ class BoundedProtocol(PatientProtocol):
         self._in_head = True
         self._is_idle = False
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a line; blanks behind its value are none of it (RFC 9112, section 5.1), and the parser leaves them."""
+        super().on_header(name, value.rstrip(b" \t"))
+
     def on_headers_complete(self) -> None:
         """End their time, and start the application, unless the request may go the short way.
 

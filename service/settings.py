@@ -183,7 +183,7 @@ class Settings(BaseSettings):
         1,
         89_000_000,
         "Width times height of one picture, read from its header before decoding; more: 413. A decoding "
-        "thread needs up to 12 bytes a pixel.",
+        "thread needs up to 12 bytes a pixel, of a WebP file 16.",
     )
     max_request_pixels: int = bounded(
         400_000_000,

@@ -1,11 +1,12 @@
 """What the model store knows of a version: what lies in its folder, what became of it, and the live one itself."""
 
 import asyncio
+import errno
 import logging
 import re
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 MOST_CPU_ENGINES: Final = 4
 SERVED_FILES = frozenset({*MODEL_FILES.values(), GOLDEN_FILE})
+# What stays as it is until somebody changes the version's folder.
+OF_THE_FOLDER: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP})
 # Name, size, and times of change of content and of status (ns) of each of these; see `Seen.is_like`.
 Fingerprint = tuple[tuple[str, int, int, int], ...]
 
@@ -182,13 +185,16 @@ def scan(folder: Path) -> list[tuple[ModelVersion, Fingerprint]]:
 
 def _fingerprint(folder: Path) -> Fingerprint:
     files = []
-    # It is being removed, and what is still there will do; or it may not be read, and is refused. Other trouble passes,
-    # and must not look like a change.
-    with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+    # It is being removed, and what is still there will do; or it may not be read, or is a link to itself, and is
+    # refused. Other trouble passes, and must not look like a change.
+    try:
         for file in folder.iterdir():
             if file.name in SERVED_FILES:
                 status = file.stat()
                 files.append((file.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    except OSError as error:
+        if error.errno not in OF_THE_FOLDER:
+            raise
     return tuple(sorted(files))
 
 

@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.chaos.slow_service import MODULE, VARIABLE
-from tests.end_to_end.process import ROOT, Process, make_slow_model, on_model, started
+from tests.end_to_end.process import ROOT, SECONDS, Process, make_slow_model, on_model, started
 from tests.fakes import HEIGHT, WIDTH, make_model_folder, tiny_logits
 from tests.service.harness import png, request_head
 from tests.service.pictures import encode, pixels
@@ -274,6 +275,35 @@ def test_a_status_is_told_without_an_output(closed: str) -> None:
     command = f'exec "$0" -m service --max-batch-size 0 {closed}'
     done = subprocess.run(["sh", "-c", command, sys.executable], cwd=ROOT, capture_output=True, timeout=60, check=False)
     assert done.returncode == 2
+
+
+@pytest.mark.usefixtures("either_way")
+def test_it_serves_and_ends_without_any_standard_stream(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+    command = [sys.executable, "-m", "service", *on_model(tmp_path / "m", "--port", port)]
+    with subprocess.Popen(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command], cwd=ROOT) as process:
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=SECONDS) as client:
+                until = time.monotonic() + SECONDS
+                while not is_ready(client):
+                    assert process.poll() is None
+                    assert time.monotonic() < until
+                    time.sleep(0.02)
+                assert post(client).status_code == 200
+            process.terminate()
+            assert process.wait(SECONDS) == 0
+        finally:
+            process.kill()
+
+
+def is_ready(client: httpx.Client) -> bool:
+    """Where the port may not be open yet."""
+    try:
+        return client.get("/health/ready").status_code == 200
+    except httpx.ConnectError:
+        return False
 
 
 def test_help_needs_no_model() -> None:

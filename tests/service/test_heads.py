@@ -145,3 +145,27 @@ async def test_each_content_encoding_counts(tmp_path: Path, codings: tuple[str, 
             await run.until(lambda: run.in_flight == 1 or status == 415)
         writer.write(request[len(request) - late :])
         assert (await read_answer(reader))[0] == status
+
+
+@pytest.mark.parametrize("late", [0, 10], ids=["short way", "long way"])
+async def test_a_length_may_begin_with_zeros(tmp_path: Path, late: int) -> None:
+    """However many: a number of more than 4,300 digits is an error of Python's, and was one of this service's."""
+    request = request_head(None, f"Content-Length: {'0' * 5000}{len(png(1))}") + png(1)
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        writer.write(request[: len(request) - late])
+        if late:
+            await run.until(lambda: run.in_flight == 1)
+        writer.write(request[len(request) - late :])
+        assert (await read_answer(reader))[0] == 200
+
+
+@pytest.mark.parametrize("blanks", [" ", "\t", " \t "])
+async def test_blanks_behind_a_value_are_none_of_it(tmp_path: Path, blanks: str) -> None:
+    lines = (f"X-API-Key: a-key{blanks}", f"X-Request-Id: an-id{blanks}", f"X-Request-Timeout-Ms: 9000{blanks}")
+    request = with_hosts(request_head(len(png(1)), *lines), b"a" + blanks.encode()) + png(1)
+    async with running(tmp_path, api_keys="a-key") as run:
+        reader, writer = await run.connect()
+        writer.write(request)
+        status, headers, _ = await read_answer(reader)
+        assert (status, headers["x-request-id"]) == (200, "an-id")

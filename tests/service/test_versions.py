@@ -160,6 +160,17 @@ def test_trouble_that_passes_is_no_change_of_a_version(
         assert [fingerprint for _, fingerprint in scan(tmp_path)] == [()]
 
 
+def test_a_link_to_itself_is_trouble_of_its_version_alone(tmp_path: Path) -> None:
+    """As `ln -s model.onnx 2/model.onnx` makes it, by mistake."""
+    make_model_folder(tmp_path)
+    link = tmp_path / "2" / "model.onnx"
+    link.parent.mkdir()
+    link.symlink_to(link.name)
+    (_, whole), (second, nothing) = scan(tmp_path)
+    assert len(whole) == 2
+    assert (second.number, nothing) == (2, ())
+
+
 def test_a_version_that_can_not_be_looked_into_is_refused_alone_and_until_it_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
