@@ -19,6 +19,9 @@ ROUTES: Final = frozenset(
     {PREDICT, "/health", "/health/live", "/health/ready", "/metrics", "/models", "/models/reload"}
     | {"/docs", "/openapi.json"}
 )
+# Who watches the service is answered where its clients hold all connections, or it would be taken for dead.
+PROBES: Final = frozenset({b"/health", b"/health/live", b"/health/ready", b"/metrics"})
+PROBE_CONNECTIONS: Final = 16
 Status = Literal["ready", "loading", "draining", "failed"]
 
 
@@ -139,9 +142,9 @@ class Front(ABC):
             case "failed":
                 raise NotReady("The model has failed; the process is being replaced.")
 
-    def may_connect(self, connections: int) -> bool:
-        """Tell whether so many connections to this process, the newest included, are not too many."""
-        return connections <= self.settings.max_connections
+    def excess(self, connections: int) -> int:
+        """Return how many of the connections to this process, the newest included, are too many; 0 and less: none."""
+        return connections - self.settings.max_connections
 
     def disconnected(self, connections: int) -> None:  # noqa: B027 - one process alone need not know
         """Take note that one has closed, and so many are left."""

@@ -100,10 +100,10 @@ class DistantService(Front):
             raise NotReady
         return self._live
 
-    def may_connect(self, connections: int) -> bool:
-        """Tell whether so many connections to this process, and those to the others, are not too many."""
+    def excess(self, connections: int) -> int:
+        """Return how many connections are too many, of so many to this process and of those to the others."""
         self._ledger.write(self._row, CONNECTIONS, connections)
-        return self._ledger.total(CONNECTIONS) <= self.settings.max_connections
+        return super().excess(self._ledger.total(CONNECTIONS))
 
     def disconnected(self, connections: int) -> None:
         """Tell the others."""

@@ -15,6 +15,7 @@ from uvicorn.server import ServerState
 from service.connections import CLOSE, BoundedConfig, BoundedFlow
 from service.cycle import Cycle
 from service.errors import BadRequest, ServiceError, Unavailable
+from service.front import PROBE_CONNECTIONS, PROBES
 from service.heads import (
     MAX_HEADER_BYTES,
     MAX_HEADER_LINES,
@@ -29,6 +30,11 @@ from service.predict import Options
 from service.quick import QuickAnswer
 
 MOST_PIPELINED: Final = 64  # requests that wait on one connection; no client of ours sends a second one unanswered
+
+
+def no_connection_left() -> Unavailable:
+    """Return what is said on a connection beyond the limit."""
+    return Unavailable("Too many connections are open.")
 
 
 class BoundedProtocol(PatientProtocol):
@@ -51,6 +57,7 @@ class BoundedProtocol(PatientProtocol):
         self._options: Options | None = None  # of a request that goes the short way if its body is here
         self._body = b""
         self._refusal: ServiceError | None = None  # what a callback has raised, of which the parser raises its own
+        self._is_for_probes = False  # as one beyond the limit: it may ask once how the service is
         self._bare_bytes = 0  # since the last of a body, or the end of a head: of a head that grows, or of trailers
         self._most_bare_bytes = 0  # that a head which ends in the data at hand can have
 
@@ -62,8 +69,10 @@ class BoundedProtocol(PatientProtocol):
         self.flow = BoundedFlow(transport)
         self._clock.add(self)
         self._set_due()
-        if not self.service.may_connect(len(self.connections)):
-            self.refuse(Unavailable("Too many connections are open."))
+        excess = self.service.excess(len(self.connections))
+        self._is_for_probes = excess > 0
+        if excess > PROBE_CONNECTIONS:
+            self.refuse(no_connection_left())
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Watch it no more; who is being answered has left, and who waits behind that too."""
@@ -154,6 +163,8 @@ class BoundedProtocol(PatientProtocol):
             raise self._refused(too_large())
         if (fault := fault_of(self.parser.get_http_version(), self.headers)) is not None:
             raise self._refused(fault)
+        if self._is_for_probes and self.url.partition(b"?")[0] not in PROBES:
+            raise self._refused(no_connection_left())
         self._in_head = False
         self._bare_bytes = 0
         self._in_time()
@@ -199,7 +210,7 @@ class BoundedProtocol(PatientProtocol):
             default_headers=self.server_state.default_headers,
             message_event=asyncio.Event(),
             expect_100_continue=self.expect_100_continue and not is_old,  # RFC 9110, section 10.1.1
-            keep_alive=not is_old and self.parser.should_keep_alive(),
+            keep_alive=not (is_old or self._is_for_probes) and self.parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
         self.headers = []  # what comes after the body, as a trailer, is none of the head

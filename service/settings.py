@@ -209,7 +209,7 @@ class Settings(BaseSettings):
         "Threads that decode large pictures; HTTP processes share them, one each at least.",
     )
 
-    max_connections: int = bounded(1024, 1, 1_000_000, "Open connections; one more is answered 503 and closed.")
+    max_connections: int = bounded(1024, 1, 1_000_000, "Open connections; others get 503, but for probes and metrics.")
     header_timeout_s: float = bounded(
         10.0, 0.1, 600, "Seconds for a request's headers, and for a TLS handshake; a slower client is cut off."
     )

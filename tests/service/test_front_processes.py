@@ -84,7 +84,10 @@ async def test_connections_are_bounded_over_all_processes(tmp_path: Path) -> Non
     async with running(tmp_path, http_processes=2, max_connections=5) as run:
         readers = []
         for number in range(8):
-            readers.append((await run.connect())[0])
+            reader, writer = await run.connect()
+            if number >= 5:
+                writer.write(request_head(None, target="/models", method="GET"))
+            readers.append(reader)
             # One after the other: two processes that count at the same time may both refuse.
             await run.until(lambda: connections(run) >= min(number + 1, 5))  # noqa: B023 - awaited at once
         async with asyncio.timeout(10):
