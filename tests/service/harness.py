@@ -17,6 +17,7 @@ from service.app import PerceiverApp
 from service.artifact import GOLDEN_FILE, MODEL_FILE, Golden, save_golden
 from service.engine import Engine
 from service.front_processes import FrontProcesses
+from service.ledger import CONNECTIONS
 from service.server import Server, configuration
 from service.settings import Settings
 from service.sockets import alone as own_sockets
@@ -46,6 +47,14 @@ class Running:
     def in_flight(self) -> int:
         """Requests to /predict that are being answered, in whatever process."""
         return self.service.in_flight if self.fronts is None else self.fronts.in_flight
+
+    @property
+    def connections(self) -> int:
+        """Open connections, to whatever process."""
+        if self.fronts is not None:
+            return self.fronts._ledger.total(CONNECTIONS)
+        assert self.server is not None
+        return len(self.server.server_state.connections)
 
     def drain(self) -> None:
         """Begin what SIGTERM begins, with a minute for it."""

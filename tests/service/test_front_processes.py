@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from service import asks, front_processes
-from service.ledger import CONNECTIONS
 from service.settings import Settings
 from service.sockets import bound, reserve
 from tests.fakes import FakeEngine
@@ -20,11 +19,6 @@ from tests.service.harness import Running, png, read_answer, request_head, runni
 def pids(run: Running) -> list[int]:
     assert run.fronts is not None
     return list(run.fronts.pids().values())
-
-
-def connections(run: Running) -> int:
-    assert run.fronts is not None
-    return run.fronts._ledger.total(CONNECTIONS)
 
 
 async def spread(run: Running, connections: int = 24) -> list[asyncio.StreamReader]:
@@ -89,7 +83,7 @@ async def test_connections_are_bounded_over_all_processes(tmp_path: Path) -> Non
                 writer.write(request_head(None, target="/models", method="GET"))
             readers.append(reader)
             # One after the other: two processes that count at the same time may both refuse.
-            await run.until(lambda: connections(run) >= min(number + 1, 5))  # noqa: B023 - awaited at once
+            await run.until(lambda: run.connections >= min(number + 1, 5))  # noqa: B023 - awaited at once
         async with asyncio.timeout(10):
             refused = 0
             for reader in readers:
@@ -99,7 +93,7 @@ async def test_connections_are_bounded_over_all_processes(tmp_path: Path) -> Non
         assert refused == 3
         for writer in run.writers:
             writer.close()
-        await run.until(lambda: connections(run) == 0)
+        await run.until(lambda: run.connections == 0)
 
 
 async def test_a_scrape_does_not_wait_for_a_process_that_hangs(

@@ -137,14 +137,14 @@ async def test_one_connection_too_many_is_told_so(tmp_path: Path) -> None:
     async with running(tmp_path, max_connections=3) as run:
         await run.predict()  # the client keeps one open
         kept = [await run.connect() for _ in range(2)]
-        await run.until(lambda: len(run.server.server_state.connections) == 3)
+        await run.until(lambda: run.connections == 3)
         reader, writer = await run.connect()
         writer.write(request_head(len(png(1))) + png(1))
         status, headers, body = await read_answer(reader)
         assert (status, error_of(body), headers["retry-after"]) == (503, "unavailable", "1")
         assert await ended(reader)
         kept[0][1].close()
-        await run.until(lambda: len(run.server.server_state.connections) == 2)
+        await run.until(lambda: run.connections == 2)
         reader, writer = await run.connect()
         writer.write(request_head(len(png(1))) + png(1))
         assert (await read_answer(reader))[0] == 200
@@ -179,7 +179,7 @@ async def test_those_who_watch_may_not_take_all_connections_either(tmp_path: Pat
     async with running(tmp_path, max_connections=1) as run:
         await run.predict()
         waiting = [await run.connect() for _ in range(PROBE_CONNECTIONS)]
-        await asyncio.sleep(0.05)  # these are accepted before the next one is
+        await run.until(lambda: run.connections == 1 + PROBE_CONNECTIONS)
         reader, _ = await run.connect()
         status, _, body = await read_answer(reader)
         assert (status, error_of(body)) == (503, "unavailable")
