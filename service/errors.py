@@ -220,7 +220,7 @@ class UnsupportedTransferCoding(ServiceError):
 
 
 class Unavailable(ServiceError):
-    """As many connections are open as `max_connections` allows; this one is closed, unless it asks for health.
+    """As many connections are open as `max_connections` allows; this one is closed, but for probes and metrics.
 
     Its kinds are other reasons for which a client should try again after `retry_after` seconds.
 
