@@ -62,7 +62,8 @@ def _draw_accuracy(axes: Axes, columns: Mapping[str, Sequence[float]], best_by: 
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     _style(axes, "Validation accuracy", "epoch", "share of the pictures")
-    axes.legend(frameon=False, loc="upper left")
+    # Clear of both curves: those of a run that began with trained weights have nothing below them.
+    axes.legend(frameon=False, loc="lower left" if top5[0] > 0.6 else "upper left")
 
 
 def save_curves(metrics: Sequence[Mapping[str, float]], path: Path, best_by: str) -> None:

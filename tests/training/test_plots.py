@@ -74,6 +74,24 @@ def test_curves_mark_the_epoch_that_is_kept(tmp_path: Path, figures: list[Figure
     assert [text.get_text() for text in figures[0].axes[1].texts] == [told]
 
 
+@pytest.mark.parametrize(
+    ("first", "last"), [((0.02, 0.08), (0.55, 0.82)), ((0.565, 0.862), (0.746, 0.944))], ids=["fresh", "trained"]
+)
+def test_the_legend_hides_no_accuracy(
+    tmp_path: Path, figures: list[Figure], first: tuple[float, float], last: tuple[float, float]
+) -> None:
+    done = np.linspace(0, 1, 40)[:, None] ** 0.5
+    accuracies = np.array(first) * (1 - done) + np.array(last) * done
+    history = [row | {"val_top1": a, "val_top5": b} for row, (a, b) in zip(rows(40), accuracies, strict=True)]
+    save_curves(history, tmp_path / "curves.png", "loss")
+    axes = figures[0].axes[1]
+    legend = axes.get_legend()
+    assert legend is not None
+    for line in axes.lines:
+        points = axes.transData.transform(np.column_stack(line.get_data()))
+        assert legend.get_window_extent().count_contains(points) == 0, line.get_label()
+
+
 def test_no_curves_without_an_epoch(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="before the first epoch"):
         save_curves([], tmp_path / "curves.png", "top1")
