@@ -19,6 +19,9 @@ from training.transfer import load_origin
 class Teacher(nn.Module):
     """A model that is asked and never trained, with its own preprocessing. It begins with random weights.
 
+    It answers of the pixels as they are, as its student does in training: with ``test_time_flip`` it would be asked
+    twice, and a run on two cores take a quarter longer, though its pictures come mirrored at random anyway.
+
     Args:
         origin: tells its architecture.
     """
@@ -26,7 +29,7 @@ class Teacher(nn.Module):
     def __init__(self, origin: Origin) -> None:
         super().__init__()
         self.origin = origin
-        self.model = Perceiver(origin.run.model)
+        self.model = Perceiver(origin.run.model.model_copy(update={"test_time_flip": False}))
         self.preprocess = Preprocess(origin.run.model.image_size)
         self.requires_grad_(False).eval()
 

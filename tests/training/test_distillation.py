@@ -104,6 +104,19 @@ def test_the_teacher_sees_the_pixels_that_the_model_sees(tmp_path: Path) -> None
         assert not torch.allclose(mine, plain)
 
 
+def test_a_teacher_that_is_served_with_two_views_is_asked_once(tmp_path: Path) -> None:
+    first = Trainer(run_config({"test_time_flip": True}, epochs=1), data_set(), tmp_path, ALONE)
+    first.fit()
+    path = tmp_path / "best.safetensors"
+    teacher = Teacher(origin_of(path))
+    teacher.take(path)
+    served, preprocess, _ = checkpoint.load_model(path)
+    pixels = preprocess(data_set().val.images)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(pixels), served.answer(pixels), rtol=0, atol=0)
+        assert not torch.allclose(teacher(pixels), served(pixels))
+
+
 def test_a_share_of_nothing_is_the_run_without_a_teacher(tmp_path: Path) -> None:
     run, path = taught(tmp_path, distillation=1e-30, epochs=1)
     without = run.model_copy(update={"train": run.train.model_copy(update={"distillation": 0.0})})
