@@ -17,7 +17,6 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from service.errors import (
-    BodyTimeout,
     BodyTooLarge,
     ClientDisconnected,
     InvalidBase64,
@@ -30,7 +29,7 @@ from service.errors import (
 )
 from service.images import sniff
 
-LATE: Final = "perceiver.late"  # in a message of type http.disconnect: the client is there, and too slow
+FAULT: Final = "perceiver.fault"  # in a message of type http.disconnect: the client is there, and this is wrong
 FORM: Final = "multipart/form-data"
 JSON: Final = "application/json"
 BLANKS: Final = b" \t\r\n\f\v"
@@ -60,14 +59,14 @@ async def read_body(receive: Receive, *, max_bytes: int, grew: Callable[[int], N
     Raises:
         BodyTooLarge: at the chunk that exceeds `max_bytes`.
         ClientDisconnected: the client left before the end.
-        BodyTimeout: it is too slow.
+        ServiceError: what is wrong with the body as far as HTTP is concerned: it is too slow, or broken.
     """
     chunks: list[bytes] = []
     size = 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise BodyTimeout() if message.get(LATE) else ClientDisconnected()
+            raise message.get(FAULT) or ClientDisconnected()
         chunk: bytes = message.get("body", b"")
         size += len(chunk)
         check_size(size, max_bytes)

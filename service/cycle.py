@@ -5,7 +5,8 @@ from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
-from service.bodies import LATE
+from service.bodies import FAULT
+from service.errors import ServiceError
 
 NO_BODY: Final = frozenset({204, 304})
 CONTROL: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # line ends excepted, which are counted
@@ -21,19 +22,26 @@ class Cycle(RequestResponseCycle):
 
     _start: Any = None  # the message that begins the answer, until its body comes
 
-    is_late = False  # whether the body has not come in its time
+    is_given_up = False  # whether the rest of the body is not waited for
+    _fault: ServiceError | None = None  # why, until it is told
     closes_late = False  # whether the connection is to be closed, but not before the body has come
 
     async def receive(self) -> Any:
-        """Return an ASGI message; of a body that is late, one that says so."""
+        """Return an ASGI message; of a body that is late or broken, one that says so."""
         message: Any = await super().receive()
-        if self.is_late and message["type"] == "http.request":
-            return {"type": "http.disconnect", LATE: True}
-        return message
+        if not self.is_given_up or message["type"] != "http.request":
+            return message
+        fault, self._fault = self._fault, None  # kept, it would hold, by its traceback, who holds this
+        return {"type": "http.disconnect", FAULT: fault}
 
-    def give_up(self) -> None:
-        """Tell the application that the body is late, so that it answers, and counts, as with any other error."""
-        self.is_late = True
+    def give_up(self, fault: ServiceError) -> None:
+        """Tell the application what is wrong with the body, so that it answers, and counts, as with any other error.
+
+        It is the last answer on its connection: what is left of the body may still come, and is no request.
+        """
+        self.is_given_up = True
+        self._fault = fault
+        self.keep_alive = False
         self.message_event.set()
 
     async def send(self, message: Any) -> None:

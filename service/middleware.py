@@ -17,7 +17,6 @@ from typing import Final
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import (
-    BodyTimeout,
     ClientDisconnected,
     Draining,
     NotFound,
@@ -150,8 +149,6 @@ def error_answer(error: ServiceError, request_id: str) -> tuple[Headers, bytes]:
         headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))
     if isinstance(error, Unauthorized):
         headers.append((b"www-authenticate", b"Bearer"))
-    if isinstance(error, BodyTimeout):  # the rest of the body may still come, and is no request
-        headers.append((b"connection", b"close"))
     return headers, body
 
 

@@ -14,7 +14,7 @@ from uvicorn.server import ServerState
 
 from service.connections import BoundedConfig, last_answer
 from service.cycle import Cycle
-from service.errors import HeadersTimeout, ServiceError
+from service.errors import BodyTimeout, HeadersTimeout, ServiceError
 
 # After an answer that came before the end of the body (413, 503), the rest is read and thrown away for this long, so
 # that the client reads the answer and not a connection reset.
@@ -41,6 +41,7 @@ class PatientProtocol(HttpToolsProtocol):
         self.due = math.inf
         self._is_idle = False  # between an answer and the next request's first byte
         self._in_head = False
+        self._is_deaf = False  # whether what still comes is thrown away: nobody knows what it is
 
     def pause_writing(self) -> None:
         """Give the client its time to read."""
@@ -81,10 +82,18 @@ class PatientProtocol(HttpToolsProtocol):
         self.due = self.loop.time() + LINGER_SECONDS
 
     def end(self, error: ServiceError) -> None:
-        """Refuse, or only close where this would be taken for the answer to an earlier request, or for a second one."""
+        """Answer with an error, and read no more.
+
+        The application answers whose request it is. Where this would be taken for the answer to an earlier request, or
+        for a second one, nobody does, and the connection is closed.
+        """
         cycle = self.cycle
         if self._is_working() or (cycle is not None and cycle.more_body and cycle.response_started):
             self.close()
+        elif isinstance(cycle, Cycle) and cycle.more_body:
+            self._is_deaf = True
+            cycle.give_up(error)
+            self._set_due()
         else:
             self.refuse(error)
 
@@ -101,7 +110,7 @@ class PatientProtocol(HttpToolsProtocol):
     def _set_due(self) -> None:
         """Give the client its time for what it has to do next. Called where that changes, not at each byte."""
         settings, cycle = self.service.settings, self.cycle
-        if isinstance(cycle, Cycle) and cycle.is_late:
+        if isinstance(cycle, Cycle) and cycle.is_given_up:
             seconds = LINGER_SECONDS
         elif self.transport.is_closing() or self.flow.write_paused:
             seconds = settings.write_timeout_s
@@ -122,8 +131,8 @@ class PatientProtocol(HttpToolsProtocol):
             self.transport.abort()
         elif self._in_head:
             self.refuse(HeadersTimeout())
-        elif isinstance(self.cycle, Cycle) and not (self.cycle.response_started or self.cycle.is_late):
-            self.cycle.give_up()
+        elif isinstance(self.cycle, Cycle) and not (self.cycle.response_started or self.cycle.is_given_up):
+            self.cycle.give_up(BodyTimeout())
             self.due = self.loop.time() + LINGER_SECONDS
         else:
             self.close()

@@ -86,7 +86,7 @@ class BoundedProtocol(PatientProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse; then bound what is left incomplete."""
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._is_deaf:
             return
         # Where a head or a trailer begins behind something else, nobody knows how much of the data is its own: then
         # the parser's callbacks set this back, and it is counted from the next data on.
@@ -96,7 +96,7 @@ class BoundedProtocol(PatientProtocol):
             self._is_idle = False
             self._in_time()
         self._parse(data)
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._is_deaf:
             return
         if self._bare_bytes > MAX_HEADER_BYTES or len(self.headers) > MAX_HEADER_LINES:
             self.end(too_large())
@@ -117,9 +117,15 @@ class BoundedProtocol(PatientProtocol):
                 self._options = None
                 self._begin_cycle(self._body, more_body=True)
         except ServiceError as error:
-            self.end(error)
+            self._break_off(error)
         except httptools.HttpParserError:
-            self.end(self._refusal or BadRequest("This can't be read as a request of HTTP/1.1."))
+            self._break_off(self._refusal or BadRequest("This can't be read as a request of HTTP/1.1."))
+
+    def _break_off(self, error: ServiceError) -> None:
+        if self._options is not None:  # it is its body that is broken
+            self._options = None
+            self._begin_cycle(self._body, more_body=True)
+        self.end(error)
 
     def _parse_without_upgrade(self, parser: Any) -> None:
         if parser.get_method() == b"CONNECT":

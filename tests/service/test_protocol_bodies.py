@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from service import connections, patience
+from service.heads import MAX_HEADER_LINES
 from tests.fakes import FakeEngine
 from tests.service.harness import ended, error_of, png, read_answer, request_head, running
 
@@ -31,6 +32,53 @@ async def test_a_body_that_trickles_is_cut_off_however_steadily(tmp_path: Path) 
         assert await run.metric('perceiver_requests_total{code="408",route="/predict"}') == 1
         assert await run.metric('perceiver_rejections_total{reason="body_timeout"}') == 1
         assert await run.metric('perceiver_rejections_total{reason="client_disconnected"}') == 0
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"3\r\nabc\r\nzz\r\n", 400, "bad_request"),
+        (b"3\r\nabcde\r\n", 400, "bad_request"),
+        (b"3\r\nabc\r\n0\r\n" + b"a:\r\n" * (MAX_HEADER_LINES + 9), 431, "headers_too_large"),
+    ],
+    ids=["no length", "longer than it says", "a trailer without end"],
+)
+async def test_a_broken_body_is_that_of_its_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, body: bytes, status: int, code: str, at_once: bool
+) -> None:
+    """It is answered under the request's id, and counted once, as the request that it is."""
+    monkeypatch.setattr(patience, "LINGER_SECONDS", 0.2)
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        head = request_head(None, "Transfer-Encoding: chunked", "X-Request-Id: mine")
+        if at_once:
+            writer.write(head + body)
+        else:
+            writer.write(head)
+            await run.until(lambda: run.in_flight == 1)
+            writer.write(body)
+        answered, headers, content = await read_answer(reader)
+        assert (answered, error_of(content), headers["connection"]) == (status, code, "close")
+        assert headers["x-request-id"] == "mine"
+        writer.write(HEALTH)  # nobody knows whether this still belongs to the body
+        assert await ended(reader)
+        await run.until(lambda: run.in_flight == 0)
+        assert run.service.house.bytes == 0
+        assert await run.metric(f'perceiver_requests_total{{code="{status}",route="/predict"}}') == 1
+        assert await run.metric(f'perceiver_rejections_total{{reason="{code}"}}') == 1
+        assert await run.metric('perceiver_rejections_total{reason="client_disconnected"}') == 0
+        assert "/health/live" not in (await run.client.get("/metrics")).text
+
+
+async def test_a_broken_body_that_nobody_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "LINGER_SECONDS", 0.2)
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        writer.write(request_head(None, "Transfer-Encoding: chunked", target="/health/live", method="GET") + b"zz\r\n")
+        status, headers, _ = await read_answer(reader)
+        assert (status, headers["connection"]) == (200, "close")
+        assert await ended(reader)
 
 
 async def test_the_timeouts_do_not_limit_the_answer(tmp_path: Path) -> None:
