@@ -103,5 +103,5 @@ def last_answer(error: ServiceError, default_headers: Iterable[tuple[bytes, byte
     request_id = uuid4().hex
     headers, body = error_answer(error, request_id)
     headers.append((b"x-request-id", request_id.encode()))
-    lines = b"".join(b"%b: %b\r\n" % header for header in (*default_headers, *headers) if header[0] != b"connection")
+    lines = b"".join(b"%b: %b\r\n" % header for header in (*default_headers, *headers))
     return STATUS_LINE[error.status] + lines + CLOSE + b"\r\n" + body

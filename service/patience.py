@@ -133,6 +133,6 @@ class PatientProtocol(HttpToolsProtocol):
             self.refuse(HeadersTimeout())
         elif isinstance(self.cycle, Cycle) and not (self.cycle.response_started or self.cycle.is_given_up):
             self.cycle.give_up(BodyTimeout())
-            self.due = self.loop.time() + LINGER_SECONDS
+            self._set_due()
         else:
             self.close()

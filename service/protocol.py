@@ -113,19 +113,21 @@ class BoundedProtocol(PatientProtocol):
                 except httptools.HttpParserUpgrade as upgrade:
                     rest = memoryview(rest)[upgrade.args[0] :]
                     self._parse_without_upgrade(self.parser)
-            if self._options is not None:  # its body is not all here
-                self._options = None
-                self._begin_cycle(self._body, more_body=True)
+            self._begin_what_lacks_its_end()
         except ServiceError as error:
             self._break_off(error)
         except httptools.HttpParserError:
             self._break_off(self._refusal or BadRequest("This can't be read as a request of HTTP/1.1."))
 
     def _break_off(self, error: ServiceError) -> None:
-        if self._options is not None:  # it is its body that is broken
+        self._begin_what_lacks_its_end()  # whose body is broken
+        self.end(error)
+
+    def _begin_what_lacks_its_end(self) -> None:
+        """Start the application for a request that might have gone the short way, had its body been all here."""
+        if self._options is not None:
             self._options = None
             self._begin_cycle(self._body, more_body=True)
-        self.end(error)
 
     def _parse_without_upgrade(self, parser: Any) -> None:
         if parser.get_method() == b"CONNECT":
