@@ -48,11 +48,11 @@ def serve(arguments: Sequence[str]) -> int:
         return 2
 
     with killed_by_ctrl_c():
-        from service import logs, start  # after the settings: --help and typing errors are answered at once
+        from service import launcher, logs  # after the settings: --help and typing errors are answered at once
 
     logs.configure(settings)
     allow_open_files(settings.max_connections + SPARE_FILES)
-    return start.run(settings)
+    return launcher.run(settings)
 
 
 @contextmanager

@@ -3,25 +3,13 @@
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from service.errors import BodyTooLarge, Overloaded, TooManyPictures
 
 RATE_WINDOW_SECONDS = 1.0
 RATE_DECAY = 0.8  # how much of an old peak a quieter window leaves
 MAX_RETRY_AFTER_SECONDS = 60.0
-
-
-class House(Protocol):
-    """What is in the house now."""
-
-    @property
-    def pictures(self) -> int:
-        """Pictures."""
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of bodies."""
 
 
 class Admission:
@@ -35,10 +23,6 @@ class Admission:
     Attributes:
         pictures: pictures in the house.
         bytes: bytes in the house.
-        pictures_elsewhere: pictures that other processes have in the house, see `service.ledger`.
-        bytes_elsewhere: likewise.
-        rate_elsewhere: pictures a second that leave them.
-        byte_rate_elsewhere: likewise.
     """
 
     def __init__(self, max_pictures: int, max_bytes: int, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -46,9 +30,6 @@ class Admission:
         self.max_bytes = max_bytes
         self.pictures = 0
         self.bytes = 0
-        self.pictures_elsewhere = 0
-        self.bytes_elsewhere = 0
-        self.rate_elsewhere = self.byte_rate_elsewhere = 0.0
         self._clock = clock
         self._rate = self._byte_rate = 0.0
         self._window_start = 0.0
@@ -64,10 +45,7 @@ class Admission:
 
     def is_full(self, pictures: int = 1, size: int = 0) -> bool:
         """Whether there is no room for so many pictures, or for so many bytes."""
-        return (
-            self.pictures + self.pictures_elsewhere + pictures > self.max_pictures
-            or self.bytes + self.bytes_elsewhere + size > self.max_bytes
-        )
+        return self.pictures + pictures > self.max_pictures or self.bytes + size > self.max_bytes
 
     def retry_after(self, size: int = 0) -> float:
         """Seconds until what is in the house will have left, at the measured rate; at least 1, at most 60.
@@ -77,16 +55,14 @@ class Admission:
         """
         elapsed = self._clock() - self._window_start
 
-        def seconds_for(inside: int, measured: float, left: int, elsewhere: float) -> float:
+        def seconds_for(inside: int, measured: float, left: int) -> float:
             # A batch leaves at once, and with it a window begins: its first moments would show any rate.
-            rate = (measured or (left / elapsed if elapsed > 0 else 0.0)) + elsewhere
+            rate = measured or (left / elapsed if elapsed > 0 else 0.0)
             return inside / rate if rate > 0 else 0.0
 
-        pictures, size_here = self.pictures + self.pictures_elsewhere, self.bytes + self.bytes_elsewhere
-        seconds = seconds_for(pictures, self._rate, self._window_count, self.rate_elsewhere)
-        if size_here + size > self.max_bytes:
-            of_bytes = seconds_for(size_here, self._byte_rate, self._window_bytes, self.byte_rate_elsewhere)
-            seconds = max(seconds, of_bytes)
+        seconds = seconds_for(self.pictures, self._rate, self._window_count)
+        if self.bytes + size > self.max_bytes:
+            seconds = max(seconds, seconds_for(self.bytes, self._byte_rate, self._window_bytes))
         return min(max(seconds, 1.0), MAX_RETRY_AFTER_SECONDS)
 
     def _take(self, ticket: "Ticket", pictures: int, size: int) -> None:

@@ -12,8 +12,8 @@ from starlette.types import Receive, Scope, Send
 
 from service.entry import Entry
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
-from service.front import PREDICT
 from service.middleware import RequireKey, error_answer
+from service.paths import PREDICT
 from service.predict import PredictEndpoint
 from service.routes import create_router
 from service.schemas import SECURITY, SECURITY_SCHEMES, predict_operation, predict_schemas

@@ -138,16 +138,13 @@ class DynamicBatcher:
         finally:
             del future  # an error's traceback holds this frame, and the future the error: a cycle for the collector
 
-    def post(self, images: Sequence[Pixels], outcome: Outcome, deadline: float) -> int:
+    def post(self, images: Sequence[Pixels], outcome: Outcome, deadline: float) -> None:
         """Do the same for somebody who waits elsewhere: `outcome` gets what `submit_many` would return or raise.
 
         Args:
             images: at least one, the memory of uint8 [H, W, 3] each.
             outcome: `done` once nobody waits any more.
             deadline: as in `submit_many`.
-
-        Returns:
-            A number for `withdraw`.
 
         Raises:
             NotReady, Draining: as `submit_many`; `outcome` gets nothing then.
@@ -158,10 +155,6 @@ class DynamicBatcher:
             if size != self._bytes:
                 raise ValueError(f"a picture must have {self._bytes} bytes, and has {size}")
         self._put(Request(images, outcome, deadline))
-        return 0
-
-    def withdraw(self, number: int) -> None:
-        """Do nothing: who leaves is seen by its `outcome` being `done`, before a run or at the next look."""
 
     def _check_open(self) -> None:
         if self._refusal is not None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Final, Protocol
 from uuid import uuid4
 
@@ -10,10 +11,10 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from service.errors import ServiceError
-from service.front import Front
 from service.middleware import error_answer
 from service.quick import Quick
 from service.recurring import Recurring
+from service.state import Service
 
 CLOSE: Final = b"connection: close\r\n"
 LOOK_SECONDS: Final = 0.1  # how much later than its limit a slow client may be cut off
@@ -56,6 +57,19 @@ class ConnectionClock:
         return bool(self._connections)
 
 
+@dataclass
+class Listener:
+    """One of the ports that a process listens on.
+
+    Attributes:
+        is_management: whether it is the one for operators.
+        connections: that are open.
+    """
+
+    is_management: bool
+    connections: int = 0
+
+
 class BoundedFlow(FlowControl):
     """uvicorn's, but what waits on a connection behind the request that is answered is bounded in bytes.
 
@@ -93,7 +107,7 @@ class BoundedConfig(Config):
         quick: answers ordinary requests; None where each must pass the application.
     """
 
-    service: Front
+    service: Service
     quick: Quick | None
     clock: ConnectionClock
 

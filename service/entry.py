@@ -8,11 +8,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.errors import BadRequest
-from service.front import PREDICT, Front
+from service.errors import BadRequest, NotFound
 from service.middleware import Observe, RequireKey, error_answer
+from service.paths import MANAGEMENT, PREDICT
 from service.predict import PredictEndpoint
 from service.quick import Quick
+from service.state import Service
 
 EXPOSED_HEADERS: Final = ["X-Request-Id", "Server-Timing", "Retry-After"]
 
@@ -43,8 +44,9 @@ class Entry:
         quick: for the connections; None where every request has to pass the layers.
     """
 
-    def __init__(self, front: Front, predict: PredictEndpoint, others: ASGIApp) -> None:
+    def __init__(self, front: Service, predict: PredictEndpoint, others: ASGIApp) -> None:
         settings = front.settings
+        self._has_management_port = settings.management_port is not None
         keys = settings.client_keys()
         self._predict = RequireKey(predict, keys, ()) if keys else predict
         self._others = others
@@ -66,7 +68,16 @@ class Entry:
         await self._app(scope, receive, send)
 
     async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._has_management_port and scope["type"] == "http":
+            check_port(scope["path"], is_management=scope["state"]["is_management"])
         if scope["type"] == "http" and scope["path"] == PREDICT and scope["method"] == "POST":
             await self._predict(scope, receive, send)
         else:
             await self._others(scope, receive, send)
+
+
+def check_port(path: str, *, is_management: bool) -> None:
+    """Raise NotFound where a path is asked for on the other port."""
+    if (path in MANAGEMENT) != is_management:
+        there = "client" if is_management else "management"
+        raise NotFound(f"There is nothing at this path of this port; the {there} port may have it.")

@@ -12,10 +12,8 @@ from prometheus_client.gc_collector import GCCollector
 
 from service.artifact import ModelMetadata
 from service.errors import Unavailable
-from service.front import known_route
 from service.gpu import GpuCollector
 from service.histogram import PendingHistogram
-from service.process_metrics import HttpProcessCollector
 
 # 0.5 ms to 10 s: from the answer of an idle service with a small model to the default timeout.
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -108,17 +106,6 @@ class Metrics:
             "Pictures that one run may have now: the setting, or less since a CPU was measured or memory ran out.",
             registry=registry,
         )
-        self.http_processes = Gauge(
-            "perceiver_http_processes",
-            "Processes beside the model's that speak HTTP and accept connections; 0: the model's process does.",
-            registry=registry,
-        )
-        self.http_process_restarts = Counter(
-            "perceiver_http_process_restarts",
-            "HTTP processes that have ended by themselves and were started anew.",
-            registry=registry,
-        )
-        self.each_http_process = HttpProcessCollector(registry)
         self._request_counters: dict[tuple[str, int], Counter] = {}  # labels() looks its arguments over each time
         for result in ("loaded", "refused"):
             self.reloads.labels(result)
@@ -130,13 +117,13 @@ class Metrics:
 
     # Requests
 
-    def request(self, route: str, status: int, number: int = 1) -> None:
-        """Count answered requests."""
-        key = (known_route(route), status)
+    def request(self, route: str, status: int) -> None:
+        """Count an answered request."""
+        key = (route, status)
         counter = self._request_counters.get(key)
         if counter is None:
             counter = self._request_counters[key] = self.requests.labels(*key)
-        counter.inc(number)
+        counter.inc()
 
     def predicted(self, seconds: float, request_id: str) -> None:
         """Time one request to /predict; its id becomes the exemplar of its bucket."""
@@ -146,9 +133,9 @@ class Metrics:
         """Time the decoding of one request's pictures."""
         self.decode_seconds.observe(seconds)
 
-    def rejected(self, code: str, number: int = 1) -> None:
-        """Count requests that ended in an error of the hierarchy."""
-        self.rejections.labels(code).inc(number)
+    def rejected(self, code: str) -> None:
+        """Count a request that ended in an error of the hierarchy."""
+        self.rejections.labels(code).inc()
 
     # The batcher
 

@@ -25,7 +25,8 @@ from service.errors import (
     Unauthorized,
     Unavailable,
 )
-from service.front import PREDICT, Front
+from service.paths import PREDICT, known_path
+from service.state import Service
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("service.access")
@@ -41,7 +42,7 @@ Headers = list[tuple[bytes, bytes]]
 class Observe:
     """The outermost layer: request ids, metrics, the access log, and errors to JSON."""
 
-    def __init__(self, app: ASGIApp, service: Front) -> None:
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app = app
         self.service = service
         self._prefix = os.urandom(6).hex()
@@ -82,7 +83,7 @@ class Observe:
             del told  # it may be `error`, whose traceback holds this frame: a cycle for the collector
         finally:
             seconds = perf_counter() - started
-            self.service.metrics.request(path, status)
+            self.service.metrics.request(known_path(path), status)
             if path == PREDICT:
                 self.service.metrics.predicted(seconds, request_id)
             if self.service.settings.access_log:

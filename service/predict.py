@@ -20,8 +20,9 @@ from service.answers import DEFAULT_TOP_K, AnswerWriter
 from service.bodies import check_content_type, check_size, read_body
 from service.errors import BadRequest, ClientDisconnected, InvalidTimeout, InvalidTopK, Overloaded, UnsupportedEncoding
 from service.fair_queue import Prediction
-from service.front import Front, ServedModel
+from service.models import LiveModel
 from service.recurring import Recurring
+from service.state import Service
 
 PATIENCE: Final = 0.05
 MAX_QUERY_BYTES: Final = 1000
@@ -47,9 +48,9 @@ class Options:
 class PredictEndpoint:
     """The ASGI application behind `POST /predict`."""
 
-    def __init__(self, service: Front) -> None:
+    def __init__(self, service: Service) -> None:
         self.service = service
-        self._writer: tuple[ServedModel, AnswerWriter] | None = None
+        self._writer: tuple[LiveModel, AnswerWriter] | None = None
         self._guards = PatientGuards()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -108,7 +109,7 @@ class PredictEndpoint:
         if admission.is_full(size=announced):
             raise Overloaded(retry_after=admission.retry_after(announced))
 
-    def writer_of(self, live: ServedModel) -> AnswerWriter:
+    def writer_of(self, live: LiveModel) -> AnswerWriter:
         """Return the writer of a model's answers, which is kept while it is the live one."""
         if self._writer is None or self._writer[0] is not live:
             self._writer = (live, AnswerWriter(live.metadata, live.version))

@@ -12,10 +12,9 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from uvicorn.server import ServerState
 
-from service.connections import CLOSE, BoundedConfig, BoundedFlow
+from service.connections import CLOSE, BoundedConfig, BoundedFlow, Listener
 from service.cycle import Cycle
 from service.errors import BadRequest, ServiceError, Unavailable
-from service.front import PROBE_CONNECTIONS, PROBES
 from service.heads import (
     MAX_HEADER_BYTES,
     MAX_HEADER_LINES,
@@ -32,15 +31,15 @@ from service.quick import QuickAnswer
 MOST_PIPELINED: Final = 64  # requests that wait on one connection; no client of ours sends a second one unanswered
 
 
-def no_connection_left() -> Unavailable:
-    """Return what is said on a connection beyond the limit."""
-    return Unavailable("Too many connections are open.")
-
-
 class BoundedProtocol(PatientProtocol):
-    """One connection."""
+    """One connection.
+
+    Attributes:
+        listener: the port that it came to.
+    """
 
     flow: BoundedFlow
+    listener: Listener
 
     def __init__(
         self,
@@ -57,7 +56,6 @@ class BoundedProtocol(PatientProtocol):
         self._options: Options | None = None  # of a request that goes the short way if its body is here
         self._body = b""
         self._refusal: ServiceError | None = None  # what a callback has raised, of which the parser raises its own
-        self._is_for_probes = False  # as one beyond the limit: it may ask once how the service is
         self._bare_bytes = 0  # since the last of a body, or the end of a head: of a head that grows, or of trailers
         self._most_bare_bytes = 0  # that a head which ends in the data at hand can have
 
@@ -69,10 +67,9 @@ class BoundedProtocol(PatientProtocol):
         self.flow = BoundedFlow(transport)
         self._clock.add(self)
         self._set_due()
-        excess = self.service.excess(len(self.connections))
-        self._is_for_probes = excess > 0
-        if excess > PROBE_CONNECTIONS:
-            self.refuse(no_connection_left())
+        self.listener.connections += 1
+        if self.listener.connections > self.service.settings.max_connections:
+            self.refuse(Unavailable("Too many connections are open."))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Watch it no more; who is being answered has left, and who waits behind that too."""
@@ -82,7 +79,7 @@ class BoundedProtocol(PatientProtocol):
             self._answering.disconnected = True
             self._answering.message_event.set()
         super().connection_lost(exc)
-        self.service.disconnected(len(self.connections))
+        self.listener.connections -= 1
 
     def data_received(self, data: bytes) -> None:
         """Parse; then bound what is left incomplete."""
@@ -171,8 +168,6 @@ class BoundedProtocol(PatientProtocol):
             raise self._refused(too_large())
         if (fault := fault_of(self.parser.get_http_version(), self.headers)) is not None:
             raise self._refused(fault)
-        if self._is_for_probes and self.url.partition(b"?")[0] not in PROBES:
-            raise self._refused(no_connection_left())
         self._in_head = False
         self._bare_bytes = 0
         self._in_time()
@@ -218,7 +213,7 @@ class BoundedProtocol(PatientProtocol):
             default_headers=self.server_state.default_headers,
             message_event=asyncio.Event(),
             expect_100_continue=self.expect_100_continue and not is_old,  # RFC 9110, section 10.1.1
-            keep_alive=not (is_old or self._is_for_probes) and self.parser.should_keep_alive(),
+            keep_alive=not is_old and self.parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
         self.headers = []  # what comes after the body, as a trailer, is none of the head

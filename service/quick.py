@@ -13,9 +13,11 @@ from service.admission import Ticket
 from service.answers import AnswerWriter
 from service.errors import ClientDisconnected, ServiceError
 from service.fair_queue import Prediction
-from service.front import PREDICT, Front, ServedModel
 from service.middleware import Headers, Observe, check_key, error_answer
+from service.models import LiveModel
+from service.paths import PREDICT
 from service.predict import Options, PredictEndpoint, checked_top_k, read_options, server_timing
+from service.state import Service
 
 PATH: Final = PREDICT.encode()
 
@@ -36,7 +38,7 @@ class Quick:
         observe: gives request ids, and knows what is told of errors.
     """
 
-    def __init__(self, front: Front, predict: PredictEndpoint, observe: Observe) -> None:
+    def __init__(self, front: Service, predict: PredictEndpoint, observe: Observe) -> None:
         settings = front.settings
         self.front = front
         self.predict = predict
@@ -73,14 +75,14 @@ class QuickAnswer:
     """
 
     __slots__ = (
-        "_connection", "_decode_seconds", "_filenames", "_is_cancelled", "_is_done", "_live", "_number", "_quick",
+        "_connection", "_decode_seconds", "_filenames", "_is_cancelled", "_is_done", "_live", "_quick",
         "_ticket", "_top_k", "_writer", "began", "disconnected", "headers", "keep_alive", "response_complete",
         "response_started",
     )  # fmt: skip
 
     more_body = False
 
-    _live: ServedModel
+    _live: LiveModel
     _ticket: Ticket
     _writer: AnswerWriter
     _filenames: Sequence[str | None]
@@ -127,7 +129,7 @@ class QuickAnswer:
                 return False
             self._decode_seconds = perf_counter() - received
             self._filenames = [upload.filename for upload in uploads]
-            self._number = live.batcher.post([image.data for image in images], self, now + options.timeout)
+            live.batcher.post([image.data for image in images], self, now + options.timeout)
         except BaseException:
             self._let_go()
             raise
@@ -208,7 +210,6 @@ class QuickAnswer:
         if not self.disconnected or self._is_done:
             return
         self._is_done = self._is_cancelled = True
-        self._live.batcher.withdraw(self._number)
         self._let_go()
         self._connection = None
         self._quick.front.metrics.rejected(ClientDisconnected.code)

@@ -34,6 +34,8 @@ def create_router(service: Service) -> APIRouter:
     @router.get("/metrics", tags=["operation"], response_class=Response, responses=METRICS)
     async def metrics(request: Request) -> Response:
         """All metrics for Prometheus; OpenMetrics with exemplars where the Accept header asks for it."""
+        if service.settings.workers > 1 and service.settings.management_port is None:
+            raise errors.NotFound("Each worker has metrics of its own; set management_port, and ask each there.")
         await service.metrics.gpus.refresh()
         body, content_type = service.metrics.exposition(request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
@@ -109,9 +111,9 @@ def health_of(service: Service) -> HealthResponse:
         provider=None if live is None else live.provider,
         queue=QueueState(
             waiting=service.queue_length,
-            pictures=service.house.pictures,
+            pictures=service.admission.pictures,
             max_pictures=admission.max_pictures,
-            bytes=service.house.bytes,
+            bytes=service.admission.bytes,
             max_bytes=admission.max_bytes,
         ),
     )

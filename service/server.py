@@ -9,21 +9,22 @@ import asyncio
 import gc
 import logging
 import math
+import signal
 import socket
 import time
 from collections.abc import Iterable
+from functools import partial
 from types import FrameType
-from typing import Literal
 
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.config import STARTUP_FAILURE
 
-from service.connections import BoundedConfig, ConnectionClock
-from service.front import Front
+from service.connections import BoundedConfig, ConnectionClock, Listener
 from service.protocol import BoundedProtocol
 from service.quick import Quick
 from service.settings import Settings
+from service.state import Service
 
 logger = logging.getLogger(__name__)
 
@@ -34,22 +35,29 @@ class Server(uvicorn.Server):
     """Serves until it is told to stop or the service has failed.
 
     Attributes:
+        management_sockets: that already listen, for the management port; none where the main port has all.
         failed: whether it ended because the service can't go on.
+        was_ready: whether the service was ready before.
     """
 
     def __init__(self, config: BoundedConfig) -> None:
         super().__init__(config)
-        self.service: Front = config.service
-        self.failed = False
+        self.service: Service = config.service
+        self.management_sockets: list[socket.socket] = []
+        self.failed = self.was_ready = self._was_interrupted = False
         self._drain_from = self._drain_until = math.inf
-        self._settled = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Leave: tell the probes, and then drain; at a second signal, stop at once."""
+        """Leave: tell the probes, and then drain; at a second signal, stop at once.
+
+        SIGTERM behind Ctrl-C is none: a supervisor passes on what the terminal has sent to every worker.
+        """
         if self.service.leaving:
-            self.force_exit = True
-            super().handle_exit(sig, frame)
-        elif delay := leave(self.service):
+            if sig != signal.SIGTERM or not self._was_interrupted:
+                self.force_exit = self.should_exit = True
+            return
+        self._was_interrupted = sig == signal.SIGINT
+        if delay := leave(self.service):
             self._drain_from = time.monotonic() + delay
         else:
             self._drain_after_leaving()
@@ -87,29 +95,32 @@ class Server(uvicorn.Server):
         await self.lifespan.startup()
         if self.lifespan.should_exit:
             raise SystemExit(STARTUP_FAILURE)
-        tls, settings = self.config.ssl, self.service.settings
-        loop = asyncio.get_running_loop()
-        self.servers = [
-            await loop.create_server(
-                self._connection,
-                sock=one,
-                backlog=self.config.backlog,
-                ssl=tls,
-                ssl_handshake_timeout=None if tls is None else settings.header_timeout_s,
-                ssl_shutdown_timeout=None if tls is None else settings.write_timeout_s,
-            )
-            for one in sockets
-        ]
+        clients, management = Listener(is_management=False), Listener(is_management=True)
+        self.servers = [await self._listen(one, clients) for one in sockets]
+        self.servers += [await self._listen(one, management) for one in self.management_sockets]
         self.started = True
-        self.report_listening()
+        settings = self.service.settings
+        if settings.workers == 1:  # else the supervisor has said it
+            log_addresses(sockets, settings)
+        log_addresses(self.management_sockets, settings, "management on")
 
-    def _connection(self) -> BoundedProtocol:
+    async def _listen(self, sock: socket.socket, listener: Listener) -> asyncio.Server:
+        tls, settings = self.config.ssl, self.service.settings
+        return await asyncio.get_running_loop().create_server(
+            partial(self._connection, listener),
+            sock=sock,
+            backlog=self.config.backlog,
+            ssl=tls,
+            ssl_handshake_timeout=None if tls is None else settings.header_timeout_s,
+            ssl_shutdown_timeout=None if tls is None else settings.write_timeout_s,
+        )
+
+    def _connection(self, listener: Listener) -> BoundedProtocol:
         assert isinstance(self.config, BoundedConfig)
-        return BoundedProtocol(self.config, self.server_state, self.lifespan.state)
-
-    def report_listening(self) -> None:
-        """Log where it listens."""
-        log_addresses((one for server in self.servers for one in server.sockets), self.service.settings)
+        state = {**self.lifespan.state, "is_management": listener.is_management}
+        protocol = BoundedProtocol(self.config, self.server_state, state)
+        protocol.listener = listener
+        return protocol
 
     async def on_tick(self, counter: int) -> bool:
         """Look ten times a second whether it is time to end."""
@@ -122,8 +133,8 @@ class Server(uvicorn.Server):
             self.failed = True
             self.config.timeout_graceful_shutdown = 1
             return True
-        if not self._settled and self.service.status == "ready":
-            self._settled = True
+        if not self.was_ready and self.service.status == "ready":
+            self.was_ready = True
             settle()
         if not self.service.draining:
             if time.monotonic() >= self._drain_from:
@@ -136,7 +147,7 @@ class Server(uvicorn.Server):
         return self.service.in_flight == 0 or left <= 0
 
 
-def leave(service: Front) -> float:
+def leave(service: Service) -> float:
     """Have probes told that the process leaves; return the seconds until the drain, 0 where nobody is served yet."""
     delay = service.settings.drain_delay_s if service.status == "ready" else 0.0
     service.leaving = True
@@ -158,17 +169,15 @@ def settle() -> None:
     gc.set_threshold(YOUNG_OBJECTS)
 
 
-def log_addresses(sockets: Iterable[socket.socket], settings: Settings) -> None:
+def log_addresses(sockets: Iterable[socket.socket], settings: Settings, what: str = "listening on") -> None:
     """Log where sockets listen."""
     scheme = "http" if settings.tls_cert is None else "https"
     for one in sockets:
         host, port = one.getsockname()[:2]
-        logger.info("listening on %s://%s:%d", scheme, f"[{host}]" if ":" in host else host, port)
+        logger.info("%s %s://%s:%d", what, scheme, f"[{host}]" if ":" in host else host, port)
 
 
-def configuration(
-    app: ASGIApp, service: Front, quick: Quick | None, *, lifespan: Literal["on", "off"] = "on"
-) -> BoundedConfig:
+def configuration(app: ASGIApp, service: Service, quick: Quick | None) -> BoundedConfig:
     """Return uvicorn's configuration."""
     settings = service.settings
     config = BoundedConfig(
@@ -177,7 +186,7 @@ def configuration(
         port=settings.port,
         http=BoundedProtocol,
         ws="none",
-        lifespan=lifespan,
+        lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,

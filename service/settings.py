@@ -4,10 +4,8 @@ Each field is the environment variable `PERCEIVER_<NAME>` and the flag `--<name>
 An empty variable counts as unset. Errors are collected by `service.command_line`, which also knows misspelt names.
 """
 
-import json
 import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -27,6 +25,11 @@ def split_list(value: object) -> object:
     if not items:
         raise ValueError("is set and holds nothing; leave it out, or write values with commas between them")
     return items
+
+
+def auto_is_0(value: object) -> object:
+    """Turn "auto" into 0, which means the same; anything else passes."""
+    return 0 if value == "auto" else value
 
 
 def bounded(default: float, low: float, high: float, description: str) -> Any:
@@ -63,12 +66,19 @@ class Settings(BaseSettings):
         "127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 for all of IPv4, :: for all of IPv6."
     )
     port: int = bounded(8000, 0, 65535, "TCP port to listen on; 0 takes a free one and logs it.")
-    http_processes: int = bounded(
-        0,
+    management_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="TCP port of its own for /metrics, /health and /models, which the main port does not answer then. "
+        "With several workers each takes one of as many ports, from this one on. Unset: the main port has them.",
+    )
+    workers: Annotated[int, BeforeValidator(auto_is_0)] = bounded(
+        1,
         0,
         64,
-        "Processes beside the model's that receive, decode and answer requests. 0: the model's own process does, "
-        "which is enough for some thousand requests a second. Linux only.",
+        "Processes that share the port, each a whole service with limits of its own; one that ends is replaced. "
+        "auto, or 0: one a core where the model runs on the CPU, else 1. Linux only, unless 1.",
     )
 
     provider: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
@@ -206,10 +216,12 @@ class Settings(BaseSettings):
         min(4, usable_cpus()),
         1,
         256,
-        "Threads that decode large pictures; HTTP processes share them, one each at least.",
+        "Threads that decode large pictures, in each worker.",
     )
 
-    max_connections: int = bounded(1024, 1, 1_000_000, "Open connections; others get 503, but for probes and metrics.")
+    max_connections: int = bounded(
+        1024, 1, 1_000_000, "Open connections to the main port, in each worker; others get 503."
+    )
     header_timeout_s: float = bounded(
         10.0, 0.1, 600, "Seconds for a request's headers, and for a TLS handshake; a slower client is cut off."
     )
@@ -282,8 +294,10 @@ class Settings(BaseSettings):
             raise ValueError("max_body_bytes must not exceed max_queue_bytes, or a full body could never be accepted")
         if self.max_pixels > self.max_request_pixels:
             raise ValueError("max_pixels must not exceed max_request_pixels, which counts the same picture")
-        if self.http_processes and not sys.platform.startswith("linux"):
-            raise ValueError("http_processes needs Linux, where processes can share a port; leave it at 0")
+        if self.workers != 1 and not sys.platform.startswith("linux"):
+            raise ValueError("workers needs Linux, where processes can share a port; leave it at 1")
+        if self.management_port is not None and self.management_port == self.port:
+            raise ValueError("management_port must not be the port of the clients; name another")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key go together; only one of them is set")
         return self
@@ -304,23 +318,10 @@ class Settings(BaseSettings):
         """Every API key, of the setting and of the file; empty: no key is asked for."""
         return tuple(key.get_secret_value() for key in self.api_keys) + _read_keys(self.api_keys_file)
 
-    def for_http_process(self) -> bytes:
-        """Return what a process of its own for HTTP needs, as JSON, with all keys that it asks clients for."""
-        values = self.model_dump(mode="json") | {"api_keys": self.client_keys()}
-        for name in ("api_keys_file", "admin_key", "admin_key_file"):
-            del values[name]
-        return json.dumps(values).encode()
-
     def administrator_keys(self) -> tuple[str, ...]:
         """Every admin key, of the setting and of the file; empty: reloading over HTTP is off."""
         of_setting = () if self.admin_key is None else (self.admin_key.get_secret_value(),)
         return of_setting + _read_keys(self.admin_key_file)
-
-
-def without_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables of an environment that are no settings."""
-    prefix = Settings.model_config["env_prefix"]
-    return {name: value for name, value in environment.items() if not name.upper().startswith(prefix)}
 
 
 def _is_key(key: str) -> bool:

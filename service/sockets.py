@@ -1,49 +1,57 @@
-"""Sockets that a process listens on, alone or with others."""
+"""Sockets to listen on."""
 
+import errno
 import socket
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Final
 
-from service.settings import Settings
+BACKLOG: Final = 2048  # as uvicorn's
 
 
-def alone(settings: Settings) -> list[socket.socket]:
-    """Bind sockets of their own to the address of the settings, one for each family.
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Bind a socket for each address family of a host; none of them listens yet.
 
     Raises:
         OSError: the address is not there or in use, or the name is not known.
     """
-    found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     addresses: list[tuple[int, Any]] = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
     with ExitStack() as stack:
-        sockets = [stack.enter_context(bound(family, address, shared=False)) for family, address in addresses]
+        sockets = [stack.enter_context(_bound(family, address)) for family, address in addresses]
         stack.pop_all()
     return sockets
 
 
-def reserve(settings: Settings) -> list[socket.socket]:
-    """Take the address of the settings for processes that share it, one socket for each family; none of them listens.
+def claim_port(host: str, first: int, count: int) -> list[socket.socket]:
+    """Listen on the first port that is free of `count` ports from `first` on.
 
-    They keep the port while a process ends and another takes its place.
+    Workers that start at once each get one of their own, and the successor of one that has ended gets that one's.
 
     Raises:
-        OSError: as `alone`.
+        OSError: none is free, or the address is not there.
     """
-    # Alone first: with SO_REUSEPORT, a second service on the same port would share its connections unnoticed.
-    with ExitStack() as stack:
-        addresses = [(one.family, stack.enter_context(one).getsockname()) for one in alone(settings)]
-    return [bound(family, address, shared=True) for family, address in addresses]
+    for port in range(first, first + count):
+        with ExitStack() as stack:
+            try:
+                sockets = [stack.enter_context(one) for one in bind(host, port)]
+                for one in sockets:
+                    one.listen(BACKLOG)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                continue
+            stack.pop_all()
+            return sockets
+    ports = f"port {first} is" if count == 1 else f"the ports {first} to {first + count - 1} are"
+    raise OSError(errno.EADDRINUSE, f"{ports} in use")
 
 
-def bound(family: int, address: Any, *, shared: bool) -> socket.socket:
-    """Return a socket of its own on an address."""
+def _bound(family: int, address: Any) -> socket.socket:
     one = socket.socket(family, socket.SOCK_STREAM)
     try:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        if shared:
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         one.bind(address)
     except BaseException:
         one.close()

@@ -2,10 +2,11 @@
 
 import asyncio
 import logging
-from typing import Final
+from typing import Final, Literal
 
-from service.admission import Admission, House
-from service.front import Front, Status
+from service.admission import Admission
+from service.decoding import Decoder
+from service.errors import Draining, NotReady
 from service.metrics import Metrics
 from service.models import EngineOptions, LiveModel, ModelStore, NoUsableVersionError, OpenEngines
 from service.settings import Settings
@@ -13,26 +14,31 @@ from service.versions import open_engines
 
 logger = logging.getLogger(__name__)
 
+Status = Literal["ready", "loading", "draining", "failed"]
 STOP_SECONDS: Final = 3.0  # for what runs to end, after what was accepted has been answered or cut off
 
 
-class Service(Front):
-    """The process that runs the model: settings, models, limits and counts. Belongs to one event loop.
+class Service:
+    """One worker: settings, models, limits and counts. Belongs to one event loop.
 
     Args:
         settings: all of them.
         open_engines: opens the engines of a version folder; the default opens real ones.
 
     Attributes:
-        house: what was accepted and is not yet answered, wherever that was.
+        leaving: set when the process was told to stop: probes say so, and a connection ends with its next response.
+        draining: set after that, when nothing new is accepted any more; what was accepted finishes.
+        in_flight: requests to /predict that are being answered.
     """
 
-    metrics: Metrics
-
     def __init__(self, settings: Settings, *, open_engines: OpenEngines = open_engines) -> None:
-        admission = Admission(settings.max_queue_size, settings.max_queue_bytes)
-        super().__init__(settings, Metrics(), admission, decode_threads=settings.decode_threads)
-        self.house: House = admission
+        self.settings = settings
+        self.metrics = Metrics()
+        self.admission = Admission(settings.max_queue_size, settings.max_queue_bytes)
+        self.decoder = Decoder(settings, settings.decode_threads)
+        self.leaving = False
+        self.draining = False
+        self.in_flight = 0
         self.store = ModelStore(
             settings.model_dir,
             engine_options(settings),
@@ -46,8 +52,8 @@ class Service(Front):
         self.metrics.watch(
             ready=lambda: self.probed_status == "ready",
             queue_length=lambda: self.queue_length,
-            admitted_pictures=lambda: self.house.pictures,
-            admitted_bytes=lambda: self.house.bytes,
+            admitted_pictures=lambda: self.admission.pictures,
+            admitted_bytes=lambda: self.admission.bytes,
             max_batch_size=lambda: self.max_batch_size,
             refused_versions=lambda: self.store.refused_versions,
             max_queue_size=settings.max_queue_size,
@@ -77,6 +83,21 @@ class Service(Front):
     def cut_off(self) -> None:
         """Answer everything that waits for a model with Draining."""
         self.store.cut_off()
+
+    @property
+    def closes_connections(self) -> bool:
+        """Whether a connection ends with its next response, so that its client comes back to another process."""
+        return self.leaving or self.draining
+
+    def check_ready(self) -> None:
+        """Raise NotReady or Draining unless predictions are served."""
+        match self.status:
+            case "draining":
+                raise Draining()
+            case "loading":
+                raise NotReady("The model is being loaded and checked.")
+            case "failed":
+                raise NotReady("The model has failed; the process is being replaced.")
 
     @property
     def failure(self) -> str:
@@ -130,6 +151,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         provider=settings.provider,
         device_ids=settings.device_ids,
         cpu_engines=settings.cpu_engines,
+        workers=settings.workers,
         max_batch_size=settings.max_batch_size,
         intra_op_threads=settings.intra_op_threads,
         precision=settings.precision,

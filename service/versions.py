@@ -51,12 +51,14 @@ class EngineOptions:
     Attributes:
         device_ids: GPUs, one engine each; no meaning on the CPU.
         cpu_engines, intra_op_threads: engines on the CPU, and threads of each; see `engines_of_cpu`.
+        workers: processes that share the cores, this one included.
         precision: which of the version's files; "auto" takes what is best on the provider.
     """
 
     provider: ProviderChoice = "auto"
     device_ids: Sequence[int] = (0,)
     cpu_engines: int = 0
+    workers: int = 1
     max_batch_size: int = 32
     intra_op_threads: int = 0
     precision: PrecisionChoice = "auto"
@@ -227,10 +229,10 @@ def engines_of_cpu(options: EngineOptions) -> list[dict[str, Any]]:
     Without `cpu_engines` there are as many as cores, at most `MOST_CPU_ENGINES`, since each takes memory; one where
     `intra_op_threads` are named.
     """
-    cores, threads = usable_cores(), options.intra_op_threads
+    cores, threads = max(1, usable_cores() // options.workers), options.intra_op_threads
     count = options.cpu_engines or (1 if threads else min(cores, MOST_CPU_ENGINES))
     if count == 1:
-        return [{}]
+        return [{} if threads or options.workers == 1 else {"intra_op_threads": cores}]
     engines: list[dict[str, Any]] = [{"intra_op_threads": threads or max(1, cores // count)}] * count
     if threads or cores == 1:
         return engines

@@ -73,7 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each server, in turn")
     parser.add_argument("--processes", type=int, default=1, help="of the load generator")
     parser.add_argument(
-        "--http-processes", type=int, nargs="+", default=[0], metavar="N", help="of this service, which runs with each"
+        "--workers", nargs="+", default=["auto"], metavar="N", help="of this service, which runs with each"
     )
     parser.add_argument("--setting", action="append", default=[], metavar="NAME.SETTING=NUMBER", help="of a rival")
     parser.add_argument("--service", action="append", default=[], metavar="NAME=VALUE", help="setting of this service")
@@ -90,12 +90,12 @@ def enter(
     pictures: Sequence[Picture],
     args: argparse.Namespace,
 ) -> list[Contender]:
-    """Return our service, once with each number of HTTP processes, and the rivals that have or get an environment."""
+    """Return our service, once with each number of workers, and the rivals that have or get an environment."""
     requests = build_requests(pictures, "raw", host=HOST, path="/predict?top_k=1")
     settings = settings_of_ours(args)
     contenders = [
-        Contender(title_of(number), partial(Server, model, settings | {"http_processes": str(number)}), requests)
-        for number in args.http_processes
+        Contender(title_of(number), partial(Server, model, settings | {"workers": number}), requests)
+        for number in args.workers
     ]
     for name, framework in frameworks.items():
         try:
@@ -115,9 +115,9 @@ def settings_of_ours(args: argparse.Namespace) -> dict[str, str]:
     return (SETTINGS if args.model is None else OWN_MODEL) | parse_settings(args.service)
 
 
-def title_of(http_processes: int) -> str:
-    """Name our service with so many HTTP processes."""
-    return f"{OURS}, {http_processes} HTTP" if http_processes else OURS
+def title_of(workers: str) -> str:
+    """Name our service with so many workers."""
+    return OURS if workers == "1" else f"{OURS}, workers={workers}"
 
 
 def check(contender: Contender, port: int, expected: Expected) -> None:

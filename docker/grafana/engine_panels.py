@@ -119,29 +119,20 @@ PROCESS = (
         title="Memory",
         kind="timeseries",
         unit="bytes",
-        shows="Resident memory of the model's process, and of each HTTP process.",
+        shows="Resident memory of each process.",
         bad="Growth without end, or near the container's limit (SERVICE_MEMORY), at which it is killed.",
         do="It grows with PERCEIVER_MAX_QUEUE_BYTES and PERCEIVER_DECODE_THREADS times large pictures; lower these.",
-        queries=(
-            Query(f'process_resident_memory_bytes{{job="perceiver", {HERE}}}', "{{instance}}"),
-            Query(f"perceiver_http_process_resident_memory_bytes{{{HERE}}}", "HTTP {{process}}, {{instance}}"),
-        ),
+        queries=(Query(f'process_resident_memory_bytes{{job="perceiver", {HERE}}}', "{{instance}}"),),
         width=6,
     ),
     Panel(
         title="CPU",
         kind="timeseries",
         unit="suffix: cores",
-        shows="Processor cores that the model's process and each HTTP process keep busy, and how many of these accept "
-        "connections.",
-        bad="On a GPU host, one near 1 and latency up: its event loop is the limit. Fewer HTTP processes than set.",
-        do="Raise PERCEIVER_HTTP_PROCESSES; if one is missing, PerceiverHttpProcessRestarting in docs/operations.md. "
-        "On a CPU host all cores are used on purpose.",
-        queries=(
-            Query(f'rate(process_cpu_seconds_total{{job="perceiver", {HERE}}}{RATE})', "{{instance}}"),
-            Query(f"rate(perceiver_http_process_cpu_seconds_total{{{HERE}}}{RATE})", "HTTP {{process}}, {{instance}}"),
-            Query(f"perceiver_http_processes{{{HERE}}}", "HTTP processes, {{instance}}"),
-        ),
+        shows="Processor cores that each process keeps busy.",
+        bad="On a GPU host, near 1 and latency up: the event loop is the limit.",
+        do="Raise PERCEIVER_WORKERS, or start another replica. On a CPU host all cores are used on purpose.",
+        queries=(Query(f'rate(process_cpu_seconds_total{{job="perceiver", {HERE}}}{RATE})', "{{instance}}"),),
         width=6,
     ),
     Panel(
@@ -153,7 +144,6 @@ PROCESS = (
         do="Lower PERCEIVER_MAX_CONNECTIONS or raise the container's limit of open files.",
         queries=(
             Query(f'process_open_fds{{job="perceiver", {HERE}}}', "open, {{instance}}"),
-            Query(f"perceiver_http_process_open_fds{{{HERE}}}", "HTTP {{process}}, {{instance}}"),
             Query(f'process_max_fds{{job="perceiver", {HERE}}}', "limit, {{instance}}"),
         ),
         width=6,

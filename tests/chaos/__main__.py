@@ -55,10 +55,6 @@ def parser() -> argparse.ArgumentParser:
     damage.add_argument("--target", choices=sorted(TARGETS), action="append", help="default: all")
     document = runs.add_parser("openapi", help="answers against the OpenAPI document")
     document.add_argument("--seconds", type=int, default=300, help="for generated requests (default: %(default)s)")
-    for run in (misuse, load, document):
-        run.add_argument(
-            "--http-processes", type=int, default=0, metavar="N", help="of the service (default: %(default)s)"
-        )
     document.add_argument("--seed", type=int, default=0, help="the same sends the same requests (default: %(default)s)")
     return whole
 
@@ -79,16 +75,10 @@ def compared(process: Process, client: httpx.Client, before: Vitals) -> Complain
     return before.complaints(after) + ([f"it ended with status {status}"] if status else [])
 
 
-def http_processes(options: argparse.Namespace) -> str:
-    """The setting."""
-    return f"--http-processes={options.http_processes}"
-
-
 def run_misuse(options: argparse.Namespace, folder: Path) -> Complaints:
     """Send misdeeds, as many at once as are told."""
     make_model_folder(folder / "m")
-    settings = (*LIMITS, http_processes(options))
-    with served(folder, *on_model(folder / "m", *settings), module="service") as (process, client):
+    with served(folder, *on_model(folder / "m", *LIMITS), module="service") as (process, client):
         address = (client.base_url.host, client.base_url.port or 0)
         asyncio.run(rampage(*address, requests=500, concurrency=options.concurrency, seed=-1))  # to its full size
         before = Vitals.of(process, client)
@@ -109,7 +99,6 @@ def run_overload(options: argparse.Namespace, folder: Path) -> Complaints:
     settings = (
         f"--max-batch-size={options.max_batch_size}",
         f"--max-queue-size={options.max_queue_size}",
-        http_processes(options),
     )
     with served(folder, *on_model(model, *settings), module=module, **{slow_service.VARIABLE: str(options.run_ms)}) as (
         process,
@@ -137,8 +126,7 @@ def run_fuzz(options: argparse.Namespace, folder: Path) -> Complaints:
 def run_openapi(options: argparse.Namespace, folder: Path) -> Complaints:
     """Compare answers with the document."""
     make_model_folder(folder / "m")
-    settings = (*openapi.ARGUMENTS, http_processes(options))
-    with served(folder, *on_model(folder / "m", *settings), module="service") as (process, client):
+    with served(folder, *on_model(folder / "m", *openapi.ARGUMENTS), module="service") as (process, client):
         client.headers["x-api-key"] = openapi.KEY
         before = Vitals.of(process, client)
         url = str(client.base_url).rstrip("/")

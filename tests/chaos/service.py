@@ -23,7 +23,6 @@ AT_REST = {
     "perceiver_ready": 1,
     "perceiver_admitted_pictures": 0,
     "perceiver_queue_length": 0,
-    "perceiver_http_process_restarts_total": 0,
 }
 
 
@@ -44,10 +43,10 @@ class Vitals:
         files = [-1, -2]
         while files[-1] != files[-2]:
             time.sleep(0.3)
-            files.append(of_all(client, "process_open_fds"))
+            files.append(sample(client, "process_open_fds"))
         return cls(
             open_files=files[-1],
-            memory=of_all(client, "process_resident_memory_bytes"),
+            memory=sample(client, "process_resident_memory_bytes"),
             answer=predict(client),
             at_rest={name: sample(client, name) for name in AT_REST},
             traceback=process.stderr[-3000:] if "Traceback" in process.stderr else "",
@@ -69,15 +68,10 @@ class Vitals:
         return [*found, now.traceback] if now.traceback else found
 
 
-def sample(client: httpx.Client, *names: str) -> int:
-    """The sum of metrics over all labels; 0 where the platform does not have them, as macOS those of processes."""
+def sample(client: httpx.Client, name: str) -> int:
+    """The sum of a metric over all labels; 0 where the platform does not have it, as macOS those of processes."""
     lines = client.get("/metrics").text.splitlines()
-    return int(sum(float(line.split()[-1]) for line in lines if line.split()[0].partition("{")[0] in names))
-
-
-def of_all(client: httpx.Client, name: str) -> int:
-    """What the processes of the service have together."""
-    return sample(client, name, f"perceiver_http_{name}")
+    return int(sum(float(line.split()[-1]) for line in lines if line.split()[0].partition("{")[0] == name))
 
 
 def predict(client: httpx.Client) -> bytes:

@@ -29,7 +29,8 @@ class SlowEngine(OnnxEngine):
         return super().run(images)
 
 
-if __name__ == "__main__":
+if __name__ in ("__main__", "__mp_main__"):  # the latter in a worker
     os.environ["PERCEIVER_TUNE_BATCH_SIZE"] = "false"  # its batches are as large as the tests say
     versions.OnnxEngine = SlowEngine  # type: ignore[misc]
+if __name__ == "__main__":
     runpy.run_module("service", run_name="__main__")

@@ -73,7 +73,6 @@ def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[stack.Promet
     models = folder / "tiny"
     make_model_folder(models, 1)
     options = {"max_queue_size": QUEUE, "max_pictures": QUEUE, "model_poll_s": 0.2, "intra_op_threads": 1}
-    options["http_processes"] = 1  # there are panels for them too
     with stack.service(models, folder, **options) as port, stack.prometheus(folder, port) as server:
         statuses = drive(port)
         wait_until(server, "count_over_time(perceiver_ready[1m]) >= 2")  # the counters' first values are read

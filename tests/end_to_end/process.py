@@ -21,7 +21,6 @@ from tests.fakes import CLASSES, HEIGHT, WIDTH, tiny_metadata
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 SECONDS = 60
-HTTP_PROCESSES = 0  # see `conftest.either_way`
 
 
 class Process:
@@ -79,6 +78,13 @@ class Process:
             time.sleep(0.02)
         raise TimeoutError(self.stderr)
 
+    def wait_or_end(self, probe: Callable[[], object]) -> None:
+        """Wait until a probe is true, or the process has ended."""
+        until = time.monotonic() + SECONDS
+        while self.popen.poll() is None and not probe():
+            assert time.monotonic() < until, self.stderr
+            time.sleep(0.02)
+
 
 @contextmanager
 def started(tmp_path: Path, *arguments: str, module: str = "service", **environment: str) -> Iterator[Process]:
@@ -96,8 +102,7 @@ def started(tmp_path: Path, *arguments: str, module: str = "service", **environm
 
 def on_model(folder: Path, *arguments: str) -> tuple[str, ...]:
     """The arguments for a small real model on a CPU."""
-    here = ("--model-dir", str(folder), "--provider", "cpu", "--intra-op-threads", "1")
-    return (*here, "--http-processes", str(HTTP_PROCESSES), *arguments)
+    return ("--model-dir", str(folder), "--provider", "cpu", "--intra-op-threads", "1", *arguments)
 
 
 def make_slow_model(folder: Path, steps: int) -> None:

@@ -68,7 +68,7 @@ class Busy:
 
 
 @pytest.fixture
-def busy(either_way: None, tmp_path: Path) -> Iterator[Busy]:
+def busy(tmp_path: Path) -> Iterator[Busy]:
     with busy_service(tmp_path, "400") as service:
         yield service
 
@@ -158,7 +158,6 @@ def test_a_drain_answers_everything_that_was_accepted(busy: Busy) -> None:
     assert [answer.result().status_code for answer in [first, *queued]] == [200] * (1 + 3 * BATCH)
 
 
-@pytest.mark.usefixtures("either_way")
 def test_fifty_swaps_under_load_fail_no_request_and_mix_no_answers(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m", 1)
     hidden, shown = tmp_path / "m" / ".2", tmp_path / "m" / "2"

@@ -8,12 +8,11 @@ from service import models
 from service.settings import Settings
 from service.state import Service
 from tests.fakes import FakeEngine, make_model_folder
-from tests.service import harness
 from tests.service.harness import error_of, fake_folder, listening, running
 
 
 def on_cpu(folder: Path, **settings: object) -> Settings:
-    values = {"port": 0, "provider": "cpu", "intra_op_threads": 1, "http_processes": harness.HTTP_PROCESSES}
+    values = {"port": 0, "provider": "cpu", "intra_op_threads": 1}
     return Settings.model_validate({"model_dir": folder} | values | settings)
 
 
@@ -43,7 +42,6 @@ async def test_an_unfit_request_id_is_replaced(tmp_path: Path, given: str) -> No
 # Methods and paths
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_unknown_paths_and_methods_have_the_shape_of_all_errors(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         for method, path, status, code in [
@@ -65,7 +63,6 @@ async def test_unknown_paths_and_methods_have_the_shape_of_all_errors(tmp_path: 
         assert (await run.client.get("/predict")).headers["allow"] == "POST"
 
 
-@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready", "/metrics", "/models", "/docs"])
 async def test_probes_answer_head_without_a_body(tmp_path: Path, path: str) -> None:
     async with running(tmp_path) as run:
@@ -94,7 +91,6 @@ async def test_an_unexpected_error_is_a_500_without_details(tmp_path: Path, capl
 # Health
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_health_summarises(tmp_path: Path) -> None:
     async with running(tmp_path, max_queue_size=64) as run:
         response = await run.client.get("/health")
@@ -114,12 +110,11 @@ async def test_health_summarises(tmp_path: Path) -> None:
         }
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_before_the_golden_check_has_passed_nothing_is_ready(tmp_path: Path) -> None:
     engine = FakeEngine()
     folder = fake_folder(tmp_path, engine)
     engine.hold()
-    settings = Settings(model_dir=folder, port=0, http_processes=harness.HTTP_PROCESSES)
+    settings = Settings(model_dir=folder, port=0)
     async with listening(Service(settings, open_engines=lambda path, options: [engine]), engine) as run:
         await run.until(lambda: engine.batches)  # the golden pictures are being run
         assert (await run.client.get("/health/live")).status_code == 200
@@ -159,7 +154,6 @@ async def test_an_engine_that_hangs_fails_the_service(tmp_path: Path) -> None:
         assert (await run.client.get("/health/live")).status_code == 200
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_while_draining_what_was_accepted_finishes_and_nothing_new_begins(tmp_path: Path) -> None:
     engine = FakeEngine()
     async with running(tmp_path, engine) as run:
@@ -174,13 +168,10 @@ async def test_while_draining_what_was_accepted_finishes_and_nothing_new_begins(
         await run.until(lambda: run.in_flight == 0)  # another process counts after it has answered
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_who_leaves_tells_the_probes_and_still_answers(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         assert "connection" not in (await run.predict()).headers
         run.service.leaving = True
-        if run.fronts is not None:
-            run.fronts.tell()
         for _ in range(2):
             response = await run.client.get("/health/ready")
             assert (response.status_code, error_of(response.content)) == (503, "draining")
@@ -195,7 +186,6 @@ async def test_who_leaves_tells_the_probes_and_still_answers(tmp_path: Path) -> 
 # Models
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_models_lists_versions_with_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_model_folder(tmp_path, 1)
     make_model_folder(tmp_path, 2)

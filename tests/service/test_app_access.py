@@ -42,7 +42,6 @@ async def test_api_keys(tmp_path: Path, headers: dict[str, str], status: int) ->
             assert (await run.client.get(path)).status_code == 200
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_keys_from_files_and_the_admin_key(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("# clients\nfirst\n\n  second  # a friend\n")
     (tmp_path / "admin").write_text("root\nnext\n")
@@ -81,7 +80,6 @@ async def test_no_other_spelling_of_a_path_gets_round_the_keys(
 # CORS
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_cors_preflight_and_errors_can_be_read_by_allowed_origins_alone(tmp_path: Path) -> None:
     async with running(tmp_path, cors_origins="https://example.org", api_keys="key") as run:
         asking = {"access-control-request-method": "POST", "access-control-request-headers": "x-api-key"}
@@ -172,7 +170,6 @@ async def test_the_openapi_document_says_what_needs_a_key(tmp_path: Path) -> Non
         assert keyed == {"/predict", "/models", "/models/reload"}
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_answers_have_the_documented_shape(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         for path in JSON_ROUTES:

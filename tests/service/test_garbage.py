@@ -93,7 +93,7 @@ async def test_nor_does_a_request_that_waited_for_the_model(tmp_path: Path) -> N
         engine.hold()
         with collected() as found:
             waiting = [asyncio.create_task(ask(run, png(number))) for number in (1, 2, 3)]
-            await run.until(lambda: run.service.house.pictures == 3)
+            await run.until(lambda: run.service.admission.pictures == 3)
             await asyncio.sleep(2 * PATIENCE)
             engine.release(3)
             assert await asyncio.gather(*waiting) == [200, 200, 200]
@@ -112,7 +112,7 @@ async def test_nor_does_one_whose_time_is_up_or_who_is_turned_away(tmp_path: Pat
             for _ in range(3):
                 assert await ask(run, png(2), f"X-Request-Timeout-Ms: {int(2000 * PATIENCE)}") == 504
             queued = asyncio.create_task(ask(run, png(3)))
-            await run.until(lambda: run.service.house.pictures == 2)
+            await run.until(lambda: run.service.admission.pictures == 2)
             assert [await ask(run, png(4)) for _ in range(3)] == [503, 503, 503]
             engine.release(2)
             assert (await held, await queued) == (200, 200)
@@ -140,10 +140,10 @@ async def test_nor_does_a_client_who_left(tmp_path: Path) -> None:
                 _, writer = await asyncio.open_connection("127.0.0.1", run.port)
                 body = png(number)
                 writer.write(request_head(len(body)) + body)
-                await run.until(lambda: run.service.house.pictures == 1)
+                await run.until(lambda: run.service.admission.pictures == 1)
                 writer.close()
                 await writer.wait_closed()
-                await run.until(lambda: run.service.house.pictures == 0)
+                await run.until(lambda: run.service.admission.pictures == 0)
             engine.release(5)
             await settle()
         assert found == []

@@ -33,11 +33,6 @@ FAMILIES = {
     "perceiver_queue_length": "gauge",
     "perceiver_max_queue_size": "gauge",
     "perceiver_max_batch_size": "gauge",
-    "perceiver_http_processes": "gauge",
-    "perceiver_http_process_restarts": "counter",
-    "perceiver_http_process_cpu_seconds": "counter",
-    "perceiver_http_process_resident_memory_bytes": "gauge",
-    "perceiver_http_process_open_fds": "gauge",
     "perceiver_admitted_pictures": "gauge",
     "perceiver_admitted_bytes": "gauge",
 }

@@ -39,7 +39,6 @@ def answered(run: Running) -> list[int]:
 # Bodies
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_a_raw_body(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         response = await run.predict(7)
@@ -54,7 +53,6 @@ async def test_a_raw_body(tmp_path: Path) -> None:
         assert answered(run) == [7]
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_a_form_with_several_files_keeps_their_order_and_names(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         files = [("file", (f"{number}.png", png(number))) for number in (1, 2, 3)]
@@ -65,7 +63,6 @@ async def test_a_form_with_several_files_keeps_their_order_and_names(tmp_path: P
         assert probabilities == pytest.approx([1 / (1 + 4 * np.exp(-number)) for number in (1, 2, 3)], abs=1e-6)
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_json_with_one_and_with_several_pictures(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         one = await run.client.post("/predict", json={"image": base64_of(1)})
@@ -81,7 +78,6 @@ async def test_every_format(tmp_path: Path, name: str) -> None:
         assert response.status_code == 200
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_a_chunked_body(tmp_path: Path) -> None:
     async def chunks():
         for byte in png(5):
@@ -93,7 +89,6 @@ async def test_a_chunked_body(tmp_path: Path) -> None:
         assert answered(run) == [5]
 
 
-@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("inline", [0, 1_000_000])
 async def test_large_and_small_pictures_give_the_same_answer(tmp_path: Path, inline: int) -> None:
     body = encode(pixels(200, 300), "JPEG")
@@ -144,7 +139,6 @@ async def test_top_k(tmp_path: Path, query: str, expected: int) -> None:
         assert len(response.json()["predictions"][0]["top"]) == expected
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_server_timing_splits_the_time(tmp_path: Path) -> None:
     async with running(tmp_path, FakeEngine(delay=0.02)) as run:
         timing = (await run.predict()).headers["server-timing"]
@@ -226,12 +220,11 @@ async def test_what_is_wrong_is_said_and_never_queued(
         assert set(error) == {"code", "message", "request_id"}
         assert error["request_id"] == response.headers["x-request-id"]
         assert answered(run) == []
-        assert (run.service.house.pictures, run.service.house.bytes) == (0, 0)
+        assert (run.service.admission.pictures, run.service.admission.bytes) == (0, 0)
         assert await run.metric(f'perceiver_rejections_total{{reason="{code}"}}') == 1
         assert (await run.predict(3)).status_code == 200
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_of_several_pictures_the_bad_one_is_named(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         files = [("f", ("good.png", png(1))), ("f", ("bad.png", b"nothing"))]
@@ -280,7 +273,6 @@ async def test_a_thread_that_decodes_is_told_when_nobody_waits_any_more(monkeypa
     decoder.close()
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_a_failing_batch_is_a_500_and_the_next_one_is_served(tmp_path: Path) -> None:
     engine = FakeEngine()
     async with running(tmp_path, engine) as run:

@@ -1,11 +1,9 @@
-"""`POST /predict` when the house is full, when time is up, and when clients leave."""
+"""`POST /predict` when admission is full, when time is up, and when clients leave."""
 
 import asyncio
 import base64
 import threading
 from pathlib import Path
-
-import pytest
 
 from tests.fakes import FakeEngine
 from tests.service.harness import Running, error_of, png, read_answer, request_head, running
@@ -19,13 +17,12 @@ def answered(run: Running) -> list[int]:
     return [number for batch in run.engine.batches for number in batch]
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_a_full_house_is_503_with_retry_after(tmp_path: Path) -> None:
     engine = FakeEngine(max_batch_size=1)
     async with running(tmp_path, engine, max_queue_size=2, max_pictures=2) as run:
         held = [await run.hold_first()]  # of two connections either may be read first
         held.append(asyncio.create_task(run.predict(2)))
-        await run.until(lambda: run.service.house.pictures == 2)
+        await run.until(lambda: run.service.admission.pictures == 2)
         response = await run.predict(3)
         assert (response.status_code, error_of(response.content)) == (503, "overloaded")
         assert int(response.headers["retry-after"]) >= 1
@@ -34,13 +31,12 @@ async def test_a_full_house_is_503_with_retry_after(tmp_path: Path) -> None:
         assert answered(run) == [1, 2]
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_pictures_of_one_body_are_counted_before_they_are_decoded(tmp_path: Path) -> None:
     engine = FakeEngine(max_batch_size=1)
     async with running(tmp_path, engine, max_queue_size=2, max_pictures=2) as run:
         engine.hold()
         held = asyncio.create_task(run.predict(1))
-        await run.until(lambda: run.service.house.pictures == 1)
+        await run.until(lambda: run.service.admission.pictures == 1)
         junk = base64.b64encode(b"junk").decode()  # would be 400 if it were decoded first
         response = await run.client.post("/predict", json={"images": [junk, junk]})
         assert error_of(response.content) == "overloaded"
@@ -48,19 +44,18 @@ async def test_pictures_of_one_body_are_counted_before_they_are_decoded(tmp_path
         assert (await held).status_code == 200
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_bytes_in_the_house_are_bounded(tmp_path: Path) -> None:
     async with running(tmp_path, max_queue_bytes=10_000, max_body_bytes=10_000) as run:
         _, writer = await run.connect()
         writer.write(request_head(8_001) + bytes(8_000))
-        await run.until(lambda: run.service.house.bytes == 8_000)
+        await run.until(lambda: run.service.admission.bytes == 8_000)
         response = await run.client.post("/predict", content=bytes(3_000), headers=IMAGE)
         assert error_of(response.content) == "overloaded"
         reader, other = await run.connect()
         other.write(request_head(None, "Transfer-Encoding: chunked") + b"bb8\r\n" + bytes(3000))
         assert error_of((await read_answer(reader))[2]) == "overloaded"
         writer.close()
-        await run.until(lambda: run.service.house.bytes == 0)
+        await run.until(lambda: run.service.admission.bytes == 0)
         assert (await run.predict()).status_code == 200
 
 
@@ -68,7 +63,7 @@ async def test_a_body_that_finds_no_room_is_refused_before_it_is_sent(tmp_path: 
     async with running(tmp_path, max_queue_bytes=10_000, max_body_bytes=10_000) as run:
         _, writer = await run.connect()
         writer.write(request_head(8_001) + bytes(8_000))
-        await run.until(lambda: run.service.house.bytes == 8_000)
+        await run.until(lambda: run.service.admission.bytes == 8_000)
         for announced, sent, expected in ((2_001, 0, "overloaded"), (2_000, 2_000, "not_an_image")):
             reader, other = await run.connect()
             other.write(request_head(announced) + bytes(sent))
@@ -76,7 +71,6 @@ async def test_a_body_that_finds_no_room_is_refused_before_it_is_sent(tmp_path: 
             assert error_of(body) == expected
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_slow_senders_do_not_keep_others_out(tmp_path: Path) -> None:
     async with running(tmp_path, max_queue_size=1, max_pictures=1) as run:
         reader, writer = await run.connect()
@@ -88,20 +82,18 @@ async def test_slow_senders_do_not_keep_others_out(tmp_path: Path) -> None:
         assert (await read_answer(reader))[0] == 200
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_bodies_that_are_announced_and_do_not_come_keep_nobody_out(tmp_path: Path) -> None:
     async with running(tmp_path, max_queue_bytes=10_000, max_body_bytes=10_000) as run:
         for _ in range(8):
             _, writer = await run.connect()
             writer.write(request_head(9_000) + b"a")
-        await run.until(lambda: run.service.house.bytes == 8)
+        await run.until(lambda: run.service.admission.bytes == 8)
         assert (await run.predict()).status_code == 200
 
 
 # Deadlines
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_a_picture_whose_deadline_passes_in_the_queue_is_not_run(tmp_path: Path) -> None:
     engine = FakeEngine(max_batch_size=1)
     async with running(tmp_path, engine) as run:
@@ -115,7 +107,6 @@ async def test_a_picture_whose_deadline_passes_in_the_queue_is_not_run(tmp_path:
         assert await run.metric("perceiver_deadline_misses_total") == 1
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_the_setting_bounds_what_a_client_asks_for(tmp_path: Path) -> None:
     engine = FakeEngine(max_batch_size=1)
     async with running(tmp_path, engine, request_timeout_ms=500) as run:
@@ -151,7 +142,6 @@ async def test_decoding_takes_no_more_threads_than_it_may(tmp_path: Path) -> Non
 # Clients that leave
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_a_client_that_leaves_takes_its_queued_picture_along(tmp_path: Path) -> None:
     engine = FakeEngine(max_batch_size=1)
     async with running(tmp_path, engine) as run:
@@ -169,7 +159,6 @@ async def test_a_client_that_leaves_takes_its_queued_picture_along(tmp_path: Pat
         assert await run.metric('perceiver_requests_total{code="499",route="/predict"}') == 1
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_a_client_that_leaves_while_its_picture_runs_harms_nobody(tmp_path: Path) -> None:
     engine = FakeEngine(max_batch_size=2)
     async with running(tmp_path, engine) as run:
@@ -183,7 +172,6 @@ async def test_a_client_that_leaves_while_its_picture_runs_harms_nobody(tmp_path
         assert (await run.predict(2)).status_code == 200
 
 
-@pytest.mark.usefixtures("either_way")
 async def test_a_client_that_leaves_while_it_sends(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         _, writer = await run.connect()
@@ -191,7 +179,7 @@ async def test_a_client_that_leaves_while_it_sends(tmp_path: Path) -> None:
         await run.until(lambda: run.in_flight == 1)
         writer.close()
         await run.until(lambda: run.in_flight == 0)
-        assert run.service.house.bytes == 0
+        assert run.service.admission.bytes == 0
         assert answered(run) == []
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from service import connections, patience
-from service.front import PROBE_CONNECTIONS
 from service.heads import MAX_HEADER_BYTES
 from tests.fakes import FakeEngine
 from tests.service.harness import ended, error_of, png, read_answer, request_head, running
@@ -147,45 +146,6 @@ async def test_one_connection_too_many_is_told_so(tmp_path: Path) -> None:
         await run.until(lambda: run.connections == 2)
         reader, writer = await run.connect()
         writer.write(request_head(len(png(1))) + png(1))
-        assert (await read_answer(reader))[0] == 200
-
-
-@pytest.mark.usefixtures("either_way")
-async def test_who_watches_the_service_is_answered_where_clients_hold_all_connections(tmp_path: Path) -> None:
-    """Or it would be taken for dead, and started anew."""
-    async with running(tmp_path, max_connections=2) as run:
-        await run.predict()
-        reader, writer = await run.connect()
-        health = request_head(None, target="/health", method="GET")
-        writer.write(health)
-        assert (await read_answer(reader))[0] == 200
-        for target in ("/health", "/health/live", "/health/ready?verbose", "/metrics"):
-            reader, writer = await run.connect()
-            writer.write(request_head(None, target=target, method="GET"))
-            status, headers, body = await read_answer(reader)
-            assert (status, headers["connection"]) == (200, "close")
-            assert await ended(reader)
-        assert b'perceiver_rejections_total{reason="unavailable"} 0.0' in body
-        for target in ("/predict", "/models", "/metrics/", "/health/live/../../predict"):
-            reader, writer = await run.connect()
-            writer.write(request_head(len(png(1)), target=target) + png(1))
-            status, _, body = await read_answer(reader)
-            assert (status, error_of(body)) == (503, "unavailable")
-            assert await ended(reader)
-
-
-@pytest.mark.usefixtures("either_way")
-async def test_those_who_watch_may_not_take_all_connections_either(tmp_path: Path) -> None:
-    async with running(tmp_path, max_connections=1) as run:
-        await run.predict()
-        waiting = [await run.connect() for _ in range(PROBE_CONNECTIONS)]
-        await run.until(lambda: run.connections == 1 + PROBE_CONNECTIONS)
-        reader, _ = await run.connect()
-        status, _, body = await read_answer(reader)
-        assert (status, error_of(body)) == (503, "unavailable")
-        assert await ended(reader)
-        reader, writer = waiting[0]
-        writer.write(request_head(None, target="/health/ready", method="GET"))
         assert (await read_answer(reader))[0] == 200
 
 

@@ -27,7 +27,7 @@ async def test_a_body_that_trickles_is_cut_off_however_steadily(tmp_path: Path) 
         assert (status, error_of(body), headers["connection"]) == (408, "body_timeout", "close")
         assert headers["x-request-id"] == "mine"
         await run.until(lambda: run.in_flight == 0)
-        assert run.service.house.bytes == 0
+        assert run.service.admission.bytes == 0
         assert run.engine.batches == []
         assert await run.metric('perceiver_requests_total{code="408",route="/predict"}') == 1
         assert await run.metric('perceiver_rejections_total{reason="body_timeout"}') == 1
@@ -64,7 +64,7 @@ async def test_a_broken_body_is_that_of_its_request(
         writer.write(HEALTH)  # nobody knows whether this still belongs to the body
         assert await ended(reader)
         await run.until(lambda: run.in_flight == 0)
-        assert run.service.house.bytes == 0
+        assert run.service.admission.bytes == 0
         assert await run.metric(f'perceiver_requests_total{{code="{status}",route="/predict"}}') == 1
         assert await run.metric(f'perceiver_rejections_total{{reason="{code}"}}') == 1
         assert await run.metric('perceiver_rejections_total{reason="client_disconnected"}') == 0
@@ -110,7 +110,7 @@ async def test_a_chunked_body_that_is_too_large_is_refused_while_reading(tmp_pat
         writer.write(request_head(None, "Transfer-Encoding: chunked"))
         chunk = b"%x\r\n%s\r\n" % (1500, bytes(1500))
         writer.write(chunk)
-        await run.until(lambda: run.service.house.bytes == 1500)
+        await run.until(lambda: run.service.admission.bytes == 1500)
         writer.write(chunk)
         status, _, body = await read_answer(reader)
         assert (status, error_of(body)) == (413, "body_too_large")

@@ -215,21 +215,3 @@ def test_a_key_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
 def test_settings_do_not_change() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Settings().port = 1
-
-
-def test_a_process_for_http_has_the_same_settings_and_the_keys_that_it_asks_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "keys").write_text("two\nthree # comment\n")
-    settings = Settings(
-        api_keys="one", api_keys_file=tmp_path / "keys", admin_key="root", cors_origins="*", device_ids=(1, 2), port=0
-    )
-    passed = settings.for_http_process()
-    assert b"root" not in passed
-    (tmp_path / "keys").unlink()
-    monkeypatch.setenv("PERCEIVER_PORT", "9999")
-    copy = Settings.model_validate_json(passed)
-    assert copy.client_keys() == ("one", "two", "three")
-    assert copy.administrator_keys() == ()
-    keys = {"api_keys", "api_keys_file", "admin_key", "admin_key_file"}
-    assert copy.model_dump(exclude=keys) == settings.model_dump(exclude=keys)
