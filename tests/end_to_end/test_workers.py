@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -28,13 +28,10 @@ WORKERS = 2
 def free_ports(count: int) -> int:
     """The first of so many ports in a row that are free now."""
     for first in range(20_000 + os.getpid() % 5000, 60_000, count):
-        try:
-            sockets = [socket.create_server(("127.0.0.1", first + offset)) for offset in range(count)]
-        except OSError:
-            continue
-        for one in sockets:
-            one.close()
-        return first
+        with ExitStack() as stack, suppress(OSError):
+            for offset in range(count):
+                stack.enter_context(socket.create_server(("127.0.0.1", first + offset)))
+            return first
     raise OSError("no free ports")
 
 
