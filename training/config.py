@@ -279,7 +279,7 @@ PRESETS: dict[str, Preset] = {
         ),
     ),
     # For a GPU: four untied iterations of 144 latents over 256 overlapping patches, and all augmentation there is.
-    # Chosen by reasoning; nobody has trained it to its end yet (docs/experiments.md).
+    # Chosen by reasoning; nobody has trained it to its end yet (docs/experiments/reference-and-accurate.md).
     "accurate": Preset(
         model=ModelConfig(
             patch_size=2,

@@ -23,7 +23,8 @@ def keep_freed_memory() -> bool:
 
     By default glibc maps every block above 32 MiB at most anew and gives it back when it is freed; the kernel then
     zeroes each of its pages at their first touch. Activations are such blocks: a step of 128 pictures had 160,000 page
-    faults, and takes 0.7 of the time without them (docs/experiments.md). The highest use of memory stays what it was.
+    faults, and takes 0.7 of the time without them (docs/experiments/training-speed.md). The highest use of memory
+    stays what it was.
 
     Returns:
         Whether the C library took it; others than glibc have no ``mallopt``.
