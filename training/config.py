@@ -15,6 +15,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Sharing = Literal["all", "all_but_first_cross", "all_but_first", "none"]
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 class ModelConfig(BaseModel):
@@ -197,7 +198,11 @@ class TrainConfig(BaseModel):
         "top1", description="validation figure that chooses the best checkpoint; of equal top1 the lower loss"
     )
 
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast type of the forward pass")
+    precision: Precision = Field(
+        "float32",
+        description="autocast type of the forward pass; auto: bfloat16 where the processor computes in it (AVX512-BF16 "
+        "or AMX; CUDA from compute capability 8.0), float32 elsewhere",
+    )
     compile: bool = Field(False, description="torch.compile the training step")
 
 
@@ -275,7 +280,7 @@ PRESETS: dict[str, Preset] = {
             label_smoothing=0.1,
             crop_padding=4,
             cutmix=1.0,
-            precision="bfloat16",
+            precision="auto",
         ),
     ),
     # For a GPU: four untied iterations of 144 latents over 256 overlapping patches, and all augmentation there is.
@@ -319,7 +324,7 @@ PRESETS: dict[str, Preset] = {
             cutmix=1.0,
             mix_probability=0.8,
             ema_decay=0.999,
-            precision="bfloat16",
+            precision="auto",
             compile=True,
         ),
     ),

@@ -36,6 +36,8 @@ from training.state import initial_state, seed_step
 from training.transfer import begin_with
 from training.trivial_augment import trivial_augment
 
+AUTOCAST: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
+
 # To agree on stopping, the CPU waits for the GPU: not at every step.
 CUDA_STEPS_BETWEEN_STOP_CHECKS = 20
 
@@ -90,7 +92,7 @@ class Trainer:
     """One run: its state, and the methods that move it forward.
 
     Args:
-        run: configuration; ``run.model`` and ``run.train`` are followed to the letter.
+        run: configuration; ``run.model`` and ``run.train`` are followed to the letter. Its precision is not "auto".
         data: its training and validation splits are moved to the device whole.
         folder: of the run; must exist.
         world: this process.
@@ -127,7 +129,7 @@ class Trainer:
     @property
     def autocast(self) -> torch.dtype | None:
         """Type of the forward pass, None for float32."""
-        return torch.bfloat16 if self.config.precision == "bfloat16" else None
+        return AUTOCAST[self.config.precision]
 
     @property
     def evaluation_batch(self) -> int:
