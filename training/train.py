@@ -201,16 +201,17 @@ class Trainer:
             disable=not self.world.is_main,
         )
 
-    def finish_epoch(self) -> None:
-        """Validate, move the schedule on, write metrics and checkpoints."""
+    def finish_epoch(self) -> bool:
+        """Validate, move the schedule on, write metrics and checkpoints; False when a signal stopped the validation."""
         state = self.state
         train_loss = self._finite_loss() / self.steps_per_epoch
         if self.world.is_main and self.validation_seconds > LONG_VALIDATION_SECONDS and state.is_finite:
             state.save_last(self.folder / "last.safetensors", None)
-        state.epoch += 1
         # One process measures, and the others learn from it whether the run ends.
         val = self.world.broadcast(self.validate() if self.world.is_main else None)
-        assert val is not None
+        if val is None:
+            return False
+        state.epoch += 1
         if not math.isfinite(val.loss):
             raise FloatingPointError(self._diverged("validation", val.loss))
         state.loss_sum.zero_()
@@ -221,6 +222,7 @@ class Trainer:
             if is_best:
                 state.save_best(self.folder / "best.safetensors", val)
             state.save_last(self.folder / "last.safetensors", val)
+        return True
 
     def _line(self, train_loss: float, val: Metrics, seconds: float) -> Line:
         return {
@@ -254,13 +256,16 @@ class Trainer:
         epoch = math.ceil(self.state.step / self.steps_per_epoch)
         return f"the {which} loss became {loss} in epoch {epoch}: lower --learning-rate, or set --clip-norm 1."
 
-    def validate(self) -> Metrics:
-        """Figures of the evaluated weights on the validation pictures."""
+    def validate(self) -> Metrics | None:
+        """Figures of the evaluated weights on the validation pictures; None when a signal stops it before the end."""
+        state, size = self.state, self.evaluation_batch
         start = time.perf_counter()
-        logits = predict_logits(
-            self.state.evaluated, self.state.preprocess, self.val_split, self.evaluation_batch, self.autocast
-        )
-        metrics = measure(logits, self.val_split.labels, "val")
+        logits: list[Tensor] = []
+        for batch in self.val_split.batches(size):
+            if self.stop_requested:
+                return None
+            logits.append(predict_logits(state.evaluated, state.preprocess, batch, size, self.autocast))
+        metrics = measure(torch.cat(logits), self.val_split.labels, "val")
         self.validation_seconds = time.perf_counter() - start
         return metrics
 
@@ -315,13 +320,12 @@ class Trainer:
 
         with self._events() as events:
             while self.state.epoch < self.config.epochs and not self.state.plateau.should_stop(self.config):
-                if should_stop() or not self.train_epoch(should_stop):
+                if should_stop() or not self.train_epoch(should_stop) or not self.finish_epoch():
                     self._finite_loss()
                     if self.world.is_main:
                         self.state.save_last(self.folder / "last.safetensors", None)
                     self.world.meet()  # torchrun gives the others 30 s once one process has ended
                     return False
-                self.finish_epoch()
                 if events is not None:
                     announce(self.folder, events, self.config.best_by)
         return True
