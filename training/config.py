@@ -144,7 +144,12 @@ class TrainConfig(BaseModel):
 
     epochs: int = Field(50, ge=1, description="passes over the training pictures, at most")
     batch_size: int = Field(64, ge=1, description="pictures a step, over all processes")
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of weights, order and augmentation")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**32,
+        description="seed of weights, order and augmentation (with --init: of the checkpoint as well)",
+    )
     validation_fraction: float = Field(
         0.1, gt=0, lt=1, description="share of the training pictures that validates, where the data has no val/"
     )

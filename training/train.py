@@ -1,8 +1,8 @@
 """The training loop: epochs, validation, checkpoints, early stop, resume, time budget.
 
-Everything random is a function of (seed, step, process): a step seeds torch's generators anew. So a run that stopped
-after any step goes on from its weights, its optimiser's state and the number of that step: bit for bit on a CPU; a GPU
-sums in any order.
+Everything random is a function of (`RunConfig.draw_seed`, step, process): a step seeds torch's generators anew. So a
+run that stopped after any step goes on from its weights, its optimiser's state and the number of that step: bit for bit
+on a CPU; a GPU sums in any order.
 """
 
 from __future__ import annotations
@@ -145,11 +145,11 @@ class Trainer:
             indices: int64 [batch_size] on the device, the same in every process.
         """
         state, config, device = self.state, self.config, self.world.device
-        seed_step(config.seed, state.step)
+        seed_step(self.run.draw_seed, state.step)
         draws = augment.draw(config, len(indices)).share(self.share, device)
         weight = augment.draw_mix(config, self.run.model.image_size)
         # From here on dropout draws, and differs between processes.
-        seed_step(config.seed, state.step, self.world.rank)
+        seed_step(self.run.draw_seed, state.step, self.world.rank)
         total = config.epochs * self.steps_per_epoch
         factor = schedule_factor(config, state.step, total, self.steps_per_epoch) * state.plateau.factor
         set_learning_rates(state.optimizers, factor)
@@ -174,7 +174,7 @@ class Trainer:
         """Train to the end of the current epoch; False when asked to stop before it."""
         state = self.state
         done = state.step - state.epoch * self.steps_per_epoch
-        order = epoch_order(self.config.seed, state.epoch, len(self.train_split), self.config.batch_size)
+        order = epoch_order(self.run.draw_seed, state.epoch, len(self.train_split), self.config.batch_size)
         state.model.train()
         start = time.perf_counter()
         with self._progress(done) as bar:
