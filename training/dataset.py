@@ -6,6 +6,7 @@ Shape letters: N pictures, H rows, W columns.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,11 @@ class Split:
     def to(self, device: torch.device | str) -> Split:
         """Return the same split on ``device``."""
         return Split(self.images.to(device), self.labels.to(device))
+
+    def batches(self, size: int) -> Iterator[Split]:
+        """The split in parts of at most ``size`` pictures, in order."""
+        for images, labels in zip(self.images.split(size), self.labels.split(size), strict=True):
+            yield Split(images, labels)
 
     def digest(self) -> str:
         """SHA-256 of all pictures and labels, in their order."""

@@ -29,6 +29,7 @@ from training.folder import alone_in, refuse_among_classes, refuse_existing
 from training.memory import is_want_of_memory
 from training.model import count_parameters
 from training.notes import notes_on
+from training.precision import choose_precision, computes_in_bfloat16, describe_precision
 from training.train import Trainer
 from training.transfer import check_fits, find, origin_of
 
@@ -102,7 +103,7 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
     with ExitStack() as held:
         # Read once, and the same pictures and checkpoints for all, whatever is at their paths by then.
         run, data_set, folder = world.from_main(lambda: prepare(args, preset, world, held))
-        with memory_explained(run.train, resumed=preset is None):
+        with memory_explained(run.train, world.device, resumed=preset is None):
             trainer = Trainer(run, data_set, folder, world)
             if preset is None:
                 trainer.resume()
@@ -112,7 +113,9 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
                 (folder / "config.json").write_text(run.model_dump_json(indent=2) + "\n", encoding="utf-8")
             if world.is_main:
                 notes = (f"note: {note}" for note in notes_on(run, data_set, preset))
-                print(describe(trainer), *notes, sep="\n", flush=True)
+                asked = None if preset is None else preset.train.precision
+                precision = describe_precision(run.train.precision, asked, world.device)
+                print(describe(trainer), precision, *notes, sep="\n", flush=True)
             with stop_by_signal(trainer):
                 finished = trainer.fit(deadline, args.max_steps)
             if not world.is_main:
@@ -173,7 +176,8 @@ def prepare(
         folder = args.out or Path("runs") / f"{args.preset or DEFAULT_PRESET}-{data_set.name}"
         refuse_existing(folder)
         refuse_among_classes(folder, data_set)
-        train = preset.train
+        precision = choose_precision(preset.train.precision, world.device)
+        train = preset.train.model_copy(update={"precision": precision})
         if args.batch_size is None:
             train = train.model_copy(update={"batch_size": batch_for_few(train.batch_size, len(data_set.train), world)})
         run = RunConfig(
@@ -289,7 +293,7 @@ def stop_by_signal(trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def memory_explained(train: TrainConfig, *, resumed: bool) -> Iterator[None]:
+def memory_explained(train: TrainConfig, device: torch.device, *, resumed: bool) -> Iterator[None]:
     """Turn what torch and numpy raise when memory runs out into a ValueError with a sentence for the user."""
     try:
         yield
@@ -297,7 +301,7 @@ def memory_explained(train: TrainConfig, *, resumed: bool) -> Iterator[None]:
         if not is_want_of_memory(error):
             raise
         advice = "start with a lower --batch-size"
-        if train.precision != "bfloat16":
+        if train.precision != "bfloat16" and computes_in_bfloat16(device):
             advice += ", or with --precision bfloat16"
         if resumed:
             advice = f"free some, or {advice} and --init this run"

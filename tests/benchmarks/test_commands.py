@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from statistics import median
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.common import ROOT, BenchmarkError
 from benchmarks.engine import Cell
@@ -21,6 +23,7 @@ from service.artifact import load_golden
 from service.engine import OnnxEngine
 from service.golden import check_golden
 from tests.benchmarks.test_summary import load_of
+from training.precision import choose_precision
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +96,23 @@ def test_training_speed(tmp_path: Path) -> None:
     (row,) = rows(out)
     assert (row["preset"], row["processes"], row["threads"], row["batch"]) == ("compact", "1", "1", "4")
     assert int(row["steps"]) >= 3
+    assert row["precision"] == choose_precision("auto", torch.device("cpu"))
     assert 0 < float(row["pictures/s, median"]) <= float(row["pictures/s, best"])
     assert 0 < float(row["fraction of it, best"]) < 1
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)])
+def test_a_signal_ends_training_speed_between_two_steps(number: signal.Signals, status: int) -> None:
+    flags = ("compact", "--seconds", "3000", "--batch-size", "4", "--threads", "1", "--device", "cpu")
+    command = [sys.executable, "-m", "benchmarks.training_speed", *flags]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith("torch "):
+            assert process.poll() is None
+        process.send_signal(number)
+        _, error = process.communicate(timeout=240)
+    assert process.returncode == status
+    assert "Traceback" not in error
 
 
 def test_training_speed_where_there_is_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,8 +57,9 @@ def test_a_run_leaves_its_folder(tmp_path: Path, pictures: Path) -> None:
     report = json.loads((run / "report.json").read_text())
     assert (report["epoch"], report["test"]["split"], report["test"]["n"]) == (best.epoch, "test", 6)
     assert report["checkpoint_sha256"] == checkpoint.digest(run / "best.safetensors")
-    # On the terminal: what is trained, a line for each epoch, the figures; on stderr the bar.
-    first, *rest = done.stdout.splitlines()
+    # On the terminal: what is trained, its precision, a line for each epoch, the figures; on stderr the bar.
+    first, second, *rest = done.stdout.splitlines()
+    assert second.startswith(f"precision {config['train']['precision']}, since the cpu device ")
     assert (
         "24 training and 9 validation pictures of 3 classes, each of 8 x 8 pixels, 1 x cpu, 3 steps an epoch" in first
     )

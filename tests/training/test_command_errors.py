@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.training.commands import RECIPE, at_step
+from tests.training.commands import RECIPE, at_step, fake_cpu
 from training import train
 from training.__main__ import main
 from training.folder import alone_in
@@ -222,6 +222,7 @@ EXHAUSTED: dict[str, Callable[[], object]] = {
 }
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("exhaust", EXHAUSTED.values(), ids=EXHAUSTED.keys())
 def test_too_little_memory_for_the_batch(
     tmp_path: Path,
@@ -229,8 +230,10 @@ def test_too_little_memory_for_the_batch(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     exhaust: Callable[[], object],
+    native: bool,
 ) -> None:
-    run = [*RECIPE, "--data", str(pictures), "--out", str(tmp_path / "run")]
+    run = [*RECIPE, "--data", str(pictures), "--out", str(tmp_path / "run"), "--precision=bfloat16"]
+    fake_cpu(monkeypatch, *(["avx512_bf16"] if native else []))
     with monkeypatch.context() as patched:
         at_step(patched, 1, exhaust)
         assert main(run) == 2
@@ -240,7 +243,8 @@ def test_too_little_memory_for_the_batch(
     assert main([*run, "--batch-size=4", "--max-steps=1", "--precision=float32"]) == 3
     at_step(monkeypatch, 2, exhaust)
     assert main(["--resume", str(tmp_path / "run"), "--threads=1"]) == 2
-    advice = "free some, or start with a lower --batch-size, or with --precision bfloat16 and --init this run."
+    bfloat16 = ", or with --precision bfloat16" if native else ""
+    advice = f"free some, or start with a lower --batch-size{bfloat16} and --init this run."
     assert f"too little memory for a batch of 4 pictures: {advice}" in capsys.readouterr().err
 
 
