@@ -6,8 +6,8 @@ from pathlib import Path
 
 from export.errors import ExportError, GateError
 from export.golden import has_changed, load_data, reference_logits
-from export.precision import PROVIDER_OF, TIMED_BATCHES, Pictures, gate_engine, require_variant
-from export.serving_model import TrainingForm
+from export.graph.trained import TrainingForm
+from export.quantization.gate import PROVIDER_OF, TIMED_BATCHES, Pictures, gate_engine, require_variant
 from export.source import Source, load_source
 from export.verify import (
     FLOAT32_TOLERANCE,
