@@ -21,13 +21,7 @@ from export.golden import data_path, has_changed, load_data, noise_golden, real_
 from export.graph.fold import fold
 from export.graph.to_onnx import attach, to_onnx
 from export.graph.trained import TrainingForm, count_operations
-from export.promotion import check_successor, check_writable
-from export.publish import new_version
-from export.quantization.gate import Pictures, VariantPrecision
-from export.quantization.variants import Base, Variant, build_variants
-from export.source import METRICS_FILE, Source
-from export.triton import write_triton_config
-from export.verify import (
+from export.parity import (
     FLOAT32_TOLERANCE,
     TABLE_HEAD,
     Comparison,
@@ -39,6 +33,12 @@ from export.verify import (
     summary,
     warm_engine,
 )
+from export.promotion import check_successor, check_writable
+from export.publish import new_version
+from export.quantization.gate import Pictures, VariantPrecision
+from export.quantization.variants import Base, Variant, build_variants
+from export.source import METRICS_FILE, Source
+from export.triton import write_triton_config
 from service.artifact import (
     CHECKPOINT_FILE,
     GOLDEN_FILE,

@@ -7,9 +7,7 @@ from pathlib import Path
 from export.errors import ExportError, GateError
 from export.golden import has_changed, load_data, reference_logits
 from export.graph.trained import TrainingForm
-from export.quantization.gate import PROVIDER_OF, TIMED_BATCHES, Pictures, gate_engine, require_variant
-from export.source import Source, load_source
-from export.verify import (
+from export.parity import (
     FLOAT32_TOLERANCE,
     Comparison,
     Images,
@@ -21,6 +19,8 @@ from export.verify import (
     require,
     warm_engine,
 )
+from export.quantization.gate import PROVIDER_OF, TIMED_BATCHES, Pictures, gate_engine, require_variant
+from export.source import Source, load_source
 from service.artifact import (
     CHECKPOINT_FILE,
     GOLDEN_FILE,

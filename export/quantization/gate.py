@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from export.errors import GateError
+from export.parity import Images, Logits, run_all, warm_engine
 from export.quantization import sensitivity
 from export.quantization.float16 import to_float16
 from export.quantization.int8 import quantise
-from export.verify import Images, Logits, run_all, warm_engine
 from service.artifact import ModelMetadata, VariantGate
 from service.engine import Engine, EngineError, OnnxEngine, ProviderChoice, resolve_provider
 

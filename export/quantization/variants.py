@@ -10,6 +10,7 @@ from onnx import ModelProto
 
 from export.errors import GateError
 from export.graph.to_onnx import attach
+from export.parity import Images, Logits, compare_with_torch, largest_difference, warm_engine
 from export.quantization.gate import (
     TIMED_BATCHES,
     Pictures,
@@ -22,7 +23,6 @@ from export.quantization.gate import (
     variant_metadata,
     why_refused,
 )
-from export.verify import Images, Logits, compare_with_torch, largest_difference, warm_engine
 from service.artifact import MODEL_FILE, MODEL_FILES, Golden, ModelMetadata, VariantGate, to_props
 from service.engine import EngineError, ProviderChoice
 

@@ -16,12 +16,7 @@ from export.__main__ import main
 from export.errors import GateError
 from export.golden import load_data, noise_golden, reference_logits
 from export.graph.trained import TrainingForm
-from export.quantization import gate, variants
-from export.quantization.gate import TOLERANCE_FACTOR, Pictures, measure
-from export.quantization.variants import Base, build_variant
-from export.recheck import Version, _verify_file
-from export.source import load_source
-from export.verify import (
+from export.parity import (
     FLOAT32_TOLERANCE,
     Comparison,
     compare,
@@ -32,6 +27,11 @@ from export.verify import (
     run_all,
     summary,
 )
+from export.quantization import gate, variants
+from export.quantization.gate import TOLERANCE_FACTOR, Pictures, measure
+from export.quantization.variants import Base, build_variant
+from export.recheck import Version, _verify_file
+from export.source import load_source
 from service.artifact import EvalMetrics, ModelMetadata, from_props, to_props
 from service.engine import OnnxEngine, read_metadata
 from tests.export.conftest import SIZE
