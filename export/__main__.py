@@ -8,8 +8,8 @@ from export.build import Options, export
 from export.errors import ExportError
 from export.parity import TABLE_HEAD, summary
 from export.quantization.gate import PROVIDER_OF, VariantPrecision, describe, provider_for
-from export.recheck import verify
 from export.source import load_source, random_source
+from export.verify import verify
 from service.artifact import MODEL_FILES
 from training.config import PRESETS
 

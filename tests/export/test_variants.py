@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
-from export import recheck
+from export import verify
 from export.__main__ import main
 from export.golden import load_data
 from export.quantization import gate, sensitivity
@@ -166,11 +166,11 @@ def test_verify_says_what_it_could_not_run(
     shutil.copytree(version, tmp_path / "1")
     assert main([*arguments, "--data", str(tmp_path / "gone")]) == 2
     assert "gone: does not exist" in capsys.readouterr().err
-    monkeypatch.setattr(recheck, "has_changed", lambda source, data: True)
+    monkeypatch.setattr(verify, "has_changed", lambda source, data: True)
     assert main(arguments) == 0
     assert "labels were not compared: the data set has other pictures" in capsys.readouterr().out
     monkeypatch.undo()
-    monkeypatch.setattr(recheck, "load_data", lambda source, data: load_data(source, tmp_path / "gone"))
+    monkeypatch.setattr(verify, "load_data", lambda source, data: load_data(source, tmp_path / "gone"))
     assert main(arguments) == 0
     assert "labels were not compared" in capsys.readouterr().out
     (tmp_path / "1" / "checkpoint.safetensors").unlink()

@@ -30,8 +30,8 @@ from export.parity import (
 from export.quantization import gate, variants
 from export.quantization.gate import TOLERANCE_FACTOR, Pictures, measure
 from export.quantization.variants import Base, build_variant
-from export.recheck import Version, _verify_file
 from export.source import load_source
+from export.verify import Version, _verify_file
 from service.artifact import EvalMetrics, ModelMetadata, from_props, to_props
 from service.engine import OnnxEngine, read_metadata
 from tests.export.conftest import SIZE
