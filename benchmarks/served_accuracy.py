@@ -22,7 +22,7 @@ from benchmarks.payloads import build_requests, encode
 from benchmarks.processes import run_load
 from benchmarks.server import HOST, Server, parse_settings
 from benchmarks.summary import error_code
-from export.precision import LARGEST_LOSS, LEAST_EQUAL
+from export.quantization.gate import LARGEST_LOSS, LEAST_EQUAL
 from service.artifact import CHECKPOINT_FILE, ModelMetadata
 from service.engine import EngineError, PrecisionChoice, choose_file, read_metadata, resolve_provider
 from training.checkpoint import CheckpointError, digest, load_model

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from export.build import Options, export
 from export.errors import ExportError
-from export.precision import PROVIDER_OF, VariantPrecision, describe, provider_for
-from export.recheck import verify
+from export.parity import TABLE_HEAD, summary
+from export.quantization.gate import PROVIDER_OF, VariantPrecision, describe, provider_for
 from export.source import load_source, random_source
-from export.verify import TABLE_HEAD, summary
+from export.verify import verify
 from service.artifact import MODEL_FILES
 from training.config import PRESETS
 
@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--plain",
         action="store_true",
-        help="keep the form that was trained, without the algebra of export/fold.py: slower, for a model that it "
+        help="keep the form that was trained, without the algebra of export/graph/fold.py: slower, for a model that it "
         "does not know",
     )
     parser.add_argument(

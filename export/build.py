@@ -15,19 +15,13 @@ from onnx import ModelProto
 from pydantic import ValidationError
 from torch import nn
 
-from export.card import write_card
+from export.card.model_card import write_card
 from export.errors import ExportError, GateError
-from export.fold import fold
 from export.golden import data_path, has_changed, load_data, noise_golden, real_golden, reference_logits
-from export.precision import Pictures, VariantPrecision
-from export.publish import new_version
-from export.serving_model import TrainingForm, count_operations
-from export.source import METRICS_FILE, Source
-from export.successor import check_successor, check_writable
-from export.to_onnx import attach, to_onnx
-from export.triton import write_triton_config
-from export.variants import Base, Variant, build_variants
-from export.verify import (
+from export.graph.fold import fold
+from export.graph.to_onnx import attach, to_onnx
+from export.graph.trained import TrainingForm, count_operations
+from export.parity import (
     FLOAT32_TOLERANCE,
     TABLE_HEAD,
     Comparison,
@@ -39,6 +33,12 @@ from export.verify import (
     summary,
     warm_engine,
 )
+from export.promotion import check_successor, check_writable
+from export.publish import new_version
+from export.quantization.gate import Pictures, VariantPrecision
+from export.quantization.variants import Base, Variant, build_variants
+from export.source import METRICS_FILE, Source
+from export.triton import write_triton_config
 from service.artifact import (
     CHECKPOINT_FILE,
     GOLDEN_FILE,
@@ -190,8 +190,8 @@ def pass_gate(
         if options.plain:
             raise
         raise GateError(
-            f"{error} Where training/model.py was changed, export/fold.py has to follow; --plain exports the form that "
-            "was trained, without that algebra."
+            f"{error} Where training/model.py was changed, export/graph/fold.py has to follow; --plain exports the "
+            "form that was trained, without that algebra."
         ) from error
     return comparisons
 
@@ -233,8 +233,8 @@ def folded(trained: TrainingForm, image: torch.Tensor) -> nn.Module:
         return form
     except Exception as error:  # it takes the model apart, and of one that was changed any part may be missing
         raise ExportError(
-            f"export/fold.py does not know this model ({type(error).__name__}: {error}); it has to follow a change of "
-            "training/model.py. --plain exports the form that was trained, without its algebra."
+            f"export/graph/fold.py does not know this model ({type(error).__name__}: {error}); it has to follow a "
+            "change of training/model.py. --plain exports the form that was trained, without its algebra."
         ) from error
 
 

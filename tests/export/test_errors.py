@@ -12,7 +12,7 @@ import torch
 
 from export import build
 from export.__main__ import main
-from export.card import figures
+from export.card.model_card import figures
 from export.source import load_source
 from service.artifact import list_versions
 from tests.export.conftest import LABELS, write_run

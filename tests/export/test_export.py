@@ -13,7 +13,7 @@ import torch
 from export import build
 from export.__main__ import main
 from export.golden import load_data
-from export.serving_model import TrainingForm
+from export.graph.trained import TrainingForm
 from export.source import load_source
 from service.artifact import from_props, list_versions, load_golden
 from service.engine import OnnxEngine
@@ -235,7 +235,7 @@ def test_the_gate_refuses_another_function_and_nothing_is_written(
     assert main([str(run), "--out", str(tmp_path / "out"), "--golden", "2", "--max-batch", "2"]) == 1
     said = capsys.readouterr().err
     assert "largest difference 2.00e-03" in said
-    assert "export/fold.py has to follow; --plain exports the form that was trained" in said
+    assert "export/graph/fold.py has to follow; --plain exports the form that was trained" in said
     assert files_below(tmp_path) == []
     assert main([str(run), "--out", str(tmp_path / "out"), "--golden", "2", "--max-batch", "2", "--plain"]) == 0
 

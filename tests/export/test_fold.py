@@ -7,9 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from export.attention import Merged, Projected
-from export.fold import FoldedBlock, FoldedCross, fold
-from export.serving_model import TrainingForm, count_operations
+from export.graph.attention import Merged, Projected
+from export.graph.fold import FoldedBlock, FoldedCross, fold
+from export.graph.trained import TrainingForm, count_operations
 from tests.export.conftest import TINY, perturb
 from training.config import ModelConfig
 from training.model import Perceiver
@@ -125,7 +125,7 @@ def test_the_form_that_was_taken_is_the_cheaper_one(config: ModelConfig, monkeyp
     for cross, block in itertools.product((Projected, Merged), repeat=2):
         kinds = {config.num_tokens: cross, config.num_latents: block}
         monkeypatch.setattr(
-            "export.fold.fold_attention", lambda weights, uses, kinds=kinds: kinds[uses.tokens](weights)
+            "export.graph.fold.fold_attention", lambda weights, uses, kinds=kinds: kinds[uses.tokens](weights)
         )
         counts.append(count_operations(fold(form), image))
     assert len(set(counts)) == 4

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from export.errors import ExportError
-from export.fold import fold
-from export.serving_model import TrainingForm
-from export.to_onnx import OPSET, check, to_onnx
+from export.graph.fold import fold
+from export.graph.to_onnx import OPSET, check, to_onnx
+from export.graph.trained import TrainingForm
 from tests.export.conftest import SIZE, TINY, perturb
 from training.config import ModelConfig
 from training.model import Perceiver

@@ -6,9 +6,11 @@ import pytest
 import torch
 from onnx import ModelProto
 
-from export import search
-from export.fold import fold
-from export.int8 import (
+from export.graph.fold import fold
+from export.graph.to_onnx import to_onnx
+from export.graph.trained import TrainingForm
+from export.quantization import sensitivity
+from export.quantization.int8 import (
     Quantised,
     collect_inputs,
     find_products,
@@ -18,8 +20,6 @@ from export.int8 import (
     quantise_product,
     round_weight,
 )
-from export.serving_model import TrainingForm
-from export.to_onnx import to_onnx
 from tests.export.conftest import SIZE, TINY, perturb
 from training.model import Perceiver
 from training.preprocessing import Preprocess
@@ -39,7 +39,7 @@ def model() -> ModelProto:
 
 @pytest.fixture(scope="module")
 def quantised(model: ModelProto) -> dict[str, Quantised]:
-    return search.quantise_all(model, noise(32))
+    return sensitivity.quantise_all(model, noise(32))
 
 
 def test_the_range_of_an_input_holds_zero_and_its_values() -> None:
@@ -109,7 +109,7 @@ def test_of_each_batch_as_many_rows_are_kept_evenly_spread(
     head = find_products(model)[-1]  # whose input has a row a picture
     images = noise(40)
     (whole,) = collect_inputs(model, [head], images).values()
-    monkeypatch.setattr("export.int8.CALIBRATION_ROWS", rows_wanted)
+    monkeypatch.setattr("export.quantization.int8.CALIBRATION_ROWS", rows_wanted)
     (rows,) = collect_inputs(model, [head], images).values()
     assert len(whole) == 40
     assert len(rows) == kept
@@ -148,7 +148,7 @@ def test_the_runtime_computes_what_the_numbers_say(model: ModelProto) -> None:
 
 
 def test_the_graph_answers_nearly_as_before(model: ModelProto, quantised: dict[str, Quantised]) -> None:
-    expected, found = (search.logits_of(graph, noise(64, 1)) for graph in (model, quantise(model, quantised)))
+    expected, found = (sensitivity.logits_of(graph, noise(64, 1)) for graph in (model, quantise(model, quantised)))
     assert np.sqrt(np.square(found - expected).mean()) < 0.1 * expected.std()
 
 
@@ -172,6 +172,7 @@ def test_a_dense_layer_that_holds_its_matrix_transposed_is_quantised_as_well() -
     plain = to_onnx(TrainingForm(Preprocess(SIZE), perceiver).eval(), (SIZE, SIZE))
     images = noise(32)
     whole, rough = (
-        search.logits_of(graph, images) for graph in (plain, quantise(plain, search.quantise_all(plain, images)))
+        sensitivity.logits_of(graph, images)
+        for graph in (plain, quantise(plain, sensitivity.quantise_all(plain, images)))
     )
     assert 0 < np.abs(whole - rough).max() < 0.2

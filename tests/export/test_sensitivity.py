@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 from onnx import ModelProto
 
-from export import search
 from export.golden import spread
-from export.int8 import find_products, quantise
-from export.search import candidates, choose, leads, logits_of, measure_noise, predicted_flips, quantise_all
+from export.quantization import sensitivity
+from export.quantization.int8 import find_products, quantise
+from export.quantization.sensitivity import (
+    candidates,
+    choose,
+    leads,
+    logits_of,
+    measure_noise,
+    predicted_flips,
+    quantise_all,
+)
 from tests.export.test_int8 import model, noise  # noqa: F401
 
 
@@ -57,7 +65,7 @@ def test_candidates_have_fewer_and_fewer_products_on_integers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     images = noise(40)
-    monkeypatch.setattr(search, "CALIBRATION_PICTURES", 10)
+    monkeypatch.setattr(sensitivity, "CALIBRATION_PICTURES", 10)
     calibration = spread(images, 10)
     quantised = quantise_all(model, calibration)
     noise_of = measure_noise(model, quantised, calibration)
@@ -71,7 +79,7 @@ def test_candidates_have_fewer_and_fewer_products_on_integers(
 
     # Twice the same, which is tried once; and none, which is model.onnx again.
     half = len(order) // 2
-    monkeypatch.setattr(search, "TARGETS", (0.5, target_of(half), target_of(half) * (1 + 1e-9), target_of(1), 0.0))
+    monkeypatch.setattr(sensitivity, "TARGETS", (0.5, target_of(half), target_of(half) * (1 + 1e-9), target_of(1), 0.0))
     found = list(candidates(model, images, lead))
     assert [words for words, _ in found] == [
         f"{count} of {len(order)} products with constant weights on integers" for count in (len(order), half, 1)

@@ -8,10 +8,11 @@ import numpy as np
 import onnx
 import pytest
 
-from export import precision, recheck, search
+from export import verify
 from export.__main__ import main
 from export.golden import load_data
-from export.precision import describe, times_as_fast, why_refused
+from export.quantization import gate, sensitivity
+from export.quantization.gate import describe, times_as_fast, why_refused
 from export.source import load_source
 from service.artifact import VariantGate
 from service.engine import EngineError, OnnxEngine, read_metadata
@@ -26,7 +27,7 @@ FAST = ((1, 1.1), (4, 1.5))
 
 @pytest.fixture(autouse=True)
 def few_pictures_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "LEAST_PICTURES", 20)
+    monkeypatch.setattr(gate, "LEAST_PICTURES", 20)
 
 
 def changed(**changes: object) -> VariantGate:
@@ -78,11 +79,11 @@ def version(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A version with int8 and an unmeasured float16; labels flip easily on 20 pictures of noise."""
     out = tmp_path_factory.mktemp("models") / "things"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "TARGETS", (0.05, 0.01))
-        patch.setattr(precision, "LEAST_PICTURES", 20)
-        patch.setattr(precision, "LEAST_EQUAL", 0.8)
-        patch.setattr(precision, "LARGEST_LOSS", 1.0)
-        patch.setattr(precision, "times_as_fast", lambda base, variant, batches: FAST)
+        patch.setattr(sensitivity, "TARGETS", (0.05, 0.01))
+        patch.setattr(gate, "LEAST_PICTURES", 20)
+        patch.setattr(gate, "LEAST_EQUAL", 0.8)
+        patch.setattr(gate, "LARGEST_LOSS", 1.0)
+        patch.setattr(gate, "times_as_fast", lambda base, variant, batches: FAST)
         assert export(run, out, "--variants", "int8", "float16", "--untimed") == 0
     return out / "1"
 
@@ -145,15 +146,15 @@ def test_variants_answer_like_the_float32_file(version: Path, name: str) -> None
 def test_verify_runs_all_gates_again(
     version: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(precision, "LEAST_EQUAL", 0.8)
-    monkeypatch.setattr(precision, "LARGEST_LOSS", 1.0)
-    monkeypatch.setattr(precision, "times_as_fast", lambda base, variant, batches: FAST)
+    monkeypatch.setattr(gate, "LEAST_EQUAL", 0.8)
+    monkeypatch.setattr(gate, "LARGEST_LOSS", 1.0)
+    monkeypatch.setattr(gate, "times_as_fast", lambda base, variant, batches: FAST)
     assert main(["--verify", str(version), "--provider", "cpu", "--max-batch", "3"]) == 0
     out = capsys.readouterr().out
     assert "1.50 at batch 4" in out
     assert out.count("of 20 labels equal") == 2
     assert "its speed was not measured: this file is for cuda" in out
-    monkeypatch.setattr(precision, "times_as_fast", lambda base, variant, batches: ((1, 0.9),))
+    monkeypatch.setattr(gate, "times_as_fast", lambda base, variant, batches: ((1, 0.9),))
     assert main(["--verify", str(version), "--provider", "cpu", "--max-batch", "3"]) == 1
     assert "model.int8.onnx: it is not faster" in capsys.readouterr().err
 
@@ -165,11 +166,11 @@ def test_verify_says_what_it_could_not_run(
     shutil.copytree(version, tmp_path / "1")
     assert main([*arguments, "--data", str(tmp_path / "gone")]) == 2
     assert "gone: does not exist" in capsys.readouterr().err
-    monkeypatch.setattr(recheck, "has_changed", lambda source, data: True)
+    monkeypatch.setattr(verify, "has_changed", lambda source, data: True)
     assert main(arguments) == 0
     assert "labels were not compared: the data set has other pictures" in capsys.readouterr().out
     monkeypatch.undo()
-    monkeypatch.setattr(recheck, "load_data", lambda source, data: load_data(source, tmp_path / "gone"))
+    monkeypatch.setattr(verify, "load_data", lambda source, data: load_data(source, tmp_path / "gone"))
     assert main(arguments) == 0
     assert "labels were not compared" in capsys.readouterr().out
     (tmp_path / "1" / "checkpoint.safetensors").unlink()
@@ -196,10 +197,10 @@ def test_what_does_not_pass_is_not_written(
     speed: tuple[tuple[int, float], ...],
     words: str,
 ) -> None:
-    monkeypatch.setattr(search, "TARGETS", target)
-    monkeypatch.setattr(precision, "LEAST_EQUAL", 0.5)
-    monkeypatch.setattr(precision, "LARGEST_LOSS", 1.0)
-    monkeypatch.setattr(precision, "times_as_fast", lambda base, variant, batches: speed)
+    monkeypatch.setattr(sensitivity, "TARGETS", target)
+    monkeypatch.setattr(gate, "LEAST_EQUAL", 0.5)
+    monkeypatch.setattr(gate, "LARGEST_LOSS", 1.0)
+    monkeypatch.setattr(gate, "times_as_fast", lambda base, variant, batches: speed)
     assert export(run, tmp_path / "out", "--variants", "int8") == 0
     assert words in capsys.readouterr().out
     assert not (tmp_path / "out" / "1" / "model.int8.onnx").exists()
@@ -228,7 +229,7 @@ def test_who_wants_what_can_not_be_timed_need_not_name_it(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("service.session.why_no_cuda", lambda device_id=0: "there is none")
-    monkeypatch.setattr(precision, "times_as_fast", lambda base, variant, batches: FAST)
+    monkeypatch.setattr(gate, "times_as_fast", lambda base, variant, batches: FAST)
     assert export(run, tmp_path / "out", "--untimed") == 0
     told = capsys.readouterr().out
     assert "is not tried" not in told
@@ -241,7 +242,7 @@ def test_a_variant_that_does_not_run_is_refused_alone(
     def fails(base: object, variant: object, batches: object) -> None:
         raise EngineError("model.onnx: a batch of 8 failed: CUDA error 700")
 
-    monkeypatch.setattr(precision, "times_as_fast", fails)
+    monkeypatch.setattr(gate, "times_as_fast", fails)
     assert export(run, tmp_path / "out", "--variants", "int8") == 0
     told = capsys.readouterr().out
     assert "refused: model.onnx: a batch of 8 failed: CUDA error 700." in told
@@ -265,9 +266,9 @@ def test_an_engine_is_warm_before_it_is_judged(run: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(OnnxEngine, "warm_up", warmed)
     monkeypatch.setattr(OnnxEngine, "run", guarded)
-    monkeypatch.setattr(precision, "LEAST_EQUAL", 0.0)
-    monkeypatch.setattr(precision, "LARGEST_LOSS", 1.0)
-    monkeypatch.setattr(precision, "times_as_fast", lambda base, variant, batches: FAST)
+    monkeypatch.setattr(gate, "LEAST_EQUAL", 0.0)
+    monkeypatch.setattr(gate, "LARGEST_LOSS", 1.0)
+    monkeypatch.setattr(gate, "times_as_fast", lambda base, variant, batches: FAST)
     assert export(run, tmp_path / "out", "--variants", "int8") == 0
     assert main(["--verify", str(tmp_path / "out")]) == 0
     files = [engine.path.name for engine in warm]

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.attention import Dense, Merged, Projected, Uses, Weights, fold_attention
-from export.serving_model import TrainingForm
-from export.tokens import Tokens
+from export.graph.attention import Dense, Merged, Projected, Uses, Weights, fold_attention
+from export.graph.patch_embedding import Tokens
+from export.graph.trained import TrainingForm
 from training.config import ModelConfig
 from training.model import NORM_EPSILON, Block, CrossAttention, Perceiver, SelfAttention, Transformer
 from training.model import FeedForward as TrainedFeedForward

@@ -11,16 +11,12 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from export import build, precision, variants
+from export import build
 from export.__main__ import main
 from export.errors import GateError
 from export.golden import load_data, noise_golden, reference_logits
-from export.precision import TOLERANCE_FACTOR, Pictures, measure
-from export.recheck import Version, _verify_file
-from export.serving_model import TrainingForm
-from export.source import load_source
-from export.variants import Base, build_variant
-from export.verify import (
+from export.graph.trained import TrainingForm
+from export.parity import (
     FLOAT32_TOLERANCE,
     Comparison,
     compare,
@@ -31,6 +27,11 @@ from export.verify import (
     run_all,
     summary,
 )
+from export.quantization import gate, variants
+from export.quantization.gate import TOLERANCE_FACTOR, Pictures, measure
+from export.quantization.variants import Base, build_variant
+from export.source import load_source
+from export.verify import Version, _verify_file
 from service.artifact import EvalMetrics, ModelMetadata, from_props, to_props
 from service.engine import OnnxEngine, read_metadata
 from tests.export.conftest import SIZE
@@ -243,10 +244,10 @@ def test_a_variants_tolerance_holds_for_all_pictures_and_it_is_timed_at_the_size
         timed.append(batches)
         return ((1, 1.5),)
 
-    monkeypatch.setattr(precision, "LEAST_PICTURES", 20)
-    monkeypatch.setattr(precision, "LEAST_EQUAL", 0.0)
-    monkeypatch.setattr(precision, "LARGEST_LOSS", 1.0)
-    monkeypatch.setattr(precision, "times_as_fast", fast)
+    monkeypatch.setattr(gate, "LEAST_PICTURES", 20)
+    monkeypatch.setattr(gate, "LEAST_EQUAL", 0.0)
+    monkeypatch.setattr(gate, "LARGEST_LOSS", 1.0)
+    monkeypatch.setattr(gate, "times_as_fast", fast)
     base = captured(run, tmp_path, monkeypatch)
     variant = build_variant(base, "int8")
     assert variant is not None

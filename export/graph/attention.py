@@ -1,4 +1,4 @@
-"""The two ways to compute an attention at inference; `export.fold` takes the one with fewer operations.
+"""The two ways to compute an attention at inference; `export.graph.fold` takes the one with fewer operations.
 
 Shape letters as in `training.config`; also P heads, S channels of a head, R rows: the latents (or tokens) of all
 pictures of a batch, one below the other.

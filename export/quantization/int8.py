@@ -6,7 +6,7 @@ scale over the whole batch, and so lets pictures change each other's answers.
 
 Weights are rounded one input channel after the other, each error passed on to the channels that are still to come
 (GPTQ, Frantar et al. 2022, arXiv:2210.17323): about a third of the noise of rounding to nearest. Which products are
-worth their noise is searched for in `export.search`.
+worth their noise is searched for in `export.quantization.sensitivity`.
 
 Shape letters: R rows of a calibration set, I and O input and output channels of a product.
 """

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from export.markdown import bullet, code, duration, paragraph, table
+from export.card.markdown import bullet, code, duration, paragraph, table
 from export.source import Source
 from service.artifact import ModelMetadata
 from training.checkpoint import Origin, RunConfig

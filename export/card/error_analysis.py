@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from export.markdown import literal, paragraph, picture, table
+from export.card.markdown import literal, paragraph, picture, table
 from export.source import Source
 from training.evaluate import Confidence, SuperclassMetrics
 from training.figures import PICTURES

@@ -9,7 +9,9 @@ from pathlib import Path
 from onnx import ModelProto
 
 from export.errors import GateError
-from export.precision import (
+from export.graph.to_onnx import attach
+from export.parity import Images, Logits, compare_with_torch, largest_difference, warm_engine
+from export.quantization.gate import (
     TIMED_BATCHES,
     Pictures,
     VariantPrecision,
@@ -21,8 +23,6 @@ from export.precision import (
     variant_metadata,
     why_refused,
 )
-from export.to_onnx import attach
-from export.verify import Images, Logits, compare_with_torch, largest_difference, warm_engine
 from service.artifact import MODEL_FILE, MODEL_FILES, Golden, ModelMetadata, VariantGate, to_props
 from service.engine import EngineError, ProviderChoice
 

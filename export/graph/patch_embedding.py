@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.serving_model import TrainingForm
+from export.graph.trained import TrainingForm
 from training.model import NORM_EPSILON
 
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
-from export.failures import failures
-from export.making import making
-from export.markdown import bullet, code, literal, paragraph, picture, table
-from export.precision import describe
+from export.card.error_analysis import failures
+from export.card.markdown import bullet, code, literal, paragraph, picture, table
+from export.card.training_record import making
+from export.parity import Comparison, summary
+from export.quantization.gate import describe
+from export.quantization.variants import Variant
 from export.source import Source
-from export.variants import Variant
-from export.verify import Comparison, summary
 from service.artifact import MODEL_FILES, ModelMetadata
 from training.dataset import CIFAR100
 from training.figures import CURVES, PICTURES

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from export import search
 from export.errors import GateError
-from export.float16 import to_float16
-from export.int8 import quantise
-from export.verify import Images, Logits, run_all, warm_engine
+from export.parity import Images, Logits, run_all, warm_engine
+from export.quantization import sensitivity
+from export.quantization.float16 import to_float16
+from export.quantization.int8 import quantise
 from service.artifact import ModelMetadata, VariantGate
 from service.engine import Engine, EngineError, OnnxEngine, ProviderChoice, resolve_provider
 
@@ -168,9 +168,12 @@ def graphs(
     if precision == "float16":
         yield "half precision but for the pixels and the last mean", to_float16(model)
     elif pictures is not None:
-        yield from search.candidates(model, calibration, search.leads(pictures.logits))
+        yield from sensitivity.candidates(model, calibration, sensitivity.leads(pictures.logits))
     else:
-        yield "all products with constant weights on integers", quantise(model, search.quantise_all(model, calibration))
+        yield (
+            "all products with constant weights on integers",
+            quantise(model, sensitivity.quantise_all(model, calibration)),
+        )
 
 
 def provider_for(precision: VariantPrecision) -> tuple[ProviderChoice, str | None]:

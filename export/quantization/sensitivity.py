@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from export.golden import spread
-from export.int8 import (
+from export.quantization.int8 import (
     Floats,
     Images,
     Quantised,
