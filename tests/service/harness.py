@@ -25,7 +25,7 @@ from service.sockets import reserve
 from service.state import Service
 from service.versions import EngineOptions
 from tests.fakes import FakeEngine, picture
-from tests.service.pictures import encode
+from tests.imaging.files import encode
 
 HTTP_PROCESSES = 0  # see `conftest.either_way`
 QUICK = True  # whether there is the short way of ordinary requests
