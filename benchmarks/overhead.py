@@ -22,8 +22,8 @@ from benchmarks.payloads import Picture, build_requests, generate_pictures
 from benchmarks.processes import run_load
 from benchmarks.server import HOST, Server, parse_settings
 from benchmarks.summary import Summary, summarize
+from imaging.decoder import open_picture, to_array
 from service.engine import Engine, EngineError, OnnxEngine, choose_file, resolve_provider
-from service.images import open_picture, to_array
 
 MAX_PIXELS = 50_000_000
 

@@ -32,6 +32,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
          -r requirements.txt -c constraints.txt -c constraints-cuda.txt \
     && python -m pip --python /opt/venv/bin/python check
 COPY service /app/service
+COPY imaging /app/imaging
 COPY docker/healthcheck.py /app/
 # Whatever the umask was under which the repository was cloned, the user who runs this reads it.
 RUN python -m compileall -q /app && chmod -R a+rX /app

@@ -26,6 +26,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/venv /opt/venv
 COPY service /app/service
+COPY imaging /app/imaging
 COPY export /app/export
 COPY training /app/training
 COPY docker/train_and_export.py /app/

@@ -16,6 +16,7 @@ import msgspec
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from imaging.decoder import sniff
 from service.errors import (
     BodyTooLarge,
     ClientDisconnected,
@@ -27,7 +28,6 @@ from service.errors import (
     TooManyPictures,
     UnsupportedMediaType,
 )
-from service.images import sniff
 
 FAULT: Final = "perceiver.fault"  # in a message of type http.disconnect: the client is there, and this is wrong
 FORM: Final = "multipart/form-data"

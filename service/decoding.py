@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from imaging.decoder import JPEG_SCAN, open_picture, to_array
+from imaging.fast_jpeg import decode_exact_jpeg
 from service.artifact import ModelMetadata
 from service.bodies import Upload, parse_body, which
 from service.errors import DeadlineExceeded, ServiceError, TooManyPixels
-from service.images import JPEG_SCAN, open_picture, to_array
-from service.jpeg import decode_exact_jpeg
 from service.settings import Settings
 from service.worker import report
 

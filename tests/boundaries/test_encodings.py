@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("training", "export", "service", "benchmarks", "docker", "docs")
+PACKAGES = ("training", "export", "service", "imaging", "benchmarks", "docker", "docs")
 
 
 def text_in_the_locales_encoding(source: str) -> Iterator[int]:

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from tests.imaging.files import encode, pixels, png_announcing
 from tests.service.harness import read_answer
-from tests.service.pictures import encode, pixels, png_announcing
 
 PICTURES = {
     kind: encode(pixels(48, 64, seed=number), kind)

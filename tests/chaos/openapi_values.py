@@ -7,7 +7,7 @@ import schemathesis
 from hypothesis import strategies as st
 
 from service.settings import Settings
-from tests.service.pictures import all_files, pixels
+from tests.imaging.files import all_files, pixels
 
 FILES = list(all_files(pixels(9, 13)).values())
 MAX_PICTURES = Settings.model_fields["max_pictures"].default

@@ -17,8 +17,8 @@ import pytest
 from tests.chaos.slow_service import MODULE, POISON, VARIABLE
 from tests.end_to_end.process import Process, on_model, started
 from tests.fakes import HEIGHT, WIDTH, make_model_folder, tiny_images, tiny_logits
+from tests.imaging.files import encode, pixels
 from tests.service.harness import request_head
-from tests.service.pictures import encode, pixels
 
 BATCH = 4
 PNG = encode(pixels(HEIGHT, WIDTH), "PNG")

@@ -15,8 +15,8 @@ import pytest
 from tests.chaos.slow_service import MODULE, VARIABLE
 from tests.end_to_end.process import ROOT, SECONDS, Process, make_slow_model, on_model, started
 from tests.fakes import HEIGHT, WIDTH, make_model_folder, tiny_logits
+from tests.imaging.files import encode, pixels
 from tests.service.harness import png, request_head
-from tests.service.pictures import encode, pixels
 
 IMAGE = {"content-type": "image/png"}
 

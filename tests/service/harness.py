@@ -22,7 +22,7 @@ from service.sockets import bind, claim_port
 from service.state import Service
 from service.versions import EngineOptions
 from tests.fakes import FakeEngine, picture
-from tests.service.pictures import encode
+from tests.imaging.files import encode
 
 QUICK = True  # whether there is the short way of ordinary requests
 

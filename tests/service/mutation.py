@@ -8,12 +8,12 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
+from imaging.decoder import open_picture, to_array
+from imaging.fast_jpeg import decode_exact_jpeg
 from service.artifact import ResizePolicy
 from service.bodies import Upload, parse_body
 from service.errors import ServiceError
-from service.images import open_picture, to_array
-from service.jpeg import decode_exact_jpeg
-from tests.service.pictures import all_files, encode, pixels
+from tests.imaging.files import all_files, encode, pixels
 
 T = TypeVar("T")
 Edit = tuple[str, int, bytes]

@@ -70,7 +70,7 @@ def test_what_a_client_has_sent_wrong_does_not_fill_the_log(capsys: pytest.Captu
         logging.getLogger("python_multipart.multipart").warning("Found invalid character 9 in header at 9")
         warnings.warn_explicit("Corrupt EXIF data", UserWarning, "TiffImagePlugin.py", 9, "PIL.TiffImagePlugin")
         assert capsys.readouterr().err == ""
-        warnings.warn_explicit("of our own", UserWarning, "images.py", 9, "service.images", registry={})
+        warnings.warn_explicit("of our own", UserWarning, "decoding.py", 9, "service.decoding", registry={})
         assert "of our own" in capsys.readouterr().err
 
 

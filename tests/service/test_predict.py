@@ -9,19 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from imaging.decoder import JPEG_SCAN
 from service import decoding, predict
 from service.bodies import Upload
 from service.decoding import MOST_SCANS, Decoder, decode_all
 from service.errors import DeadlineExceeded, InferenceFailed, TooManyPixels
 from service.fair_queue import Prediction
-from service.images import JPEG_SCAN
 from service.outputs import Outputs
 from service.predict import PATIENCE, DisconnectGuard, server_timing
 from service.schemas import PredictResponse
 from service.settings import Settings
 from tests.fakes import HEIGHT, WIDTH, FakeEngine, tiny_metadata
+from tests.imaging.files import all_files, encode, pixels, png_announcing
 from tests.service.harness import Running, error_of, png, running
-from tests.service.pictures import all_files, encode, pixels, png_announcing
 
 IMAGE = {"content-type": "image/png"}
 SMALL = pixels(HEIGHT, WIDTH)

@@ -6,8 +6,8 @@ import threading
 from pathlib import Path
 
 from tests.fakes import FakeEngine
+from tests.imaging.files import encode, pixels
 from tests.service.harness import Running, error_of, png, read_answer, request_head, running
-from tests.service.pictures import encode, pixels
 
 IMAGE = {"content-type": "image/png"}
 

@@ -11,9 +11,9 @@ import pytest
 from service.predict import PredictEndpoint
 from service.quick import QuickAnswer
 from tests.fakes import FakeEngine
+from tests.imaging.files import encode, pixels
 from tests.service import harness
 from tests.service.harness import Running, error_of, png, read_answer, request_head, running
-from tests.service.pictures import encode, pixels
 
 FORM = b"--x\r\nContent-Disposition: form-data; name=file; filename=a.png\r\n\r\n%b\r\n--x--\r\n"
 LARGE = encode(pixels(300, 300), "PNG")  # more pixels than the event loop decodes

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imaging.decoder import open_picture, to_array
+from imaging.fast_jpeg import decode_exact_jpeg
 from service.artifact import ResizePolicy
 from service.bodies import Upload
 from service.decoding import Decoder
 from service.errors import TooManyPixels
-from service.images import open_picture, to_array
-from service.jpeg import decode_exact_jpeg
 from service.settings import Settings
 from tests.fakes import tiny_metadata
-from tests.service.pictures import Pixels, all_files, encode, pixels
+from tests.imaging.files import Pixels, all_files, encode, pixels
 
 ARRAY = pixels()
 SIZE = ARRAY.shape[:2]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from service import images
+from imaging import decoder as images
 from service.artifact import ResizePolicy
 from training.dataset import DataError
 from training.pictures import read_picture, read_pictures, resize_pictures

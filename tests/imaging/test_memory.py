@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.end_to_end.process import ROOT
-from tests.service.pictures import encode
+from tests.imaging.files import encode
 
 WIDTH, HEIGHT = 4000, 2000
 SPARE_BYTES = 8 * 1024**2  # for what does not grow with the picture
@@ -17,7 +17,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from service.artifact import ResizePolicy
-from service.images import open_picture, to_array
+from imaging.decoder import open_picture, to_array
 
 def peak():
     return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("VmHWM"))

@@ -1,7 +1,7 @@
 """The most frequent picture, a JPEG of the model's own size, decoded by libjpeg-turbo without Pillow's way around it.
 
 Pillow parses every marker in Python: 78 us for a picture of 32 x 32, against 13 here, where a whole request costs about
-200. The pixels are the same, bit for bit (`tests/service/test_jpeg.py`), since both decode with libjpeg-turbo.
+200. The pixels are the same, bit for bit (`tests/imaging/test_fast_jpeg.py`), since both decode with libjpeg-turbo.
 """
 
 from typing import Final
@@ -26,7 +26,7 @@ def decode_exact_jpeg(data: bytes, size: tuple[int, int]) -> NDArray[np.uint8] |
 
     Returns:
         uint8 [H, W, 3], RGB, 0..255; None for all that is not a whole colour or grey JPEG of this size without metadata
-        that could turn it: `service.images` will know what it is, or what is wrong with it.
+        that could turn it: `imaging.decoder` will know what it is, or what is wrong with it.
     """
     if not data.startswith(START) or EXIF in data or XMP in data:
         return None

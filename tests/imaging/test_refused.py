@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imaging.decoder import open_picture, to_array
 from service.artifact import ResizePolicy
 from service.errors import NotAnImage, ServiceError, TooManyPixels, TruncatedImage, UnsupportedFormat
-from service.images import open_picture, to_array
-from tests.service.pictures import Pixels, all_files, encode, pixels, planar_tiff, png_announcing
+from tests.imaging.files import Pixels, all_files, encode, pixels, planar_tiff, png_announcing
 
 SIZE = (32, 32)
 ARRAY = pixels()

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from imaging.decoder import open_picture, to_array
 from service.artifact import ResizePolicy
 from service.errors import UnsupportedFormat
-from service.images import open_picture, to_array
-from tests.service.pictures import Pixels, all_files, encode, lossless_files, pixels, planar_tiff, png_of
+from tests.imaging.files import Pixels, all_files, encode, lossless_files, pixels, planar_tiff, png_of
 
 ROOT = Path(__file__).parents[2]
 SIZE = (32, 32)
@@ -49,7 +49,7 @@ def test_pictures_are_read_where_no_file_can_be_opened_any_more() -> None:
     program = """
 import pickle, resource, sys
 from service.artifact import ResizePolicy
-from service.images import open_picture, to_array
+from imaging.decoder import open_picture, to_array
 files = pickle.load(sys.stdin.buffer)
 resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
 for file in files:
