@@ -19,8 +19,8 @@ import uvicorn
 from numpy.typing import NDArray
 from simplejpeg import decode_jpeg
 
-from service.artifact import MODEL_FILE
-from service.engine import OnnxEngine
+from service.engine.metadata import MODEL_FILE
+from service.engine.onnx_engine import OnnxEngine
 
 MAX_BATCH_SIZE = 32
 HEADERS = [(b"content-type", b"application/json")]

@@ -23,7 +23,7 @@ from benchmarks.processes import run_load
 from benchmarks.server import HOST, Server, parse_settings
 from benchmarks.summary import Summary, summarize
 from imaging.decoder import open_picture, to_array
-from service.engine import Engine, EngineError, OnnxEngine, choose_file, resolve_provider
+from service.engine.onnx_engine import Engine, EngineError, OnnxEngine, choose_file, resolve_provider
 
 MAX_PIXELS = 50_000_000
 

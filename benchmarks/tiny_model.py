@@ -9,19 +9,17 @@ from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.common import ModelPlace
 from export.publish import new_version
-from service.artifact import (
-    GOLDEN_FILE,
+from service.engine.metadata import (
     INPUT_NAME,
     MODEL_FILE,
     OUTPUT_NAME,
     SCHEMA_VERSION,
-    Golden,
     ModelMetadata,
     Provenance,
     ResizePolicy,
-    save_golden,
     to_props,
 )
+from service.repository.folder import GOLDEN_FILE, Golden, save_golden
 
 SIDE, CLASSES, GOLDEN_PICTURES = 32, 100, 8
 INPUTS = SIDE * SIDE * 3

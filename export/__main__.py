@@ -10,7 +10,7 @@ from export.parity import TABLE_HEAD, summary
 from export.quantization.gate import PROVIDER_OF, VariantPrecision, describe, provider_for
 from export.source import load_source, random_source
 from export.verify import verify
-from service.artifact import MODEL_FILES
+from service.engine.metadata import MODEL_FILES
 from training.config import PRESETS
 
 GOLDEN, MAX_BATCH = 64, 32

@@ -39,21 +39,18 @@ from export.quantization.gate import Pictures, VariantPrecision
 from export.quantization.variants import Base, Variant, build_variants
 from export.source import METRICS_FILE, Source
 from export.triton import write_triton_config
-from service.artifact import (
-    CHECKPOINT_FILE,
-    GOLDEN_FILE,
+from service.engine.metadata import (
     MODEL_FILE,
     MODEL_FILES,
     ArtifactError,
     EvalMetrics,
-    Golden,
     ModelMetadata,
     Provenance,
     ResizePolicy,
-    save_golden,
     to_props,
 )
-from service.engine import EngineError
+from service.engine.onnx_engine import EngineError
+from service.repository.folder import CHECKPOINT_FILE, GOLDEN_FILE, Golden, save_golden
 from training.checkpoint import digest
 from training.dataset import DataSet
 from training.transfer import flatterers

@@ -13,7 +13,7 @@ from torch import nn
 
 from export.errors import ExportError
 from export.source import Source
-from service.artifact import Golden
+from service.repository.folder import Golden
 from training import cifar, data
 from training.dataset import DataSet, Split
 

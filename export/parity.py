@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.errors import ExportError, GateError
-from service.artifact import GOLDEN_FILE, Golden
-from service.engine import Engine, OnnxEngine, ProviderChoice
+from service.engine.onnx_engine import Engine, OnnxEngine, ProviderChoice
+from service.repository.folder import GOLDEN_FILE, Golden
 
 Images = NDArray[np.uint8]
 Logits = NDArray[np.float32]

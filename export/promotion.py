@@ -6,8 +6,9 @@ from pathlib import Path
 
 from export.errors import ExportError
 from export.source import Source
-from service.artifact import MODEL_FILE, MODEL_FILES, ArtifactError, ModelMetadata, list_versions
-from service.engine import EngineError, read_metadata
+from service.engine.metadata import MODEL_FILE, MODEL_FILES, ArtifactError, ModelMetadata
+from service.engine.onnx_engine import EngineError, read_metadata
+from service.repository.folder import list_versions
 
 
 def newest_metadata(folder: Path) -> ModelMetadata | None:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from service.artifact import ArtifactError, list_versions
+from service.engine.metadata import ArtifactError
+from service.repository.folder import list_versions
 from training.lock import locked
 
 

@@ -21,21 +21,24 @@ from export.parity import (
 )
 from export.quantization.gate import PROVIDER_OF, TIMED_BATCHES, Pictures, gate_engine, require_variant
 from export.source import Source, load_source
-from service.artifact import (
-    CHECKPOINT_FILE,
-    GOLDEN_FILE,
+from service.engine.metadata import (
     MODEL_FILE,
     MODEL_FILES,
     ArtifactError,
     EvalMetrics,
-    Golden,
     ModelMetadata,
     Precision,
     VariantGate,
-    list_versions,
-    load_golden,
 )
-from service.engine import EngineError, OnnxEngine, Provider, ProviderChoice, read_metadata, resolve_provider
+from service.engine.onnx_engine import (
+    EngineError,
+    OnnxEngine,
+    Provider,
+    ProviderChoice,
+    read_metadata,
+    resolve_provider,
+)
+from service.repository.folder import CHECKPOINT_FILE, GOLDEN_FILE, Golden, list_versions, load_golden
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401 - registers itself; without it Pillow imports all its forty plugins at the first WebP
 )
 
-from service.artifact import ResizePolicy
+from service.engine.metadata import ResizePolicy
 from service.errors import NotAnImage, ServiceError, TooManyPixels, TruncatedImage, UnsupportedFormat
 
 # Pillow imports its plugins with the first picture. Where no file can be opened any more by then, it would never know

@@ -13,14 +13,14 @@ from uvicorn import Config
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess, multiprocess
 
-from service import logs
-from service.app import PerceiverApp
-from service.cpus import usable_cores
-from service.engine import EngineError, resolve_provider
-from service.server import Server, configuration, log_addresses
+from service.api.app import PerceiverApp
+from service.engine.cpus import usable_cores
+from service.engine.onnx_engine import EngineError, resolve_provider
+from service.lifecycle import Service
+from service.logging import configure as configure_logging
+from service.server.server import Server, configuration, log_addresses
+from service.server.sockets import BACKLOG, bind, claim_port
 from service.settings import Settings
-from service.sockets import BACKLOG, bind, claim_port
-from service.state import Service
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class Worker(multiprocess.Process):
     def target(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve, in the new process; it ends with STARTUP_FAILURE where it was never ready."""
         settings = self.config.settings
-        logs.configure(settings)
+        configure_logging(settings)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the supervisor's affair
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # before and after the server handles it
         threading.Thread(target=self.always_pong, daemon=True).start()

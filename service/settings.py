@@ -1,7 +1,7 @@
 """Every knob of the service: its unit, its bounds, and what happens at them.
 
 Each field is the environment variable `PERCEIVER_<NAME>` and the flag `--<name>` of `python -m service`; the flag wins.
-An empty variable counts as unset. Errors are collected by `service.command_line`, which also knows misspelt names.
+An empty variable counts as unset. Errors are collected by `service.cli`, which also knows misspelt names.
 """
 
 import re
@@ -11,8 +11,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
-
-from service.cpus import usable_cpus
 
 MIB = 1024 * 1024
 
@@ -213,10 +211,7 @@ class Settings(BaseSettings):
         256 * 256, 0, 4_000_000, "Pixels of all pictures of a request together, as above."
     )
     decode_threads: int = bounded(
-        min(4, usable_cpus()),
-        1,
-        256,
-        "Threads that decode large pictures, in each worker.",
+        0, 0, 256, "Threads that decode large pictures, in each worker; 0: one a CPU that it may use, at most 4."
     )
 
     max_connections: int = bounded(

@@ -14,16 +14,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from service.artifact import (
-    GOLDEN_FILE,
-    MODEL_FILE,
-    Golden,
-    ModelMetadata,
-    Provenance,
-    ResizePolicy,
-    save_golden,
-    to_props,
-)
+from service.engine.metadata import MODEL_FILE, ModelMetadata, Provenance, ResizePolicy, to_props
+from service.repository.folder import GOLDEN_FILE, Golden, save_golden
 
 Images = NDArray[np.uint8]
 Logits = NDArray[np.float32]

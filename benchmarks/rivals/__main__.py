@@ -36,8 +36,8 @@ from benchmarks.rivals.servers import RivalServer
 from benchmarks.server import HOST, Server, parse_settings
 from benchmarks.summary import Summary, medians, summarize
 from benchmarks.tiny_model import make_tiny_model
-from service.artifact import MODEL_FILE
-from service.engine import read_metadata
+from service.engine.metadata import MODEL_FILE
+from service.engine.onnx_engine import read_metadata
 
 OURS = "this service"
 OWN_MODEL = {"provider": "cpu", "precision": "float32"}

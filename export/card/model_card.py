@@ -9,7 +9,7 @@ from export.parity import Comparison, summary
 from export.quantization.gate import describe
 from export.quantization.variants import Variant
 from export.source import Source
-from service.artifact import MODEL_FILES, ModelMetadata
+from service.engine.metadata import MODEL_FILES, ModelMetadata
 from training.dataset import CIFAR100
 from training.figures import CURVES, PICTURES
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from export.card.markdown import bullet, code, duration, paragraph, table
 from export.source import Source
-from service.artifact import ModelMetadata
+from service.engine.metadata import ModelMetadata
 from training.checkpoint import Origin, RunConfig
 from training.cli import flag_with
 from training.config import PRESETS

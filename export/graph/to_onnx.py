@@ -14,7 +14,7 @@ from onnx import ModelProto
 from torch import nn
 
 from export.errors import ExportError
-from service.artifact import INPUT_NAME, OUTPUT_NAME
+from service.engine.metadata import INPUT_NAME, OUTPUT_NAME
 
 # The first that has Gelu, and the last for which every onnxruntime with CUDA has kernels for all operators used here:
 # of opsets above, some have none for Conv or Reshape on CUDA, and would run those on the CPU without a word.

@@ -20,8 +20,8 @@ from export.parity import Images, Logits, run_all, warm_engine
 from export.quantization import sensitivity
 from export.quantization.float16 import to_float16
 from export.quantization.int8 import quantise
-from service.artifact import ModelMetadata, VariantGate
-from service.engine import Engine, EngineError, OnnxEngine, ProviderChoice, resolve_provider
+from service.engine.metadata import ModelMetadata, VariantGate
+from service.engine.onnx_engine import Engine, EngineError, OnnxEngine, ProviderChoice, resolve_provider
 
 Labels = NDArray[np.int64]
 VariantPrecision = Literal["int8", "float16"]

@@ -20,7 +20,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from service.artifact import INPUT_NAME
+from service.engine.metadata import INPUT_NAME
 
 Images = NDArray[np.uint8]
 Floats = NDArray[np.float32]

@@ -24,7 +24,7 @@ from export.quantization.int8 import (
     quantise,
     quantise_product,
 )
-from service.artifact import INPUT_NAME
+from service.engine.metadata import INPUT_NAME
 
 CALIBRATION_PICTURES = 256
 BATCH = 64

@@ -23,8 +23,9 @@ from export.quantization.gate import (
     variant_metadata,
     why_refused,
 )
-from service.artifact import MODEL_FILE, MODEL_FILES, Golden, ModelMetadata, VariantGate, to_props
-from service.engine import EngineError, ProviderChoice
+from service.engine.metadata import MODEL_FILE, MODEL_FILES, ModelMetadata, VariantGate, to_props
+from service.engine.onnx_engine import EngineError, ProviderChoice
+from service.repository.folder import Golden
 
 
 @dataclass(frozen=True)

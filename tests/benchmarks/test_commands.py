@@ -19,9 +19,9 @@ from benchmarks.overhead import Measured, verdict
 from benchmarks.processes import Load
 from benchmarks.summary import Summary, medians, summarize
 from benchmarks.tiny_model import make_tiny_model
-from service.artifact import load_golden
-from service.engine import OnnxEngine
-from service.golden import check_golden
+from service.engine.onnx_engine import OnnxEngine
+from service.repository.folder import load_golden
+from service.repository.golden_check import check_golden
 from tests.benchmarks.test_summary import load_of
 from training.precision import choose_precision
 

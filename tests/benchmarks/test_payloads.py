@@ -8,8 +8,8 @@ from PIL import Image
 from benchmarks.common import BenchmarkError
 from benchmarks.payloads import Form, build_requests, generate_pictures, natural_image, read_pictures
 from imaging.decoder import open_picture, to_array
-from service.artifact import ResizePolicy
-from service.bodies import parse_body
+from service.api.payload import parse_body
+from service.engine.metadata import ResizePolicy
 
 
 def parse(request: bytes) -> tuple[str, dict[str, str], bytes]:

@@ -20,7 +20,7 @@ from benchmarks.rivals.process_tree import alive, process_tree, stop_tree, tree_
 from benchmarks.rivals.servers import RivalServer
 from benchmarks.summary import summarize
 from benchmarks.tiny_model import SIDE, make_tiny_model
-from service.artifact import MODEL_FILE
+from service.engine.metadata import MODEL_FILE
 from tests.benchmarks.http_server import request
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

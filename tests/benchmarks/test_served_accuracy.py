@@ -18,7 +18,7 @@ from benchmarks.served_accuracy import (
     read_answers,
     reported,
 )
-from service.artifact import EvalMetrics
+from service.engine.metadata import EvalMetrics
 from tests.fakes import CLASSES, tiny_metadata
 
 LABELS = tiny_metadata().labels

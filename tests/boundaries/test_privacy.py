@@ -14,7 +14,7 @@ RUN = """
 import sys
 from pathlib import Path
 import {first}
-from service.engine import OnnxEngine
+from service.engine.onnx_engine import OnnxEngine
 OnnxEngine(Path(sys.argv[1]), provider="cpu")
 """
 

@@ -10,8 +10,8 @@ import time
 
 import numpy as np
 
-from service import versions
-from service.engine import EngineError, OnnxEngine
+from service.engine.onnx_engine import EngineError, OnnxEngine
+from service.repository import versions
 from tests.fakes import HEIGHT, WIDTH, Images, Logits
 
 MODULE = "tests.chaos.slow_service"

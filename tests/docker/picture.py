@@ -22,7 +22,7 @@ from pathlib import Path
 import aiohttp
 
 from benchmarks.payloads import generate_pictures
-from service.artifact import list_versions
+from service.repository.folder import list_versions
 from tests.docker import stack
 from tests.docker.files import DOCKER
 

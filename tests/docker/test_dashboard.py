@@ -8,7 +8,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.metrics import Metrics
+from service.metrics.registry import Metrics
 from tests.docker.files import DOCKER, Yaml, rules
 
 import dashboard  # isort: skip - files.py has put its folder on the path

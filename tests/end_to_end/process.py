@@ -15,7 +15,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from service.artifact import GOLDEN_FILE, MODEL_FILE, Golden, save_golden, to_props
+from service.engine.metadata import MODEL_FILE, to_props
+from service.repository.folder import GOLDEN_FILE, Golden, save_golden
 from tests.fakes import CLASSES, HEIGHT, WIDTH, tiny_metadata
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from service.patience import LINGER_SECONDS
+from service.server.timeouts import LINGER_SECONDS
 from tests.end_to_end.process import on_model, started
 from tests.end_to_end.test_service_process import post, refused
 from tests.fakes import make_model_folder

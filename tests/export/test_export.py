@@ -15,9 +15,10 @@ from export.__main__ import main
 from export.golden import load_data
 from export.graph.trained import TrainingForm
 from export.source import load_source
-from service.artifact import from_props, list_versions, load_golden
-from service.engine import OnnxEngine
-from service.golden import check_golden
+from service.engine.metadata import from_props
+from service.engine.onnx_engine import OnnxEngine
+from service.repository.folder import list_versions, load_golden
+from service.repository.golden_check import check_golden
 from tests.export.conftest import LABELS, SIZE, TINY, write_run
 from training.checkpoint import Origin, RunConfig, load_model
 from training.config import PRESETS

@@ -14,8 +14,8 @@ from export.golden import load_data
 from export.quantization import gate, sensitivity
 from export.quantization.gate import describe, times_as_fast, why_refused
 from export.source import load_source
-from service.artifact import VariantGate
-from service.engine import EngineError, OnnxEngine, read_metadata
+from service.engine.metadata import VariantGate
+from service.engine.onnx_engine import EngineError, OnnxEngine, read_metadata
 from tests.export.conftest import SIZE
 from tests.fakes import FakeEngine
 
@@ -209,7 +209,7 @@ def test_what_does_not_pass_is_not_written(
 def test_what_can_not_be_timed_is_not_written_unless_it_is_asked_for(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("service.session.why_no_cuda", lambda device_id=0: "there is none")
+    monkeypatch.setattr("service.engine.session.why_no_cuda", lambda device_id=0: "there is none")
     assert export(run, tmp_path / "out", "--variants", "float16") == 0
     assert "model.fp16.onnx: not written, since its speed can't be measured here" in capsys.readouterr().out
     assert not (tmp_path / "out" / "1" / "model.fp16.onnx").exists()
@@ -218,7 +218,7 @@ def test_what_can_not_be_timed_is_not_written_unless_it_is_asked_for(
 def test_what_is_not_tried_is_told(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("service.session.why_no_cuda", lambda device_id=0: "there is none")
+    monkeypatch.setattr("service.engine.session.why_no_cuda", lambda device_id=0: "there is none")
     assert export(run, tmp_path / "out") == 0
     assert "note: model.fp16.onnx is not tried: its speed is measured on CUDA" in capsys.readouterr().out
     assert export(run, tmp_path / "none", "--variants") == 0
@@ -228,7 +228,7 @@ def test_what_is_not_tried_is_told(
 def test_who_wants_what_can_not_be_timed_need_not_name_it(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("service.session.why_no_cuda", lambda device_id=0: "there is none")
+    monkeypatch.setattr("service.engine.session.why_no_cuda", lambda device_id=0: "there is none")
     monkeypatch.setattr(gate, "times_as_fast", lambda base, variant, batches: FAST)
     assert export(run, tmp_path / "out", "--untimed") == 0
     told = capsys.readouterr().out

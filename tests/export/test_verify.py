@@ -32,8 +32,8 @@ from export.quantization.gate import TOLERANCE_FACTOR, Pictures, measure
 from export.quantization.variants import Base, build_variant
 from export.source import load_source
 from export.verify import Version, _verify_file
-from service.artifact import EvalMetrics, ModelMetadata, from_props, to_props
-from service.engine import OnnxEngine, read_metadata
+from service.engine.metadata import EvalMetrics, ModelMetadata, from_props, to_props
+from service.engine.onnx_engine import OnnxEngine, read_metadata
 from tests.export.conftest import SIZE
 from tests.fakes import Images, Logits, tiny_metadata
 from training import checkpoint

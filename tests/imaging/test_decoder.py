@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from imaging.decoder import open_picture, to_array
-from service.artifact import ResizePolicy
+from service.engine.metadata import ResizePolicy
 from service.errors import UnsupportedFormat
 from tests.imaging.files import Pixels, all_files, encode, lossless_files, pixels, planar_tiff, png_of
 
@@ -48,7 +48,7 @@ def test_pictures_are_read_where_no_file_can_be_opened_any_more() -> None:
     files = [*all_files(array).values(), encode(array, "MPO", save_all=True, append_images=[Image.fromarray(array)])]
     program = """
 import pickle, resource, sys
-from service.artifact import ResizePolicy
+from service.engine.metadata import ResizePolicy
 from imaging.decoder import open_picture, to_array
 files = pickle.load(sys.stdin.buffer)
 resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))

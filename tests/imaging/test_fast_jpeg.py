@@ -8,9 +8,9 @@ from PIL import Image
 
 from imaging.decoder import open_picture, to_array
 from imaging.fast_jpeg import decode_exact_jpeg
-from service.artifact import ResizePolicy
-from service.bodies import Upload
-from service.decoding import Decoder
+from service.api.payload import Upload
+from service.decoding.decoder import Decoder
+from service.engine.metadata import ResizePolicy
 from service.errors import TooManyPixels
 from service.settings import Settings
 from tests.fakes import tiny_metadata
@@ -102,21 +102,21 @@ async def test_a_picture_of_many_scans_leaves_the_event_loop() -> None:
     data = encode(ARRAY, "JPEG", progressive=True)
     scan = data[data.rindex(b"\xff\xda") : -2]
     many = data[:-2] + scan * 30 + data[-2:]
-    decoder = Decoder(Settings(), threads=1)
+    decoder = Decoder(Settings(decode_threads=1))
     assert decoder._is_small([Upload(data)])
     assert not decoder._is_small([Upload(many)])
     decoder.close()
 
 
 async def test_limits_hold() -> None:
-    decoder = Decoder(Settings(max_pixels=1000), threads=1)
+    decoder = Decoder(Settings(max_pixels=1000, decode_threads=1))
     metadata = tiny_metadata(input_size=SIZE)
     uploads = [Upload(encode(ARRAY, "JPEG"))]
     assert decoder.decode_here(uploads, metadata) is None
     with pytest.raises(TooManyPixels):
         await decoder.decode(uploads, metadata, deadline=1e9)
     decoder.close()
-    decoder = Decoder(Settings(), threads=1)
+    decoder = Decoder(Settings(decode_threads=1))
     (decoded,) = decoder.decode_here(uploads, metadata) or ()
     np.testing.assert_array_equal(decoded, by_pillow(uploads[0].data))
     decoder.close()

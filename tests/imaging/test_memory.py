@@ -16,7 +16,7 @@ SPARE_BYTES = 8 * 1024**2  # for what does not grow with the picture
 PROGRAM = """
 import sys
 from pathlib import Path
-from service.artifact import ResizePolicy
+from service.engine.metadata import ResizePolicy
 from imaging.decoder import open_picture, to_array
 
 def peak():

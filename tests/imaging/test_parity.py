@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, TiffImagePlugin
 
 from imaging import decoder as images
-from service.artifact import ResizePolicy
+from service.engine.metadata import ResizePolicy
 from training.dataset import DataError
 from training.pictures import read_picture, read_pictures, resize_pictures
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from imaging.decoder import open_picture, to_array
-from service.artifact import ResizePolicy
+from service.engine.metadata import ResizePolicy
 from service.errors import NotAnImage, ServiceError, TooManyPixels, TruncatedImage, UnsupportedFormat
 from tests.imaging.files import Pixels, all_files, encode, pixels, planar_tiff, png_announcing
 

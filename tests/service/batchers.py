@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Literal
 
-from service.batcher import DynamicBatcher, Prediction
+from service.batching.batcher import DynamicBatcher, Prediction
 from tests.fakes import FakeEngine, picture
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from service.artifact import GOLDEN_FILE, MODEL_FILE, MODEL_FILES, Golden, save_golden, to_props
+from service.engine.metadata import MODEL_FILE, MODEL_FILES, to_props
+from service.repository.folder import GOLDEN_FILE, Golden, save_golden
 from tests.fakes import CLASSES, HEIGHT, WIDTH, make_model_folder, tiny_images, tiny_logits, tiny_metadata
 
 INPUTS = HEIGHT * WIDTH * 3

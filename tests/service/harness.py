@@ -13,14 +13,15 @@ from pathlib import Path
 import httpx
 import numpy as np
 
-from service.app import PerceiverApp
-from service.artifact import GOLDEN_FILE, MODEL_FILE, Golden, save_golden
-from service.engine import Engine
-from service.server import Server, configuration
+from service.api.app import PerceiverApp
+from service.engine.metadata import MODEL_FILE
+from service.engine.onnx_engine import Engine
+from service.lifecycle import Service
+from service.repository.folder import GOLDEN_FILE, Golden, save_golden
+from service.repository.versions import EngineOptions
+from service.server.server import Server, configuration
+from service.server.sockets import bind, claim_port
 from service.settings import Settings
-from service.sockets import bind, claim_port
-from service.state import Service
-from service.versions import EngineOptions
 from tests.fakes import FakeEngine, picture
 from tests.imaging.files import encode
 

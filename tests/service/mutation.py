@@ -10,8 +10,8 @@ from PIL import Image
 
 from imaging.decoder import open_picture, to_array
 from imaging.fast_jpeg import decode_exact_jpeg
-from service.artifact import ResizePolicy
-from service.bodies import Upload, parse_body
+from service.api.payload import Upload, parse_body
+from service.engine.metadata import ResizePolicy
 from service.errors import ServiceError
 from tests.imaging.files import all_files, encode, pixels
 

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from service import errors
-from service.gpu import GpuCollector
-from service.metrics import Metrics
+from service.metrics.gpu import GpuCollector
+from service.metrics.registry import Metrics
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from service.command_line import UsageError, flag, load_settings, variable
+from service.cli import UsageError, flag, load_settings, variable
 from service.settings import Settings
 
 

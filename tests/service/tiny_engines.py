@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from service.artifact import MODEL_FILES
-from service.engine import OnnxEngine
-from service.runners import HostRunner
-from service.session import ProviderChoice
+from service.engine.metadata import MODEL_FILES
+from service.engine.onnx_engine import OnnxEngine
+from service.engine.runners import HostRunner
+from service.engine.session import ProviderChoice
 from tests.fakes import Images, Logits, tiny_logits
 
 
