@@ -1,4 +1,4 @@
-"""The least that a picture can cost behind uvicorn: a raw ASGI app without limits, metrics, ids, deadlines or errors.
+"""The least that an image can cost behind uvicorn: a raw ASGI app without limits, metrics, ids, deadlines or errors.
 
 `benchmarks.request_path` starts it (`python -m benchmarks.floor`) to measure the machine in the same run: what
 the service needs beyond it is the price of its promises. Only for JPEG bodies of the model's own size.

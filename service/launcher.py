@@ -197,6 +197,7 @@ def supervise(settings: Settings, sockets: list[socket.socket]) -> int:
     if settings.management_port is None:
         logger.warning("each of %d workers has metrics of its own; set management_port to have them", settings.workers)
     supervisor.run()
-    if supervisor.is_interrupted:
+    statuses = {process.exitcode for process in supervisor.processes}
+    if supervisor.is_interrupted or INTERRUPTED in statuses:
         return INTERRUPTED
-    return 0 if all(process.exitcode == 0 for process in supervisor.processes) else 1
+    return 0 if statuses == {0} else 1

@@ -52,7 +52,7 @@ class Service:
         self.metrics.watch(
             ready=lambda: self.probed_status == "ready",
             queue_length=lambda: self.queue_length,
-            admitted_pictures=lambda: self.admission.pictures,
+            admitted_images=lambda: self.admission.images,
             admitted_bytes=lambda: self.admission.bytes,
             max_batch_size=lambda: self.max_batch_size,
             refused_versions=lambda: self.store.refused_versions,
@@ -124,12 +124,12 @@ class Service:
 
     @property
     def queue_length(self) -> int:
-        """Pictures waiting for a batch."""
+        """Images waiting for a batch."""
         return 0 if self.store.live is None else self.store.live.batcher.queue_length
 
     @property
     def max_batch_size(self) -> int:
-        """Pictures that one run of the live model may have now; 0 while there is none."""
+        """Images that one run of the live model may have now; 0 while there is none."""
         return 0 if self.store.live is None else self.store.live.batcher.max_batch_size
 
     async def _serve_models(self) -> None:

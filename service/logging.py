@@ -1,4 +1,4 @@
-"""Logging to stderr, one line or one JSON object a record. No picture, no key and no body is ever logged."""
+"""Logging to stderr, one line or one JSON object a record. No image, no key and no body is ever logged."""
 
 import json
 import logging
@@ -54,7 +54,7 @@ def configure(settings: Settings) -> None:
             "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "chosen"}},
             "root": {"level": level, "handlers": ["stderr"]},
             "loggers": {
-                # Their debug records hold pieces of bodies and of picture files, and their warnings are of what a
+                # Their debug records hold pieces of bodies and of image files, and their warnings are of what a
                 # client has sent: it is told so by its answer, and must not be able to fill the disk.
                 "PIL": {"level": "CRITICAL"},
                 "python_multipart": {"level": "CRITICAL"},

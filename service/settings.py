@@ -113,19 +113,19 @@ class Settings(BaseSettings):
         0, 0, 64, "Number of engines on the CPU; 0: one a core, at most 4, or one if intra_op_threads are given."
     )
     max_batch_size: int = bounded(
-        32, 1, 1024, "Pictures in one run of the model at most. Larger: more throughput, more memory."
+        32, 1, 1024, "Images in one run of the model at most. Larger: more throughput, more memory."
     )
     tune_batch_size: bool = Field(
         True,
         description="On a CPU: measure, while the model is loaded, whether a smaller batch size than max_batch_size is "
-        "faster in pictures a second, and run none that are larger, nor any that take over 0.1 s. Off: batches of up "
+        "faster in images a second, and run none that are larger, nor any that take over 0.1 s. Off: batches of up "
         "to max_batch_size.",
     )
     max_queue_delay_ms: float = bounded(
         0.0,
         0,
         1000,
-        "Milliseconds that an incomplete batch waits for more pictures. 0: a free model starts at once, "
+        "Milliseconds that an incomplete batch waits for more images. 0: a free model starts at once, "
         "and batches form while it is busy.",
     )
     run_timeout_ms: int = bounded(
@@ -148,7 +148,7 @@ class Settings(BaseSettings):
         512,
         1,
         1_000_000,
-        "Pictures accepted and not yet answered; above it 503 with Retry-After. At least max_pictures.",
+        "Images accepted and not yet answered; above it 503 with Retry-After. At least max_images.",
     )
     max_queue_bytes: int = bounded(
         256 * MIB,
@@ -160,7 +160,7 @@ class Settings(BaseSettings):
         10_000,
         1,
         600_000,
-        "Milliseconds from the last byte of a request's body until its run begins; a picture still queued then is not "
+        "Milliseconds from the last byte of a request's body until its run begins; an image still queued then is not "
         "run: 504. "
         "Clients may ask for less with X-Request-Timeout-Ms.",
     )
@@ -190,16 +190,16 @@ class Settings(BaseSettings):
         50_000_000,
         1,
         89_000_000,
-        "Width times height of one picture, read from its header before decoding; more: 413. A decoding "
+        "Width times height of one image, read from its header before decoding; more: 413. A decoding "
         "thread needs up to 12 bytes a pixel, of a WebP file 16.",
     )
     max_request_pixels: int = bounded(
         400_000_000,
         1,
         1_000_000_000_000,
-        "Pixels of all pictures of one request together; more: 413. At least max_pixels.",
+        "Pixels of all images of one request together; more: 413. At least max_pixels.",
     )
-    max_pictures: int = bounded(64, 1, 10_000, "Pictures in one request; more: 413. At most max_queue_size.")
+    max_images: int = bounded(64, 1, 10_000, "Images in one request; more: 413. At most max_queue_size.")
     inline_decode_bytes: int = bounded(
         32 * 1024,
         0,
@@ -208,10 +208,10 @@ class Settings(BaseSettings):
         "others go to a thread. 0: all go to a thread.",
     )
     inline_decode_pixels: int = bounded(
-        256 * 256, 0, 4_000_000, "Pixels of all pictures of a request together, as above."
+        256 * 256, 0, 4_000_000, "Pixels of all images of a request together, as above."
     )
     decode_threads: int = bounded(
-        0, 0, 256, "Threads that decode large pictures, in each worker; 0: one a CPU that it may use, at most 4."
+        0, 0, 256, "Threads that decode large images, in each worker; 0: one a CPU that it may use, at most 4."
     )
 
     max_connections: int = bounded(
@@ -283,12 +283,12 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _limits_fit_each_other(self) -> Self:
-        if self.max_pictures > self.max_queue_size:
-            raise ValueError("max_pictures must not exceed max_queue_size, or a full request could never be accepted")
+        if self.max_images > self.max_queue_size:
+            raise ValueError("max_images must not exceed max_queue_size, or a full request could never be accepted")
         if self.max_body_bytes > self.max_queue_bytes:
             raise ValueError("max_body_bytes must not exceed max_queue_bytes, or a full body could never be accepted")
         if self.max_pixels > self.max_request_pixels:
-            raise ValueError("max_pixels must not exceed max_request_pixels, which counts the same picture")
+            raise ValueError("max_pixels must not exceed max_request_pixels, which counts the same image")
         if self.workers != 1 and not sys.platform.startswith("linux"):
             raise ValueError("workers needs Linux, where processes can share a port; leave it at 1")
         if self.management_port is not None and self.management_port == self.port:

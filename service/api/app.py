@@ -19,7 +19,7 @@ from service.api.schemas import SECURITY, SECURITY_SCHEMES, predict_operation, p
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
 from service.lifecycle import Service
 
-DESCRIPTION = "Send a picture, get its label. Errors are one JSON shape with a stable code."
+DESCRIPTION = "Send an image, get its label. Errors are one JSON shape with a stable code."
 
 
 ROUTER_ERRORS: dict[int, type[ServiceError]] = {404: NotFound, 405: MethodNotAllowed}
@@ -28,7 +28,7 @@ ROUTER_ERRORS: dict[int, type[ServiceError]] = {404: NotFound, 405: MethodNotAll
 class PerceiverApp(FastAPI):
     """FastAPI with the layers of this service around it, and with a short way to `/predict`.
 
-    FastAPI's own layers and routing cost as much CPU a request as the decoding of a small picture, and do nothing for
+    FastAPI's own layers and routing cost as much CPU a request as the decoding of a small image, and do nothing for
     a plain ASGI endpoint. Its router still knows the path, for the methods that it does not take.
     """
 
@@ -65,7 +65,7 @@ class PerceiverApp(FastAPI):
         service: Service = self.state.service
         live = service.store.live
         classes = None if live is None else len(live.metadata.labels)
-        operation = predict_operation(classes, service.settings.max_pictures)
+        operation = predict_operation(classes, service.settings.max_images)
         document["paths"][PREDICT] = {"post": operation}
         components = document.setdefault("components", {})
         components.setdefault("schemas", {}).update(predict_schemas())

@@ -1,6 +1,6 @@
-"""Request bodies to picture files: multipart/form-data, JSON with base64, or the bare bytes of one file.
+"""Request bodies to image files: multipart/form-data, JSON with base64, or the bare bytes of one file.
 
-Only here are bodies read, so only here do their limits stand: bytes are counted while they arrive, pictures while the
+Only here are bodies read, so only here do their limits stand: bytes are counted while they arrive, images while the
 body is parsed. A URL in a body is never fetched.
 """
 
@@ -23,9 +23,9 @@ from service.errors import (
     InvalidBase64,
     InvalidForm,
     InvalidJson,
-    NoPicture,
+    NoImage,
     NotAnImage,
-    TooManyPictures,
+    TooManyImages,
     UnsupportedMediaType,
 )
 
@@ -35,14 +35,14 @@ JSON: Final = "application/json"
 BLANKS: Final = b" \t\r\n\f\v"
 # RFC 5987
 EXTENDED_NAME: Final = re.compile(rb";\s*filename\*=\"?(utf-8|iso-8859-1)'[^';]{0,40}'([^\";]*)", re.IGNORECASE)
-SPARE_STRINGS: Final = 1000  # in JSON, beside the pictures; where there are more, no object is made of them
+SPARE_STRINGS: Final = 1000  # in JSON, beside the images; where there are more, no object is made of them
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
 @dataclass(slots=True)  # not frozen: that costs a microsecond
 class Upload:
-    """One picture file as it was sent, and the name its sender gave it."""
+    """One image file as it was sent, and the name its sender gave it."""
 
     data: bytes
     filename: str | None = None
@@ -83,7 +83,7 @@ def check_size(size: int, max_bytes: int) -> None:
 
 
 def media_type_of(content_type: str) -> str:
-    """Return the media type of a header's value, in lower case; anything but FORM and JSON is that of a picture.
+    """Return the media type of a header's value, in lower case; anything but FORM and JSON is that of an image.
 
     Raises:
         UnsupportedMediaType
@@ -104,37 +104,37 @@ def check_content_type(content_type: str) -> None:
         boundary_of(content_type)
 
 
-def parse_body(content_type: str, body: bytes, *, max_pictures: int) -> list[Upload]:
-    """Take the picture files out of a body; never empty.
+def parse_body(content_type: str, body: bytes, *, max_images: int) -> list[Upload]:
+    """Take the image files out of a body; never empty.
 
     Args:
         content_type: the header's value; "" where there is none, which is read as application/octet-stream.
         body: all of it.
-        max_pictures: most pictures that a request may hold.
+        max_images: most images that a request may hold.
 
     Raises:
-        UnsupportedMediaType, InvalidForm, InvalidJson, InvalidBase64, NoPicture, TooManyPictures
+        UnsupportedMediaType, InvalidForm, InvalidJson, InvalidBase64, NoImage, TooManyImages
     """
     media_type = media_type_of(content_type)
     if media_type == FORM:
-        uploads = parse_form(content_type, body, max_pictures)
+        uploads = parse_form(content_type, body, max_images)
     elif media_type == JSON:
-        uploads = parse_json(body, max_pictures)
+        uploads = parse_json(body, max_images)
     else:
         uploads = [Upload(body)]
     for index, upload in enumerate(uploads):
         if not upload.data:
-            raise NoPicture(f"{which(uploads, index)}The picture is empty: it has 0 bytes.")
+            raise NoImage(f"{which(uploads, index)}The image is empty: it has 0 bytes.")
     return uploads
 
 
 def which(uploads: Sequence[Upload], index: int) -> str:
-    """Return what stands before a sentence about one of several pictures; "" where there is but one."""
+    """Return what stands before a sentence about one of several images; "" where there is but one."""
     if len(uploads) == 1:
         return ""
     filename = uploads[index].filename
     name = f" ({filename[:80]!r})" if filename else ""
-    return f"Picture {index + 1} of {len(uploads)}{name}: "
+    return f"Image {index + 1} of {len(uploads)}{name}: "
 
 
 class JsonBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -147,13 +147,13 @@ class JsonBody(msgspec.Struct, forbid_unknown_fields=True):
 JSON_BODY: Final = msgspec.json.Decoder(JsonBody)
 
 
-def parse_json(body: bytes, max_pictures: int) -> list[Upload]:
+def parse_json(body: bytes, max_images: int) -> list[Upload]:
     """Read {"image": base64} or {"images": [base64, ...]}."""
     quotes = body.count(b'"')
-    if quotes > 2 * (max_pictures + SPARE_STRINGS):
+    if quotes > 2 * (max_images + SPARE_STRINGS):
         if b'"images"' in body[:100]:
-            check_count(quotes // 2, max_pictures)
-        raise InvalidJson(f"The body holds more strings than {max_pictures} pictures need. {InvalidJson.default}")
+            check_count(quotes // 2, max_images)
+        raise InvalidJson(f"The body holds more strings than {max_images} images need. {InvalidJson.default}")
     try:
         content = JSON_BODY.decode(body.removeprefix(BOM_UTF8))
     except msgspec.ValidationError as error:
@@ -165,8 +165,8 @@ def parse_json(body: bytes, max_pictures: int) -> list[Upload]:
             return [Upload(decode_base64(text, "image"))]
         case msgspec.UNSET, list(texts):
             if not texts:
-                raise NoPicture("The list images is empty.")
-            check_count(len(texts), max_pictures)
+                raise NoImage("The list images is empty.")
+            check_count(len(texts), max_images)
             return [Upload(decode_base64(text, f"images[{i}]")) for i, text in enumerate(texts)]
     raise InvalidJson()
 
@@ -179,7 +179,7 @@ def decode_base64(text: str, where: str) -> bytes:
         if not comma or not head.lower().endswith(";base64"):
             raise InvalidBase64(f"{where}: a data: URL must have the form data:image/png;base64,<base64>.")
     elif scheme.startswith(("http:", "https:", "file:", "ftp:")):
-        raise InvalidBase64(f"{where} is a URL, and URLs are not fetched; send the picture itself in base64.")
+        raise InvalidBase64(f"{where} is a URL, and URLs are not fetched; send the image itself in base64.")
     try:
         return a2b_base64(text.encode("ascii").translate(None, BLANKS), strict_mode=True)
     except ValueError as error:
@@ -188,10 +188,10 @@ def decode_base64(text: str, where: str) -> bytes:
         ) from error
 
 
-def check_count(pictures: int, max_pictures: int) -> None:
-    """Raise TooManyPictures above the limit."""
-    if pictures > max_pictures:
-        raise TooManyPictures(f"The request holds more than the {max_pictures} pictures that are allowed.")
+def check_count(images: int, max_images: int) -> None:
+    """Raise TooManyImages above the limit."""
+    if images > max_images:
+        raise TooManyImages(f"The request holds more than the {max_images} images that are allowed.")
 
 
 def boundary_of(content_type: str) -> bytes:
@@ -202,9 +202,9 @@ def boundary_of(content_type: str) -> bytes:
     return boundary
 
 
-def parse_form(content_type: str, body: bytes, max_pictures: int) -> list[Upload]:
+def parse_form(content_type: str, body: bytes, max_images: int) -> list[Upload]:
     """Read every file of a multipart/form-data body, whatever its field is called."""
-    form = Form(max_pictures)
+    form = Form(max_images)
     try:
         parser = MultipartParser(boundary_of(content_type), form.callbacks())
         parser.write(body)
@@ -213,7 +213,7 @@ def parse_form(content_type: str, body: bytes, max_pictures: int) -> list[Upload
     if not form.ended:
         raise InvalidForm("The form ends before its closing boundary.")
     if not form.uploads:
-        raise NoPicture("The form holds no file; send one with: curl -F file=@picture.jpg")
+        raise NoImage("The form holds no file; send one with: curl -F file=@image.jpg")
     return form.uploads
 
 
@@ -236,8 +236,8 @@ class Form:
         ended: whether the closing boundary was seen.
     """
 
-    def __init__(self, max_pictures: int) -> None:
-        self.max_pictures = max_pictures
+    def __init__(self, max_images: int) -> None:
+        self.max_images = max_images
         self.uploads: list[Upload] = []
         self.ended = False
 
@@ -274,14 +274,14 @@ class Form:
         data = b"".join(self.chunks)
         if not data and filename == b"":
             return  # what a browser sends for a file input in which nothing was chosen
-        if filename is None and not self._holds_picture(data):
+        if filename is None and not self._holds_image(data):
             field = options.get(b"name", b"").decode("utf-8", "replace")[:40]
             raise InvalidForm(f"The field {field!r} is not a file; options such as top_k go into the query string.")
-        check_count(len(self.uploads) + 1, self.max_pictures)
+        check_count(len(self.uploads) + 1, self.max_images)
         self.uploads.append(Upload(data, None if filename is None else filename.decode("utf-8", "replace")))
 
-    def _holds_picture(self, data: bytes) -> bool:
-        """Whether a part without a file name is a picture all the same, as from `curl -F 'file=<picture.jpg'`."""
+    def _holds_image(self, data: bytes) -> bool:
+        """Whether a part without a file name is an image all the same, as from `curl -F 'file=<image.jpg'`."""
         if self.headers.get(b"content-type", b"").startswith((b"image/", b"application/octet-stream")):
             return True
         try:

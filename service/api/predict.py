@@ -1,6 +1,6 @@
 """`POST /predict`: a body in, labels out. A plain ASGI endpoint, since a FastAPI route function costs twice the CPU.
 
-    admission in bytes -> body -> admission in pictures -> decode -> batcher -> softmax, top k, JSON
+    admission in bytes -> body -> admission in images -> decode -> batcher -> softmax, top k, JSON
 
 A request holds one model from decode to answer, so that input size, labels and version belong together.
 """
@@ -77,7 +77,7 @@ class PredictEndpoint:
         self._check_head(options)
         # Only bytes are counted until the body is here, and only those that have come: who sends slowly, or announces
         # much and sends nothing, must not keep others out.
-        with service.admission.admit(pictures=0) as ticket:
+        with service.admission.admit(images=0) as ticket:
             body = await read_body(receive, max_bytes=settings.max_body_bytes, grew=lambda size: ticket.add(bytes=size))
             received = perf_counter()
             deadline = asyncio.get_running_loop().time() + options.timeout
@@ -87,7 +87,7 @@ class PredictEndpoint:
                 uploads = decoder.parse_here(options.content_type, body)
                 if uploads is None:
                     uploads = await decoder.parse(options.content_type, body, deadline)
-                ticket.add(pictures=len(uploads))
+                ticket.add(images=len(uploads))
                 images = decoder.decode_here(uploads, live.metadata)
                 if images is None:
                     images = await decoder.decode(uploads, live.metadata, deadline)
@@ -119,7 +119,7 @@ class PredictEndpoint:
 class DisconnectGuard:
     """Cancels the work inside when the client leaves, which turns into ClientDisconnected.
 
-    Neither FastAPI nor the server does this: without it, the pictures of clients that gave up would still be run. It
+    Neither FastAPI nor the server does this: without it, the images of clients that gave up would still be run. It
     begins to look when `PatientGuards` says so, since looking takes a task, and most answers are ready before.
     """
 
@@ -251,7 +251,7 @@ def checked_top_k(top_k: int | None, classes: int) -> int:
 
 
 def server_timing(predictions: Sequence[Prediction], decode: float, total: float) -> bytes:
-    """Return the Server-Timing header, from seconds; of several pictures the longest."""
+    """Return the Server-Timing header, from seconds; of several images the longest."""
     queue = max([prediction.queue_seconds for prediction in predictions])
     inference = max([prediction.inference_seconds for prediction in predictions])
     return (

@@ -97,7 +97,7 @@ class QuickAnswer:
         self._is_done = self._is_cancelled = False
 
     def begin(self, options: Options, body: bytes, now: float) -> bool:
-        """Have the pictures classified; False where this must go the long way, and nothing has happened.
+        """Have the images classified; False where this must go the long way, and nothing has happened.
 
         Args:
             options: of the head.
@@ -116,7 +116,7 @@ class QuickAnswer:
         if uploads is None:
             return False
         live = front.lease()
-        ticket = self._ticket = front.admission.admit(pictures=len(uploads), bytes=len(body))
+        ticket = self._ticket = front.admission.admit(images=len(uploads), bytes=len(body))
         ticket.__enter__()
         self._live = live.__enter__()
         front.in_flight += 1

@@ -1,4 +1,4 @@
-"""Predictions to the JSON of `PredictResponse`, by hand: it is on the path of every picture.
+"""Predictions to the JSON of `PredictResponse`, by hand: it is on the path of every image.
 
 `tests/service/api/test_response.py` holds the bytes against the pydantic model.
 """
@@ -39,13 +39,13 @@ class AnswerWriter:
         Raises:
             InferenceFailed: a logit is not a number, so that no answer would be one.
         """
-        pictures = [
-            self._picture(name, *prediction.outputs.top(prediction.row, top_k))
+        images = [
+            self._image(name, *prediction.outputs.top(prediction.row, top_k))
             for name, prediction in zip(filenames, predictions, strict=True)
         ]
-        return f"{self._head}{','.join(pictures)}]}}".encode()
+        return f"{self._head}{','.join(images)}]}}".encode()
 
-    def _picture(self, filename: str | None, classes: list[int], probabilities: list[float]) -> str:
+    def _image(self, filename: str | None, classes: list[int], probabilities: list[float]) -> str:
         entries = self._entries
         top = "},".join([f"{entries[index]}{value:.6f}" for index, value in zip(classes, probabilities, strict=True)])
         name = "null" if filename is None else json.dumps(filename)

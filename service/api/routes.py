@@ -111,8 +111,8 @@ def health_of(service: Service) -> HealthResponse:
         provider=None if live is None else live.provider,
         queue=QueueState(
             waiting=service.queue_length,
-            pictures=service.admission.pictures,
-            max_pictures=admission.max_pictures,
+            images=service.admission.images,
+            max_images=admission.max_images,
             bytes=service.admission.bytes,
             max_bytes=admission.max_bytes,
         ),

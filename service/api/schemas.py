@@ -27,19 +27,19 @@ class ClassProbability(Schema):
     probability: float = Field(ge=0, le=1)
 
 
-class PicturePrediction(Schema):
-    """The most probable classes of one picture."""
+class ImagePrediction(Schema):
+    """The most probable classes of one image."""
 
     filename: str | None = Field(description="As the form sent it; null for other bodies.")
     top: list[ClassProbability] = Field(description="`top_k` classes, the most probable first.")
 
 
 class PredictResponse(Schema):
-    """One entry for each picture, in the order in which they were sent; one shape for one or many."""
+    """One entry for each image, in the order in which they were sent; one shape for one or many."""
 
     model: str = Field(examples=["perceiver-cifar100"])
     version: int = Field(ge=1, description="The model version that gave every prediction of this answer.")
-    predictions: list[PicturePrediction]
+    predictions: list[ImagePrediction]
 
 
 class ErrorDetail(Schema):
@@ -59,9 +59,9 @@ class ErrorResponse(Schema):
 class QueueState(Schema):
     """How full the house is."""
 
-    waiting: int = Field(ge=0, description="Pictures waiting for a batch.")
-    pictures: int = Field(ge=0, description="Pictures accepted and not yet answered.")
-    max_pictures: int = Field(ge=1)
+    waiting: int = Field(ge=0, description="Images waiting for a batch.")
+    images: int = Field(ge=0, description="Images accepted and not yet answered.")
+    max_images: int = Field(ge=1)
     bytes: int = Field(ge=0, description="Bytes of the request bodies of these.")
     max_bytes: int = Field(ge=1)
 
@@ -117,14 +117,14 @@ PREDICT_ERRORS: tuple[type[errors.ServiceError], ...] = (
     errors.InvalidJson,
     errors.InvalidBase64,
     errors.InvalidForm,
-    errors.NoPicture,
+    errors.NoImage,
     errors.NotAnImage,
     errors.TruncatedImage,
     errors.Unauthorized,
     errors.BodyTimeout,
     errors.BodyTooLarge,
     errors.TooManyPixels,
-    errors.TooManyPictures,
+    errors.TooManyImages,
     errors.UnsupportedFormat,
     errors.UnsupportedMediaType,
     errors.UnsupportedEncoding,
@@ -165,15 +165,15 @@ def error_responses(kinds: Iterable[type[errors.ServiceError]]) -> dict[int | st
     return described
 
 
-def predict_bodies(max_pictures: int) -> dict[str, Any]:
+def predict_bodies(max_images: int) -> dict[str, Any]:
     """Return the OpenAPI content of a request to `POST /predict`."""
-    several = {"type": "array", "minItems": 1, "maxItems": max_pictures}
+    several = {"type": "array", "minItems": 1, "maxItems": max_images}
     files = several | {"items": {"type": "string", "format": "binary"}}
     return {
         "multipart/form-data": {
             "schema": {
                 "type": "object",
-                "description": f"One or several files, under any field names; {max_pictures} at most together.",
+                "description": f"One or several files, under any field names; {max_images} at most together.",
                 "properties": {"file": files},
                 "minProperties": 1,
                 "additionalProperties": files,
@@ -197,11 +197,11 @@ def predict_bodies(max_pictures: int) -> dict[str, Any]:
     }
 
 
-def predict_operation(classes: int | None, max_pictures: int) -> dict[str, Any]:
+def predict_operation(classes: int | None, max_images: int) -> dict[str, Any]:
     """Return the OpenAPI operation object of `POST /predict`; `classes` is the live model's number, if there is one."""
     responses: dict[str, Any] = {
         "200": {
-            "description": "The most probable classes of each picture.",
+            "description": "The most probable classes of each image.",
             "headers": {
                 "Server-Timing": {
                     "description": "Milliseconds: decode, queue, inference, total.",
@@ -218,11 +218,11 @@ def predict_operation(classes: int | None, max_pictures: int) -> dict[str, Any]:
         responses[str(status)] = entry | {"content": content}
     return {
         "tags": ["predict"],
-        "summary": "Classify one or several pictures",
+        "summary": "Classify one or several images",
         "description": "JPEG, PNG, WebP, BMP, GIF (first frame) or TIFF, in any of the bodies below.",
         "operationId": "predict",
         "parameters": predict_parameters(classes),
-        "requestBody": {"required": True, "content": predict_bodies(max_pictures)},
+        "requestBody": {"required": True, "content": predict_bodies(max_images)},
         "responses": responses,
     }
 
@@ -234,7 +234,7 @@ def predict_parameters(classes: int | None) -> list[dict[str, Any]]:
         {
             "name": "top_k",
             "in": "query",
-            "description": "Classes a picture, 1 to the number of classes.",
+            "description": "Classes an image, 1 to the number of classes.",
             "schema": {"type": "integer", "minimum": 1, "default": 5} | most,
         },
         {

@@ -1,11 +1,11 @@
-"""How much may be in the house at once, in pictures and in bytes; counted before anything is decoded."""
+"""How much may be in the house at once, in images and in bytes; counted before anything is decoded."""
 
 import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from service.errors import BodyTooLarge, Overloaded, TooManyPictures
+from service.errors import BodyTooLarge, Overloaded, TooManyImages
 
 RATE_WINDOW_SECONDS = 1.0
 RATE_DECAY = 0.8  # how much of an old peak a quieter window leaves
@@ -16,36 +16,36 @@ class Admission:
     """Bounds what is accepted and not yet answered, over all models. Belongs to one event loop's thread.
 
     Args:
-        max_pictures: pictures that may be in the house at once.
+        max_images: images that may be in the house at once.
         max_bytes: bytes of request bodies that may be held at once.
         clock: monotonic, in seconds.
 
     Attributes:
-        pictures: pictures in the house.
+        images: images in the house.
         bytes: bytes in the house.
     """
 
-    def __init__(self, max_pictures: int, max_bytes: int, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.max_pictures = max_pictures
+    def __init__(self, max_images: int, max_bytes: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.max_images = max_images
         self.max_bytes = max_bytes
-        self.pictures = 0
+        self.images = 0
         self.bytes = 0
         self._clock = clock
         self._rate = self._byte_rate = 0.0
         self._window_start = 0.0
         self._window_count = self._window_bytes = 0
 
-    def admit(self, *, pictures: int = 1, bytes: int = 0) -> "Ticket":  # noqa: A002 - the unit is the best name
-        """Ask for room: `with admission.admit(pictures=1, bytes=n) as ticket:`. It is asked, or refused, on entering.
+    def admit(self, *, images: int = 1, bytes: int = 0) -> "Ticket":  # noqa: A002 - the unit is the best name
+        """Ask for room: `with admission.admit(images=1, bytes=n) as ticket:`. It is asked, or refused, on entering.
 
         Raises:
-            Overloaded, TooManyPictures, BodyTooLarge: as `Ticket.add`.
+            Overloaded, TooManyImages, BodyTooLarge: as `Ticket.add`.
         """
-        return Ticket(self, pictures, bytes)
+        return Ticket(self, images, bytes)
 
-    def is_full(self, pictures: int = 1, size: int = 0) -> bool:
-        """Whether there is no room for so many pictures, or for so many bytes."""
-        return self.pictures + pictures > self.max_pictures or self.bytes + size > self.max_bytes
+    def is_full(self, images: int = 1, size: int = 0) -> bool:
+        """Whether there is no room for so many images, or for so many bytes."""
+        return self.images + images > self.max_images or self.bytes + size > self.max_bytes
 
     def retry_after(self, size: int = 0) -> float:
         """Seconds until what is in the house will have left, at the measured rate; at least 1, at most 60.
@@ -60,27 +60,27 @@ class Admission:
             rate = measured or (left / elapsed if elapsed > 0 else 0.0)
             return inside / rate if rate > 0 else 0.0
 
-        seconds = seconds_for(self.pictures, self._rate, self._window_count)
+        seconds = seconds_for(self.images, self._rate, self._window_count)
         if self.bytes + size > self.max_bytes:
             seconds = max(seconds, seconds_for(self.bytes, self._byte_rate, self._window_bytes))
         return min(max(seconds, 1.0), MAX_RETRY_AFTER_SECONDS)
 
-    def _take(self, ticket: "Ticket", pictures: int, size: int) -> None:
-        if ticket.pictures + pictures > self.max_pictures:
-            raise TooManyPictures(f"A request can hold at most {self.max_pictures} pictures; send several requests.")
+    def _take(self, ticket: "Ticket", images: int, size: int) -> None:
+        if ticket.images + images > self.max_images:
+            raise TooManyImages(f"A request can hold at most {self.max_images} images; send several requests.")
         if ticket.bytes + size > self.max_bytes:
             raise BodyTooLarge(f"A request can hold at most {self.max_bytes} bytes; send several requests.")
-        if self.is_full(pictures, size):
+        if self.is_full(images, size):
             raise Overloaded(retry_after=self.retry_after(size))
-        if self.pictures == 0 == self.bytes:  # idle time tells nothing of how fast the house empties
+        if self.images == 0 == self.bytes:  # idle time tells nothing of how fast the house empties
             self._window_start, self._window_count, self._window_bytes = self._clock(), 0, 0
-        self.pictures += pictures
+        self.images += images
         self.bytes += size
 
-    def _give_back(self, pictures: int, size: int) -> None:
-        self.pictures -= pictures
+    def _give_back(self, images: int, size: int) -> None:
+        self.images -= images
         self.bytes -= size
-        self._window_count += pictures
+        self._window_count += images
         self._window_bytes += size
         elapsed = self._clock() - self._window_start
         if elapsed >= RATE_WINDOW_SECONDS:
@@ -97,30 +97,30 @@ class Admission:
 class Ticket:
     """The room that one request has; given back on leaving the `with` block, however it is left."""
 
-    __slots__ = ("_admission", "bytes", "pictures")
+    __slots__ = ("_admission", "bytes", "images")
 
-    def __init__(self, admission: Admission, pictures: int, size: int) -> None:
+    def __init__(self, admission: Admission, images: int, size: int) -> None:
         self._admission = admission
-        self.pictures = pictures
+        self.images = images
         self.bytes = size
 
-    def add(self, *, pictures: int = 0, bytes: int = 0) -> None:  # noqa: A002 - as in `Admission.admit`
+    def add(self, *, images: int = 0, bytes: int = 0) -> None:  # noqa: A002 - as in `Admission.admit`
         """Ask for more room, when the true size of a body shows while reading it.
 
         Raises:
             Overloaded: there is no room now.
-            TooManyPictures, BodyTooLarge: there would be no room in an empty house either.
+            TooManyImages, BodyTooLarge: there would be no room in an empty house either.
         """
-        self._admission._take(self, pictures, bytes)
-        self.pictures += pictures
+        self._admission._take(self, images, bytes)
+        self.images += images
         self.bytes += bytes
 
     def __enter__(self) -> Self:
-        pictures, size, self.pictures, self.bytes = self.pictures, self.bytes, 0, 0
-        self.add(pictures=pictures, bytes=size)
+        images, size, self.images, self.bytes = self.images, self.bytes, 0, 0
+        self.add(images=images, bytes=size)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._admission._give_back(self.pictures, self.bytes)
+        self._admission._give_back(self.images, self.bytes)

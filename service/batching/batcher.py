@@ -37,7 +37,7 @@ RunResult = NDArray[np.float32] | Exception
 
 
 class DynamicBatcher:
-    """Serves pictures in batches on one or several engines of one model. Belongs to one event loop.
+    """Serves images in batches on one or several engines of one model. Belongs to one event loop.
 
     Args:
         engines: one slot each and one queue for all; they become the batcher's, `close` closes them.
@@ -82,12 +82,12 @@ class DynamicBatcher:
 
     @property
     def queue_length(self) -> int:
-        """Pictures that wait for a batch, including those that are about to be dropped."""
-        return self._queue.pictures
+        """Images that wait for a batch, including those that are about to be dropped."""
+        return self._queue.images
 
     @property
     def max_batch_size(self) -> int:
-        """Pictures that one run may have, on the engine that allows the most; 0 after `close`."""
+        """Images that one run may have, on the engine that allows the most; 0 after `close`."""
         return self._slots.max_batch_size
 
     async def on_each_engine(self, function: Callable[[Engine], T]) -> list[T]:
@@ -103,12 +103,12 @@ class DynamicBatcher:
         self._loop_task.add_done_callback(self._loop_ended)
 
     async def submit(self, image: Image, *, deadline: float | None = None) -> Prediction:
-        """Classify one picture; see `submit_many`."""
+        """Classify one image; see `submit_many`."""
         (prediction,) = await self.submit_many((image,), deadline=deadline)
         return prediction
 
     async def submit_many(self, images: Sequence[Image], *, deadline: float | None = None) -> list[Prediction]:
-        """Classify the pictures of one request, each uint8 [H, W, 3]; they succeed or fail together.
+        """Classify the images of one request, each uint8 [H, W, 3]; they succeed or fail together.
 
         Cancel the task that awaits this, and what still waits in the queue is never run.
 
@@ -127,7 +127,7 @@ class DynamicBatcher:
             # It would fail all others of its batch.
             if image.shape != self._shape or image.dtype != np.uint8 or not image.flags.c_contiguous:
                 raise ValueError(
-                    f"a picture must be uint8 {self._shape} without gaps, and is {image.dtype} {image.shape}"
+                    f"an image must be uint8 {self._shape} without gaps, and is {image.dtype} {image.shape}"
                 )
         if not images:
             return []
@@ -153,7 +153,7 @@ class DynamicBatcher:
         for image in images:
             size = len(image) if isinstance(image, bytes) else image.nbytes
             if size != self._bytes:
-                raise ValueError(f"a picture must have {self._bytes} bytes, and has {size}")
+                raise ValueError(f"an image must have {self._bytes} bytes, and has {size}")
         self._put(Request(images, outcome, deadline))
 
     def _check_open(self) -> None:
@@ -217,12 +217,12 @@ class DynamicBatcher:
             slot = await self._slots.claim()
             room = slot.engine.max_batch_size
             if not self._delay:
-                room = self._slots.room(slot, self._queue.pictures)
+                room = self._slots.room(slot, self._queue.images)
             elif self._queue:  # else all of it was late
                 await self._wait_for_more(room)  # who waits for a whole batch does not share it then
             batch = self._queue.pop(room, self._loop.time())
             if batch.size:
-                self._start_run(self._slots.best(slot, batch.size, self._queue.pictures), batch)
+                self._start_run(self._slots.best(slot, batch.size, self._queue.images), batch)
             else:
                 self._slots.release(slot)
             (self._arrived.set if self._queue else self._arrived.clear)()
@@ -230,7 +230,7 @@ class DynamicBatcher:
 
     async def _wait_for_more(self, size: int) -> None:
         with suppress(TimeoutError):  # the oldest has waited its time, or one would soon be too late
-            while self._queue and self._queue.pictures < size:
+            while self._queue and self._queue.images < size:
                 in_time = self._queue.earliest_deadline() - self._loop.time() - 2 * TICK_SECONDS
                 async with asyncio.timeout(min(self._queue.oldest + self._delay - perf_counter(), in_time)):
                     self._arrived.clear()
@@ -246,11 +246,11 @@ class DynamicBatcher:
         outcome: RunResult
         begun = perf_counter()
         try:
-            # Not np.concatenate, which gives the interpreter's lock away for each picture, and waits to get it back.
+            # Not np.concatenate, which gives the interpreter's lock away for each image, and waits to get it back.
             images = np.frombuffer(b"".join(batch.images()), dtype=np.uint8).reshape(batch.size, *self._shape)
             outcome = slot.engine.run(images)
             if len(outcome) != batch.size:
-                raise ValueError(f"the engine gave {len(outcome)} answers to {batch.size} pictures")
+                raise ValueError(f"the engine gave {len(outcome)} answers to {batch.size} images")
         except Exception as error:
             outcome = error
         report(self._loop, self._finish, slot, batch, outcome, perf_counter() - begun)

@@ -49,7 +49,7 @@ class Slots:
 
     @property
     def max_batch_size(self) -> int:
-        """Pictures that one run may have, on the engine that allows the most; 0 without engines."""
+        """Images that one run may have, on the engine that allows the most; 0 without engines."""
         return max((slot.engine.max_batch_size for slot in self.all), default=0)
 
     async def on_each(self, function: Callable[[Engine], T]) -> list[T]:
@@ -83,7 +83,7 @@ class Slots:
             self._free.put_nowait(slot)
 
     def room(self, slot: Slot, waiting: int) -> int:
-        """Return how many of the pictures that wait the next batch of a claimed slot may take.
+        """Return how many of the images that wait the next batch of a claimed slot may take.
 
         On a CPU, where each takes its time, engines that are free share them. On a GPU all take about as long as one,
         and an engine left free is ready for what comes.
@@ -99,7 +99,7 @@ class Slots:
         Args:
             claimed: any other; it is released if it is not taken.
             size: of the batch.
-            waiting: pictures behind it.
+            waiting: images behind it.
         """
         alone = self._alone
         if alone is None or waiting or self.is_busy or size > alone.engine.max_batch_size:

@@ -8,14 +8,14 @@ from numpy.typing import NDArray
 
 from service.errors import InferenceFailed
 
-MANY_CLASSES: Final = 500  # of so many the sorting costs, and not the call: no picture waits for the others' sorting
+MANY_CLASSES: Final = 500  # of so many the sorting costs, and not the call: no image waits for the others' sorting
 Ranked = tuple[NDArray[np.intp], NDArray[np.float32]]
 
 
 class Outputs:
-    """Logits of one batch. With few classes NumPy's cost lies in its calls, so all pictures are ranked in one.
+    """Logits of one batch. With few classes NumPy's cost lies in its calls, so all images are ranked in one.
 
-    32 pictures of 100 classes take 47 us together, and 8 us each one by one. The first answer that is written ranks
+    32 images of 100 classes take 47 us together, and 8 us each one by one. The first answer that is written ranks
     them, on the event loop; the engine's thread has the next batch by then.
 
     Attributes:
@@ -29,10 +29,10 @@ class Outputs:
         self._ranked: Ranked | None = None
 
     def top(self, row: int, k: int) -> tuple[list[int], list[float]]:
-        """Return the k most probable classes of a picture and their probabilities; of equal ones the lower index first.
+        """Return the k most probable classes of an image and their probabilities; of equal ones the lower index first.
 
         Raises:
-            InferenceFailed: a logit of this picture is not a number, so that no answer would be one.
+            InferenceFailed: a logit of this image is not a number, so that no answer would be one.
         """
         if self.logits.shape[1] > MANY_CLASSES:
             order, probabilities = rank(self.logits[row : row + 1])

@@ -6,16 +6,16 @@ from service.batching.queue import DropReason
 
 
 class BatchObserver(Protocol):
-    """Counts what happens to pictures."""
+    """Counts what happens to images."""
 
     def batch(self, size: int, seconds: float) -> None:
-        """Take note of a batch of `size` pictures that took `seconds`."""
+        """Take note of a batch of `size` images that took `seconds`."""
 
     def queued(self, seconds: float) -> None:
-        """Take note of a picture that waited for `seconds`; once for each picture that was run."""
+        """Take note of an image that waited for `seconds`; once for each image that was run."""
 
     def dropped(self, reason: DropReason) -> None:
-        """Take note of a picture that left the queue without a run."""
+        """Take note of an image that left the queue without a run."""
 
     def failed_batch(self, size: int) -> None:
         """Take note of a batch that failed, hung ones included."""

@@ -1,6 +1,6 @@
 """The queue of the batcher: requests in the order they came, large ones in turns.
 
-A request of many pictures gives at most half a batch of them at its turn and then goes to the end of the queue. So it
+A request of many images gives at most half a batch of them at its turn and then goes to the end of the queue. So it
 delays each request behind it by at most half a batch, however large it is.
 """
 
@@ -36,7 +36,7 @@ class Outcome(Protocol):
         """Whether nobody waits for it any more."""
 
     def set_result(self, result: "list[Prediction]", /) -> None:
-        """End it with one prediction a picture."""
+        """End it with one prediction an image."""
 
     def set_exception(self, exception: Exception, /) -> None:
         """End it with an error."""
@@ -44,14 +44,14 @@ class Outcome(Protocol):
 
 @dataclass(slots=True)
 class Prediction:
-    """The answer for one picture.
+    """The answer for one image.
 
     Attributes:
         outputs: of its batch.
         row: its row there.
         queue_seconds: from `submit` until its batch left the queue.
-        inference_seconds: its batch's time in the engine's thread: stacking the pictures, and the run.
-        batch_size: pictures of that batch.
+        inference_seconds: its batch's time in the engine's thread: stacking the images, and the run.
+        batch_size: images of that batch.
     """
 
     outputs: Outputs
@@ -68,16 +68,16 @@ class Prediction:
 
 
 class Request:
-    """Pictures that came together, and one future for all of them.
+    """Images that came together, and one future for all of them.
 
     Args:
         images: at least one, the memory of uint8 [H, W, 3] each.
-        future: ends with one `Prediction` a picture, in order, or with the first error.
+        future: ends with one `Prediction` an image, in order, or with the first error.
         deadline: loop time; infinity for none.
 
     Attributes:
         enqueued: `perf_counter` at its making; uvloop's loop time counts in whole milliseconds.
-        taken: so many of its pictures are in batches.
+        taken: so many of its images are in batches.
         answers: by number, where it is answered in parts: two engines may end them in any order.
     """
 
@@ -106,9 +106,9 @@ class Batch:
     """What one run of an engine serves.
 
     Attributes:
-        parts: (request, its first picture, one after its last).
-        size: pictures.
-        dropped: a reason for each picture that left the queue on this occasion without being run.
+        parts: (request, its first image, one after its last).
+        size: images.
+        dropped: a reason for each image that left the queue on this occasion without being run.
         started: `perf_counter` of the pop.
     """
 
@@ -118,11 +118,11 @@ class Batch:
     started: float = field(default_factory=perf_counter)
 
     def images(self) -> list[Pixels]:
-        """List the pictures in the order of the parts."""
+        """List the images in the order of the parts."""
         return [image for request, start, stop in self.parts for image in request.images[start:stop]]
 
     def answer(self, logits: NDArray[np.float32], seconds: float) -> None:
-        """Give each picture its row of float32 [N, C], and end the futures of requests that are complete."""
+        """Give each image its row of float32 [N, C], and end the futures of requests that are complete."""
         outputs, row, size = Outputs(logits), 0, self.size
         for request, start, stop in self.parts:
             queued = self.started - request.enqueued
@@ -154,11 +154,11 @@ def end_safely(end: Callable[[T], None], value: T) -> None:
 
 
 class FairQueue:
-    """A deque of requests that counts pictures and gives out batches."""
+    """A deque of requests that counts images and gives out batches."""
 
     def __init__(self) -> None:
         self._requests: deque[Request] = deque()
-        self.pictures = 0
+        self.images = 0
 
     def __bool__(self) -> bool:
         return bool(self._requests)
@@ -175,10 +175,10 @@ class FairQueue:
     def put(self, request: Request) -> None:
         """Append a request."""
         self._requests.append(request)
-        self.pictures += len(request.images)
+        self.images += len(request.images)
 
     def pop(self, room: int, now: float) -> Batch:
-        """Take up to `room` pictures; drop on the way what is over at `now`."""
+        """Take up to `room` images; drop on the way what is over at `now`."""
         batch = Batch()
         turn = max(1, room // 2)
         while batch.size < room and self._requests:
@@ -192,14 +192,14 @@ class FairQueue:
             batch.size += stop - start
             if stop < len(request.images):
                 self._requests.append(request)
-        self.pictures -= batch.size
+        self.images -= batch.size
         return batch
 
     def drop_late(self, now: float) -> list[DropReason]:
         """Drop what is over at `now`, wherever it stands.
 
         Returns:
-            A reason for each picture, as `Batch.dropped`.
+            A reason for each image, as `Batch.dropped`.
         """
         dropped: list[DropReason] = []
         kept: deque[Request] = deque()
@@ -217,11 +217,11 @@ class FairQueue:
             request = self._requests.popleft()
             if not request.future.done():
                 end_safely(request.future.set_exception, error())
-        self.pictures = 0
+        self.images = 0
 
     def _drop(self, request: Request, dropped: list[DropReason]) -> None:
         left = len(request.images) - request.taken
-        self.pictures -= left
+        self.images -= left
         if not request.future.done():
             end_safely(request.future.set_exception, DeadlineExceeded())
             dropped += ["deadline"] * left

@@ -1,6 +1,6 @@
-"""Where bodies are parsed and pictures decoded: small ones on the event loop, large ones in a bounded pool of threads.
+"""Where bodies are parsed and images decoded: small ones on the event loop, large ones in a bounded pool of threads.
 
-Handing a small picture to a thread costs more CPU than decoding it; decoding a large one on the event loop would make
+Handing a small image to a thread costs more CPU than decoding it; decoding a large one on the event loop would make
 every other request wait.
 """
 
@@ -44,24 +44,24 @@ class Decoder:
         self._free = asyncio.Semaphore(threads)
 
     def parse_here(self, content_type: str, body: bytes) -> list[Upload] | None:
-        """Take the picture files out of a body, see `bodies.parse_body`; None where it is too large for this thread."""
+        """Take the image files out of a body, see `bodies.parse_body`; None where it is too large for this thread."""
         if len(body) <= self.settings.inline_decode_bytes or content_type.startswith("image/"):
-            return parse_body(content_type, body, max_pictures=self.settings.max_pictures)
+            return parse_body(content_type, body, max_images=self.settings.max_images)
         return None
 
     async def parse(self, content_type: str, body: bytes, deadline: float) -> list[Upload]:
         """Do the same in a thread. DeadlineExceeded where none is free in time."""
-        most = self.settings.max_pictures
-        return await self._in_thread(lambda _: parse_body(content_type, body, max_pictures=most), deadline)
+        most = self.settings.max_images
+        return await self._in_thread(lambda _: parse_body(content_type, body, max_images=most), deadline)
 
     def decode_here(self, uploads: Sequence[Upload], metadata: ModelMetadata) -> list[Pixels] | None:
-        """Decode every picture of a request to uint8 [H, W, 3] at the model's input size.
+        """Decode every image of a request to uint8 [H, W, 3] at the model's input size.
 
         Returns:
             None where that would take too long for the event loop: see `decode`.
 
         Raises:
-            ServiceError: as `images` raises it for the first bad picture; of several pictures it names the one.
+            ServiceError: as `images` raises it for the first bad image; of several images it names the one.
         """
         if not self._is_small(uploads):
             return None
@@ -92,7 +92,7 @@ class Decoder:
         return True
 
     def _decode_quickly(self, uploads: Sequence[Upload], metadata: ModelMetadata) -> list[Pixels] | None:
-        """Decode a request whose pictures are all JPEGs of the model's size; None for any other."""
+        """Decode a request whose images are all JPEGs of the model's size; None for any other."""
         height, width = size = metadata.input_size
         pixels = height * width
         if pixels > self.settings.max_pixels or pixels * len(uploads) > self._inline_pixels:
@@ -120,31 +120,31 @@ class Decoder:
                 work.add_done_callback(lambda _: report(loop, self._free.release))
                 return await asyncio.wrap_future(work)
         except TimeoutError as error:
-            raise DeadlineExceeded("The deadline passed before the picture was decoded.") from error
+            raise DeadlineExceeded("The deadline passed before the image was decoded.") from error
         finally:
             abandoned.set()
 
 
 class Headers:
-    """Opens the pictures of one request and counts their pixels together, since small files can hold very many."""
+    """Opens the images of one request and counts their pixels together, since small files can hold very many."""
 
     def __init__(self, max_pixels: int, max_total: int) -> None:
         self._max_pixels = max_pixels
         self._left = self._max_total = max_total
 
     def open(self, data: bytes) -> Image.Image:
-        """Open a picture; see `images.open_picture`."""
+        """Open an image; see `images.open_picture`."""
         image = open_picture(data, max_pixels=self._max_pixels)
         self._left -= image.width * image.height
         if self._left < 0:
-            raise TooManyPixels(f"The pictures of a request may have {self._max_total} pixels together, and have more.")
+            raise TooManyPixels(f"The images of a request may have {self._max_total} pixels together, and have more.")
         return image
 
 
 def decode_all(
     uploads: Sequence[Upload], metadata: ModelMetadata, settings: Settings, abandoned: Event
 ) -> list[Pixels]:
-    """Decode one picture after the other, so that only one is in memory at its full size."""
+    """Decode one image after the other, so that only one is in memory at its full size."""
     headers = Headers(settings.max_pixels, settings.max_request_pixels)
 
     def decode_one(index: int) -> Pixels:
@@ -156,7 +156,7 @@ def decode_all(
 
 
 def shaped(image: Image.Image, metadata: ModelMetadata) -> Pixels:
-    """Decode an opened picture to what a model takes."""
+    """Decode an opened image to what a model takes."""
     return to_array(image, size=metadata.input_size, resize=metadata.resize)
 
 

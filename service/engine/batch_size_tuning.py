@@ -1,7 +1,7 @@
 """Which batch size is worth waiting for: measured at warm-up, where larger batches are not faster by themselves.
 
 On a GPU a larger batch is faster until it is full. On a CPU it depends on the model: a small one gains from sharing a
-run's fixed cost, a large one loses when its intermediates leave the cache, and its first picture waits for the last.
+run's fixed cost, a large one loses when its intermediates leave the cache, and its first image waits for the last.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,14 +9,14 @@ from math import inf
 from time import perf_counter
 from typing import Final
 
-# A size gives way to a smaller one that is faster by more than that, in pictures a second: what is measured beside
+# A size gives way to a smaller one that is faster by more than that, in images a second: what is measured beside
 # other work is not exact, and too small a batch costs more, behind a queue, than too large a one.
 WORTH: Final = 1.05
 LEAST_ROUNDS: Final = 2
 MOST_ROUNDS: Final = 5
 BUDGET_SECONDS: Final = 1.0
-# What a run costs apart from its pictures is below a millisecond: a batch that takes longer than this shares nothing
-# worth sharing any more, and its first picture waits for its last.
+# What a run costs apart from its images is below a millisecond: a batch that takes longer than this shares nothing
+# worth sharing any more, and its first image waits for its last.
 LONGEST_RUN_SECONDS: Final = 0.1
 
 
@@ -25,15 +25,15 @@ def fastest_size(
 ) -> int:
     """Return the largest size that runs within a tenth of a second and is about as fast as the fastest.
 
-    Fast is meant in pictures a second, and about as fast within a twentieth. By the time of a single picture, larger
+    Fast is meant in images a second, and about as fast within a twentieth. By the time of a single image, larger
     sizes are not even tried.
 
-    Each round runs every size, as often as it takes for as many pictures as the largest has: what else the machine does
+    Each round runs every size, as often as it takes for as many images as the largest has: what else the machine does
     then meets all of them alike, where a short run would often slip through and a long one never. The fastest round of
     each counts, since all that disturbs a run makes it longer.
 
     Args:
-        run: runs a batch of so many pictures; the largest has been run before.
+        run: runs a batch of so many images; the largest has been run before.
         sizes: ascending.
         clock: in seconds.
 

@@ -39,7 +39,7 @@ class _Contract(BaseModel):
 
 
 class ResizePolicy(_Contract):
-    """How a picture of another size is brought to the model's input size.
+    """How an image of another size is brought to the model's input size.
 
     Attributes:
         crop: "center" takes the largest centred region of the target's aspect ratio, "none" stretches.
@@ -51,7 +51,7 @@ class ResizePolicy(_Contract):
 
 
 class EvalMetrics(_Contract):
-    """Measured on `n` pictures of `split`; all but `loss` are fractions in 0..1, `ece` with 15 bins."""
+    """Measured on `n` images of `split`; all but `loss` are fractions in 0..1, `ece` with 15 bins."""
 
     split: Split
     n: Annotated[int, Field(ge=1)]
@@ -81,7 +81,7 @@ class VariantGate(_Contract):
 
     Attributes:
         provider: where it ran.
-        split: the pictures.
+        split: the images.
         n: how many.
         labels_equal: share of them whose most likely class is torch's in float32.
         top1: share of them that it names rightly.
@@ -104,10 +104,10 @@ class ModelMetadata(_Contract):
     Attributes:
         labels: class names by index, C of them.
         input_size: (H, W) in pixels, the size of the graph's input.
-        golden_tolerance: largest allowed absolute difference of a logit on the golden pictures.
+        golden_tolerance: largest allowed absolute difference of a logit on the golden images.
         temperature: divisor that calibrates the logits; already applied inside the graph, here for information.
         parameters: number of trained parameters.
-        gate: of a float16 or int8 file; None: the float32 file, or random weights, for which there are no pictures.
+        gate: of a float16 or int8 file; None: the float32 file, or random weights, for which there are no images.
     """
 
     schema_version: Literal[1]

@@ -1,6 +1,6 @@
 """The engine: a model file that runs. What serves, and what export verifies, is this code.
 
-Shape letters: N pictures of a batch, H and W the model's input size, C classes.
+Shape letters: N images of a batch, H and W the model's input size, C classes.
 """
 
 import logging
@@ -80,7 +80,7 @@ class OnnxEngine:
         path: the .onnx file.
         provider: "auto" takes CUDA where there is one and the CPU elsewhere; all others are asserted, never replaced.
         device_id: index of the GPU.
-        max_batch_size: largest batch in pictures.
+        max_batch_size: largest batch in images.
         intra_op_threads: threads of one run on the CPU; 0 takes one a physical core that
             this process may use.
         buckets: batch sizes on a GPU, where batches are padded to the next; default: powers of two.
@@ -133,7 +133,7 @@ class OnnxEngine:
         A batch that runs out of memory is run once more in halves, and `max_batch_size` falls to the half.
 
         Raises:
-            EngineError: the pictures are not of this form, or onnxruntime failed.
+            EngineError: the images are not of this form, or onnxruntime failed.
         """
         runner = self._open_runner()
         self._check(images)
@@ -150,7 +150,7 @@ class OnnxEngine:
 
         A size that there is no memory for is given up, and `max_batch_size` falls. It does not where a larger size is
         warm (a captured graph keeps memory for itself), which takes those batches too. With `tune_batch_size` it also
-        falls to a size that is clearly faster than it, in pictures a second.
+        falls to a size that is clearly faster than it, in images a second.
 
         Where CUDA graphs can't be captured, kernels are launched one by one from then on.
 
@@ -252,7 +252,7 @@ class OnnxEngine:
     def _lower_ceiling(self, runner: Runner, images: Images, cause: Exception) -> int:
         smaller = runner.shrink(len(images))
         if smaller == 0:
-            raise EngineError(f"{self.path}: there is not enough memory for a single picture: {cause}") from cause
+            raise EngineError(f"{self.path}: there is not enough memory for a single image: {cause}") from cause
         logger.warning("%s: no memory for a batch of %d; from now on at most %d", self.path, len(images), smaller)
         self.max_batch_size = min(self.max_batch_size, smaller)
         return smaller

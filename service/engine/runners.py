@@ -1,6 +1,6 @@
 """Two ways to run a batch through a session: as it is, or padded into buffers that were bound once.
 
-Shape letters: N pictures of a batch, B bucket size, H and W input size, C classes.
+Shape letters: N images of a batch, B bucket size, H and W input size, C classes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -49,7 +49,7 @@ class Runner(Protocol):
         """Classify uint8 [N, H, W, 3], N <= sizes[0]; return float32 [N, C]."""
 
     def shrink(self, failed: int) -> int:
-        """Give up the batch size that ran out of memory with `failed` pictures; return the new largest, 0 for none."""
+        """Give up the batch size that ran out of memory with `failed` images; return the new largest, 0 for none."""
 
     def drop(self, size: int) -> None:
         """Give up one of `sizes` alone: the next larger takes its batches from now on."""

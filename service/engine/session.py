@@ -145,7 +145,7 @@ def session_options(spec: SessionSpec) -> Any:
     options.log_severity_level = SILENT
     options.enable_mem_pattern = not spec.cuda_graphs  # a pattern is allocated late, which a capture can't bear
     # Threads that spin within a run save a third of a small batch's time (0.65 against 0.93 ms on two cores), but by
-    # default they also spin on for 20 ms after each run, on the cores that decode the next pictures: 22 ms of CPU
+    # default they also spin on for 20 ms after each run, on the cores that decode the next images: 22 ms of CPU
     # time a run against 1.9. So spin, and stop with the run.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options

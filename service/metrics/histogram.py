@@ -1,4 +1,4 @@
-"""A Prometheus histogram for what happens at every picture: it only notes a value, and sorts many of them at once."""
+"""A Prometheus histogram for what happens at every image: it only notes a value, and sorts many of them at once."""
 
 from collections.abc import Iterator, Sequence
 from time import time

@@ -17,7 +17,7 @@ from service.metrics.histogram import PendingHistogram
 
 # 0.5 ms to 10 s: from the answer of an idle service with a small model to the default timeout.
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-PICTURES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 OPENMETRICS = "application/openmetrics-text"
 
@@ -46,15 +46,15 @@ class Metrics:
             registry=registry,
         )
         self.queue_seconds = PendingHistogram(
-            "perceiver_queue_seconds", "Seconds a picture waited for its batch.", buckets=SECONDS, registry=registry
+            "perceiver_queue_seconds", "Seconds an image waited for its batch.", buckets=SECONDS, registry=registry
         )
         self.inference_seconds = Histogram(
             "perceiver_inference_seconds", "Seconds of one run of the model.", buckets=SECONDS, registry=registry
         )
         self.batch_size = Histogram(
-            "perceiver_batch_size", "Pictures in one run of the model.", buckets=PICTURES, registry=registry
+            "perceiver_batch_size", "Images in one run of the model.", buckets=IMAGES, registry=registry
         )
-        self.pictures = Counter("perceiver_pictures", "Pictures classified.", registry=registry)
+        self.images = Counter("perceiver_images", "Images classified.", registry=registry)
         self.failed_batches = Counter("perceiver_failed_batches", "Runs of the model that failed.", registry=registry)
         self.rejections = Counter(
             "perceiver_rejections", "Requests answered with an error, by its code.", ["reason"], registry=registry
@@ -63,12 +63,12 @@ class Metrics:
         self.rejections.labels(Unavailable.code)
         self.deadline_misses = Counter(
             "perceiver_deadline_misses",
-            "Pictures dropped from the queue because their deadline had passed.",
+            "Images dropped from the queue because their deadline had passed.",
             registry=registry,
         )
         self.cancellations = Counter(
             "perceiver_cancellations",
-            "Pictures dropped from the queue because their client had left.",
+            "Images dropped from the queue because their client had left.",
             registry=registry,
         )
         self.model_info = Gauge(
@@ -87,23 +87,23 @@ class Metrics:
         )
         self.golden_difference = Gauge(
             "perceiver_golden_max_abs_difference",
-            "Largest difference of a logit on the golden pictures, at the last check that passed or failed.",
+            "Largest difference of a logit on the golden images, at the last check that passed or failed.",
             registry=registry,
         )
         self.ready = Gauge("perceiver_ready", "1 when /health/ready says 200.", registry=registry)
-        self.queue_length = Gauge("perceiver_queue_length", "Pictures waiting for a batch.", registry=registry)
-        self.admitted_pictures = Gauge(
-            "perceiver_admitted_pictures", "Pictures accepted and not yet answered.", registry=registry
+        self.queue_length = Gauge("perceiver_queue_length", "Images waiting for a batch.", registry=registry)
+        self.admitted_images = Gauge(
+            "perceiver_admitted_images", "Images accepted and not yet answered.", registry=registry
         )
         self.admitted_bytes = Gauge(
             "perceiver_admitted_bytes", "Bytes of the request bodies of these.", registry=registry
         )
         self.max_queue_size = Gauge(
-            "perceiver_max_queue_size", "Pictures that may be accepted and not yet answered.", registry=registry
+            "perceiver_max_queue_size", "Images that may be accepted and not yet answered.", registry=registry
         )
         self.max_batch_size = Gauge(
             "perceiver_max_batch_size",
-            "Pictures that one run may have now: the setting, or less since a CPU was measured or memory ran out.",
+            "Images that one run may have now: the setting, or less since a CPU was measured or memory ran out.",
             registry=registry,
         )
         self._request_counters: dict[tuple[str, int], Counter] = {}  # labels() looks its arguments over each time
@@ -130,7 +130,7 @@ class Metrics:
         self.request_seconds.observe_request(seconds, request_id)
 
     def decoded(self, seconds: float) -> None:
-        """Time the decoding of one request's pictures."""
+        """Time the decoding of one request's images."""
         self.decode_seconds.observe(seconds)
 
     def rejected(self, code: str) -> None:
@@ -143,14 +143,14 @@ class Metrics:
         """Count one run of the model."""
         self.batch_size.observe(size)
         self.inference_seconds.observe(seconds)
-        self.pictures.inc(size)
+        self.images.inc(size)
 
     def queued(self, seconds: float) -> None:
-        """Time one picture's wait."""
+        """Time one image's wait."""
         self.queue_seconds.observe(seconds)
 
     def dropped(self, reason: Literal["cancelled", "deadline"]) -> None:
-        """Count one picture that was not run."""
+        """Count one image that was not run."""
         (self.cancellations if reason == "cancelled" else self.deadline_misses).inc()
 
     def failed_batch(self, size: int) -> None:
@@ -170,7 +170,7 @@ class Metrics:
         self.reloads.labels("refused").inc()
 
     def golden_checked(self, max_abs_difference: float) -> None:
-        """Keep the outcome of the last check of the golden pictures."""
+        """Keep the outcome of the last check of the golden images."""
         self.golden_difference.set(max_abs_difference)
 
     # What is read when it is asked for
@@ -180,7 +180,7 @@ class Metrics:
         *,
         ready: Callable[[], bool],
         queue_length: Callable[[], int],
-        admitted_pictures: Callable[[], int],
+        admitted_images: Callable[[], int],
         admitted_bytes: Callable[[], int],
         max_batch_size: Callable[[], int],
         refused_versions: Callable[[], int],
@@ -190,7 +190,7 @@ class Metrics:
         self.max_queue_size.set(max_queue_size)
         self.ready.set_function(ready)
         self.queue_length.set_function(queue_length)
-        self.admitted_pictures.set_function(admitted_pictures)
+        self.admitted_images.set_function(admitted_images)
         self.admitted_bytes.set_function(admitted_bytes)
         self.max_batch_size.set_function(max_batch_size)
         self.refused_versions.set_function(refused_versions)

@@ -23,7 +23,7 @@ MAX_DIGITS: Final = 18  # of a version's number: it has to fit into 64 bits
 
 @dataclass(frozen=True)
 class Golden:
-    """Pictures with known answers.
+    """Images with known answers.
 
     Attributes:
         images: uint8 [K, H, W, 3], RGB.
@@ -40,17 +40,17 @@ class Golden:
             array = getattr(self, name)
             if array.dtype != dtype or array.ndim != ndim:
                 raise ArtifactError(
-                    f"golden pictures: {name} must be {dtype} with {ndim} dimensions, "
+                    f"golden images: {name} must be {dtype} with {ndim} dimensions, "
                     f"and is {array.dtype} of shape {list(array.shape)}"
                 )
         counts = {len(self.images), len(self.labels), len(self.logits)}
         if len(counts) != 1 or 0 in counts:
             raise ArtifactError(
-                f"golden pictures: images, labels and logits must be equally many and at least one, "
+                f"golden images: images, labels and logits must be equally many and at least one, "
                 f"and are {len(self.images)}, {len(self.labels)} and {len(self.logits)}"
             )
         if self.images.shape[3] != 3 or not np.isfinite(self.logits).all():
-            raise ArtifactError("golden pictures: images must have 3 channels and all logits must be finite")
+            raise ArtifactError("golden images: images must have 3 channels and all logits must be finite")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -72,7 +72,7 @@ def load_golden(path: Path) -> Golden:
             archive = np.load(stream, allow_pickle=False)
             arrays = {name: archive[name] for name in ("images", "labels", "logits")}
     except FileNotFoundError as error:
-        raise ArtifactError(f"{path}: this file is missing; a version must hold its golden pictures") from error
+        raise ArtifactError(f"{path}: this file is missing; a version must hold its golden images") from error
     except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds on damaged files
         raise ArtifactError(
             f"{path}: must be an npz archive of images, labels and logits, and can't be read as one: {error}"

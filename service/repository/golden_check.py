@@ -1,4 +1,4 @@
-"""Golden pictures: whether an engine still gives the logits that the model gave where it was exported."""
+"""Golden images: whether an engine still gives the logits that the model gave where it was exported."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,18 +22,18 @@ class GoldenReport:
 
 
 def replay_golden(engine: Engine, golden: Golden) -> GoldenReport:
-    """Run the golden pictures through `engine`, in batches as large as it takes, and compare.
+    """Run the golden images through `engine`, in batches as large as it takes, and compare.
 
     On a GPU, then in batches of all other sizes, repeated where they are too few: each size is a captured graph of its
     own, and may be wrong alone.
 
     Raises:
-        EngineError: the golden pictures are of another size, or have other classes, than the model.
+        EngineError: the golden images are of another size, or have other classes, than the model.
     """
     wanted = ((*engine.metadata.input_size, 3), len(engine.metadata.labels))
     if (golden.images.shape[1:], golden.logits.shape[1]) != wanted:
         raise EngineError(
-            f"golden pictures of shape {list(golden.images.shape[1:])} with {golden.logits.shape[1]} logits "
+            f"golden images of shape {list(golden.images.shape[1:])} with {golden.logits.shape[1]} logits "
             f"do not belong to a model of shape {list(wanted[0])} with {wanted[1]} classes"
         )
     difference, wrong = 0.0, np.zeros(len(golden), dtype=np.bool_)
@@ -83,7 +83,7 @@ def check_golden(engine: Engine, golden: Golden) -> GoldenReport:
     tolerance = engine.metadata.golden_tolerance
     if not report.max_abs_difference <= tolerance:  # so that NaN fails
         raise GoldenMismatchError(
-            f"the golden pictures give other logits on {engine.provider}: the largest difference is "
+            f"the golden images give other logits on {engine.provider}: the largest difference is "
             f"{report.max_abs_difference:.3g} and {tolerance:.3g} is allowed; "
             f"{report.labels_differ} of {report.n} labels differ",
             report,

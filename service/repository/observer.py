@@ -17,4 +17,4 @@ class StoreObserver(BatchObserver, Protocol):
         """Take note that this version was tried and does not serve."""
 
     def golden_checked(self, max_abs_difference: float) -> None:
-        """Take note of the largest difference of a logit on the golden pictures, passed or not."""
+        """Take note of the largest difference of a logit on the golden images, passed or not."""

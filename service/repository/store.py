@@ -1,7 +1,7 @@
 """Which version of the model is live: load, verify, warm up, swap, drain the old one.
 
 The highest version of the folder serves, or the pinned one. A version goes live only after its metadata, its graph and
-its golden pictures have been checked on the engines that will serve it. A version that fails is refused with a reason
+its golden images have been checked on the engines that will serve it. A version that fails is refused with a reason
 and tried again when its files change; what was serving goes on serving.
 
 To roll back, pin a version, or delete the highest one: the next lower one goes live. A version whose folder is gone

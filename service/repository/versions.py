@@ -225,7 +225,7 @@ def engines_of_cpu(options: EngineOptions) -> list[dict[str, Any]]:
 
     The threads of one run meet behind every product, and wait there for each other; runs of one thread each meet
     nowhere. So the cores are shared between engines that run at once, and one more engine has all of them, for a
-    picture that comes while nothing else runs: it has its answer sooner.
+    image that comes while nothing else runs: it has its answer sooner.
 
     Without `cpu_engines` there are as many as cores, at most `MOST_CPU_ENGINES`, since each takes memory; one where
     `intra_op_threads` are named.

@@ -185,7 +185,8 @@ class BoundedProtocol(PatientProtocol):
         """Whether a request could go the short way, as far as HTTP is concerned."""
         parser = self.parser
         return (
-            (self.cycle is None or self.cycle.response_complete)
+            not self.listener.is_management
+            and (self.cycle is None or self.cycle.response_complete)
             and parser.get_method() == b"POST"
             and parser.get_http_version() == "1.1"
             and parser.should_keep_alive()

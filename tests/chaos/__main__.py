@@ -2,7 +2,7 @@
 
     misuse      10,000 random requests of clients that behave badly, and then a normal one
     overload    five times as many requests as the model can answer
-    fuzz        100,000 mutated pictures through the decoder, and as many mutated bodies through the parser
+    fuzz        100,000 mutated images through the decoder, and as many mutated bodies through the parser
     openapi     schemathesis, every check on: no 500, and no answer that the OpenAPI document does not know
 
 Without a word: misuse and overload, each with its defaults.
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     )
     load.add_argument("--max-batch-size", type=int, default=16, help="of the service (default: %(default)s)")
     load.add_argument("--max-queue-size", type=int, default=128, help="of the service (default: %(default)s)")
-    damage = runs.add_parser("fuzz", help="mutated pictures and bodies")
+    damage = runs.add_parser("fuzz", help="mutated images and bodies")
     damage.add_argument("--count", type=int, default=100_000, help="inputs of each target (default: %(default)s)")
     damage.add_argument("--seed", type=int, default=0, help="the same makes the same inputs (default: %(default)s)")
     damage.add_argument("--target", choices=sorted(TARGETS), action="append", help="default: all")

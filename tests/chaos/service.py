@@ -6,7 +6,7 @@ from typing import Self
 
 import httpx
 
-from tests.chaos.client import PICTURES
+from tests.chaos.client import IMAGES
 from tests.end_to_end.process import Process
 
 # Small limits, so that small misdeeds exceed them.
@@ -21,7 +21,7 @@ LIMITS = (
 MEMORY_GROWTH = 64 * 1024 * 1024
 AT_REST = {
     "perceiver_ready": 1,
-    "perceiver_admitted_pictures": 0,
+    "perceiver_admitted_images": 0,
     "perceiver_queue_length": 0,
 }
 
@@ -63,7 +63,7 @@ class Vitals:
         if now.memory > self.memory + MEMORY_GROWTH:
             found.append(f"{now.memory >> 20} MiB are in use, and {self.memory >> 20} were")
         if now.answer != self.answer:
-            found.append(f"the answer to the same picture was {self.answer!r} and is {now.answer!r}")
+            found.append(f"the answer to the same image was {self.answer!r} and is {now.answer!r}")
         found += [f"{name} is {now.at_rest[name]}" for name, value in AT_REST.items() if now.at_rest[name] != value]
         return [*found, now.traceback] if now.traceback else found
 
@@ -76,6 +76,6 @@ def sample(client: httpx.Client, name: str) -> int:
 
 def predict(client: httpx.Client) -> bytes:
     """The answer to a normal request."""
-    response = client.post("/predict", content=PICTURES["PNG"], headers={"content-type": "image/png"})
+    response = client.post("/predict", content=IMAGES["PNG"], headers={"content-type": "image/png"})
     assert response.status_code == 200, response.text
     return response.content

@@ -1,6 +1,6 @@
 """python -m tests.chaos.slow_service: the service, on a device whose every run takes CHAOS_RUN_MS milliseconds.
 
-What it can do at most then depends on the device and not on the cores, as with a GPU. A batch with the picture POISON
+What it can do at most then depends on the device and not on the cores, as with a GPU. A batch with the image POISON
 in it raises.
 """
 

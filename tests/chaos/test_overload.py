@@ -16,7 +16,7 @@ BATCH, QUEUE = 8, 64
 
 def test_overload_costs_those_who_are_turned_away_and_nobody_else(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
-    arguments = on_model(tmp_path / "m", f"--max-batch-size={BATCH}", f"--max-queue-size={QUEUE}", "--max-pictures=8")
+    arguments = on_model(tmp_path / "m", f"--max-batch-size={BATCH}", f"--max-queue-size={QUEUE}", "--max-images=8")
     with started(tmp_path, *arguments, module=MODULE, **{VARIABLE: "160"}) as process, process.ready() as client:
         house = House(client.base_url.host, client.base_url.port or 0, BATCH, QUEUE)
         seen = overload(house, factor=5, seconds=6, calibration_s=3)

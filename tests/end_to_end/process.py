@@ -107,9 +107,9 @@ def on_model(folder: Path, *arguments: str) -> tuple[str, ...]:
 
 
 def make_slow_model(folder: Path, steps: int) -> None:
-    """A model that counts to `steps` times the first value of the batch's first picture, and answers zeros.
+    """A model that counts to `steps` times the first value of the batch's first image, and answers zeros.
 
-    With a picture whose first value is 0 it is quick, and so are its golden pictures.
+    With an image whose first value is 0 it is quick, and so are its golden images.
     """
     version = folder / "1"
     version.mkdir(parents=True)
@@ -143,8 +143,8 @@ def _slow_graph(steps: int) -> onnx.GraphProto:
     return helper.make_graph(
         [
             helper.make_node("Reshape", ["images", "rows"], ["flat"]),
-            helper.make_node("Gather", ["flat", "first"], ["picture"], axis=0),
-            helper.make_node("Gather", ["picture", "first"], ["value"], axis=0),
+            helper.make_node("Gather", ["flat", "first"], ["image"], axis=0),
+            helper.make_node("Gather", ["image", "first"], ["value"], axis=0),
             helper.make_node("Cast", ["value"], ["value64"], to=TensorProto.INT64),
             helper.make_node("Mul", ["value64", "steps"], ["trips"]),
             helper.make_node("Loop", ["trips", "true", "zero"], ["counted"], body=counting),

@@ -145,7 +145,7 @@ def test_no_client_learns_that_a_service_stops_or_is_killed(tmp_path: Path) -> N
 
 def test_services_that_are_full_say_so_themselves(tmp_path: Path) -> None:
     """By nginx's defaults, both would count as broken for ten seconds."""
-    limits = ("--max-queue-size", "1", "--max-pictures", "1")
+    limits = ("--max-queue-size", "1", "--max-images", "1")
     with two(tmp_path, *limits, module=MODULE, **{VARIABLE: "200"}) as (_, client), ThreadPoolExecutor(8) as pool:
         answers = [one for _ in range(3) for one in pool.map(lambda _: post(client), range(8))]
         refused = [answer for answer in answers if answer.status_code != 200]

@@ -25,13 +25,13 @@ def post(client: httpx.Client, number: int = 1, **headers: str) -> httpx.Respons
     return client.post("/predict", content=png(number), headers=IMAGE | headers)
 
 
-def test_a_picture_in_a_label_out(tmp_path: Path) -> None:
+def test_a_image_in_a_label_out(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
-    picture = pixels(HEIGHT, WIDTH)
+    image = pixels(HEIGHT, WIDTH)
     with started(tmp_path, *on_model(tmp_path / "m")) as process, process.ready() as client:
-        response = client.post("/predict", files={"file": ("a.png", encode(picture, "PNG"))})
+        response = client.post("/predict", files={"file": ("a.png", encode(image, "PNG"))})
         top = response.json()["predictions"][0]["top"]
-        logits = tiny_logits(picture[None], 1)[0].astype(np.float64)
+        logits = tiny_logits(image[None], 1)[0].astype(np.float64)
         expected = np.exp(logits) / np.exp(logits).sum()
         assert [entry["index"] for entry in top] == np.argsort(-expected).tolist()
         assert [entry["probability"] for entry in top] == pytest.approx(np.sort(expected)[::-1], abs=1e-5)
@@ -45,13 +45,13 @@ def test_a_picture_in_a_label_out(tmp_path: Path) -> None:
 def test_engines_of_a_cpu_answer_many_at_once_each_with_its_own(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     engines = ("--intra-op-threads", "0", "--cpu-engines", "2")
-    pictures = [pixels(HEIGHT, WIDTH, seed) for seed in range(64)]
-    files = [("file", (f"{index}.png", encode(picture, "PNG"))) for index, picture in enumerate(pictures)]
+    images = [pixels(HEIGHT, WIDTH, seed) for seed in range(64)]
+    files = [("file", (f"{index}.png", encode(image, "PNG"))) for index, image in enumerate(images)]
     with started(tmp_path, *on_model(tmp_path / "m"), *engines) as process, process.ready() as client:
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(lambda at: client.post("/predict", files=files[at : at + 8]), range(0, 64, 8)))
         labels = [one["top"][0]["index"] for answer in answers for one in answer.json()["predictions"]]
-        assert labels == tiny_logits(np.stack(pictures), 1).argmax(axis=1).tolist()
+        assert labels == tiny_logits(np.stack(images), 1).argmax(axis=1).tolist()
         assert client.post("/predict", files=files[:1]).json()["predictions"][0]["top"][0]["index"] == labels[0]
         process.signal()
         assert process.exit_status() == 0
@@ -123,10 +123,10 @@ def test_what_a_drain_does_not_finish_is_told_so(tmp_path: Path) -> None:
     arguments = on_model(tmp_path / "m", "--drain-timeout-s", "0.5", "--run-timeout-ms", "600000")
     with started(tmp_path, *arguments) as process, process.ready() as client, ThreadPoolExecutor(8) as pool:
         posts = [pool.submit(client.post, "/predict", content=slow, headers=IMAGE)]
-        process.wait(lambda: "perceiver_admitted_pictures 1.0" in client.get("/metrics").text)
+        process.wait(lambda: "perceiver_admitted_images 1.0" in client.get("/metrics").text)
         posts += [pool.submit(client.post, "/predict", content=slow, headers=IMAGE) for _ in range(3)]
         posts += [pool.submit(client.post, "/predict", content=iter([slow]), headers=IMAGE) for _ in range(3)]
-        process.wait(lambda: "perceiver_admitted_pictures 7.0" in client.get("/metrics").text)
+        process.wait(lambda: "perceiver_admitted_images 7.0" in client.get("/metrics").text)
         process.signal()
         for post in posts:
             response = post.result(20)

@@ -68,11 +68,11 @@ def test_tls_files_that_are_none(tmp_path: Path) -> None:
 
 @needs_openssl
 def test_an_answer_that_is_not_read_yet_is_not_cut_off_by_a_drain(tmp_path: Path) -> None:
-    """One of ten megabytes, for the names of many pictures come back: most of it waits in the process."""
+    """One of ten megabytes, for the names of many images come back: most of it waits in the process."""
     make_model_folder(tmp_path / "m")
     part = b'--B\r\nContent-Disposition: form-data; name="file"; filename="%b"\r\n\r\n%b\r\n' % (b"n" * 4000, png(1))
     form = part * 2500 + b"--B--\r\n"
-    arguments = ("--max-pictures", "2500", "--max-queue-size", "2500", *tls(tmp_path))
+    arguments = ("--max-images", "2500", "--max-queue-size", "2500", *tls(tmp_path))
     with started(tmp_path, *on_model(tmp_path / "m", *arguments)) as process, process.ready() as client:
         with socket.create_connection(("127.0.0.1", client.base_url.port or 0), timeout=30) as tcp:
             slow = ssl._create_unverified_context().wrap_socket(tcp, server_hostname="localhost")

@@ -19,7 +19,7 @@ import pytest
 from tests.chaos.slow_service import MODULE, VARIABLE
 from tests.end_to_end.process import SECONDS, Process, make_slow_model, on_model, started
 from tests.fakes import HEIGHT, WIDTH, make_model_folder, tiny_images, tiny_logits
-from tests.service.pictures import encode
+from tests.imaging.files import encode
 
 IMAGE = {"content-type": "image/png"}
 WORKERS = 2
@@ -152,7 +152,7 @@ def test_a_drain_answers_all_that_was_accepted(tmp_path: Path) -> None:
         png = encode(tiny_images(1)[0], "PNG")
         with ThreadPoolExecutor(24) as pool:
             posted = [pool.submit(httpx.post, f"{service.url}/predict", content=png, headers=IMAGE) for _ in range(24)]
-            admitted = "perceiver_admitted_pictures"
+            admitted = "perceiver_admitted_images"
             service.process.wait(lambda: sum(service.metric(port, admitted) for port in service.ports()) > 12)
             service.process.signal()
             statuses = Counter(answer.result().status_code for answer in posted)
@@ -183,7 +183,7 @@ def test_metrics_are_those_of_each_worker_and_clients_do_not_see_them(tmp_path: 
         png = encode(tiny_images(1)[0], "PNG")
         for _ in range(20):
             assert httpx.post(f"{service.url}/predict", content=png, headers=IMAGE).status_code == 200
-        counts = [service.metric(port, "perceiver_pictures_total") for port in service.ports()]
+        counts = [service.metric(port, "perceiver_images_total") for port in service.ports()]
         assert sum(counts) == 20
         for path in ("/metrics", "/health", "/health/live", "/health/ready", "/models"):
             assert httpx.get(f"{service.url}{path}").status_code == 404
@@ -235,7 +235,7 @@ def test_ctrl_c_reaches_all_and_a_second_one_does_not_wait(
             if len(signals) > 1:
                 for _ in range(8):  # so that every worker holds one
                     pool.submit(httpx.post, f"{service.url}/predict", content=png, headers=IMAGE, timeout=SECONDS)
-                held = "perceiver_admitted_pictures"
+                held = "perceiver_admitted_images"
                 service.process.wait(lambda: sum(service.metric(port, held) for port in service.ports()) == 8)
             for number, one in enumerate(signals):
                 service.process.signal_group(one)

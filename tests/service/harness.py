@@ -1,6 +1,6 @@
 """A service that listens on a real socket inside a test's event loop, with an engine that the test holds in its hand.
 
-`FakeEngine` answers [the picture's number, tag, 0, 0, 0], so that a test knows whose answer it has.
+`FakeEngine` answers [the image's number, tag, 0, 0, 0], so that a test knows whose answer it has.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from service.repository.versions import EngineOptions
 from service.server.server import Server, configuration
 from service.server.sockets import bind, claim_port
 from service.settings import Settings
-from tests.fakes import FakeEngine, picture
+from tests.fakes import FakeEngine, image
 from tests.imaging.files import encode
 
 QUICK = True  # whether there is the short way of ordinary requests
@@ -60,18 +60,18 @@ class Running:
         return reader, writer
 
     async def predict(self, number: int = 1, **options: object) -> httpx.Response:
-        """Post one picture as a raw body."""
+        """Post one image as a raw body."""
         return await self.client.post("/predict", content=png(number), headers={"content-type": "image/png"}, **options)
 
     async def hold_first(self) -> asyncio.Task[httpx.Response]:
-        """Post picture 1, and return when the engine holds it."""
+        """Post image 1, and return when the engine holds it."""
         self.engine.hold()
         posted = asyncio.create_task(self.predict(1))
         await self.until(lambda: self.engine.batches == [[1]])
         return posted
 
     async def assert_first_alone_ran(self, first: asyncio.Task[httpx.Response]) -> None:
-        """Wait until all others have left, let go what `hold_first` has held, and see that no other picture ran."""
+        """Wait until all others have left, let go what `hold_first` has held, and see that no other image ran."""
         await self.until(lambda: self.in_flight == 1)
         self.engine.let_go()
         assert (await first).status_code == 200
@@ -101,13 +101,13 @@ async def ended(reader: asyncio.StreamReader) -> bool:
 
 
 def png(number: int) -> bytes:
-    """The picture that `FakeEngine` recognises as `number`, as a PNG."""
-    return encode(picture(number), "PNG")
+    """The image that `FakeEngine` recognises as `number`, as a PNG."""
+    return encode(image(number), "PNG")
 
 
 def fake_folder(folder: Path, engine: FakeEngine, versions: Sequence[int] = (1,)) -> Path:
-    """A model folder whose golden pictures suit a `FakeEngine`."""
-    images = np.stack([picture(number) for number in (3, 1, 2)])
+    """A model folder whose golden images suit a `FakeEngine`."""
+    images = np.stack([image(number) for number in (3, 1, 2)])
     logits = engine.run(images)
     engine.batches.clear()
     for version in versions:

@@ -105,7 +105,7 @@ def test_every_number_has_its_bounds_in_its_description() -> None:
         (["--cors-origins", "example.org"], "'example.org' is not an origin; write https://example.org"),
         (["--cors-origins", "https://example.org/app"], "without a path"),
         (["--cors-origins", "https://"], "'https://' is not an origin"),
-        (["--max-pictures", "2000"], "max_pictures must not exceed max_queue_size"),
+        (["--max-images", "2000"], "max_images must not exceed max_queue_size"),
         (["--max-queue-bytes", "2000"], "max_body_bytes must not exceed max_queue_bytes"),
         (["--max-request-pixels", "9"], "max_pixels must not exceed max_request_pixels"),
         (["--tls-cert", "/nowhere.pem"], "tls_cert and tls_key go together"),

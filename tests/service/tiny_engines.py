@@ -17,7 +17,7 @@ def open_tiny(folder: Path, *, provider: ProviderChoice = "cpu", max_batch_size:
 
 
 class LimitedSession:
-    """A session that has memory for `limit` pictures, and an answer that can be recomputed."""
+    """A session that has memory for `limit` images, and an answer that can be recomputed."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit

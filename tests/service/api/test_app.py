@@ -102,8 +102,8 @@ async def test_health_summarises(tmp_path: Path) -> None:
             "provider": "cpu",
             "queue": {
                 "waiting": 0,
-                "pictures": 0,
-                "max_pictures": 64,
+                "images": 0,
+                "max_images": 64,
                 "bytes": 0,
                 "max_bytes": run.service.settings.max_queue_bytes,
             },
@@ -116,7 +116,7 @@ async def test_before_the_golden_check_has_passed_nothing_is_ready(tmp_path: Pat
     engine.hold()
     settings = Settings(model_dir=folder, port=0)
     async with listening(Service(settings, open_engines=lambda path, options: [engine]), engine) as run:
-        await run.until(lambda: engine.batches)  # the golden pictures are being run
+        await run.until(lambda: engine.batches)  # the golden images are being run
         assert (await run.client.get("/health/live")).status_code == 200
         ready, predicted = await run.client.get("/health/ready"), await run.predict()
         for response in (ready, predicted):

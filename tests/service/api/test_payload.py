@@ -1,4 +1,4 @@
-"""Bodies to picture files, without a server."""
+"""Bodies to image files, without a server."""
 
 import base64
 import json
@@ -15,9 +15,9 @@ from service.errors import (
     InvalidBase64,
     InvalidForm,
     InvalidJson,
-    NoPicture,
+    NoImage,
     Overloaded,
-    TooManyPictures,
+    TooManyImages,
     UnsupportedMediaType,
 )
 
@@ -37,14 +37,14 @@ def file_part(name: str = "file", filename: str = "a.png") -> str:
     return f'Content-Disposition: form-data; name="{name}"; filename="{filename}"\r\nContent-Type: image/png'
 
 
-def parse(content_type: str, body: bytes, max_pictures: int = 4) -> list[Upload]:
-    return parse_body(content_type, body, max_pictures=max_pictures)
+def parse(content_type: str, body: bytes, max_images: int = 4) -> list[Upload]:
+    return parse_body(content_type, body, max_images=max_images)
 
 
 @pytest.mark.parametrize(
     "content_type", ["image/png", "IMAGE/JPEG; q=1", "image/anything", "application/octet-stream", ""]
 )
-def test_a_raw_body_is_the_picture(content_type: str) -> None:
+def test_a_raw_body_is_the_image(content_type: str) -> None:
     assert parse(content_type, DATA) == [Upload(DATA)]
 
 
@@ -55,8 +55,8 @@ def test_other_media_types_are_refused(content_type: str) -> None:
 
 
 @pytest.mark.parametrize("content_type", ["image/png", "application/octet-stream", ""])
-def test_an_empty_raw_body_is_no_picture(content_type: str) -> None:
-    with pytest.raises(NoPicture):
+def test_an_empty_raw_body_is_no_image(content_type: str) -> None:
+    with pytest.raises(NoImage):
         parse(content_type, b"")
 
 
@@ -68,12 +68,12 @@ def test_a_form_gives_its_files_in_order_under_any_field_name() -> None:
     assert parse(FORM, body) == [Upload(DATA, "a.png"), Upload(b"second", "b.png")]
 
 
-def test_a_part_without_a_filename_is_a_picture_if_it_says_so() -> None:
+def test_a_part_without_a_filename_is_a_image_if_it_says_so() -> None:
     body = form(('Content-Disposition: form-data; name="file"\r\nContent-Type: image/png', DATA))
     assert parse(FORM, body) == [Upload(DATA, None)]
 
 
-def test_a_part_without_a_filename_is_a_picture_if_it_begins_like_one() -> None:
+def test_a_part_without_a_filename_is_a_image_if_it_begins_like_one() -> None:
     assert parse(FORM, form(('Content-Disposition: form-data; name="file"', DATA))) == [Upload(DATA, None)]
 
 
@@ -100,7 +100,7 @@ def test_a_file_name_that_is_spelt_in_the_extended_way_alone(parameters: str, fi
     assert parse(FORM, body) == [Upload(DATA, filename)]
 
 
-def test_a_part_that_is_a_file_by_its_extended_name_may_be_no_picture() -> None:
+def test_a_part_that_is_a_file_by_its_extended_name_may_be_no_image() -> None:
     body = form(("Content-Disposition: form-data; name=file; filename*=UTF-8''a.txt", b"text"))
     assert parse(FORM, body) == [Upload(b"text", "a.txt")]
 
@@ -114,19 +114,19 @@ def test_the_boundary_may_be_quoted_and_the_header_in_any_case() -> None:
 def test_an_empty_file_input_is_skipped() -> None:
     empty = (file_part("file", ""), b"")
     assert parse(FORM, form(empty, (file_part(), DATA))) == [Upload(DATA, "a.png")]
-    with pytest.raises(NoPicture, match="curl -F"):
+    with pytest.raises(NoImage, match="curl -F"):
         parse(FORM, form(empty))
 
 
-def test_a_file_without_content_is_no_picture() -> None:
-    with pytest.raises(NoPicture, match="0 bytes"):
+def test_a_file_without_content_is_no_image() -> None:
+    with pytest.raises(NoImage, match="0 bytes"):
         parse(FORM, form((file_part(), b"")))
 
 
-def test_of_several_pictures_the_empty_one_is_named() -> None:
-    with pytest.raises(NoPicture, match=r"Picture 2 of 3 \('b.png'\): The picture is empty"):
+def test_of_several_images_the_empty_one_is_named() -> None:
+    with pytest.raises(NoImage, match=r"Image 2 of 3 \('b.png'\): The image is empty"):
         parse(FORM, form((file_part(), DATA), (file_part(filename="b.png"), b""), (file_part(), DATA)))
-    with pytest.raises(NoPicture, match="Picture 2 of 2: The picture is empty"):
+    with pytest.raises(NoImage, match="Image 2 of 2: The image is empty"):
         parse("application/json", json.dumps({"images": [TEXT, ""]}).encode())
 
 
@@ -157,18 +157,18 @@ def test_broken_forms_are_refused(content_type: str, body: bytes) -> None:
 def test_too_many_files_are_refused() -> None:
     parts = [(file_part(), DATA)] * 5
     assert len(parse(FORM, form(*parts[:4]))) == 4
-    with pytest.raises(TooManyPictures, match="the 4 pictures"):
+    with pytest.raises(TooManyImages, match="the 4 images"):
         parse(FORM, form(*parts))
 
 
 # JSON
 
 
-def test_json_with_one_picture() -> None:
+def test_json_with_one_image() -> None:
     assert parse("application/json", json.dumps({"image": TEXT}).encode()) == [Upload(DATA)]
 
 
-def test_json_with_several_pictures_and_a_charset() -> None:
+def test_json_with_several_images_and_a_charset() -> None:
     body = json.dumps({"images": [TEXT, TEXT]}).encode()
     assert parse("application/json; charset=utf-8", body) == [Upload(DATA), Upload(DATA)]
 
@@ -217,7 +217,7 @@ def test_urls_are_not_fetched(url: str) -> None:
         b'"text"',
         b"null",
         b"{}",
-        b'{"picture": "aaaa"}',
+        b'{"photo": "aaaa"}',
         b'{"image": 1}',
         b'{"image": ["aaaa"]}',
         b'{"images": "aaaa"}',
@@ -249,13 +249,13 @@ def test_json_of_other_shapes_is_refused(body: bytes) -> None:
         (b"", b" ", b"}"),
     ],
 )
-def test_a_json_body_of_many_small_things_takes_no_more_memory_than_one_of_pictures(
+def test_a_json_body_of_many_small_things_takes_no_more_memory_than_one_of_images(
     begin: bytes, filling: bytes, end: bytes
 ) -> None:
     body = begin + filling * (2**22 // len(filling)) + end
     tracemalloc.start()
     try:
-        with pytest.raises((InvalidJson, InvalidBase64, TooManyPictures)):
+        with pytest.raises((InvalidJson, InvalidBase64, TooManyImages)):
             parse("application/json", body)
         assert tracemalloc.get_traced_memory()[1] < 4 * len(body)
     finally:
@@ -275,22 +275,22 @@ def test_json_may_begin_with_a_byte_order_mark_and_escape_its_slashes() -> None:
 
 
 @pytest.mark.parametrize("body", [b'{"images": []}', b'{"image": ""}', b'{"images": [""]}'])
-def test_json_without_a_picture(body: bytes) -> None:
-    with pytest.raises(NoPicture):
+def test_json_without_a_image(body: bytes) -> None:
+    with pytest.raises(NoImage):
         parse("application/json", body)
 
 
 def test_too_many_in_json_are_refused_before_any_is_decoded() -> None:
-    with pytest.raises(TooManyPictures):
+    with pytest.raises(TooManyImages):
         parse("application/json", json.dumps({"images": ["not base64!"] * 5}).encode())
-    with pytest.raises(TooManyPictures):
+    with pytest.raises(TooManyImages):
         parse("application/json", json.dumps({"images": [""] * 5000}).encode())
 
 
-@pytest.mark.parametrize("pictures", [1, 64, 10_000])  # the most that the settings allow
-def test_as_many_in_json_as_are_allowed_are_not_taken_for_too_many_strings(pictures: int) -> None:
-    body = json.dumps({"images": [TEXT] * pictures}).encode()
-    assert parse("application/json", body, max_pictures=pictures) == [Upload(DATA)] * pictures
+@pytest.mark.parametrize("images", [1, 64, 10_000])  # the most that the settings allow
+def test_as_many_in_json_as_are_allowed_are_not_taken_for_too_many_strings(images: int) -> None:
+    body = json.dumps({"images": [TEXT] * images}).encode()
+    assert parse("application/json", body, max_images=images) == [Upload(DATA)] * images
 
 
 # Reading

@@ -33,7 +33,7 @@ def base64_of(number: int) -> str:
 
 
 def answered(run: Running) -> list[int]:
-    """The numbers of all pictures that were run."""
+    """The numbers of all images that were run."""
     return [number for batch in run.engine.batches for number in batch]
 
 
@@ -47,10 +47,10 @@ async def test_a_raw_body(tmp_path: Path) -> None:
         assert response.headers["content-type"] == "application/json"
         answer = PredictResponse.model_validate_json(response.content)
         assert (answer.model, answer.version) == ("tiny", 1)
-        (picture,) = answer.predictions
-        assert picture.filename is None
-        assert [entry.label for entry in picture.top] == [f"class {index}" for index in range(5)]
-        assert picture.top[0].probability == pytest.approx(1 / (1 + 4 * np.exp(-7)), abs=1e-6)
+        (image,) = answer.predictions
+        assert image.filename is None
+        assert [entry.label for entry in image.top] == [f"class {index}" for index in range(5)]
+        assert image.top[0].probability == pytest.approx(1 / (1 + 4 * np.exp(-7)), abs=1e-6)
         assert answered(run) == [7]
 
 
@@ -59,12 +59,12 @@ async def test_a_form_with_several_files_keeps_their_order_and_names(tmp_path: P
         files = [("file", (f"{number}.png", png(number))) for number in (1, 2, 3)]
         response = await run.client.post("/predict", files=files)
         answer = PredictResponse.model_validate_json(response.content)
-        assert [picture.filename for picture in answer.predictions] == ["1.png", "2.png", "3.png"]
-        probabilities = [picture.top[0].probability for picture in answer.predictions]
+        assert [image.filename for image in answer.predictions] == ["1.png", "2.png", "3.png"]
+        probabilities = [image.top[0].probability for image in answer.predictions]
         assert probabilities == pytest.approx([1 / (1 + 4 * np.exp(-number)) for number in (1, 2, 3)], abs=1e-6)
 
 
-async def test_json_with_one_and_with_several_pictures(tmp_path: Path) -> None:
+async def test_json_with_one_and_with_several_images(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         one = await run.client.post("/predict", json={"image": base64_of(1)})
         two = await run.client.post("/predict", json={"images": [base64_of(1), base64_of(2)]})
@@ -91,7 +91,7 @@ async def test_a_chunked_body(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("inline", [0, 1_000_000])
-async def test_large_and_small_pictures_give_the_same_answer(tmp_path: Path, inline: int) -> None:
+async def test_large_and_small_images_give_the_same_answer(tmp_path: Path, inline: int) -> None:
     body = encode(pixels(200, 300), "JPEG")
     async with running(tmp_path, inline_decode_bytes=inline, inline_decode_pixels=inline) as run:
         form = await run.client.post("/predict", files=[("a", ("a.jpg", body)), ("b", ("b.jpg", body))])
@@ -102,7 +102,7 @@ async def test_large_and_small_pictures_give_the_same_answer(tmp_path: Path, inl
         assert len(set(answered(run))) == 1
 
 
-async def test_small_pictures_with_many_pixels_leave_the_event_loop(tmp_path: Path) -> None:
+async def test_small_images_with_many_pixels_leave_the_event_loop(tmp_path: Path) -> None:
     async with running(tmp_path, inline_decode_pixels=100) as run:
         response = await run.client.post(
             "/predict", content=encode(np.zeros((50, 50, 3), np.uint8), "PNG"), headers=IMAGE
@@ -160,7 +160,7 @@ async def test_the_pixels_of_a_request_are_bounded_wherever_it_is_decoded() -> N
     decoder.close()
 
 
-def test_of_several_pictures_server_timing_tells_the_longest_wait_and_the_longest_run() -> None:
+def test_of_several_images_server_timing_tells_the_longest_wait_and_the_longest_run() -> None:
     outputs = Outputs(np.zeros((1, 2), np.float32))
     times = [(0.003, 0.02), (0.25, 0.01), (0.1, 0.015)]
     predictions = [Prediction(outputs, 0, queued, inference, 1) for queued, inference in times]
@@ -182,13 +182,13 @@ RAW_ERRORS = [
     ("?top_k=%FF", IMAGE, png(1), 400, "invalid_top_k"),
     ("?top_k=%C2%B2", IMAGE, png(1), 400, "invalid_top_k"),
     ("?%00=%F0%9F%99%82", IMAGE, png(1), 400, "bad_request"),
-    ("?", IMAGE | {"content-length": "0"}, b"", 400, "no_picture"),
+    ("?", IMAGE | {"content-length": "0"}, b"", 400, "no_image"),
     ("", IMAGE | {"x-request-timeout-ms": "soon"}, png(1), 400, "invalid_timeout"),
     ("", IMAGE | {"x-request-timeout-ms": "0"}, png(1), 400, "invalid_timeout"),
     ("", IMAGE | {"x-request-timeout-ms": "1e3"}, png(1), 400, "invalid_timeout"),
     ("", IMAGE | {"x-request-timeout-ms": str(2**63 - 1)}, png(1), 400, "invalid_timeout"),
-    ("", IMAGE, b"I am no picture", 400, "not_an_image"),
-    ("", IMAGE, b"", 400, "no_picture"),
+    ("", IMAGE, b"I am no image", 400, "not_an_image"),
+    ("", IMAGE, b"", 400, "no_image"),
     ("", IMAGE, encode(pixels(99, 99), "PNG")[:-400], 400, "truncated_image"),
     ("", IMAGE, encode(pixels(300, 300), "BMP")[:-4000], 400, "truncated_image"),
     ("", IMAGE, b"%PDF-1.7", 415, "unsupported_format"),
@@ -198,8 +198,8 @@ RAW_ERRORS = [
     ("", IMAGE, bytes(600_000), 413, "body_too_large"),
     ("", {"content-type": "application/json"}, b"{", 400, "invalid_json"),
     ("", {"content-type": "application/json"}, b'{"image": "?"}', 400, "invalid_base64"),
-    ("", {"content-type": "application/json"}, b'{"images": ["", "", "", ""]}', 413, "too_many_pictures"),
-    ("", {"content-type": "application/json"}, b'{"images": []}', 400, "no_picture"),
+    ("", {"content-type": "application/json"}, b'{"images": ["", "", "", ""]}', 413, "too_many_images"),
+    ("", {"content-type": "application/json"}, b'{"images": []}', 400, "no_image"),
     ("", {"content-type": "multipart/form-data"}, png(1), 400, "invalid_form"),
 ]
 
@@ -213,7 +213,7 @@ RAW_ERRORS = [
 async def test_what_is_wrong_is_said_and_never_queued(
     tmp_path: Path, query: str, headers: dict[str, str], body: bytes, status: int, code: str
 ) -> None:
-    limits = {"max_pixels": 1_000_000, "max_body_bytes": 500_000, "max_pictures": 3}
+    limits = {"max_pixels": 1_000_000, "max_body_bytes": 500_000, "max_images": 3}
     async with running(tmp_path, **limits) as run:
         response = await run.client.post(f"/predict{query}", content=body, headers=headers)
         assert (response.status_code, error_of(response.content)) == (status, code)
@@ -221,33 +221,33 @@ async def test_what_is_wrong_is_said_and_never_queued(
         assert set(error) == {"code", "message", "request_id"}
         assert error["request_id"] == response.headers["x-request-id"]
         assert answered(run) == []
-        assert (run.service.admission.pictures, run.service.admission.bytes) == (0, 0)
+        assert (run.service.admission.images, run.service.admission.bytes) == (0, 0)
         assert await run.metric(f'perceiver_rejections_total{{reason="{code}"}}') == 1
         assert (await run.predict(3)).status_code == 200
 
 
-async def test_of_several_pictures_the_bad_one_is_named(tmp_path: Path) -> None:
+async def test_of_several_images_the_bad_one_is_named(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         files = [("f", ("good.png", png(1))), ("f", ("bad.png", b"nothing"))]
         response = await run.client.post("/predict", files=files)
         assert error_of(response.content) == "not_an_image"
-        assert "Picture 2 of 2 ('bad.png')" in response.json()["error"]["message"]
+        assert "Image 2 of 2 ('bad.png')" in response.json()["error"]["message"]
         assert answered(run) == []
 
 
 @pytest.mark.parametrize("inline", [0, 100_000])
-async def test_the_pixels_of_all_pictures_of_a_request_are_bounded(tmp_path: Path, inline: int) -> None:
+async def test_the_pixels_of_all_images_of_a_request_are_bounded(tmp_path: Path, inline: int) -> None:
     flat = base64.b64encode(encode(np.zeros((300, 300, 3), np.uint8), "WEBP", lossless=True)).decode()
     limits = {"max_pixels": 100_000, "max_request_pixels": 300_000, "inline_decode_bytes": inline}
     async with running(tmp_path, FakeEngine(), **limits) as run:
         assert (await run.client.post("/predict", json={"images": [flat] * 3})).status_code == 200
         response = await run.client.post("/predict", json={"images": [flat] * 4})
         assert (response.status_code, error_of(response.content)) == (413, "too_many_pixels")
-        assert "Picture 4 of 4" in response.json()["error"]["message"]
+        assert "Image 4 of 4" in response.json()["error"]["message"]
         assert "300000 pixels together" in response.json()["error"]["message"]
 
 
-async def test_decoding_stops_between_two_pictures_when_nobody_waits_any_more() -> None:
+async def test_decoding_stops_between_two_images_when_nobody_waits_any_more() -> None:
     done = threading.Event()
     done.set()
     with pytest.raises(DeadlineExceeded):

@@ -13,16 +13,16 @@ IMAGE = {"content-type": "image/png"}
 
 
 def answered(run: Running) -> list[int]:
-    """The numbers of all pictures that were run."""
+    """The numbers of all images that were run."""
     return [number for batch in run.engine.batches for number in batch]
 
 
 async def test_a_full_house_is_503_with_retry_after(tmp_path: Path) -> None:
     engine = FakeEngine(max_batch_size=1)
-    async with running(tmp_path, engine, max_queue_size=2, max_pictures=2) as run:
+    async with running(tmp_path, engine, max_queue_size=2, max_images=2) as run:
         held = [await run.hold_first()]  # of two connections either may be read first
         held.append(asyncio.create_task(run.predict(2)))
-        await run.until(lambda: run.service.admission.pictures == 2)
+        await run.until(lambda: run.service.admission.images == 2)
         response = await run.predict(3)
         assert (response.status_code, error_of(response.content)) == (503, "overloaded")
         assert int(response.headers["retry-after"]) >= 1
@@ -31,12 +31,12 @@ async def test_a_full_house_is_503_with_retry_after(tmp_path: Path) -> None:
         assert answered(run) == [1, 2]
 
 
-async def test_pictures_of_one_body_are_counted_before_they_are_decoded(tmp_path: Path) -> None:
+async def test_images_of_one_body_are_counted_before_they_are_decoded(tmp_path: Path) -> None:
     engine = FakeEngine(max_batch_size=1)
-    async with running(tmp_path, engine, max_queue_size=2, max_pictures=2) as run:
+    async with running(tmp_path, engine, max_queue_size=2, max_images=2) as run:
         engine.hold()
         held = asyncio.create_task(run.predict(1))
-        await run.until(lambda: run.service.admission.pictures == 1)
+        await run.until(lambda: run.service.admission.images == 1)
         junk = base64.b64encode(b"junk").decode()  # would be 400 if it were decoded first
         response = await run.client.post("/predict", json={"images": [junk, junk]})
         assert error_of(response.content) == "overloaded"
@@ -72,7 +72,7 @@ async def test_a_body_that_finds_no_room_is_refused_before_it_is_sent(tmp_path: 
 
 
 async def test_slow_senders_do_not_keep_others_out(tmp_path: Path) -> None:
-    async with running(tmp_path, max_queue_size=1, max_pictures=1) as run:
+    async with running(tmp_path, max_queue_size=1, max_images=1) as run:
         reader, writer = await run.connect()
         body = png(1)
         writer.write(request_head(len(body)) + body[:20])
@@ -94,7 +94,7 @@ async def test_bodies_that_are_announced_and_do_not_come_keep_nobody_out(tmp_pat
 # Deadlines
 
 
-async def test_a_picture_whose_deadline_passes_in_the_queue_is_not_run(tmp_path: Path) -> None:
+async def test_a_image_whose_deadline_passes_in_the_queue_is_not_run(tmp_path: Path) -> None:
     engine = FakeEngine(max_batch_size=1)
     async with running(tmp_path, engine) as run:
         first = await run.hold_first()
@@ -142,7 +142,7 @@ async def test_decoding_takes_no_more_threads_than_it_may(tmp_path: Path) -> Non
 # Clients that leave
 
 
-async def test_a_client_that_leaves_takes_its_queued_picture_along(tmp_path: Path) -> None:
+async def test_a_client_that_leaves_takes_its_queued_image_along(tmp_path: Path) -> None:
     engine = FakeEngine(max_batch_size=1)
     async with running(tmp_path, engine) as run:
         first = await run.hold_first()
@@ -159,7 +159,7 @@ async def test_a_client_that_leaves_takes_its_queued_picture_along(tmp_path: Pat
         assert await run.metric('perceiver_requests_total{code="499",route="/predict"}') == 1
 
 
-async def test_a_client_that_leaves_while_its_picture_runs_harms_nobody(tmp_path: Path) -> None:
+async def test_a_client_that_leaves_while_its_image_runs_harms_nobody(tmp_path: Path) -> None:
     engine = FakeEngine(max_batch_size=2)
     async with running(tmp_path, engine) as run:
         engine.hold()

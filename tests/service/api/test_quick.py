@@ -91,7 +91,7 @@ REQUESTS = {
 
 ORDINARY = ["raw", "no type", "form", "json", "top 2", "an id", "too many classes", "junk", "nothing", "truncated"]
 ORDINARY += ["unknown type"]
-COUNTS = re.compile(r"perceiver_(requests_total|rejections_total|\w+_seconds_count|pictures_total|admitted)")
+COUNTS = re.compile(r"perceiver_(requests_total|rejections_total|\w+_seconds_count|images_total|admitted)")
 
 
 async def answers_to_all(folder: Path, ways: list[str]) -> tuple[dict[str, object], dict[str, str], list[str]]:
@@ -186,7 +186,7 @@ async def test_an_answer_that_is_no_number_is_an_error(tmp_path: Path) -> None:
         assert (status, error_of(body)) == (500, "inference_failed")
         engine.run = good  # type: ignore[method-assign]
         assert (await ask(run, request(png(1))))[0] == 200
-        assert (run.in_flight, run.service.admission.pictures) == (0, 0)
+        assert (run.in_flight, run.service.admission.images) == (0, 0)
 
 
 async def test_who_leaves_is_not_run_and_counted(tmp_path: Path, ways: list[str]) -> None:
@@ -198,7 +198,7 @@ async def test_who_leaves_is_not_run_and_counted(tmp_path: Path, ways: list[str]
         await run.until(lambda: run.service.queue_length == 1)
         assert ways[-1] == "short"
         writer.close()
-        await run.until(lambda: run.service.admission.pictures == 1)
+        await run.until(lambda: run.service.admission.images == 1)
         assert run.in_flight == 1
         engine.let_go()
         assert (await first).status_code == 200

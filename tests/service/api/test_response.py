@@ -29,21 +29,21 @@ def test_the_answer_is_the_softmax_in_the_documented_shape() -> None:
     names = ["a.png", None, 'c"\n\u2028.png', "\u00e4", "", "x" * 300]
     answer = write(logits, names, 5)
     assert (answer.model, answer.version) == ("tiny", 7)
-    assert [picture.filename for picture in answer.predictions] == names
+    assert [image.filename for image in answer.predictions] == names
     exact = np.exp(logits.astype(np.float64))
     exact /= exact.sum(axis=1, keepdims=True)
-    for row, picture in zip(exact, answer.predictions, strict=True):
+    for row, image in zip(exact, answer.predictions, strict=True):
         order = np.argsort(-row)[:5]
-        assert [entry.index for entry in picture.top] == order.tolist()
-        assert [entry.label for entry in picture.top] == [LABELS[index] for index in order]
-        np.testing.assert_allclose([entry.probability for entry in picture.top], row[order], atol=1e-6)
+        assert [entry.index for entry in image.top] == order.tolist()
+        assert [entry.label for entry in image.top] == [LABELS[index] for index in order]
+        np.testing.assert_allclose([entry.probability for entry in image.top], row[order], atol=1e-6)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 99, 100])
 def test_as_many_classes_as_were_asked_for(top_k: int) -> None:
     logits = np.random.default_rng(1).normal(size=(2, 100)).astype(np.float32)
     answer = write(logits, [None, None], top_k)
-    assert [len(picture.top) for picture in answer.predictions] == [top_k, top_k]
+    assert [len(image.top) for image in answer.predictions] == [top_k, top_k]
     assert sorted({entry.index for entry in answer.predictions[0].top}) == sorted(np.argsort(-logits[0])[:top_k])
 
 

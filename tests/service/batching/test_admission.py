@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.batching.admission import MAX_RETRY_AFTER_SECONDS, Admission, Ticket
-from service.errors import BodyTooLarge, Overloaded, ServiceError, TooManyPictures
+from service.errors import BodyTooLarge, Overloaded, ServiceError, TooManyImages
 
 
 class Clock:
@@ -19,8 +19,8 @@ def clock() -> Clock:
     return Clock()
 
 
-def enter(admission: Admission, pictures: int = 1, size: int = 0) -> Ticket:
-    return admission.admit(pictures=pictures, bytes=size).__enter__()
+def enter(admission: Admission, images: int = 1, size: int = 0) -> Ticket:
+    return admission.admit(images=images, bytes=size).__enter__()
 
 
 def leave(ticket: Ticket) -> None:
@@ -29,46 +29,46 @@ def leave(ticket: Ticket) -> None:
 
 def test_room_is_counted_while_a_request_is_served_and_given_back_however_it_ends() -> None:
     admission = Admission(10, 1000)
-    with admission.admit(pictures=2, bytes=300):
-        assert (admission.pictures, admission.bytes) == (2, 300)
-    with pytest.raises(ZeroDivisionError), admission.admit(pictures=10, bytes=1000):
+    with admission.admit(images=2, bytes=300):
+        assert (admission.images, admission.bytes) == (2, 300)
+    with pytest.raises(ZeroDivisionError), admission.admit(images=10, bytes=1000):
         1 / 0  # noqa: B018 - the point is that it raises
-    assert (admission.pictures, admission.bytes) == (0, 0)
+    assert (admission.images, admission.bytes) == (0, 0)
 
 
-@pytest.mark.parametrize(("pictures", "size"), [(3, 0), (1, 800)])
-def test_what_does_not_fit_is_refused_at_once_and_takes_no_room(pictures: int, size: int) -> None:
+@pytest.mark.parametrize(("images", "size"), [(3, 0), (1, 800)])
+def test_what_does_not_fit_is_refused_at_once_and_takes_no_room(images: int, size: int) -> None:
     admission = Admission(4, 1000)
-    with admission.admit(pictures=2, bytes=300):
-        with pytest.raises(Overloaded) as refused, admission.admit(pictures=pictures, bytes=size):
+    with admission.admit(images=2, bytes=300):
+        with pytest.raises(Overloaded) as refused, admission.admit(images=images, bytes=size):
             pytest.fail("it was let in")
         assert refused.value.retry_after >= 1
-        assert (admission.pictures, admission.bytes) == (2, 300)
-        with admission.admit(pictures=2, bytes=700):  # exactly full
-            assert (admission.pictures, admission.bytes) == (4, 1000)
+        assert (admission.images, admission.bytes) == (2, 300)
+        with admission.admit(images=2, bytes=700):  # exactly full
+            assert (admission.images, admission.bytes) == (4, 1000)
 
 
 def test_a_request_grows_while_it_is_read() -> None:
     admission = Admission(4, 1000)
     with admission.admit(bytes=100) as ticket:
-        ticket.add(pictures=2, bytes=100)
-        assert (ticket.pictures, ticket.bytes) == (admission.pictures, admission.bytes) == (3, 200)
+        ticket.add(images=2, bytes=100)
+        assert (ticket.images, ticket.bytes) == (admission.images, admission.bytes) == (3, 200)
         with admission.admit(), pytest.raises(Overloaded):
-            ticket.add(pictures=1)
-        assert (admission.pictures, admission.bytes) == (3, 200)
-    assert (admission.pictures, admission.bytes) == (0, 0)
+            ticket.add(images=1)
+        assert (admission.images, admission.bytes) == (3, 200)
+    assert (admission.images, admission.bytes) == (0, 0)
 
 
 def test_what_would_not_fit_into_an_empty_house_is_told_so_and_not_to_come_again() -> None:
     admission = Admission(4, 1000)
-    with pytest.raises(TooManyPictures, match="at most 4 pictures"), admission.admit(pictures=5):
+    with pytest.raises(TooManyImages, match="at most 4 images"), admission.admit(images=5):
         pytest.fail("it was let in")
-    with admission.admit(pictures=3, bytes=900) as ticket:
-        with pytest.raises(TooManyPictures):
-            ticket.add(pictures=2)
+    with admission.admit(images=3, bytes=900) as ticket:
+        with pytest.raises(TooManyImages):
+            ticket.add(images=2)
         with pytest.raises(BodyTooLarge, match="at most 1000 bytes"):
             ticket.add(bytes=101)
-    assert (admission.pictures, admission.bytes) == (0, 0)
+    assert (admission.images, admission.bytes) == (0, 0)
 
 
 def test_retry_after_is_what_is_here_over_the_measured_rate(clock: Clock) -> None:
@@ -76,8 +76,8 @@ def test_retry_after_is_what_is_here_over_the_measured_rate(clock: Clock) -> Non
     tickets = [enter(admission, 10) for _ in range(10)]
     for ticket in tickets[:5]:
         clock.now += 0.5
-        leave(ticket)  # 20 pictures a second
-    assert admission.pictures == 50
+        leave(ticket)  # 20 images a second
+    assert admission.images == 50
     assert admission.retry_after() == pytest.approx(50 / 20)
     enter(admission, 50)
     with pytest.raises(Overloaded) as refused:
@@ -87,7 +87,7 @@ def test_retry_after_is_what_is_here_over_the_measured_rate(clock: Clock) -> Non
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_where_bytes_are_what_is_full_their_rate_counts(clock: Clock, whole: bool) -> None:
-    """Bodies that are still read hold bytes, and no pictures yet."""
+    """Bodies that are still read hold bytes, and no images yet."""
     admission = Admission(100, 1000, clock=clock)
     tickets = [enter(admission, 1, 100), *(enter(admission, 0, 100) for _ in range(9))]
     clock.now += 2 if whole else 0.5
@@ -99,7 +99,7 @@ def test_where_bytes_are_what_is_full_their_rate_counts(clock: Clock, whole: boo
     assert refused.value.retry_after == pytest.approx(900 / rate)
 
 
-def test_bytes_do_not_count_where_pictures_are_what_is_full(clock: Clock) -> None:
+def test_bytes_do_not_count_where_images_are_what_is_full(clock: Clock) -> None:
     admission = Admission(10, 1000, clock=clock)
     ticket, _ = enter(admission, 5, 5), enter(admission, 5, 900)
     clock.now += 1
@@ -123,7 +123,7 @@ def test_batches_that_leave_at_once_are_no_higher_rate_at_any_moment(clock: Cloc
     inside = [enter(admission) for _ in range(512)]
     for number in range(8):
         clock.now += 0.5
-        for _ in range(32):  # 64 pictures a second
+        for _ in range(32):  # 64 images a second
             leave(inside.pop(0))
         inside += [enter(admission) for _ in range(32)]
         for _ in range(4 if number > 2 else 0):
@@ -146,7 +146,7 @@ def test_it_is_never_shorter_than_a_second_nor_longer_than_a_minute(clock: Clock
         leave(ticket)
     assert fast.retry_after() == pytest.approx(99 / 90)
     assert slow.retry_after() == MAX_RETRY_AFTER_SECONDS
-    with fast.admit(pictures=1):
+    with fast.admit(images=1):
         pass
     clock.now += 100
     assert fast.retry_after() >= 1
@@ -169,7 +169,7 @@ def test_a_quiet_time_fades_the_peak_and_does_not_end_it(clock: Clock) -> None:
     ticket = enter(admission, 100)
     clock.now += 1
     leave(ticket)
-    ticket = enter(admission, 1)  # one picture in a second shows how many came, not how many could
+    ticket = enter(admission, 1)  # one image in a second shows how many came, not how many could
     clock.now += 1
     leave(ticket)
     enter(admission, 400)
@@ -180,18 +180,18 @@ def test_a_quiet_time_fades_the_peak_and_does_not_end_it(clock: Clock) -> None:
 def test_the_bounds_hold_and_nothing_is_lost(steps: list[tuple[int, int, bool]]) -> None:
     admission = Admission(10, 1000)
     inside: list[Ticket] = []
-    for pictures, size, goes in steps:
+    for images, size, goes in steps:
         if goes and inside:
-            leave(inside.pop(pictures % len(inside)))
+            leave(inside.pop(images % len(inside)))
         try:
-            ticket = enter(admission, pictures, size)
+            ticket = enter(admission, images, size)
         except ServiceError:
             continue
         finally:
-            assert 0 <= admission.pictures <= 10
+            assert 0 <= admission.images <= 10
             assert 0 <= admission.bytes <= 1000
         inside.append(ticket)
-    assert admission.pictures == sum(ticket.pictures for ticket in inside)
+    assert admission.images == sum(ticket.images for ticket in inside)
     for ticket in inside:
         leave(ticket)
-    assert (admission.pictures, admission.bytes) == (0, 0)
+    assert (admission.images, admission.bytes) == (0, 0)

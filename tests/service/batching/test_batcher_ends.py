@@ -1,4 +1,4 @@
-"""Pictures that are cancelled or late, and batchers that drain and close."""
+"""Images that are cancelled or late, and batchers that drain and close."""
 
 import asyncio
 import math
@@ -8,7 +8,7 @@ import pytest
 
 from service.batching.batcher import DynamicBatcher
 from service.errors import DeadlineExceeded, Draining, NotReady
-from tests.fakes import FakeEngine, picture
+from tests.fakes import FakeEngine, image
 from tests.service.batchers import Notes, Start, begun, holding, numbers, submitted
 
 # Cancellation and deadlines
@@ -48,7 +48,7 @@ async def test_what_is_cancelled_while_it_runs_harms_nobody(start: Start) -> Non
     engine.let_go()
     assert await numbers([first, stays]) == [0, 2]
     assert gone.cancelled()
-    assert int((await batcher.submit(picture(3))).logits[0]) == 3
+    assert int((await batcher.submit(image(3))).logits[0]) == 3
 
 
 async def test_what_expires_in_the_queue_never_runs(start: Start) -> None:
@@ -114,7 +114,7 @@ async def test_what_has_begun_in_time_is_answered_late(start: Start) -> None:
 async def test_before_the_start_nothing_is_accepted() -> None:
     batcher = DynamicBatcher([FakeEngine()])
     with pytest.raises(NotReady):
-        await batcher.submit(picture(1))
+        await batcher.submit(image(1))
     await batcher.close()
 
 
@@ -124,7 +124,7 @@ async def test_draining_answers_all_that_is_here_and_refuses_what_comes(start: S
     draining = asyncio.create_task(batcher.drain())
     await asyncio.sleep(0)
     with pytest.raises(Draining):
-        await batcher.submit(picture(9))
+        await batcher.submit(image(9))
     assert not draining.done()
     engine.let_go()
     await draining
@@ -161,16 +161,16 @@ async def test_a_cut_off_answers_what_runs_and_what_waits_at_once(start: Start) 
         with pytest.raises(Draining):
             await asyncio.wait_for(task, 5)  # while the engine is still at it
     with pytest.raises(Draining):
-        await batcher.submit(picture(2))
+        await batcher.submit(image(2))
     engine.let_go()
 
 
 async def test_pixels_of_another_size_reach_no_batch(start: Start) -> None:
     batcher = start(FakeEngine())
     future: asyncio.Future[object] = asyncio.get_running_loop().create_future()
-    right = picture(1).tobytes()
+    right = image(1).tobytes()
     for wrong in (right[:-1], right + b"x", b"", memoryview(right)[1:]):
-        with pytest.raises(ValueError, match=rf"a picture must have {len(right)} bytes, and has {len(wrong)}"):
+        with pytest.raises(ValueError, match=rf"an image must have {len(right)} bytes, and has {len(wrong)}"):
             batcher.post([right, wrong], future, math.inf)  # type: ignore[arg-type]
     assert batcher.queue_length == 0
     assert not future.done()

@@ -10,7 +10,7 @@ import pytest
 from service.batching.batcher import DynamicBatcher
 from service.engine.onnx_engine import Engine
 from service.engine.thread import EngineThread
-from tests.fakes import FakeEngine, picture, tiny_images
+from tests.fakes import FakeEngine, image, tiny_images
 from tests.service.batchers import Start, begun, numbers, submitted
 
 
@@ -77,7 +77,7 @@ async def test_a_whole_batch_that_was_waited_for_is_not_shared(start: Start) -> 
 
 
 def alone(*others: FakeEngine) -> FakeEngine:
-    """An engine for one picture that comes while none of the others runs; all of them hold their runs."""
+    """An engine for one image that comes while none of the others runs; all of them hold their runs."""
     engine = FakeEngine(max_batch_size=1, tag=9)
     engine.runs_alone = True
     for one in (engine, *others):
@@ -85,7 +85,7 @@ def alone(*others: FakeEngine) -> FakeEngine:
     return engine
 
 
-async def test_a_picture_that_comes_alone_runs_on_the_engine_for_that(start: Start) -> None:
+async def test_a_image_that_comes_alone_runs_on_the_engine_for_that(start: Start) -> None:
     others = [FakeEngine(max_batch_size=8), FakeEngine(max_batch_size=8)]
     wide = alone(*others)
     batcher = start(*others, wide)
@@ -107,11 +107,11 @@ async def test_a_picture_that_comes_alone_runs_on_the_engine_for_that(start: Sta
     assert await numbers(tasks) == [4]
 
 
-async def test_pictures_that_come_together_leave_the_engine_for_one_alone(start: Start) -> None:
+async def test_images_that_come_together_leave_the_engine_for_one_alone(start: Start) -> None:
     others = [FakeEngine(max_batch_size=8), FakeEngine(max_batch_size=8)]
     wide = alone(*others)
     batcher = start(*others, wide)
-    predictions = asyncio.create_task(batcher.submit_many([picture(number) for number in range(5)]))
+    predictions = asyncio.create_task(batcher.submit_many([image(number) for number in range(5)]))
     for engine in others:
         await begun(engine)
     assert [engine.batches for engine in (wide, *others)] == [[], [[0, 1, 2]], [[3, 4]]]
@@ -178,7 +178,7 @@ async def test_each_engine_has_one_thread_of_its_own_for_warm_up_and_runs() -> N
     batcher = DynamicBatcher(engines)
     assert await batcher.on_each_engine(lambda engine: engine.warm_up()) == [None, None]
     batcher.start()
-    await asyncio.gather(*(batcher.submit(picture(number)) for number in range(64)))
+    await asyncio.gather(*(batcher.submit(image(number)) for number in range(64)))
     await batcher.drain()
     await batcher.close()
     assert [len(engine.threads) for engine in engines] == [1, 1]
@@ -188,7 +188,7 @@ async def test_each_engine_has_one_thread_of_its_own_for_warm_up_and_runs() -> N
 
 async def test_an_error_in_an_engines_thread_comes_back() -> None:
     def fails(engine: object) -> None:
-        raise RuntimeError("the golden pictures differ")
+        raise RuntimeError("the golden images differ")
 
     batcher = DynamicBatcher([FakeEngine()])
     with pytest.raises(RuntimeError, match="golden"):

@@ -8,11 +8,11 @@ from collections.abc import Awaitable
 import pytest
 
 from service.batching.batcher import Prediction
-from tests.fakes import FakeEngine, picture
+from tests.fakes import FakeEngine, image
 from tests.service.batchers import Notes, Start, holding, submitted
 
 
-async def test_observers_hear_of_every_picture_once(start: Start) -> None:
+async def test_observers_hear_of_every_image_once(start: Start) -> None:
     notes = Notes()
     engine, batcher, first = await holding(start, observer=notes)
     tasks = await submitted(batcher, *range(1, 6))
@@ -43,7 +43,7 @@ async def test_in_a_storm_everything_ends_exactly_once_and_with_its_own_answer(s
             wanted = [chance.randrange(65536) for _ in range(chance.choice([1, 1, 1, 2, 20]))]
             sent += len(wanted)
             deadline = chance.choice([None, loop.time() + chance.random() * 0.02])
-            request = asyncio.create_task(batcher.submit_many([picture(n) for n in wanted], deadline=deadline))
+            request = asyncio.create_task(batcher.submit_many([image(n) for n in wanted], deadline=deadline))
             if chance.random() < 0.2:
                 loop.call_later(chance.random() * 0.01, request.cancel)
             (outcome,) = await asyncio.gather(request, return_exceptions=True)
@@ -73,12 +73,12 @@ async def test_nobody_starves_under_a_stream_of_large_requests(start: Start) -> 
 
     async def flood() -> None:
         while not stop:
-            await batcher.submit_many([picture(1)] * 64)
+            await batcher.submit_many([image(1)] * 64)
 
     floods = [asyncio.create_task(flood()) for _ in range(3)]
     for _ in range(50):
         before = len(engine.batches)
-        await batcher.submit(picture(2))
+        await batcher.submit(image(2))
         # At most the batch that runs, half a batch for each of the three, and its own.
         assert len(engine.batches) - before <= 4
     stop = True
@@ -92,10 +92,10 @@ async def test_large_requests_do_not_starve_under_a_stream_of_small_ones(start: 
 
     async def flood() -> None:
         while not stop:
-            await batcher.submit(picture(1))
+            await batcher.submit(image(1))
 
     floods = [asyncio.create_task(flood()) for _ in range(32)]
-    large: Awaitable[list[Prediction]] = batcher.submit_many([picture(2)] * 64)
+    large: Awaitable[list[Prediction]] = batcher.submit_many([image(2)] * 64)
     before = len(engine.batches)
     await large
     # 32 small ones and half a batch of the large one in each turn: 16 turns of five batches.

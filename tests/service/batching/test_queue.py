@@ -1,4 +1,4 @@
-"""The order in which pictures leave the queue. Futures belong to a loop that need not run."""
+"""The order in which images leave the queue. Futures belong to a loop that need not run."""
 
 import asyncio
 import math
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from service.batching.queue import Batch, FairQueue, Request
 from service.errors import DeadlineExceeded, InferenceFailed
-from tests.fakes import CLASSES, picture
+from tests.fakes import CLASSES, image
 
 
 class Bench:
@@ -23,7 +23,7 @@ class Bench:
         self.queue = FairQueue()
 
     def put(self, *numbers: int, deadline: float = math.inf) -> Request:
-        request = Request([picture(number) for number in numbers], self.loop.create_future(), deadline)
+        request = Request([image(number) for number in numbers], self.loop.create_future(), deadline)
         self.queue.put(request)
         return request
 
@@ -44,12 +44,12 @@ def bench() -> Iterator[Bench]:
     loop.close()
 
 
-def test_single_pictures_leave_in_the_order_they_came(bench: Bench) -> None:
+def test_single_images_leave_in_the_order_they_came(bench: Bench) -> None:
     for number in range(10):
         bench.put(number)
-    assert bench.queue.pictures == 10
+    assert bench.queue.images == 10
     assert [bench.pop(4), bench.pop(4), bench.pop(4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert bench.queue.pictures == 0
+    assert bench.queue.images == 0
     assert not bench.queue
 
 
@@ -88,7 +88,7 @@ def test_batches_of_one_take_turns(bench: Bench) -> None:
     room=st.integers(1, 64),
     behind=st.lists(st.integers(1, 200), max_size=6),
 )
-def test_each_request_ahead_delays_a_single_picture_by_at_most_half_a_batch(
+def test_each_request_ahead_delays_a_single_image_by_at_most_half_a_batch(
     ahead: list[int], room: int, behind: list[int]
 ) -> None:
     loop = asyncio.new_event_loop()
@@ -107,7 +107,7 @@ def test_each_request_ahead_delays_a_single_picture_by_at_most_half_a_batch(
 
 
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=10), rooms=st.lists(st.integers(1, 20), min_size=1))
-def test_every_picture_leaves_exactly_once_and_every_future_ends_in_order(sizes: list[int], rooms: list[int]) -> None:
+def test_every_image_leaves_exactly_once_and_every_future_ends_in_order(sizes: list[int], rooms: list[int]) -> None:
     loop = asyncio.new_event_loop()
     bench = Bench(loop)
     ends = np.cumsum(sizes)
@@ -132,7 +132,7 @@ def test_what_was_cancelled_is_dropped_and_its_place_is_used(bench: Bench) -> No
     batch = bench.queue.pop(2, 1.0)
     assert numbers_of(batch) == [1, 4]
     assert batch.dropped == ["cancelled", "cancelled"]
-    assert bench.queue.pictures == 0
+    assert bench.queue.images == 0
 
 
 def test_what_has_expired_is_dropped_with_an_answer(bench: Bench) -> None:
@@ -151,7 +151,7 @@ def test_what_is_late_is_dropped_wherever_it_stands(bench: Bench) -> None:
     assert isinstance(late.future.exception(), DeadlineExceeded)
     assert not first.future.done()
     assert not last.future.done()
-    assert bench.queue.pictures == 2
+    assert bench.queue.images == 2
     assert bench.pop(4) == [1, 5]
 
 
@@ -205,7 +205,7 @@ def test_failing_all_spares_those_that_have_ended(bench: Bench) -> None:
     bench.queue.fail_all(InferenceFailed)
     assert cancelled.future.cancelled()
     assert isinstance(waiting.future.exception(), InferenceFailed)
-    assert (bench.queue.pictures, bool(bench.queue)) == (0, False)
+    assert (bench.queue.images, bool(bench.queue)) == (0, False)
 
 
 def test_predictions_say_how_long_and_with_how_many(bench: Bench) -> None:

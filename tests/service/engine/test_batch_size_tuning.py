@@ -78,7 +78,7 @@ def test_sizes_that_take_too_long_are_not_tried() -> None:
     assert max(machine.runs) == 4
 
 
-def test_a_picture_that_takes_too_long_runs_alone() -> None:
+def test_a_image_that_takes_too_long_runs_alone() -> None:
     machine = Machine(lambda size: 1.0 * size)
     assert machine.fastest() == 1
     assert machine.runs == [1] * 2 * LEAST_ROUNDS
@@ -153,7 +153,7 @@ def test_an_engine_that_can_not_be_trimmed_serves(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads /proc")
 def test_trimming_frees_memory(tmp_path: Path) -> None:
-    """A model of two products over 1 MiB of intermediates a picture: what a run has taken is kept, and then is not."""
+    """A model of two products over 1 MiB of intermediates an image: what a run has taken is kept, and then is not."""
     batch = helper.make_tensor_value_info(INPUT_NAME, TensorProto.UINT8, ["batch", 4])
     logits = helper.make_tensor_value_info(OUTPUT_NAME, TensorProto.FLOAT, ["batch", 1])
     wide = numpy_helper.from_array(np.ones((4, 1 << 18), dtype=np.float32), "wide")

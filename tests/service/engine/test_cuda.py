@@ -108,7 +108,7 @@ def test_a_bucket_without_memory_falls_to_the_next_while_serving(folder: Path) -
 
 def test_no_bucket_left_is_an_error(folder: Path) -> None:
     engine = BucketedEngine(folder, [2], limit=0)
-    with pytest.raises(EngineError, match="not enough memory for a single picture"):
+    with pytest.raises(EngineError, match="not enough memory for a single image"):
         engine.run(tiny_images(1))
 
 
@@ -116,7 +116,7 @@ def test_memory_that_comes_back_serves_again(folder: Path) -> None:
     engine = BucketedEngine(folder, [1, 2, 4], limit=0)
     images = tiny_images(1)
     for _ in range(2):
-        with pytest.raises(EngineError, match="there is not enough memory for a single picture"):
+        with pytest.raises(EngineError, match="there is not enough memory for a single image"):
             engine.run(images)
     engine.limit = 4
     np.testing.assert_allclose(engine.run(images), tiny_logits(images, 1), atol=1e-5)

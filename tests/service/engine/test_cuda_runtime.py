@@ -77,7 +77,7 @@ def test_every_run_is_on_its_own_device(fake_ort: FakeSession, monkeypatch: pyte
     assert fake_ort.devices == [3]
 
 
-def test_pictures_and_answers_are_copied_by_the_runtime_and_not_under_the_interpreters_lock(
+def test_images_and_answers_are_copied_by_the_runtime_and_not_under_the_interpreters_lock(
     fake_ort: FakeSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """onnxruntime's copies keep it: one that hangs would hang the process, watchdog and all."""

@@ -61,7 +61,7 @@ def test_every_batch_size_gives_the_same_as_numpy_captured_or_not(cuda_engine: O
 
 
 @pytest.mark.parametrize("graphs", [True, False])
-def test_golden_pictures(graphs: bool, folder: Path) -> None:
+def test_golden_images(graphs: bool, folder: Path) -> None:
     engine = OnnxEngine(folder / "model.onnx", provider="cuda", max_batch_size=4, cuda_graphs=graphs)
     engine.warm_up()
     check_golden(engine, load_golden(folder / GOLDEN_FILE))
@@ -78,12 +78,12 @@ def test_the_captured_graph_of_each_bucket_gives_the_logits_of_plain_kernels() -
         OnnxEngine(SHIPPED / "model.onnx", provider="cuda", max_batch_size=16, cuda_graphs=graphs)
         for graphs in (True, False)
     ]
-    pictures = load_golden(SHIPPED / GOLDEN_FILE).images
+    images = load_golden(SHIPPED / GOLDEN_FILE).images
     for engine in engines:
         engine.warm_up()
     for size in default_buckets(16):
-        for turn in range(3):  # what is replayed must read the pictures of this run, not those of the capture
-            images = np.resize(np.roll(pictures, turn + 1, axis=0), (size, *pictures.shape[1:]))
+        for turn in range(3):  # what is replayed must read the images of this run, not those of the capture
+            images = np.resize(np.roll(images, turn + 1, axis=0), (size, *images.shape[1:]))
             captured, plain = (engine.run(images) for engine in engines)
             np.testing.assert_allclose(captured, plain, atol=1e-4)
 
@@ -100,7 +100,7 @@ def test_the_float16_file_runs_where_there_is_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("warm", [True, False])
 def test_a_batch_that_the_device_has_no_memory_for_is_run_in_smaller_ones(warm: bool, tmp_path: Path) -> None:
-    """64 pictures need 1.5 GiB at once, and 1.25 GiB are allowed."""
+    """64 images need 1.5 GiB at once, and 1.25 GiB are allowed."""
     version = make_hungry_folder(tmp_path, 24 * MIB)
     engine = OnnxEngine(
         version / "model.onnx",

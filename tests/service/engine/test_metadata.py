@@ -122,7 +122,7 @@ def test_the_float32_file_is_the_one_that_other_servers_read() -> None:
     assert MODEL_FILES["float32"] == MODEL_FILE == "model.onnx"
 
 
-def test_golden_pictures_survive(tmp_path: Path) -> None:
+def test_golden_images_survive(tmp_path: Path) -> None:
     written = golden()
     save_golden(tmp_path / GOLDEN_FILE, written)
     read = load_golden(tmp_path / GOLDEN_FILE)
@@ -155,7 +155,7 @@ def test_wrong_golden_arrays_are_refused(changes: dict[str, np.ndarray], words: 
     with pytest.raises(ArtifactError, match=words):
         Golden(**arrays)
     np.savez(tmp_path / GOLDEN_FILE, **arrays)
-    with pytest.raises(ArtifactError, match=f"{GOLDEN_FILE}: golden pictures: .*{words}"):
+    with pytest.raises(ArtifactError, match=f"{GOLDEN_FILE}: golden images: .*{words}"):
         load_golden(tmp_path / GOLDEN_FILE)
 
 

@@ -141,9 +141,9 @@ def test_halves_are_tried_once(folder: Path) -> None:
     assert engine.max_batch_size == 1
 
 
-def test_a_single_picture_without_memory_fails(folder: Path) -> None:
+def test_a_single_image_without_memory_fails(folder: Path) -> None:
     engine, session = limited_engine(folder, limit=0)
-    with pytest.raises(EngineError, match="not enough memory for a single picture"):
+    with pytest.raises(EngineError, match="not enough memory for a single image"):
         engine.run(tiny_images(1))
     assert session.sizes == [1]
 
@@ -154,7 +154,7 @@ def test_warm_up_finds_the_batch_size_that_fits(folder: Path) -> None:
     assert session.sizes == [8, 4, 1]
     assert engine.max_batch_size == 4
     engine, session = limited_engine(folder, limit=0)
-    with pytest.raises(EngineError, match="not enough memory for a single picture"):
+    with pytest.raises(EngineError, match="not enough memory for a single image"):
         engine.warm_up()
     assert session.sizes == [8, 4, 2, 1]
 

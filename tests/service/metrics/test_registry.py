@@ -20,7 +20,7 @@ FAMILIES = {
     "perceiver_queue_seconds": "histogram",
     "perceiver_inference_seconds": "histogram",
     "perceiver_batch_size": "histogram",
-    "perceiver_pictures": "counter",
+    "perceiver_images": "counter",
     "perceiver_failed_batches": "counter",
     "perceiver_rejections": "counter",
     "perceiver_deadline_misses": "counter",
@@ -33,7 +33,7 @@ FAMILIES = {
     "perceiver_queue_length": "gauge",
     "perceiver_max_queue_size": "gauge",
     "perceiver_max_batch_size": "gauge",
-    "perceiver_admitted_pictures": "gauge",
+    "perceiver_admitted_images": "gauge",
     "perceiver_admitted_bytes": "gauge",
 }
 
@@ -55,8 +55,8 @@ def test_buckets_reach_from_half_a_millisecond_to_ten_seconds() -> None:
 def test_no_metric_is_shared_between_two_services() -> None:
     first, second = Metrics(), Metrics()
     first.batch(3, 0.1)
-    assert "perceiver_pictures_total 3.0" in first.exposition("")[0].decode()
-    assert "perceiver_pictures_total 0.0" in second.exposition("")[0].decode()
+    assert "perceiver_images_total 3.0" in first.exposition("")[0].decode()
+    assert "perceiver_images_total 0.0" in second.exposition("")[0].decode()
 
 
 def test_what_the_batcher_and_the_store_report_is_counted() -> None:
@@ -149,7 +149,7 @@ async def test_requests_are_timed_and_counted_by_route_and_code(tmp_path: Path) 
         await run.until(lambda: engine.batches == [[0]])
         tasks += [asyncio.create_task(run.predict(number)) for number in (1, 2)]
         await run.until(lambda: run.service.queue_length == 2)
-        assert await run.metric("perceiver_admitted_pictures") == 3
+        assert await run.metric("perceiver_admitted_images") == 3
         assert await run.metric("perceiver_admitted_bytes") > 0
         assert await run.metric("perceiver_queue_length") == 2
         engine.release(2)
@@ -161,9 +161,9 @@ async def test_requests_are_timed_and_counted_by_route_and_code(tmp_path: Path) 
             "perceiver_request_seconds_count": 4,
             "perceiver_decode_seconds_count": 3,
             "perceiver_queue_seconds_count": 3,
-            "perceiver_pictures_total": 3,
+            "perceiver_images_total": 3,
             "perceiver_batch_size_count": 2,
-            "perceiver_admitted_pictures": 0,
+            "perceiver_admitted_images": 0,
             "perceiver_queue_length": 0,
         }.items():
             assert await run.metric(name) == value, name

@@ -24,7 +24,7 @@ TOLERANCE = 1e-4
 
 
 def test_the_right_model_gives_the_golden_logits(folder: Path) -> None:
-    engine = open_tiny(folder, max_batch_size=3)  # three batches for seven pictures
+    engine = open_tiny(folder, max_batch_size=3)  # three batches for seven images
     report = check_golden(engine, load_golden(folder / GOLDEN_FILE))
     assert (report.n, report.labels_differ) == (7, 0)
     assert report.max_abs_difference < TOLERANCE
@@ -37,8 +37,8 @@ def test_another_model_does_not(tmp_path: Path) -> None:
     assert mismatch.value.report.max_abs_difference > 1
 
 
-def test_golden_pictures_count_labels_that_differ() -> None:
-    engine = FakeEngine(max_batch_size=2, tag=1)  # answers [0, 1, 0, 0, 0] to black pictures
+def test_golden_images_count_labels_that_differ() -> None:
+    engine = FakeEngine(max_batch_size=2, tag=1)  # answers [0, 1, 0, 0, 0] to black images
     logits = np.zeros((3, CLASSES), dtype=np.float32)
     logits[0, 1] = 1
     logits[1, 4] = 0.5
@@ -57,15 +57,15 @@ def test_an_engine_that_gives_no_number_is_refused() -> None:
         check_golden(NanEngine(), golden)
 
 
-def test_golden_pictures_go_on_in_smaller_batches_when_memory_runs_out(folder: Path) -> None:
+def test_golden_images_go_on_in_smaller_batches_when_memory_runs_out(folder: Path) -> None:
     engine, session = limited_engine(folder, limit=2)
     engine.max_batch_size = 4
     assert check_golden(engine, load_golden(folder / GOLDEN_FILE)).n == 7
     assert session.sizes == [4, 2, 2, 2, 1]
 
 
-def test_golden_pictures_are_run_in_each_batch_size_of_a_gpu(folder: Path) -> None:
-    """A captured graph may be wrong alone, and 7 golden pictures fill none of the small ones."""
+def test_golden_images_are_run_in_each_batch_size_of_a_gpu(folder: Path) -> None:
+    """A captured graph may be wrong alone, and 7 golden images fill none of the small ones."""
 
     class OneWrongGraph:
         metadata = tiny_metadata()
@@ -92,7 +92,7 @@ def test_golden_pictures_are_run_in_each_batch_size_of_a_gpu(folder: Path) -> No
     assert right.sizes == [7, 48, 32, 16, 8, 4, 2, 1]
 
 
-def test_golden_pictures_of_another_model_are_refused(tmp_path: Path) -> None:
+def test_golden_images_of_another_model_are_refused(tmp_path: Path) -> None:
     path = make_model_folder(tmp_path, defect="golden_of_other_size")
     with pytest.raises(EngineError, match=r"\[4, 4, 3\] with 5 logits do not belong to a model of shape \[4, 6, 3\]"):
         check_golden(open_tiny(path), load_golden(path / GOLDEN_FILE))

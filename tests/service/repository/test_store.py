@@ -32,7 +32,7 @@ REASONS: dict[Defect, str] = {
     "golden_missing": "this file is missing",
     "golden_corrupt": "must be an npz archive",
     "golden_pickled": "allow_pickle=False",
-    "golden_mismatch": "the golden pictures give other logits on cpu",
+    "golden_mismatch": "the golden images give other logits on cpu",
     "golden_of_other_size": "do not belong to a model of shape",
 }
 
@@ -190,7 +190,7 @@ async def test_a_version_is_warm_before_it_is_live(make: Make, tmp_path: Path) -
     store = make(open_engines=opener)
     await store.load()
     assert opener.engines[1].warmed
-    assert sum(map(len, opener.engines[1].batches)) == 7  # the golden pictures
+    assert sum(map(len, opener.engines[1].batches)) == 7  # the golden images
     assert len(opener.engines[1].threads) == 1
 
 
@@ -204,7 +204,7 @@ async def test_float32_serves_where_a_variant_does_not_give_the_golden_logits(
     await store.load()
     assert store.live is not None
     assert store.live.metadata.precision == "float32"
-    assert "version 1: float32 instead of int8, since the golden pictures give other logits" in caplog.text
+    assert "version 1: float32 instead of int8, since the golden images give other logits" in caplog.text
     await assert_serves(store, 1)
 
 
@@ -219,7 +219,7 @@ async def test_a_variant_that_was_asked_for_is_not_replaced(make: Make, tmp_path
 async def test_engines_of_a_cpu_serve_together_and_a_version_takes_over_from_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As by default on two cores: two engines and one for a picture alone, real ones, with measured batch sizes."""
+    """As by default on two cores: two engines and one for an image alone, real ones, with measured batch sizes."""
     monkeypatch.setattr(versions_module, "usable_cores", lambda: 2)
     store = ModelStore(tmp_path, replace(OPTIONS, intra_op_threads=0, tune_batch_size=True))
     for version in (1, 2):

@@ -13,7 +13,7 @@ from service.engine.onnx_engine import Engine
 from service.errors import Draining, InferenceFailed
 from service.repository.folder import GOLDEN_FILE
 from service.repository.store import EngineOptions, ModelStore, NoUsableVersionError
-from tests.fakes import FakeEngine, make_model_folder, picture, tiny_images, tiny_logits
+from tests.fakes import FakeEngine, image, make_model_folder, tiny_images, tiny_logits
 from tests.service.stores import AnyGolden, FakeOpener, Make, Opener, assert_serves
 
 
@@ -46,9 +46,9 @@ async def test_a_request_keeps_its_model_from_decode_to_answer(make: Make, tmp_p
         assert first is second is not store.live
         await asyncio.sleep(0.02)  # time enough for a batcher to be closed too early
         assert not opener.engines[1].closed
-        assert (await first.batcher.submit(picture(5))).logits[:2].tolist() == [5, 1]
+        assert (await first.batcher.submit(image(5))).logits[:2].tolist() == [5, 1]
         with store.lease() as new:
-            assert (await new.batcher.submit(picture(5))).logits[:2].tolist() == [5, 2]
+            assert (await new.batcher.submit(image(5))).logits[:2].tolist() == [5, 2]
     assert await asyncio.to_thread(opener.engines[1].closing.wait, 5)
 
 
@@ -59,7 +59,7 @@ async def test_what_was_queued_without_a_lease_is_answered_all_the_same(make: Ma
     await store.load()
     opener.engines[1].hold()
     batcher = store.lease().batcher
-    queued = [asyncio.create_task(batcher.submit(picture(number))) for number in range(6)]
+    queued = [asyncio.create_task(batcher.submit(image(number))) for number in range(6)]
     await asyncio.sleep(0)
     make_model_folder(tmp_path, 2)
     await store.reload()
@@ -112,11 +112,11 @@ async def test_closing_answers_what_is_queued_in_the_old_model_too(make: Make, t
     opener.engines[1].hold()
     lease = store.lease()
     with lease:
-        old = [asyncio.create_task(lease.batcher.submit(picture(number))) for number in range(9)]
+        old = [asyncio.create_task(lease.batcher.submit(image(number))) for number in range(9)]
         await asyncio.sleep(0)
         make_model_folder(tmp_path, 2)
         await store.reload()
-        new = asyncio.create_task(store.lease().batcher.submit(picture(9)))
+        new = asyncio.create_task(store.lease().batcher.submit(image(9)))
         await asyncio.sleep(0)
         closing = asyncio.create_task(store.close())
         await new
@@ -148,7 +148,7 @@ async def test_closing_waits_for_no_request_that_holds_an_old_model(make: Make, 
         assert opener.engines[1].closed
         assert opener.engines[2].closed
         with pytest.raises(Draining):
-            await old.batcher.submit(picture(1))
+            await old.batcher.submit(image(1))
 
 
 async def test_an_engine_that_hangs_fails_the_store(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ async def test_an_engine_that_hangs_fails_the_store(tmp_path: Path) -> None:
     await store.load()
     opener.engines[3].hold()
     with store.lease() as live:
-        lost = asyncio.create_task(live.batcher.submit(picture(1)))
+        lost = asyncio.create_task(live.batcher.submit(image(1)))
     await asyncio.wait_for(store.failed.wait(), 5)
     assert store.failure.startswith("version 3: engine-0: a batch of 1 did not end")
     await asyncio.wait([lost])
@@ -178,7 +178,7 @@ async def test_on_a_device_that_has_gone_nothing_is_freed(tmp_path: Path) -> Non
     with store.lease() as live:
         while not store.failed.is_set():
             with pytest.raises(InferenceFailed):
-                await live.batcher.submit(picture(1))
+                await live.batcher.submit(image(1))
     assert "batches failed in a row" in store.failure
     await store.close()
     assert not opener.engines[3].closed
@@ -242,7 +242,7 @@ async def test_a_disks_own_time_out_is_told_as_what_it_is(tmp_path: Path) -> Non
         await store.load()
 
 
-async def test_golden_pictures_that_can_not_be_read_in_time_are_a_reason_and_hold_nobody_up(tmp_path: Path) -> None:
+async def test_golden_images_that_can_not_be_read_in_time_are_a_reason_and_hold_nobody_up(tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1)
     store = ModelStore(tmp_path, EngineOptions(provider="cpu", load_timeout_s=1), open_engines=FakeOpener())
     await store.load()

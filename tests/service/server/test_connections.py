@@ -16,7 +16,7 @@ WEBSOCKET = ("Connection: upgrade", "UPGRADE: websocket", "Sec-WebSocket-Version
 
 
 def label(body: bytes) -> float:
-    """What tells the fake engine's pictures apart."""
+    """What tells the fake engine's images apart."""
     (entry,) = [top for top in json.loads(body)["predictions"][0]["top"] if top["index"] == 0]
     return float(entry["probability"])
 

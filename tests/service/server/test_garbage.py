@@ -75,7 +75,7 @@ async def settle() -> None:
         (b"junk", "text/plain", 415),
         (bytes(20_000), "image/png", 413),
     ],
-    ids=["raw", "form", "no picture", "no JSON", "truncated", "junk", "unknown type", "too large"],
+    ids=["raw", "form", "no image", "no JSON", "truncated", "junk", "unknown type", "too large"],
 )
 async def test_an_answer_at_once_leaves_nothing(tmp_path: Path, body: bytes, kind: str, status: int) -> None:
     async with running(tmp_path, max_body_bytes=10_000) as run:
@@ -93,7 +93,7 @@ async def test_nor_does_a_request_that_waited_for_the_model(tmp_path: Path) -> N
         engine.hold()
         with collected() as found:
             waiting = [asyncio.create_task(ask(run, png(number))) for number in (1, 2, 3)]
-            await run.until(lambda: run.service.admission.pictures == 3)
+            await run.until(lambda: run.service.admission.images == 3)
             await asyncio.sleep(2 * PATIENCE)
             engine.release(3)
             assert await asyncio.gather(*waiting) == [200, 200, 200]
@@ -104,7 +104,7 @@ async def test_nor_does_a_request_that_waited_for_the_model(tmp_path: Path) -> N
 
 async def test_nor_does_one_whose_time_is_up_or_who_is_turned_away(tmp_path: Path) -> None:
     engine = FakeEngine(max_batch_size=1)
-    async with running(tmp_path, engine, max_queue_size=2, max_pictures=2) as run:
+    async with running(tmp_path, engine, max_queue_size=2, max_images=2) as run:
         engine.hold()
         with collected() as found:
             held = asyncio.create_task(ask(run, png(1)))
@@ -112,7 +112,7 @@ async def test_nor_does_one_whose_time_is_up_or_who_is_turned_away(tmp_path: Pat
             for _ in range(3):
                 assert await ask(run, png(2), f"X-Request-Timeout-Ms: {int(2000 * PATIENCE)}") == 504
             queued = asyncio.create_task(ask(run, png(3)))
-            await run.until(lambda: run.service.admission.pictures == 2)
+            await run.until(lambda: run.service.admission.images == 2)
             assert [await ask(run, png(4)) for _ in range(3)] == [503, 503, 503]
             engine.release(2)
             assert (await held, await queued) == (200, 200)
@@ -140,10 +140,10 @@ async def test_nor_does_a_client_who_left(tmp_path: Path) -> None:
                 _, writer = await asyncio.open_connection("127.0.0.1", run.port)
                 body = png(number)
                 writer.write(request_head(len(body)) + body)
-                await run.until(lambda: run.service.admission.pictures == 1)
+                await run.until(lambda: run.service.admission.images == 1)
                 writer.close()
                 await writer.wait_closed()
-                await run.until(lambda: run.service.admission.pictures == 0)
+                await run.until(lambda: run.service.admission.images == 0)
             engine.release(5)
             await settle()
         assert found == []

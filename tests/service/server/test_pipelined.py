@@ -11,7 +11,7 @@ from tests.fakes import FakeEngine
 from tests.service.harness import Running, png, read_answer, request_head, running
 
 SMALL = request_head(len(png(1))) + png(1)
-LARGE = request_head(200_000) + bytes(200_000)  # no picture
+LARGE = request_head(200_000) + bytes(200_000)  # no image
 LIVE = request_head(None, target="/health/live", method="GET")
 ONE_READ = 256 * 1024  # asyncio's; uvloop's is a little less
 
