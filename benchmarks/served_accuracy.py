@@ -27,7 +27,8 @@ from service.engine.metadata import ModelMetadata
 from service.engine.onnx_engine import EngineError, PrecisionChoice, choose_file, read_metadata, resolve_provider
 from service.repository.folder import CHECKPOINT_FILE
 from training.checkpoint import CheckpointError, digest, load_model
-from training.data import DataError, DataSet, Split, load
+from training.data.dataset import DataError, DataSet, Split
+from training.data.load import load
 from training.evaluate import predict_logits
 
 TOP = 5

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.common import BenchmarkError, describe_run, print_run, report, run_command
 from training.checkpoint import RunConfig
 from training.config import PRESETS, Precision
-from training.dataset import DataSet, Split
+from training.data.dataset import DataSet, Split
 from training.distributed import World, join, leave
 from training.precision import choose_precision
 from training.train import Trainer

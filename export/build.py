@@ -52,7 +52,7 @@ from service.engine.metadata import (
 from service.engine.onnx_engine import EngineError
 from service.repository.folder import CHECKPOINT_FILE, GOLDEN_FILE, Golden, save_golden
 from training.checkpoint import digest
-from training.dataset import DataSet
+from training.data.dataset import DataSet
 from training.transfer import flatterers
 
 

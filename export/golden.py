@@ -14,8 +14,9 @@ from torch import nn
 from export.errors import ExportError
 from export.source import Source
 from service.repository.folder import Golden
-from training import cifar, data
-from training.dataset import DataSet, Split
+from training.data import cifar
+from training.data.dataset import DataError, DataSet, Split
+from training.data.load import load_for
 
 BATCH = 100
 DATA_FOLDER = Path("data")
@@ -54,8 +55,8 @@ def load_data(source: Source, path: Path | None) -> DataSet:
     if source.run.data is None and cifar.find(chosen) is None:
         raise ExportError(f"{chosen}: holds no {cifar.FOLDER}; {wanted}: name its folder by --data.")
     try:
-        loaded = data.load_for(source.run, chosen)
-    except data.DataError as error:
+        loaded = load_for(source.run, chosen)
+    except DataError as error:
         raise ExportError(f"{error} ({wanted}.)") from error
     if loaded.labels != source.run.labels:
         raise ExportError(

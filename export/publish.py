@@ -10,7 +10,7 @@ from pathlib import Path
 
 from service.engine.metadata import ArtifactError
 from service.repository.folder import list_versions
-from training.lock import locked
+from training.file_lock import locked
 
 
 @contextmanager

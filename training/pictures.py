@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
-from training.dataset import DataError
+from training.data.dataset import DataError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 # What the service takes: a file says by its content what it is, and its name may say otherwise.

@@ -18,20 +18,20 @@ from types import FrameType
 import torch
 from pydantic import ValidationError
 
-from training import data
+from training.allocator import is_want_of_memory
 from training.checkpoint import MAKE_ROOM, CheckpointError, RunConfig
 from training.cli import DEFAULT_PRESET
 from training.config import Preset, TrainConfig
-from training.dataset import DataError, DataSet
+from training.data.dataset import DataError, DataSet
+from training.data.load import load_for
 from training.distillation import check_teacher
 from training.distributed import PeerFailed, World, join, leave
-from training.folder import alone_in, refuse_among_classes, refuse_existing
-from training.memory import is_want_of_memory
 from training.model import count_parameters
-from training.notes import notes_on
 from training.precision import choose_precision, computes_in_bfloat16, describe_precision
+from training.run_dir import alone_in, refuse_among_classes, refuse_existing
 from training.train import Trainer
 from training.transfer import check_fits, find, origin_of
+from training.warnings import notes_on
 
 # Below so many steps, a preset's batch is halved, but not below this size.
 STEPS_OF_FEW, SMALLEST_BATCH = 4, 8
@@ -168,7 +168,7 @@ def prepare(
             check_fits(find(args.init), init.run.model, preset.model)
         # Twice, because without --out the folder is named after data that has to be read first.
         refuse_existing(args.out)
-        data_set = data.load_for(preset, args.data)
+        data_set = load_for(preset, args.data)
         if args.validation_fraction is not None and data_set.own_val:
             raise ValueError(
                 f"--validation-fraction {args.validation_fraction} changes nothing: {args.data} has its own val/."
@@ -237,7 +237,7 @@ def resumed(args: argparse.Namespace) -> tuple[RunConfig, DataSet]:
             f"start it again with --out {args.resume}"
             + (", and with the same --init or --teacher." if run.init or run.teacher else ".")
         )
-    data_set = data.load_for(run, args.data or (Path(run.data) if run.data else None))
+    data_set = load_for(run, args.data or (Path(run.data) if run.data else None))
     if data_set.labels != run.labels:
         raise DataError(
             f"the data now has other classes than when {args.resume} began; restore it, or start a new run."

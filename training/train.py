@@ -20,21 +20,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from training import augment
 from training.checkpoint import RunConfig
 from training.config import TrainConfig
-from training.dataset import DataSet
+from training.data import augment
+from training.data.dataset import DataSet
+from training.data.trivial_augment import trivial_augment
 from training.distillation import Teacher, distilled
 from training.distributed import World
 from training.evaluate import Metrics, measure, predict_logits
-from training.figures import Report
-from training.lines import Line, append_line, forget_lines_after
+from training.metrics_log import Line, append_line, forget_lines_after
 from training.optim import clip_gradients, schedule_factor, set_learning_rates
 from training.preprocessing import Preprocess
 from training.report import announce, write_report
+from training.report_schema import Report
 from training.state import initial_state, seed_step
 from training.transfer import begin_with
-from training.trivial_augment import trivial_augment
 
 AUTOCAST: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from export.card.markdown import literal, paragraph, picture, table
 from export.source import Source
 from training.evaluate import Confidence, SuperclassMetrics
-from training.figures import PICTURES
+from training.report_schema import PICTURES
 
 
 def failures(source: Source) -> str:

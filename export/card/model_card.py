@@ -10,8 +10,8 @@ from export.quantization.gate import describe
 from export.quantization.variants import Variant
 from export.source import Source
 from service.engine.metadata import MODEL_FILES, ModelMetadata
-from training.dataset import CIFAR100
-from training.figures import CURVES, PICTURES
+from training.data.dataset import CIFAR100
+from training.report_schema import CURVES, PICTURES
 
 SPLIT_NAMES = {"val": "validation"}
 

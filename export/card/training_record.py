@@ -12,8 +12,8 @@ from service.engine.metadata import ModelMetadata
 from training.checkpoint import Origin, RunConfig
 from training.cli import flag_with
 from training.config import PRESETS
-from training.dataset import CIFAR100
-from training.lines import MACHINE
+from training.data.dataset import CIFAR100
+from training.metrics_log import MACHINE
 
 BEGINNING = "runs/beginning"
 FIRST_EPOCHS = (1, 2, 5)

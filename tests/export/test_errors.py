@@ -19,7 +19,7 @@ from tests.export.conftest import LABELS, write_run
 from tests.fakes import make_model_folder
 from training import checkpoint
 from training.config import PRESETS
-from training.figures import Report
+from training.report_schema import Report
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

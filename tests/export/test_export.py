@@ -22,8 +22,8 @@ from service.repository.golden_check import check_golden
 from tests.export.conftest import LABELS, SIZE, TINY, write_run
 from training.checkpoint import Origin, RunConfig, load_model
 from training.config import PRESETS
-from training.data import load
-from training.figures import CURVES, PICTURES
+from training.data.load import load
+from training.report_schema import CURVES, PICTURES
 from training.transfer import flatterers
 
 

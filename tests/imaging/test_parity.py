@@ -11,7 +11,7 @@ from PIL import Image, TiffImagePlugin
 
 from imaging import decoder as images
 from service.engine.metadata import ResizePolicy
-from training.dataset import DataError
+from training.data.dataset import DataError
 from training.pictures import read_picture, read_pictures, resize_pictures
 
 RANDOM = np.random.default_rng(0)

@@ -17,8 +17,8 @@ from PIL import Image
 from tests.training.commands import RECIPE, at_step
 from training import checkpoint
 from training.__main__ import main
-from training.figures import CURVES, PICTURES
-from training.lines import read_lines
+from training.metrics_log import read_lines
+from training.report_schema import CURVES, PICTURES
 
 
 def command(*flags: str | Path) -> list[str]:
@@ -168,7 +168,7 @@ def test_a_second_ctrl_c_stops_at_once(
 def test_ctrl_c_while_the_data_is_read(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("training.data.load", lambda *_args, **_kwargs: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("training.data.load.load", lambda *_args, **_kwargs: signal.raise_signal(signal.SIGINT))
     assert main([*RECIPE, "--data", str(pictures), "--out", str(tmp_path / "run")]) == 130
     assert capsys.readouterr().err.startswith("interrupted")
 

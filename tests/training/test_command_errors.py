@@ -17,7 +17,7 @@ from PIL import Image
 from tests.training.commands import RECIPE, at_step, fake_cpu
 from training import train
 from training.__main__ import main
-from training.folder import alone_in
+from training.run_dir import alone_in
 
 Arrange = Callable[[Path, Path], list[str]]
 
@@ -274,7 +274,7 @@ def test_a_run_that_another_process_writes(
 def test_too_little_memory_for_the_data(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("training.data.load", lambda *_args, **_kwargs: np.empty(2**62, np.uint8))
+    monkeypatch.setattr("training.data.load.load", lambda *_args, **_kwargs: np.empty(2**62, np.uint8))
     assert main([*RECIPE, "--data", str(pictures), "--out", str(tmp_path / "run")]) == 2
     assert "error: too little memory for the data" in capsys.readouterr().err
 
@@ -282,7 +282,7 @@ def test_too_little_memory_for_the_data(
 def test_too_little_memory_on_the_device_for_the_data(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("training.dataset.Split.to", lambda split, device: raise_out_of_memory())
+    monkeypatch.setattr("training.data.dataset.Split.to", lambda split, device: raise_out_of_memory())
     assert main([*RECIPE, "--data", str(pictures), "--out", str(tmp_path / "run")]) == 2
     assert "error: too little memory on the device for the pictures, which all lie there" in capsys.readouterr().err
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tests.training.runs import assert_same_run, trainer_in
 from tests.training.tiny import DROPOUT, run_config
-from training import augment
 from training.checkpoint import RunConfig
+from training.data import augment
 from training.train import Trainer
 from training.transfer import origin_of
 

@@ -13,7 +13,7 @@ from tests.training.tiny import ALONE, DROPOUT, data_set, run_config
 from training import checkpoint
 from training.config import PRESETS
 from training.distributed import World
-from training.lines import read_lines
+from training.metrics_log import read_lines
 from training.precision import choose_precision
 from training.state import seed_step
 from training.train import Trainer, epoch_order

@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from training import augment
 from training.config import TrainConfig
-from training.trivial_augment import OPERATIONS, trivial_augment
+from training.data import augment
+from training.data.trivial_augment import OPERATIONS, trivial_augment
 
 
 def smooth_pictures(count: int, height: int = 24, width: int = 32) -> Tensor:

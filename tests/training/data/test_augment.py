@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training import augment
-from training.augment import Draws
 from training.config import TrainConfig
+from training.data import augment
+from training.data.augment import Draws
 from training.state import seed_step
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.config import TrainConfig
-from training.trivial_augment import OPERATIONS
+from training.data.trivial_augment import OPERATIONS
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Draws:
         flip: bool [B].
         shift: int64 [B, 2], rows and columns, pixels.
         zoom: float32 [B, 2], height and width; above 1 shows more than the picture, below 1 less.
-        operation: int64 [B], of `training.trivial_augment.OPERATIONS`.
+        operation: int64 [B], of `training.data.trivial_augment.OPERATIONS`.
         strength: float32 [B], -1..1, of the operation.
     """
 

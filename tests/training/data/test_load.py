@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.training.data_sets import write_cifar, write_folder, write_picture
-from training.cifar import FOLDER
-from training.data import DataError, load
+from training.data.cifar import FOLDER
+from training.data.dataset import DataError
+from training.data.load import load
 
 
 def test_no_data_there(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from training.checkpoint import RunConfig
-from training.dataset import DataSet
-from training.lock import locked
+from training.data.dataset import DataSet
+from training.file_lock import locked
 
 
 def refuse_existing(folder: Path | None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from training.dataset import CIFAR100, DataError, DataSet, Split
+from training.data.dataset import CIFAR100, DataError, DataSet, Split
 from training.pictures import SUFFIXES, read_pictures
 
 SPLITS = ("train", "val", "test")

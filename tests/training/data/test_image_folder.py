@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from tests.training.data_sets import first_pixels, write_folder, write_picture
-from training import image_folder
-from training.data import DataError, load
-from training.image_folder import stratified_split
+from training.data import image_folder
+from training.data.dataset import DataError
+from training.data.image_folder import stratified_split
+from training.data.load import load
 
 
 def test_classes_are_the_folders_in_order(tmp_path: Path) -> None:

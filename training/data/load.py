@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from training import cifar, image_folder
 from training.checkpoint import RunConfig
 from training.config import Preset
-from training.dataset import DataError, DataSet, Split
-from training.download import ensure_cifar100
-
-__all__ = ["DataError", "DataSet", "Split", "load", "load_for"]
-
+from training.data import cifar, image_folder
+from training.data.dataset import DataError, DataSet
+from training.data.download import ensure_cifar100
 
 _LAYOUTS = f"{cifar.FOLDER}/ (files meta, test and train), or {image_folder.LAYOUT}"
 
@@ -40,7 +37,7 @@ def load(
     """Load a data set with every picture as uint8 [input_size, input_size, 3].
 
     path: None for CIFAR-100 (downloaded into ``cache_dir`` when it is not there), else a folder: the official
-        ``cifar-100-python`` layout (itself or its parent), or an image folder (see ``training.image_folder``).
+        ``cifar-100-python`` layout (itself or its parent), or an image folder (see ``training.data.image_folder``).
     input_size: side in pixels; other pictures are centre-cropped to a square and resized (bicubic) once.
     validation_fraction: share of the training pictures held out, in (0, 1): the last ones of CIFAR-100, a stratified
         draw of an image folder, the same in every run; ignored where the folder has its own ``val/``. Of the same

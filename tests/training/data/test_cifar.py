@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from tests.training.data_sets import CONTENTS, assert_same, python2_pickle, write_cifar
-from training.cifar import FOLDER, MEMBERS, read_pickle
-from training.data import DataError, load
+from training.data.cifar import FOLDER, MEMBERS, read_pickle
+from training.data.dataset import DataError
+from training.data.load import load
 
 
 def test_the_fabricated_pickles_are_python_2s() -> None:

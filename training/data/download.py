@@ -17,8 +17,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from training.cifar import FOLDER, MEMBERS, find
-from training.dataset import DataError
+from training.data.cifar import FOLDER, MEMBERS, find
+from training.data.dataset import DataError
 
 ARCHIVE_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 ARCHIVE_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from tests.training.data_sets import CONTENTS, assert_same, python2_pickle
-from training import download
-from training.cifar import FOLDER, MEMBERS
-from training.data import DataError, load
+from training.data import download
+from training.data.cifar import FOLDER, MEMBERS
+from training.data.dataset import DataError
+from training.data.load import load
 
 
 def tar_of(members: dict[str, bytes | tarfile.TarInfo]) -> bytes:
