@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from export.errors import ExportError, GateError
+from export.graph.trained import Images, Logits
 from service.artifact import GOLDEN_FILE, Golden
 from service.engine import Engine, OnnxEngine, ProviderChoice
-
-Images = NDArray[np.uint8]
-Logits = NDArray[np.float32]
 
 # Rounding in float32 moves the logits of the reference model by 4e-6; anything above this is another function.
 FLOAT32_TOLERANCE = 1e-3
@@ -131,19 +128,6 @@ def compare_with_itself(engine: Engine, tolerance: float) -> list[Comparison]:
         alone = np.concatenate([engine.run(images[i : i + 1]) for i in range(len(images))])
         comparisons.append(compare(f"{name} alone", alone, engine.run(images), tolerance))
     return comparisons
-
-
-def remembered(reference: Callable[[Images], Logits]) -> Callable[[Images], Logits]:
-    """Ask torch once for the same pictures: edge batches are the same for each file that is held against it."""
-    known: dict[bytes, Logits] = {}
-
-    def ask(images: Images) -> Logits:
-        key = images.tobytes()
-        if key not in known:
-            known[key] = reference(images)
-        return known[key]
-
-    return ask
 
 
 def largest_difference(comparisons: Sequence[Comparison]) -> float:

@@ -5,17 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.errors import ExportError, GateError
-from export.golden import has_changed, load_data, reference_logits
-from export.graph.trained import TrainingForm
+from export.golden import has_changed, load_data
+from export.graph.trained import Images, Logits, TrainedModel, cached_reference
 from export.parity import (
     FLOAT32_TOLERANCE,
     Comparison,
-    Images,
-    Logits,
     compare_golden,
     compare_with_itself,
     compare_with_torch,
-    remembered,
     require,
     warm_engine,
 )
@@ -163,8 +160,7 @@ def _load(
     for file, metadata in described.items():
         _check_described(file, metadata, source)
     temperature = next(iter(described.values())).temperature
-    form = TrainingForm(source.preprocess, source.model, temperature).eval()
-    torch = remembered(lambda images: reference_logits(form, images))
+    torch = cached_reference(TrainedModel(source.preprocess, source.model, temperature).eval())
     if not wants_pictures:
         return Version(path, golden, torch, None, [])
     try:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from export.errors import GateError
-from export.parity import Images, Logits, run_all, warm_engine
+from export.graph.trained import Images, Logits
+from export.parity import run_all, warm_engine
 from export.quantization import sensitivity
 from export.quantization.float16 import to_float16
 from export.quantization.int8 import quantise

@@ -9,8 +9,9 @@ from pathlib import Path
 from onnx import ModelProto
 
 from export.errors import GateError
-from export.graph.to_onnx import attach
-from export.parity import Images, Logits, compare_with_torch, largest_difference, warm_engine
+from export.graph.to_onnx import serialize
+from export.graph.trained import Images, Logits
+from export.parity import compare_with_torch, largest_difference, warm_engine
 from export.quantization.gate import (
     TIMED_BATCHES,
     Pictures,
@@ -98,7 +99,7 @@ def build_variant(base: Base, precision: VariantPrecision) -> Variant | None:
         if reason is None:
             print(f"{name}: {words}; {'random weights: no gate' if gate is None else describe(gate)}")
             metadata = variant_metadata(base.metadata, precision, difference, gate)
-            return Variant(precision, attach(graph, to_props(metadata)), metadata, words)
+            return Variant(precision, serialize(graph, to_props(metadata)), metadata, words)
         print(f"{name}: {words}: refused: {reason}.")
     print(f"{name}: not written, since no form of it passed.")
     return None
@@ -115,8 +116,8 @@ def _try(
     draft = variant_metadata(base.metadata, precision, 0.0, None)
     with tempfile.TemporaryDirectory() as folder:
         float32, path = Path(folder) / MODEL_FILE, Path(folder) / MODEL_FILES[precision]
-        float32.write_bytes(attach(base.graph, to_props(base.metadata)))
-        path.write_bytes(attach(graph, to_props(draft)))
+        float32.write_bytes(serialize(base.graph, to_props(base.metadata)))
+        path.write_bytes(serialize(graph, to_props(draft)))
         with warm_engine(path, provider, max(base.max_batch, *TIMED_BATCHES)) as engine:
             difference = largest_difference(compare_with_torch(engine, base.reference, base.golden, math.inf))
             if not math.isfinite(difference):

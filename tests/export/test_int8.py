@@ -8,7 +8,7 @@ from onnx import ModelProto
 
 from export.graph.fold import fold
 from export.graph.to_onnx import to_onnx
-from export.graph.trained import TrainingForm
+from export.graph.trained import TrainedModel
 from export.quantization import sensitivity
 from export.quantization.int8 import (
     Quantised,
@@ -34,7 +34,7 @@ def model() -> ModelProto:
     torch.manual_seed(0)
     perceiver = Perceiver(TINY)
     perturb(perceiver)
-    return to_onnx(fold(TrainingForm(Preprocess(SIZE), perceiver).eval()), (SIZE, SIZE))
+    return to_onnx(fold(TrainedModel(Preprocess(SIZE), perceiver).eval()), (SIZE, SIZE))
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_a_dense_layer_that_holds_its_matrix_transposed_is_quantised_as_well() -
     torch.manual_seed(0)
     perceiver = Perceiver(TINY)
     perturb(perceiver)
-    plain = to_onnx(TrainingForm(Preprocess(SIZE), perceiver).eval(), (SIZE, SIZE))
+    plain = to_onnx(TrainedModel(Preprocess(SIZE), perceiver).eval(), (SIZE, SIZE))
     images = noise(32)
     whole, rough = (
         sensitivity.logits_of(graph, images)
