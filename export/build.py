@@ -32,8 +32,8 @@ from export.parity import (
 )
 from export.promotion import check_successor, check_writable
 from export.publish import new_version
-from export.quantization.gate import Pictures, VariantPrecision
-from export.quantization.variants import Base, Variant, build_variants
+from export.quantization.gate import EvalSet
+from export.quantization.variants import Base, Variant, VariantPrecision, build_variants
 from export.source import METRICS_FILE, Source
 from export.triton import write_triton_config
 from service.artifact import (
@@ -158,12 +158,12 @@ def make_variants(
     """Build the wanted variants that pass their gates; random weights are calibrated with the golden noise."""
     if not options.variants:
         return []
-    pictures = None
+    eval_set = None
     if data is not None:
         images = data.val.images.numpy()
-        pictures = Pictures("val", images, data.val.labels.numpy(), reference(images))
+        eval_set = EvalSet("val", images, data.val.labels.numpy(), reference(images))
     calibration = golden.images if data is None else data.train.images.numpy()
-    base = Base(graph, metadata, reference, golden, calibration, pictures, options.max_batch, options.untimed)
+    base = Base(graph, metadata, reference, golden, calibration, eval_set, options.max_batch, options.untimed)
     return build_variants(base, options.variants)
 
 
@@ -291,7 +291,7 @@ def fill(folder: Path, source: Source, exported: Exported) -> None:
     """
     (folder / MODEL_FILE).write_bytes(exported.model)
     for variant in exported.variants:
-        (folder / MODEL_FILES[variant.precision]).write_bytes(variant.model)
+        (folder / MODEL_FILES[variant.precision]).write_bytes(variant.content)
     save_golden(folder / GOLDEN_FILE, exported.golden)
     if source.checkpoint is not None:
         if not source.checkpoint.is_file():

@@ -130,7 +130,7 @@ def compare_with_itself(engine: Engine, tolerance: float) -> list[Comparison]:
     return comparisons
 
 
-def largest_difference(comparisons: Sequence[Comparison]) -> float:
+def max_difference(comparisons: Sequence[Comparison]) -> float:
     """Return the largest difference of a logit; not a number where one isn't."""
     return max((c.max_abs_difference for c in comparisons), key=lambda value: (np.isnan(value), value))
 
@@ -138,7 +138,7 @@ def largest_difference(comparisons: Sequence[Comparison]) -> float:
 def summary(comparisons: Sequence[Comparison]) -> str:
     """One sentence: the largest difference and how many labels differ."""
     labels, pictures = sum(c.labels_differ for c in comparisons), sum(c.n for c in comparisons)
-    return f"largest difference {largest_difference(comparisons):.2e}, {labels} of {pictures} labels differ"
+    return f"largest difference {max_difference(comparisons):.2e}, {labels} of {pictures} labels differ"
 
 
 def require(comparisons: Sequence[Comparison]) -> None:

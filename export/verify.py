@@ -16,7 +16,8 @@ from export.parity import (
     require,
     warm_engine,
 )
-from export.quantization.gate import PROVIDER_OF, TIMED_BATCHES, Pictures, gate_engine, require_variant
+from export.quantization.gate import TIMED_BATCHES, EvalSet, refusal, run_gate
+from export.quantization.variants import PROVIDERS
 from export.source import Source, load_source
 from service.artifact import (
     CHECKPOINT_FILE,
@@ -61,26 +62,26 @@ class Result:
         """
         if self.comparisons:
             require(self.comparisons)
-        if self.gate is not None:
-            require_variant(self.path.name, self.gate)
+        if self.gate is not None and (reason := refusal(self.gate)) is not None:
+            raise GateError(f"{self.path.name}: {reason}.")
 
 
 @dataclass(frozen=True)
 class Version:
-    """A version folder and what its gates need; `torch` and `pictures` are None where they can't be had.
+    """A version folder and what its gates need; `torch` and `eval_set` are None where they can't be had.
 
     Attributes:
         path: the folder.
         golden: pictures and torch's logits for them.
         torch: the training form in float32: uint8 [N, H, W, 3] -> float32 [N, C].
-        pictures: of the gates of variants.
+        eval_set: of the gates of variants.
         why: a sentence on what is missing.
     """
 
     path: Path
     golden: Golden
     torch: Callable[[Images], Logits] | None
-    pictures: Pictures | None
+    eval_set: EvalSet | None
     why: list[str]
 
 
@@ -175,7 +176,7 @@ def _load(
             raise  # who names the data wants the labels compared
         return Version(path, golden, torch, None, [f"labels were not compared: {error}"])
     images = loaded.val.images.numpy()
-    return Version(path, golden, torch, Pictures("val", images, loaded.val.labels.numpy(), torch(images)), [])
+    return Version(path, golden, torch, EvalSet("val", images, loaded.val.labels.numpy(), torch(images)), [])
 
 
 def _verify_file(version: Version, precision: Precision, provider: Provider, max_batch: int) -> Result:
@@ -185,11 +186,11 @@ def _verify_file(version: Version, precision: Precision, provider: Provider, max
     largest = max_batch if precision == "float32" else max(max_batch, *TIMED_BATCHES)
     with warm_engine(path, provider, largest) as engine:
         comparisons = _compare(engine, version, precision)
-        if precision == "float32" or version.pictures is None:
+        if precision == "float32" or version.eval_set is None:
             return Result(path, provider, comparisons, None, version.why)
-        timed = (version.path / MODEL_FILE).is_file() and provider == PROVIDER_OF[precision]
-        notes = [] if timed else [f"its speed was not measured: this file is for {PROVIDER_OF[precision]}"]
-        gate = gate_engine(version.path / MODEL_FILE, engine, version.pictures, timed)
+        timed = (version.path / MODEL_FILE).is_file() and provider == PROVIDERS[precision]
+        notes = [] if timed else [f"its speed was not measured: this file is for {PROVIDERS[precision]}"]
+        gate = run_gate(version.path / MODEL_FILE, engine, version.eval_set, timed)
         return Result(path, provider, comparisons, gate, notes)
 
 
