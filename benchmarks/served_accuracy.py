@@ -22,10 +22,9 @@ from benchmarks.payloads import build_requests, encode
 from benchmarks.processes import run_load
 from benchmarks.server import HOST, Server, parse_settings
 from benchmarks.summary import error_code
-from export.quantization.gate import LARGEST_LOSS, LEAST_EQUAL
-from service.engine.metadata import ModelMetadata
-from service.engine.onnx_engine import EngineError, PrecisionChoice, choose_file, read_metadata, resolve_provider
-from service.repository.folder import CHECKPOINT_FILE
+from export.quantization.gate import MAX_TOP1_LOSS, MIN_LABELS_EQUAL
+from service.artifact import CHECKPOINT_FILE, ModelMetadata
+from service.engine import EngineError, PrecisionChoice, choose_file, read_metadata, resolve_provider
 from training.checkpoint import CheckpointError, digest, load_model
 from training.data.dataset import DataError, DataSet, Split
 from training.data.load import load
@@ -194,7 +193,7 @@ def compare_figures(served: Figures, other: Figures, n: int, *, exact: bool) -> 
     for figures in (served, other):
         print(f"top-1 {figures.top1:.4%}  top-5 {figures.top5:.4%}  {figures.source}")
     print("equal" if same else "NOT equal")
-    return same or (not exact and other.top1 - served.top1 <= LARGEST_LOSS)
+    return same or (not exact and other.top1 - served.top1 <= MAX_TOP1_LOSS)
 
 
 def judge(
@@ -212,7 +211,7 @@ def judge(
         logits = torch_logits(checkpoint, split)
         ranked = np.argsort(-logits, axis=1, kind="stable")[:, :TOP]
         differ = compare_labels(answers[:, 0], logits)
-        good &= differ <= (0 if exact else (1 - LEAST_EQUAL) * len(split))
+        good &= differ <= (0 if exact else (1 - MIN_LABELS_EQUAL) * len(split))
         good &= compare_figures(served, accuracy(ranked, labels, "torch, float32"), len(split), exact=exact)
     if report is not None:
         good &= compare_figures(served, report, len(split), exact=exact)

@@ -7,7 +7,8 @@ from pathlib import Path
 from export.build import Options, export
 from export.errors import ExportError
 from export.parity import TABLE_HEAD, summary
-from export.quantization.gate import PROVIDER_OF, VariantPrecision, describe, provider_for
+from export.quantization.gate import describe
+from export.quantization.variants import PROVIDERS, VariantPrecision, provider_for
 from export.source import load_source, random_source
 from export.verify import verify
 from service.engine.metadata import MODEL_FILES
@@ -66,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--variants",
         nargs="*",
-        choices=tuple(PROVIDER_OF),
+        choices=tuple(PROVIDERS),
         metavar="PRECISION",
         help="files that are written beside float32 if they pass their gates and are faster: int8 (for CPUs), float16 "
         "(for CUDA); none after the flag: float32 alone (default: those that can be timed here; none with --plain and "
@@ -118,7 +119,7 @@ def chosen_variants(args: argparse.Namespace) -> tuple[VariantPrecision, ...]:
     if args.plain or args.random:
         return ()
     timed = []
-    for precision, provider in PROVIDER_OF.items():
+    for precision, provider in PROVIDERS.items():
         if args.untimed or provider_for(precision)[1] is None:
             timed.append(precision)
         else:

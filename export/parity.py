@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from export.errors import ExportError, GateError
-from service.engine.onnx_engine import Engine, OnnxEngine, ProviderChoice
-from service.repository.folder import GOLDEN_FILE, Golden
-
-Images = NDArray[np.uint8]
-Logits = NDArray[np.float32]
+from export.graph.trained import Images, Logits
+from service.artifact import GOLDEN_FILE, Golden
+from service.engine import Engine, OnnxEngine, ProviderChoice
 
 # Rounding in float32 moves the logits of the reference model by 4e-6; anything above this is another function.
 FLOAT32_TOLERANCE = 1e-3
@@ -133,20 +130,7 @@ def compare_with_itself(engine: Engine, tolerance: float) -> list[Comparison]:
     return comparisons
 
 
-def remembered(reference: Callable[[Images], Logits]) -> Callable[[Images], Logits]:
-    """Ask torch once for the same pictures: edge batches are the same for each file that is held against it."""
-    known: dict[bytes, Logits] = {}
-
-    def ask(images: Images) -> Logits:
-        key = images.tobytes()
-        if key not in known:
-            known[key] = reference(images)
-        return known[key]
-
-    return ask
-
-
-def largest_difference(comparisons: Sequence[Comparison]) -> float:
+def max_difference(comparisons: Sequence[Comparison]) -> float:
     """Return the largest difference of a logit; not a number where one isn't."""
     return max((c.max_abs_difference for c in comparisons), key=lambda value: (np.isnan(value), value))
 
@@ -154,7 +138,7 @@ def largest_difference(comparisons: Sequence[Comparison]) -> float:
 def summary(comparisons: Sequence[Comparison]) -> str:
     """One sentence: the largest difference and how many labels differ."""
     labels, pictures = sum(c.labels_differ for c in comparisons), sum(c.n for c in comparisons)
-    return f"largest difference {largest_difference(comparisons):.2e}, {labels} of {pictures} labels differ"
+    return f"largest difference {max_difference(comparisons):.2e}, {labels} of {pictures} labels differ"
 
 
 def require(comparisons: Sequence[Comparison]) -> None:

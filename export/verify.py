@@ -5,21 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.errors import ExportError, GateError
-from export.golden import has_changed, load_data, reference_logits
-from export.graph.trained import TrainingForm
+from export.golden import has_changed, load_data
+from export.graph.trained import Images, Logits, TrainedModel, cached_reference
 from export.parity import (
     FLOAT32_TOLERANCE,
     Comparison,
-    Images,
-    Logits,
     compare_golden,
     compare_with_itself,
     compare_with_torch,
-    remembered,
     require,
     warm_engine,
 )
-from export.quantization.gate import PROVIDER_OF, TIMED_BATCHES, Pictures, gate_engine, require_variant
+from export.quantization.gate import TIMED_BATCHES, EvalSet, refusal, run_gate
+from export.quantization.variants import PROVIDERS
 from export.source import Source, load_source
 from service.engine.metadata import (
     MODEL_FILE,
@@ -67,26 +65,26 @@ class Result:
         """
         if self.comparisons:
             require(self.comparisons)
-        if self.gate is not None:
-            require_variant(self.path.name, self.gate)
+        if self.gate is not None and (reason := refusal(self.gate)) is not None:
+            raise GateError(f"{self.path.name}: {reason}.")
 
 
 @dataclass(frozen=True)
 class Version:
-    """A version folder and what its gates need; `torch` and `pictures` are None where they can't be had.
+    """A version folder and what its gates need; `torch` and `eval_set` are None where they can't be had.
 
     Attributes:
         path: the folder.
         golden: pictures and torch's logits for them.
         torch: the training form in float32: uint8 [N, H, W, 3] -> float32 [N, C].
-        pictures: of the gates of variants.
+        eval_set: of the gates of variants.
         why: a sentence on what is missing.
     """
 
     path: Path
     golden: Golden
     torch: Callable[[Images], Logits] | None
-    pictures: Pictures | None
+    eval_set: EvalSet | None
     why: list[str]
 
 
@@ -166,8 +164,7 @@ def _load(
     for file, metadata in described.items():
         _check_described(file, metadata, source)
     temperature = next(iter(described.values())).temperature
-    form = TrainingForm(source.preprocess, source.model, temperature).eval()
-    torch = remembered(lambda images: reference_logits(form, images))
+    torch = cached_reference(TrainedModel(source.preprocess, source.model, temperature).eval())
     if not wants_pictures:
         return Version(path, golden, torch, None, [])
     try:
@@ -182,7 +179,7 @@ def _load(
             raise  # who names the data wants the labels compared
         return Version(path, golden, torch, None, [f"labels were not compared: {error}"])
     images = loaded.val.images.numpy()
-    return Version(path, golden, torch, Pictures("val", images, loaded.val.labels.numpy(), torch(images)), [])
+    return Version(path, golden, torch, EvalSet("val", images, loaded.val.labels.numpy(), torch(images)), [])
 
 
 def _verify_file(version: Version, precision: Precision, provider: Provider, max_batch: int) -> Result:
@@ -192,11 +189,11 @@ def _verify_file(version: Version, precision: Precision, provider: Provider, max
     largest = max_batch if precision == "float32" else max(max_batch, *TIMED_BATCHES)
     with warm_engine(path, provider, largest) as engine:
         comparisons = _compare(engine, version, precision)
-        if precision == "float32" or version.pictures is None:
+        if precision == "float32" or version.eval_set is None:
             return Result(path, provider, comparisons, None, version.why)
-        timed = (version.path / MODEL_FILE).is_file() and provider == PROVIDER_OF[precision]
-        notes = [] if timed else [f"its speed was not measured: this file is for {PROVIDER_OF[precision]}"]
-        gate = gate_engine(version.path / MODEL_FILE, engine, version.pictures, timed)
+        timed = (version.path / MODEL_FILE).is_file() and provider == PROVIDERS[precision]
+        notes = [] if timed else [f"its speed was not measured: this file is for {PROVIDERS[precision]}"]
+        gate = run_gate(version.path / MODEL_FILE, engine, version.eval_set, timed)
         return Result(path, provider, comparisons, gate, notes)
 
 

@@ -164,7 +164,9 @@ def faster_files(variants: Sequence[Variant]) -> str:
     for variant in variants:
         gate = variant.metadata.gate
         result = "random weights: no gate" if gate is None else describe(gate)
-        lines.append(bullet(f"`{MODEL_FILES[variant.precision]}`, {variant.precision}: {variant.words}; {result}."))
+        lines.append(
+            bullet(f"`{MODEL_FILES[variant.precision]}`, {variant.precision}: {variant.description}; {result}.")
+        )
     words = (
         "The service takes the fastest file for where it runs; its setting `--precision float32` takes `model.onnx`, "
         "whose labels are torch's. A variant's labels may differ from those by what stands here."

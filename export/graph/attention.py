@@ -1,7 +1,7 @@
-"""The two ways to compute an attention at inference; `export.graph.fold` takes the one with fewer operations.
+"""The two ways to compute an attention at inference; `cheaper_attention` takes the one with fewer operations.
 
-Shape letters as in `training.config`; also P heads, S channels of a head, R rows: the latents (or tokens) of all
-pictures of a batch, one below the other.
+Shape letters: B images, N latents, M tokens, C channels of a latent, T of a token, P heads, S channels of a head,
+R rows: the latents (or tokens) of all images of a batch, one below the other.
 """
 
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ class Dense(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.contiguous())
 
     def forward(self, rows: Tensor) -> Tensor:
-        """[R, in] -> [R, out]."""
+        """Map [R, in] to [R, out]."""
         return rows @ self.weight if self.bias is None else torch.addmm(self.bias, rows, self.weight)
 
 
-class Output(nn.Module):
-    """From what the heads found to a latent: a matrix, where there is one, and a bias.
+class OutputProjection(nn.Module):
+    """From the heads' outputs to a latent: a matrix, where there is one, and a bias.
 
     Args:
         weight: [in, C], or None where the heads' channels are the latent's.
@@ -47,26 +47,26 @@ class Output(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 
-    def without_bias(self, found: Tensor) -> Tensor:
-        """[R, in] -> [R, C]."""
-        return found if self.weight is None else found @ self.weight
+    def without_bias(self, heads: Tensor) -> Tensor:
+        """Map [R, in] to [R, C]."""
+        return heads if self.weight is None else heads @ self.weight
 
-    def forward(self, found: Tensor) -> Tensor:
-        """[R, in] -> [R, C]."""
-        return found + self.bias if self.weight is None else torch.addmm(self.bias, found, self.weight)
+    def forward(self, heads: Tensor) -> Tensor:
+        """Map [R, in] to [R, C]."""
+        return heads + self.bias if self.weight is None else torch.addmm(self.bias, heads, self.weight)
 
 
 @dataclass(frozen=True)
-class Weights:
-    """What defines an attention of N latents among M tokens, in float64; letters as above.
+class AttentionWeights:
+    """What defines an attention of N latents over M tokens, in float64.
 
     Attributes:
         query: [P, C, S], scaled.
         query_bias: [P, S], scaled.
-        key: [P, T, S]. A bias of the keys would be the same for all tokens of a row of scores, so it plays no part.
+        key: [P, T, S]. A bias of the keys adds the same to all scores of a row, and softmax ignores that.
         value: [P, T, S].
-        output: [P, S, C], from heads back to a latent; None where the heads' channels, side by side, are the latent.
-        output_bias: [C]; with it the values' bias, which a row of weights, summing to one, lets through.
+        output: [P, S, C]; None where the heads' channels, side by side, are the latent.
+        output_bias: [C]. It includes the values' bias, since a row of attention weights sums to one.
         position_bias: [P, N, M], added to the scores, or None.
     """
 
@@ -80,14 +80,14 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Uses:
-    """How often an attention's weights are used on the same tokens, and on how many latents and tokens.
+class Workload:
+    """How often an attention's weights run over the same tokens, for one image.
 
     Attributes:
         latents: N.
         tokens: M.
-        dynamic: times with latents that depend on the picture.
-        constant: times with constant latents, whose queries are known beforehand.
+        dynamic: runs with latents that depend on the image.
+        constant: runs with constant latents, whose queries are known at export.
     """
 
     latents: int
@@ -96,106 +96,106 @@ class Uses:
     constant: int = 0
 
 
-class Projected(nn.Module):
-    """Queries, keys and values of each head, as it was trained."""
-
-    def __init__(self, weights: Weights) -> None:
-        super().__init__()
-        self.heads, _, self.size = weights.query.shape
-        self.query = Dense(side_by_side(weights.query), weights.query_bias.flatten())
-        self.key = Dense(side_by_side(weights.key))
-        self.value = Dense(side_by_side(weights.value))
-        output = weights.output
-        self.output = Output(None if output is None else output.flatten(0, 1), weights.output_bias)
-        self.register_buffer("position_bias", weights.position_bias)
+class ProjectedAttention(nn.Module):
+    """Queries, keys and values are projected for each head, as in training."""
 
     position_bias: Tensor | None
 
+    def __init__(self, weights: AttentionWeights) -> None:
+        super().__init__()
+        self.heads, _, self.size = weights.query.shape
+        self.query = Dense(concatenate_heads(weights.query), weights.query_bias.flatten())
+        self.key = Dense(concatenate_heads(weights.key))
+        self.value = Dense(concatenate_heads(weights.value))
+        output = weights.output
+        self.output = OutputProjection(None if output is None else output.flatten(0, 1), weights.output_bias)
+        self.register_buffer("position_bias", weights.position_bias)
+
     @staticmethod
-    def multiply_adds(weights: Weights, uses: Uses) -> int:
-        """Multiply-adds a picture."""
+    def multiply_adds(weights: AttentionWeights, work: Workload) -> int:
+        """Count multiply-adds for one image."""
         heads, dim, size = weights.query.shape
         token_dim, inner = weights.key.shape[1], heads * size
-        n, m = uses.latents, uses.tokens
+        n, m = work.latents, work.tokens
         each = 2 * n * m * inner + (0 if weights.output is None else n * inner * dim)
-        return m * token_dim * 2 * inner + uses.dynamic * n * dim * inner + (uses.dynamic + uses.constant) * each
+        return m * token_dim * 2 * inner + work.dynamic * n * dim * inner + (work.dynamic + work.constant) * each
 
-    def split(self, rows: Tensor, count: int) -> Tensor:
-        """[R, P * S] with `count` rows a picture -> [B, P, count, S]."""
+    def split_heads(self, rows: Tensor, count: int) -> Tensor:
+        """Map [R, P * S], `count` rows an image, to [B, P, count, S]."""
         return rows.view(-1, count, self.heads, self.size).transpose(1, 2)
 
-    def prepare(self, tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Rows of `count` tokens a picture, [R, T] -> keys and values, [B, P, M, S]."""
-        return self.split(self.key(tokens), count), self.split(self.value(tokens), count)
+    def keys_values(self, tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Map [R, T], `count` tokens an image, to keys and values, [B, P, M, S] each."""
+        return self.split_heads(self.key(tokens), count), self.split_heads(self.value(tokens), count)
 
     def queries(self, latents: Tensor, count: int) -> Tensor:
-        """Rows of `count` latents a picture, [R, C] -> [B, P, N, S]."""
-        return self.split(self.query(latents), count)
+        """Map [R, C], `count` latents an image, to [B, P, N, S]."""
+        return self.split_heads(self.query(latents), count)
 
-    def forward(self, queries: Tensor, prepared: tuple[Tensor, Tensor]) -> Tensor:
-        """Read: [B or 1, P, N, S] -> what the heads found, side by side, [R, P * S]."""
-        keys, values = prepared
+    def forward(self, queries: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+        """Attend with queries [B or 1, P, N, S]; returns the heads' outputs side by side, [R, P * S]."""
+        keys, values = keys_values
         scores = queries @ keys.transpose(-1, -2)
         if self.position_bias is not None:
             scores = scores + self.position_bias
         return (scores.softmax(-1) @ values).transpose(1, 2).reshape(-1, self.heads * self.size)
 
 
-class Merged(nn.Module):
-    """Tokens are their own keys and values, for all heads; those matrices went into the queries' and the output's."""
-
-    def __init__(self, weights: Weights) -> None:
-        super().__init__()
-        self.heads = len(weights.query)
-        to_key = weights.key.transpose(1, 2)
-        self.query = Dense(side_by_side(weights.query @ to_key), (weights.query_bias[:, None] @ to_key).flatten())
-        self.output = Output((weights.value @ output_of(weights)).flatten(0, 1), weights.output_bias)
-        bias = weights.position_bias
-        # Rows of scores are (latent, head), as the queries' Gemm leaves them: nothing has to be moved.
-        self.register_buffer("position_bias", None if bias is None else bias.transpose(0, 1).flatten(0, 1))
+class MergedAttention(nn.Module):
+    """Tokens are keys and values of all heads; key and value matrices are merged into query and output."""
 
     position_bias: Tensor | None
 
+    def __init__(self, weights: AttentionWeights) -> None:
+        super().__init__()
+        self.heads = len(weights.query)
+        to_key = weights.key.transpose(1, 2)
+        self.query = Dense(concatenate_heads(weights.query @ to_key), (weights.query_bias[:, None] @ to_key).flatten())
+        self.output = OutputProjection((weights.value @ output_per_head(weights)).flatten(0, 1), weights.output_bias)
+        bias = weights.position_bias
+        # Score rows are ordered (latent, head), as the query Gemm returns them, so no transpose is needed.
+        self.register_buffer("position_bias", None if bias is None else bias.transpose(0, 1).flatten(0, 1))
+
     @staticmethod
-    def multiply_adds(weights: Weights, uses: Uses) -> int:
-        """Multiply-adds a picture."""
+    def multiply_adds(weights: AttentionWeights, work: Workload) -> int:
+        """Count multiply-adds for one image."""
         heads, dim, _ = weights.query.shape
         token_dim = weights.key.shape[1]
-        n, m = uses.latents, uses.tokens
+        n, m = work.latents, work.tokens
         each = 2 * heads * n * m * token_dim + n * heads * token_dim * dim
-        return uses.dynamic * n * dim * heads * token_dim + (uses.dynamic + uses.constant) * each
+        return work.dynamic * n * dim * heads * token_dim + (work.dynamic + work.constant) * each
 
-    def prepare(self, tokens: Tensor, count: int) -> Tensor:
-        """Rows of `count` tokens a picture, [R, T] -> [B, M, T]."""
+    def keys_values(self, tokens: Tensor, count: int) -> Tensor:
+        """Map [R, T], `count` tokens an image, to [B, M, T]."""
         return tokens.view(-1, count, tokens.shape[1])
 
     def queries(self, latents: Tensor, count: int) -> Tensor:
-        """Rows of `count` latents a picture, [R, C] -> [B, N * P, T]."""
+        """Map [R, C], `count` latents an image, to [B, N * P, T]."""
         rows: Tensor = self.query(latents)
         return rows.view(-1, count * self.heads, rows.shape[1] // self.heads)
 
     def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        """Read: [B or 1, N * P, T] -> what the heads found, side by side, [R, P * T]."""
+        """Attend with queries [B or 1, N * P, T]; returns the heads' outputs side by side, [R, P * T]."""
         scores = queries @ tokens.transpose(1, 2)
         if self.position_bias is not None:
             scores = scores + self.position_bias
         return (scores.softmax(-1) @ tokens).view(-1, self.heads * tokens.shape[2])
 
 
-def side_by_side(matrices: Tensor) -> Tensor:
-    """[P, in, out] -> [in, P * out]."""
+def concatenate_heads(matrices: Tensor) -> Tensor:
+    """Map [P, in, out] to [in, P * out]."""
     return matrices.transpose(0, 1).flatten(1)
 
 
-def output_of(weights: Weights) -> Tensor:
-    """Return [P, S, C] also where there is none: each head's channels to their place."""
+def output_per_head(weights: AttentionWeights) -> Tensor:
+    """Return the output matrix of each head, [P, S, C]; an identity where the attention has none."""
     if weights.output is not None:
         return weights.output
     heads, _, size = weights.value.shape
     return torch.eye(heads * size, dtype=weights.value.dtype).view(heads, size, -1)
 
 
-def fold_attention(weights: Weights, uses: Uses) -> Projected | Merged:
-    """Take the form with fewer operations."""
-    cheaper = Merged.multiply_adds(weights, uses) < Projected.multiply_adds(weights, uses)
-    return Merged(weights) if cheaper else Projected(weights)
+def cheaper_attention(weights: AttentionWeights, work: Workload) -> ProjectedAttention | MergedAttention:
+    """Build the form with fewer operations."""
+    merged = MergedAttention.multiply_adds(weights, work) < ProjectedAttention.multiply_adds(weights, work)
+    return MergedAttention(weights) if merged else ProjectedAttention(weights)

@@ -13,7 +13,7 @@ import torch
 from export import build
 from export.__main__ import main
 from export.golden import load_data
-from export.graph.trained import TrainingForm
+from export.graph.trained import TrainedModel
 from export.source import load_source
 from service.engine.metadata import from_props
 from service.engine.onnx_engine import OnnxEngine
@@ -222,7 +222,7 @@ def test_verify_refuses_a_version_whose_golden_logits_are_others(
     assert "the gate refuses this model on golden" in capsys.readouterr().err
 
 
-class Wrong(TrainingForm):
+class Wrong(TrainedModel):
     """A form that differs from the trained one by a hair."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from export import verify
 from export.__main__ import main
 from export.golden import load_data
 from export.quantization import gate, sensitivity
-from export.quantization.gate import describe, times_as_fast, why_refused
+from export.quantization.gate import describe, measure_speedup, refusal
 from export.source import load_source
 from service.engine.metadata import VariantGate
 from service.engine.onnx_engine import EngineError, OnnxEngine, read_metadata
@@ -27,7 +27,7 @@ FAST = ((1, 1.1), (4, 1.5))
 
 @pytest.fixture(autouse=True)
 def few_pictures_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "LEAST_PICTURES", 20)
+    monkeypatch.setattr(gate, "MIN_IMAGES", 20)
 
 
 def changed(**changes: object) -> VariantGate:
@@ -35,9 +35,9 @@ def changed(**changes: object) -> VariantGate:
 
 
 def test_a_gate_lets_pass_at_its_bounds() -> None:
-    assert why_refused(GATE) is None
-    assert why_refused(changed(top1=0.7)) is None
-    assert why_refused(changed(speed=None)) is None
+    assert refusal(GATE) is None
+    assert refusal(changed(top1=0.7)) is None
+    assert refusal(changed(speed=None)) is None
 
 
 @pytest.mark.parametrize(
@@ -47,11 +47,11 @@ def test_a_gate_lets_pass_at_its_bounds() -> None:
         ({"top1": 0.5899}, "top-1 falls from 59.30% to 58.99%, 0.3 points are allowed"),
         ({"speed": ((1, 1.3), (8, 0.97))}, "not faster than float32: 0.97 at batch 8"),
         ({"speed": ((1, 1.0),)}, "not faster"),
-        ({"n": 19}, "19 val pictures are too few to tell how many labels differ, 20 are asked for"),
+        ({"n": 19}, "19 val images are too few to measure how many labels differ; at least 20 are needed"),
     ],
 )
 def test_a_gate_says_what_it_refuses(changes: dict[str, object], words: str) -> None:
-    assert words in (why_refused(changed(**changes)) or "")
+    assert words in (refusal(changed(**changes)) or "")
 
 
 def test_a_gate_in_a_sentence() -> None:
@@ -63,7 +63,7 @@ def test_a_gate_in_a_sentence() -> None:
 def test_speed_is_that_of_the_fastest_runs_in_turn() -> None:
     slow, fast = FakeEngine(), FakeEngine()
     slow.delay, fast.delay = 0.02, 0.002
-    ((batch, ratio),) = times_as_fast(slow, fast, [2], seconds=0.05)
+    ((batch, ratio),) = measure_speedup(slow, fast, [2], seconds=0.05)
     assert batch == 2
     assert 2 < ratio < 20
     assert {len(images) for images in slow.batches} == {2}
@@ -79,11 +79,11 @@ def version(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A version with int8 and an unmeasured float16; labels flip easily on 20 pictures of noise."""
     out = tmp_path_factory.mktemp("models") / "things"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sensitivity, "TARGETS", (0.05, 0.01))
-        patch.setattr(gate, "LEAST_PICTURES", 20)
-        patch.setattr(gate, "LEAST_EQUAL", 0.8)
-        patch.setattr(gate, "LARGEST_LOSS", 1.0)
-        patch.setattr(gate, "times_as_fast", lambda base, variant, batches: FAST)
+        patch.setattr(sensitivity, "FLIP_RATES", (0.05, 0.01))
+        patch.setattr(gate, "MIN_IMAGES", 20)
+        patch.setattr(gate, "MIN_LABELS_EQUAL", 0.8)
+        patch.setattr(gate, "MAX_TOP1_LOSS", 1.0)
+        patch.setattr(gate, "measure_speedup", lambda base, variant, batches: FAST)
         assert export(run, out, "--variants", "int8", "float16", "--untimed") == 0
     return out / "1"
 
@@ -146,15 +146,15 @@ def test_variants_answer_like_the_float32_file(version: Path, name: str) -> None
 def test_verify_runs_all_gates_again(
     version: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gate, "LEAST_EQUAL", 0.8)
-    monkeypatch.setattr(gate, "LARGEST_LOSS", 1.0)
-    monkeypatch.setattr(gate, "times_as_fast", lambda base, variant, batches: FAST)
+    monkeypatch.setattr(gate, "MIN_LABELS_EQUAL", 0.8)
+    monkeypatch.setattr(gate, "MAX_TOP1_LOSS", 1.0)
+    monkeypatch.setattr(gate, "measure_speedup", lambda base, variant, batches: FAST)
     assert main(["--verify", str(version), "--provider", "cpu", "--max-batch", "3"]) == 0
     out = capsys.readouterr().out
     assert "1.50 at batch 4" in out
     assert out.count("of 20 labels equal") == 2
     assert "its speed was not measured: this file is for cuda" in out
-    monkeypatch.setattr(gate, "times_as_fast", lambda base, variant, batches: ((1, 0.9),))
+    monkeypatch.setattr(gate, "measure_speedup", lambda base, variant, batches: ((1, 0.9),))
     assert main(["--verify", str(version), "--provider", "cpu", "--max-batch", "3"]) == 1
     assert "model.int8.onnx: it is not faster" in capsys.readouterr().err
 
@@ -186,7 +186,7 @@ def test_a_version_folder_can_be_exported_again(version: Path, run: Path) -> Non
 
 @pytest.mark.parametrize(
     ("target", "speed", "words"),
-    [((0.05,), ((1, 0.5),), "refused: it is not faster"), ((-1.0,), FAST, "no form of it passed")],
+    [((0.05,), ((1, 0.5),), "refused: it is not faster"), ((-1.0,), FAST, "no candidate passed")],
 )
 def test_what_does_not_pass_is_not_written(
     run: Path,
@@ -197,10 +197,10 @@ def test_what_does_not_pass_is_not_written(
     speed: tuple[tuple[int, float], ...],
     words: str,
 ) -> None:
-    monkeypatch.setattr(sensitivity, "TARGETS", target)
-    monkeypatch.setattr(gate, "LEAST_EQUAL", 0.5)
-    monkeypatch.setattr(gate, "LARGEST_LOSS", 1.0)
-    monkeypatch.setattr(gate, "times_as_fast", lambda base, variant, batches: speed)
+    monkeypatch.setattr(sensitivity, "FLIP_RATES", target)
+    monkeypatch.setattr(gate, "MIN_LABELS_EQUAL", 0.5)
+    monkeypatch.setattr(gate, "MAX_TOP1_LOSS", 1.0)
+    monkeypatch.setattr(gate, "measure_speedup", lambda base, variant, batches: speed)
     assert export(run, tmp_path / "out", "--variants", "int8") == 0
     assert words in capsys.readouterr().out
     assert not (tmp_path / "out" / "1" / "model.int8.onnx").exists()
@@ -228,12 +228,12 @@ def test_what_is_not_tried_is_told(
 def test_who_wants_what_can_not_be_timed_need_not_name_it(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("service.engine.session.why_no_cuda", lambda device_id=0: "there is none")
-    monkeypatch.setattr(gate, "times_as_fast", lambda base, variant, batches: FAST)
+    monkeypatch.setattr("service.session.why_no_cuda", lambda device_id=0: "there is none")
+    monkeypatch.setattr(gate, "measure_speedup", lambda base, variant, batches: FAST)
     assert export(run, tmp_path / "out", "--untimed") == 0
     told = capsys.readouterr().out
     assert "is not tried" not in told
-    assert "model.fp16.onnx: half precision but for the pixels and the last mean" in told
+    assert "model.fp16.onnx: half precision except for the pixels and the last mean" in told
 
 
 def test_a_variant_that_does_not_run_is_refused_alone(
@@ -242,11 +242,11 @@ def test_a_variant_that_does_not_run_is_refused_alone(
     def fails(base: object, variant: object, batches: object) -> None:
         raise EngineError("model.onnx: a batch of 8 failed: CUDA error 700")
 
-    monkeypatch.setattr(gate, "times_as_fast", fails)
+    monkeypatch.setattr(gate, "measure_speedup", fails)
     assert export(run, tmp_path / "out", "--variants", "int8") == 0
     told = capsys.readouterr().out
     assert "refused: model.onnx: a batch of 8 failed: CUDA error 700." in told
-    assert "model.int8.onnx: not written, since no form of it passed." in told
+    assert "model.int8.onnx: not written, since no candidate passed." in told
     assert (tmp_path / "out" / "1" / "model.onnx").exists()
     assert not (tmp_path / "out" / "1" / "model.int8.onnx").exists()
 
@@ -266,9 +266,9 @@ def test_an_engine_is_warm_before_it_is_judged(run: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(OnnxEngine, "warm_up", warmed)
     monkeypatch.setattr(OnnxEngine, "run", guarded)
-    monkeypatch.setattr(gate, "LEAST_EQUAL", 0.0)
-    monkeypatch.setattr(gate, "LARGEST_LOSS", 1.0)
-    monkeypatch.setattr(gate, "times_as_fast", lambda base, variant, batches: FAST)
+    monkeypatch.setattr(gate, "MIN_LABELS_EQUAL", 0.0)
+    monkeypatch.setattr(gate, "MAX_TOP1_LOSS", 1.0)
+    monkeypatch.setattr(gate, "measure_speedup", lambda base, variant, batches: FAST)
     assert export(run, tmp_path / "out", "--variants", "int8") == 0
     assert main(["--verify", str(tmp_path / "out")]) == 0
     files = [engine.path.name for engine in warm]

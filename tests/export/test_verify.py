@@ -14,22 +14,21 @@ from onnx import numpy_helper
 from export import build
 from export.__main__ import main
 from export.errors import GateError
-from export.golden import load_data, noise_golden, reference_logits
-from export.graph.trained import TrainingForm
+from export.golden import load_data, noise_golden
+from export.graph.trained import TrainedModel, cached_reference, reference_logits
 from export.parity import (
     FLOAT32_TOLERANCE,
     Comparison,
     compare,
     compare_with_itself,
     edge_batches,
-    largest_difference,
-    remembered,
+    max_difference,
     run_all,
     summary,
 )
 from export.quantization import gate, variants
-from export.quantization.gate import TOLERANCE_FACTOR, Pictures, measure
-from export.quantization.variants import Base, build_variant
+from export.quantization.gate import EvalSet, evaluate
+from export.quantization.variants import TOLERANCE_FACTOR, Base, build_variant
 from export.source import load_source
 from export.verify import Version, _verify_file
 from service.engine.metadata import EvalMetrics, ModelMetadata, from_props, to_props
@@ -107,7 +106,7 @@ def test_a_checkpoint_of_another_model(version: Path, capsys: pytest.CaptureFixt
 
 def test_a_file_for_cpus_is_not_run_elsewhere(version: Path) -> None:
     source = load_source(version)
-    golden = noise_golden(TrainingForm(source.preprocess, source.model, 1.0).eval(), (SIZE, SIZE), 2)
+    golden = noise_golden(TrainedModel(source.preprocess, source.model, 1.0).eval(), (SIZE, SIZE), 2)
     result = _verify_file(Version(version, golden, None, None, []), "int8", "cuda", 2)
     assert (result.comparisons, result.gate) == ([], None)
     assert result.notes == ["this file is for CPUs, and was not run: use --provider cpu"]
@@ -160,31 +159,32 @@ def test_a_label_that_differs_and_what_is_no_number_fail() -> None:
     assert not Comparison("x", 2, 0.0, 1, 0.5).passed
     nothing = compare("x", sure, np.full_like(sure, math.nan), 0.5)
     assert not nothing.passed
-    assert math.isnan(largest_difference([Comparison("y", 1, 9.0, 0, 0.5), nothing]))
+    assert math.isnan(max_difference([Comparison("y", 1, 9.0, 0, 0.5), nothing]))
     assert "nan" in summary([nothing, Comparison("y", 1, 9.0, 0, 0.5)])
 
 
-def test_torch_is_asked_once_for_the_same_pictures() -> None:
-    asked: list[int] = []
+def test_torch_runs_once_for_equal_images() -> None:
+    runs: list[int] = []
 
-    def reference(images: Images) -> Logits:
-        asked.append(len(images))
-        return brightness(images)
+    class Mean(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            runs.append(len(images))
+            return images.float().mean(dim=(1, 2))
 
-    ask = remembered(reference)
+    reference = cached_reference(Mean())
     batches = [images for _, images in edge_batches((4, 6), 3)]
     for images in batches * 2:
-        np.testing.assert_array_equal(ask(images), brightness(images))
-    assert asked == [len(images) for images in batches]
+        np.testing.assert_allclose(reference(images), images.mean(axis=(1, 2)), rtol=1e-5)
+    assert runs == [len(images) for images in batches]
 
 
 def test_logits_of_many_pictures_come_in_their_order() -> None:
     images = np.arange(230, dtype=np.uint8).repeat(12).reshape(230, 2, 2, 3)
 
     class First(torch.nn.Module):
-        def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-            assert len(pictures) <= 100
-            return pictures[:, 0, 0, :1].float()
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            assert len(images) <= 100
+            return images[:, 0, 0, :1].float()
 
     assert reference_logits(First(), images).ravel().tolist() == list(range(230))
 
@@ -203,12 +203,12 @@ def test_a_gate_counts_equal_labels_and_right_ones() -> None:
         found[pictures[:, 0, 0, 0] == 3] = [1, 0, 0, 0, 0]  # the one label that differs, right in float32
         return found
 
-    gate = measure(Formula(answers), Pictures("val", images, labels, logits), ((1, 1.5),))  # type: ignore[arg-type]
+    gate = evaluate(Formula(answers), EvalSet("val", images, labels, logits), ((1, 1.5),))  # type: ignore[arg-type]
     assert (gate.n, gate.split, gate.provider, gate.speed) == (10, "val", "cpu", ((1, 1.5),))
     assert (gate.labels_equal, gate.top1, gate.top1_float32) == (0.9, 0.5, 0.6)
     broken = Formula(lambda pictures: np.where(pictures[:, :1, 0, 0] == 9, np.float32(math.nan), answers(pictures)))
-    with pytest.raises(GateError, match="some of its logits of val pictures are no numbers"):
-        measure(broken, Pictures("val", images, labels, logits), None)  # type: ignore[arg-type]
+    with pytest.raises(GateError, match="some of its logits of val images are not finite"):
+        evaluate(broken, EvalSet("val", images, labels, logits), None)  # type: ignore[arg-type]
 
 
 def captured(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Base:
@@ -226,13 +226,13 @@ def test_scales_are_chosen_by_training_pictures_and_judged_by_others(
     source = load_source(run)
     data = load_data(source, None)
     np.testing.assert_array_equal(base.calibration, data.train.images.numpy())
-    assert base.pictures is not None
-    np.testing.assert_array_equal(base.pictures.images, data.val.images.numpy())
-    np.testing.assert_array_equal(base.pictures.labels, data.val.labels.numpy())
-    trained = TrainingForm(source.preprocess, source.model, source.temperature).eval()
-    np.testing.assert_allclose(base.pictures.logits, reference_logits(trained, base.pictures.images))
+    assert base.eval_set is not None
+    np.testing.assert_array_equal(base.eval_set.images, data.val.images.numpy())
+    np.testing.assert_array_equal(base.eval_set.labels, data.val.labels.numpy())
+    trained = TrainedModel(source.preprocess, source.model, source.temperature).eval()
+    np.testing.assert_allclose(base.eval_set.logits, reference_logits(trained, base.eval_set.images))
     with pytest.raises(AssertionError):
-        np.testing.assert_array_equal(base.calibration, base.pictures.images)
+        np.testing.assert_array_equal(base.calibration, base.eval_set.images)
 
 
 def test_a_variants_tolerance_holds_for_all_pictures_and_it_is_timed_at_the_sizes_that_serve(
@@ -244,16 +244,16 @@ def test_a_variants_tolerance_holds_for_all_pictures_and_it_is_timed_at_the_size
         timed.append(batches)
         return ((1, 1.5),)
 
-    monkeypatch.setattr(gate, "LEAST_PICTURES", 20)
-    monkeypatch.setattr(gate, "LEAST_EQUAL", 0.0)
-    monkeypatch.setattr(gate, "LARGEST_LOSS", 1.0)
-    monkeypatch.setattr(gate, "times_as_fast", fast)
+    monkeypatch.setattr(gate, "MIN_IMAGES", 20)
+    monkeypatch.setattr(gate, "MIN_LABELS_EQUAL", 0.0)
+    monkeypatch.setattr(gate, "MAX_TOP1_LOSS", 1.0)
+    monkeypatch.setattr(gate, "measure_speedup", fast)
     base = captured(run, tmp_path, monkeypatch)
     variant = build_variant(base, "int8")
     assert variant is not None
     assert timed == [(1, 8, 32)]  # although --max-batch is 2
     path = tmp_path / "model.int8.onnx"
-    path.write_bytes(variant.model)
+    path.write_bytes(variant.content)
     engine = OnnxEngine(path, provider="cpu", max_batch_size=32)
     differences = [np.abs(run_all(engine, base.golden.images) - base.golden.logits).max()]
     differences += [np.abs(engine.run(x) - base.reference(x)).max() for _, x in edge_batches((SIZE, SIZE), 32)]
@@ -271,10 +271,10 @@ def test_a_variant_that_gives_no_numbers_is_not_written_even_of_random_weights(
     weights = max(spoilt.graph.initializer, key=lambda tensor: len(tensor.raw_data))
     nothing = np.full_like(numpy_helper.to_array(weights), math.nan)
     weights.CopyFrom(numpy_helper.from_array(nothing, weights.name))
-    monkeypatch.setattr(variants, "graphs", lambda *args: iter([("spoilt", spoilt)]))
+    monkeypatch.setattr(variants, "candidate_graphs", lambda *args: iter([("spoilt", spoilt)]))
     random = Base(base.graph, base.metadata, base.reference, base.golden, base.calibration, None, 2, untimed=True)
     assert build_variant(random, "float16") is None
-    assert "spoilt: refused: some of its logits are no numbers." in capsys.readouterr().out
+    assert "spoilt: refused: some of its logits are not finite." in capsys.readouterr().out
 
 
 def test_the_card_says_where_pictures_may_have_trained_an_earlier_run(
