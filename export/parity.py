@@ -12,8 +12,8 @@ import numpy as np
 
 from export.errors import ExportError, GateError
 from export.graph.trained import Images, Logits
-from service.artifact import GOLDEN_FILE, Golden
-from service.engine import Engine, OnnxEngine, ProviderChoice
+from service.engine.onnx_engine import Engine, OnnxEngine, ProviderChoice
+from service.repository.folder import GOLDEN_FILE, Golden
 
 # Rounding in float32 moves the logits of the reference model by 4e-6; anything above this is another function.
 FLOAT32_TOLERANCE = 1e-3

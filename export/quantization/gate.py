@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from export.errors import GateError
 from export.graph.trained import Images, Logits
 from export.parity import run_all, warm_engine
-from service.artifact import VariantGate
-from service.engine import Engine, OnnxEngine
+from service.engine.metadata import VariantGate
+from service.engine.onnx_engine import Engine, OnnxEngine
 
 MIN_LABELS_EQUAL = 0.995  # share of labels that are torch's in float32
 MIN_IMAGES = 500  # with fewer, 99.5 % can't be told from 99 %

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from export.graph.trained import Images
-from service.artifact import INPUT_NAME
+from service.engine.metadata import INPUT_NAME
 
 Floats = NDArray[np.float32]
 

@@ -18,7 +18,7 @@ from onnx import ModelProto
 from export.golden import spread
 from export.graph.trained import Images, Logits
 from export.quantization.int8 import QuantizedLayer, find_layers, open_session, quantize_layers, replace_layers
-from service.artifact import INPUT_NAME
+from service.engine.metadata import INPUT_NAME
 
 CALIBRATION_IMAGES = 256
 BATCH_SIZE = 64
