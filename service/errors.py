@@ -19,6 +19,7 @@
     ├── BodyTimeout                  408  body_timeout
     ├── BodyTooLarge                 413  body_too_large
     ├── TooManyPixels                413  too_many_pixels
+    ├── ImageTooCostly               413  image_too_costly
     ├── TooManyPictures              413  too_many_pictures
     ├── UnsupportedFormat            415  unsupported_format
     ├── UnsupportedMediaType         415  unsupported_media_type
@@ -162,6 +163,12 @@ class TooManyPixels(ServiceError):
     """A picture of more than `max_pixels` by its header, or pictures of more than `max_request_pixels` together."""
 
     status, code, default = 413, "too_many_pixels", "The picture has too many pixels."
+
+
+class ImageTooCostly(ServiceError):
+    """A picture of few pixels whose file is made so that decoding it takes seconds or gigabytes."""
+
+    status, code, default = 413, "image_too_costly", "The picture would take too much work to decode."
 
 
 class TooManyPictures(ServiceError):

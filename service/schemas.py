@@ -124,6 +124,7 @@ PREDICT_ERRORS: tuple[type[errors.ServiceError], ...] = (
     errors.BodyTimeout,
     errors.BodyTooLarge,
     errors.TooManyPixels,
+    errors.ImageTooCostly,
     errors.TooManyPictures,
     errors.UnsupportedFormat,
     errors.UnsupportedMediaType,

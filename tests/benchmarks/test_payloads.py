@@ -7,8 +7,7 @@ from PIL import Image
 
 from benchmarks.common import BenchmarkError
 from benchmarks.payloads import Form, build_requests, generate_pictures, natural_image, read_pictures
-from imaging.decoder import open_picture, to_array
-from service.artifact import ResizePolicy
+from imaging.decoder import decode_image
 from service.bodies import parse_body
 
 
@@ -47,8 +46,7 @@ def test_made_pictures_are_different_repeatable_and_of_the_size() -> None:
     pictures = generate_pictures(3, 20, "jpeg", seed=5)
     assert pictures == generate_pictures(3, 20, "jpeg", seed=5)
     assert len({picture.data for picture in pictures}) == 3
-    image = open_picture(pictures[0].data, max_pixels=400)
-    assert to_array(image, size=(20, 20), resize=ResizePolicy()).std() > 20
+    assert decode_image(pictures[0].data, size=(20, 20), max_pixels=400).std() > 20
 
 
 def test_made_pictures_are_smooth_like_photographs() -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imaging.decoder import JPEG_SCAN
+from imaging.fast_jpeg import MAX_SCANS, SCAN
 from service import decoding, predict
 from service.bodies import Upload
-from service.decoding import MOST_SCANS, Decoder, decode_all
+from service.decoding import Decoder, decode_all
 from service.errors import DeadlineExceeded, InferenceFailed, TooManyPixels
 from service.fair_queue import Prediction
 from service.outputs import Outputs
@@ -116,9 +116,9 @@ async def test_small_pictures_with_many_pixels_leave_the_event_loop(tmp_path: Pa
 
 
 async def test_a_small_jpeg_of_many_scans_leaves_the_event_loop() -> None:
-    decoder = Decoder(Settings(), 1)
+    decoder = Decoder(Settings(inline_decode_pixels=MAX_SCANS * HEIGHT * WIDTH), 1)
     jpeg = encode(SMALL, "JPEG", progressive=True)
-    many = [Upload(jpeg + JPEG_SCAN * (MOST_SCANS + more - jpeg.count(JPEG_SCAN))) for more in (0, 1)]
+    many = [Upload(jpeg + SCAN * (MAX_SCANS + more - jpeg.count(SCAN))) for more in (0, 1)]
     assert decoder.decode_here(many[:1], tiny_metadata()) is not None
     assert decoder.decode_here(many[1:], tiny_metadata()) is None
     decoder.close()
