@@ -60,8 +60,7 @@ def read_header(data: bytes) -> JpegHeader:
     view = memoryview(data)
     parts: list[bytes | memoryview] = [SOI]
     frame: tuple[int, memoryview] | None = None
-    exif: bytes | None = None
-    xmp: bytes | None = None
+    exif = xmp = b""
     segments = table_bytes = 0
     for code, start, body, end in walk(data):
         segments += 1
@@ -76,16 +75,16 @@ def read_header(data: bytes) -> JpegHeader:
             parts.append(view[start:end])
         elif (code == APP0 and data.startswith(b"JFIF\0", body)) or (code == APP14 and data.startswith(b"Adobe", body)):
             parts.append(view[start:end])
-        elif code == APP1 and exif is None and data.startswith(orientation.EXIF_PREFIX, body):
+        elif code == APP1 and not exif and data.startswith(orientation.EXIF_PREFIX, body):
             exif = data[body:end]
-        elif code == APP1 and xmp is None and data.startswith(b"http://ns.adobe.com/xap/1.0/\0", body):
+        elif code == APP1 and not xmp and data.startswith(b"http://ns.adobe.com/xap/1.0/\0", body):
             xmp = data[body:end]
     if frame is None:
         raise TruncatedImage("The JPEG image is damaged: it has no frame before its first scan.")
     if table_bytes > MAX_TABLE_BYTES:
         raise ImageTooCostly("The JPEG's tables take more than 64 KiB, which no encoder makes; save it again.")
     check_scans(data)
-    turned = orientation.chosen(orientation.of_exif(exif) if exif else None, orientation.of_xmp(xmp) if xmp else None)
+    turned = orientation.chosen(orientation.of_exif(exif), orientation.of_xmp(xmp))
     kind, header = frame[0], read_frame(*frame)
     header.orientation = turned
     header.parts = parts

@@ -22,7 +22,7 @@ def read_header(data: bytes) -> Header:
     header = Header("WEBP", width, height, [data])
     if data[12:16] != b"VP8X":
         return header
-    exif = xmp = None
+    exif = xmp = b""
     position, count, has_frame = 12, 0, False
     while position + 8 <= len(data):
         name = data[position : position + 4]
@@ -31,14 +31,14 @@ def read_header(data: bytes) -> Header:
         if name == b"ANMF" and not has_frame:
             has_frame = True
             header.frame = frame_of(data[body : body + 12], size)
-        elif name == b"EXIF" and exif is None:
-            exif = orientation.of_exif(data[body:end])
-        elif name == b"XMP " and xmp is None:
-            xmp = orientation.of_xmp(data[body:end])
+        elif name == b"EXIF" and not exif:
+            exif = data[body:end]
+        elif name == b"XMP " and not xmp:
+            xmp = data[body:end]
         position = end + end % 2
         count += 1
         check_count(count, MAX_CHUNKS, "chunks")
-    header.orientation = orientation.chosen(exif, xmp)
+    header.orientation = orientation.chosen(orientation.of_exif(exif), orientation.of_xmp(xmp))
     return header
 
 
