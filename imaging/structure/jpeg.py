@@ -88,7 +88,7 @@ def read_header(data: bytes) -> JpegHeader:
     kind, header = frame[0], read_frame(*frame)
     header.orientation = turned
     header.parts = parts
-    if data.endswith(EOI):
+    if data.endswith(EOI) and data.find(SOI, start) < 0:  # else its end may be another image's
         parts.append(view[start:])
     else:
         image_end, header.has_end = find_end(data, start)
