@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import struct
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from service.schemas import PredictResponse
 from service.settings import Settings
 from tests.fakes import HEIGHT, WIDTH, FakeEngine, tiny_metadata
 from tests.imaging.files import all_files, encode, pixels, png_announcing
+from tests.imaging.hand_made import DATA
 from tests.service.harness import Running, error_of, png, running
 
 IMAGE = {"content-type": "image/png"}
@@ -175,6 +177,11 @@ def test_of_several_pictures_server_timing_tells_the_longest_wait_and_the_longes
 
 # Errors: (query, headers, body) -> status, code
 
+# 1,100,000 x 1 pixels in run lengths, of which none is there.
+COSTLY_BMP = (
+    b"BM" + struct.pack("<IHHI", 0, 0, 0, 1078) + struct.pack("<IiiHHII16x", 40, 1_100_000, 1, 1, 8, 1, 0) + bytes(1024)
+)
+
 RAW_ERRORS = [
     ("?top_k=0", IMAGE, png(1), 400, "invalid_top_k"),
     ("?top_k=6", IMAGE, png(1), 400, "invalid_top_k"),
@@ -197,6 +204,9 @@ RAW_ERRORS = [
     ("", IMAGE, encode(pixels(99, 99), "PNG")[:-400], 400, "truncated_image"),
     ("", IMAGE, encode(pixels(300, 300), "BMP")[:-4000], 400, "truncated_image"),
     ("", IMAGE, b"%PDF-1.7", 415, "unsupported_format"),
+    ("", IMAGE, (DATA / "bmp_masks_rgb.bmp").read_bytes(), 415, "unsupported_format"),
+    ("", IMAGE, (DATA / "tiff_la_assoc.tif").read_bytes(), 415, "unsupported_format"),
+    ("", IMAGE, COSTLY_BMP, 413, "image_too_costly"),
     ("", {"content-type": "text/plain"}, png(1), 415, "unsupported_media_type"),
     ("", IMAGE | {"content-encoding": "gzip"}, png(1), 415, "unsupported_encoding"),
     ("", IMAGE, png_announcing(1001, 1000), 413, "too_many_pixels"),
