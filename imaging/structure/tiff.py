@@ -111,7 +111,7 @@ def check_bytes(directory: Directory) -> None:
     """Raise ImageTooCostly for pieces that share their bytes, which would be read again and again."""
     size = len(directory.data)
     for tag in (STRIP_BYTES, TILE_BYTES):
-        if int(np.minimum(directory.all(tag), size).sum(dtype=np.int64)) > 2 * size:
+        if np.minimum(directory.all(tag).astype(np.uint64), np.uint64(size)).sum() > 2 * size:
             raise ImageTooCostly("The TIFF's strips or tiles have more bytes than the file has; save it again.")
 
 

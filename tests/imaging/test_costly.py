@@ -158,6 +158,14 @@ def test_a_small_image_may_lie_in_one_tile_of_the_usual_size() -> None:
     assert (decoded(data) == 200).all()
 
 
+@pytest.mark.parametrize("kind", [1, 3, 4, 8])
+def test_numbers_of_bytes_may_have_any_type(kind: int) -> None:
+    packed = zlib.compress(bytes([200]) * 256)
+    data = tiff_of(GREY | {273: 2048, 279: len(packed)}, packed + bytes(1000))
+    entry = struct.pack("<HHI", 279, 4, 1)
+    assert (decoded(data.replace(entry, struct.pack("<HHI", 279, kind, 1))) == 200).all()
+
+
 @pytest.mark.parametrize("name", ["TIFF", "TIFF LZW", "TIFF JPEG"])
 def test_tiffs_in_strips_of_a_row_are_read(name: str) -> None:
     options = {"TIFF": {}, "TIFF LZW": {"compression": "tiff_lzw"}, "TIFF JPEG": {"compression": "jpeg"}}[name]
