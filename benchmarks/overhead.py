@@ -22,8 +22,9 @@ from benchmarks.payloads import ImageFile, build_requests, generate_images
 from benchmarks.processes import run_load
 from benchmarks.server import HOST, Server, parse_settings
 from benchmarks.summary import Summary, summarize
-from imaging.decoder import open_picture, to_array
-from service.engine.onnx_engine import Engine, EngineError, OnnxEngine, choose_file, resolve_provider
+from imaging.decoder import decode
+from imaging.formats import read_header
+from service.engine import Engine, EngineError, OnnxEngine, choose_file, resolve_provider
 
 MAX_PIXELS = 50_000_000
 
@@ -61,8 +62,9 @@ def decode_seconds(images: Sequence[ImageFile], engine: Engine) -> list[float]:
     durations = []
     for image in images:
         start = time.perf_counter()
-        image = open_picture(image.data, max_pixels=MAX_PIXELS)
-        to_array(image, size=engine.metadata.input_size, resize=engine.metadata.resize)
+        header = read_header(picture.data, max_pixels=MAX_PIXELS)
+        resize = engine.metadata.resize
+        decode(header, size=engine.metadata.input_size, crop=resize.crop, resample=resize.filter)
         durations.append(time.perf_counter() - start)
     return durations
 

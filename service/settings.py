@@ -204,8 +204,8 @@ class Settings(BaseSettings):
         32 * 1024,
         0,
         MIB,
-        "Bodies up to this many bytes are decoded on the event loop, if inline_decode_pixels allows it too; "
-        "others go to a thread. 0: all go to a thread.",
+        "JPEG and PNG files of up to this many bytes are decoded on the event loop, if inline_decode_pixels allows "
+        "it too; others go to a thread. 0: all go to a thread.",
     )
     inline_decode_pixels: int = bounded(
         256 * 256, 0, 4_000_000, "Pixels of all images of a request together, as above."

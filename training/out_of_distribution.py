@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from training.pictures import resize_pictures
+from imaging.resize import resize_images
 
 Pictures = NDArray[np.uint8]
 
@@ -73,4 +73,4 @@ def _enlarged_corners(random: np.random.Generator, known: Pictures) -> Pictures:
     side = max(size // 3, 1)
     top, left = random.integers(0, 2, (2, len(known))) * (size - side)
     corners = [picture[t : t + side, c : c + side] for picture, t, c in zip(known, top, left, strict=True)]
-    return resize_pictures(np.stack(corners), size)
+    return resize_images(np.stack(corners), size)

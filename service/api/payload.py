@@ -16,16 +16,15 @@ import msgspec
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from imaging.decoder import sniff
+from imaging.formats import is_image
 from service.errors import (
     BodyTooLarge,
     ClientDisconnected,
     InvalidBase64,
     InvalidForm,
     InvalidJson,
-    NoImage,
-    NotAnImage,
-    TooManyImages,
+    NoPicture,
+    TooManyPictures,
     UnsupportedMediaType,
 )
 
@@ -284,11 +283,7 @@ class Form:
         """Whether a part without a file name is an image all the same, as from `curl -F 'file=<image.jpg'`."""
         if self.headers.get(b"content-type", b"").startswith((b"image/", b"application/octet-stream")):
             return True
-        try:
-            sniff(data)
-        except NotAnImage:
-            return False
-        return True
+        return is_image(data)
 
     def _finish(self) -> None:
         self.ended = True

@@ -14,21 +14,35 @@ from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from imaging.decoder import JPEG_SCAN, open_picture, to_array
+from imaging import errors as image_errors
+from imaging.decoder import decode
+from imaging.errors import ImageError
 from imaging.fast_jpeg import decode_exact_jpeg
-from service.api.payload import Upload, parse_body, which
-from service.engine.cpus import usable_cpus
-from service.engine.metadata import ModelMetadata
-from service.engine.thread import report
-from service.errors import DeadlineExceeded, ServiceError, TooManyPixels
+from imaging.formats import is_cheap, read_header
+from imaging.structure.header import Header
+from service.artifact import ModelMetadata
+from service.bodies import Upload, parse_body, which
+from service.errors import (
+    DeadlineExceeded,
+    ImageTooCostly,
+    NotAnImage,
+    ServiceError,
+    TooManyPixels,
+    TruncatedImage,
+    UnsupportedFormat,
+)
 from service.settings import Settings
 
 T = TypeVar("T")
 
-MOST_SCANS: Final = 20  # of a JPEG that is decoded on the event loop
-MAX_DECODE_THREADS: Final = 4  # where the settings name no number
+SERVICE_ERRORS: Final[dict[type[ImageError], type[ServiceError]]] = {
+    image_errors.NotAnImage: NotAnImage,
+    image_errors.UnsupportedFormat: UnsupportedFormat,
+    image_errors.TruncatedImage: TruncatedImage,
+    image_errors.TooManyPixels: TooManyPixels,
+    image_errors.ImageTooCostly: ImageTooCostly,
+}
 Pixels = NDArray[np.uint8]
 
 
@@ -61,7 +75,7 @@ class Decoder:
             None where that would take too long for the event loop: see `decode`.
 
         Raises:
-            ServiceError: as `images` raises it for the first bad image; of several images it names the one.
+            ServiceError: what `imaging` raises for the first bad image; of several images it names the one.
         """
         if not self._is_small(uploads):
             return None
@@ -69,8 +83,9 @@ class Decoder:
             return quick
         with suppress(TooManyPixels):  # for the event loop; the thread will see whether for the service too
             headers = Headers(self.settings.max_pixels, self._inline_pixels)
-            images = each(uploads, lambda index: headers.open(uploads[index].data))
-            return each(uploads, lambda index: shaped(images[index], metadata))
+            opened = each(uploads, lambda index: headers.open(uploads[index].data))
+            if all(is_cheap(header, max_pixels=self._inline_pixels) for header in opened):
+                return each(uploads, lambda index: shaped(opened[index], metadata))
         return None
 
     async def decode(self, uploads: Sequence[Upload], metadata: ModelMetadata, deadline: float) -> list[Pixels]:
@@ -84,12 +99,7 @@ class Decoder:
 
     def _is_small(self, uploads: Sequence[Upload]) -> bool:
         """Whether a request may be decoded on the event loop, as far as its files' bytes tell."""
-        size = 0
-        for upload in uploads:
-            size += len(upload.data)
-            if size > self.settings.inline_decode_bytes or upload.data.count(JPEG_SCAN) > MOST_SCANS:
-                return False
-        return True
+        return sum(len(upload.data) for upload in uploads) <= self.settings.inline_decode_bytes
 
     def _decode_quickly(self, uploads: Sequence[Upload], metadata: ModelMetadata) -> list[Pixels] | None:
         """Decode a request whose images are all JPEGs of the model's size; None for any other."""
@@ -126,19 +136,19 @@ class Decoder:
 
 
 class Headers:
-    """Opens the images of one request and counts their pixels together, since small files can hold very many."""
+    """Reads the headers of one request's images and counts their pixels together: small files can hold very many."""
 
     def __init__(self, max_pixels: int, max_total: int) -> None:
         self._max_pixels = max_pixels
         self._left = self._max_total = max_total
 
-    def open(self, data: bytes) -> Image.Image:
-        """Open an image; see `images.open_picture`."""
-        image = open_picture(data, max_pixels=self._max_pixels)
-        self._left -= image.width * image.height
+    def open(self, data: bytes) -> Header:
+        """Read an image's header; see `imaging.formats.read_header`."""
+        header = read_header(data, max_pixels=self._max_pixels)
+        self._left -= header.pixels
         if self._left < 0:
-            raise TooManyPixels(f"The images of a request may have {self._max_total} pixels together, and have more.")
-        return image
+            raise TooManyPixels(f"The pictures of a request may have {self._max_total} pixels together, and have more.")
+        return header
 
 
 def decode_all(
@@ -155,9 +165,9 @@ def decode_all(
     return each(uploads, decode_one)
 
 
-def shaped(image: Image.Image, metadata: ModelMetadata) -> Pixels:
-    """Decode an opened image to what a model takes."""
-    return to_array(image, size=metadata.input_size, resize=metadata.resize)
+def shaped(header: Header, metadata: ModelMetadata) -> Pixels:
+    """Decode the image behind a header to what a model takes."""
+    return decode(header, size=metadata.input_size, crop=metadata.resize.crop, resample=metadata.resize.filter)
 
 
 def each(uploads: Sequence[Upload], function: Callable[[int], T]) -> list[T]:
@@ -166,8 +176,8 @@ def each(uploads: Sequence[Upload], function: Callable[[int], T]) -> list[T]:
     for index in range(len(uploads)):
         try:
             results.append(function(index))
-        except ServiceError as error:
-            if len(uploads) == 1:
-                raise
-            raise type(error)(f"{which(uploads, index)}{error.message}") from error
+        except (ServiceError, ImageError) as error:
+            kind = SERVICE_ERRORS[type(error)] if isinstance(error, ImageError) else type(error)
+            place = which(uploads, index) if len(uploads) > 1 else ""
+            raise kind(f"{place}{error.message}") from error
     return results

@@ -110,14 +110,21 @@ def test_export_sees_of_the_service_only_engine_and_model_folder() -> None:
         assert not packages(imported_by(path)) & {"tests", "benchmarks"}, path
 
 
-@pytest.mark.parametrize("package", ["service", "export", "training"])
+def test_the_decoder_needs_pillow_simplejpeg_and_numpy_alone() -> None:
+    names = modules("imaging")
+    assert len(names) > 10
+    others = WEB - {"PIL"} | {"pydantic", "onnxruntime", "tqdm", "service", "export", "training"}
+    assert not packages(loaded_after(imports_all(names))) & (others | TRAINING_ONLY | TESTING_ONLY)
+
+
+@pytest.mark.parametrize("package", ["service", "export", "training", "imaging"])
 def test_nothing_imports_tests_or_benchmarks(package: str) -> None:
     for path in files(package):
         assert not packages(imported_by(path)) & TESTING_ONLY, path
 
 
 def test_no_pickle_and_no_eval_in_what_serves() -> None:
-    for path in files("service"):
+    for path in files("service") + files("imaging"):
         assert not packages(imported_by(path)) & {"pickle", "marshal", "shelve"}, path
         calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
         assert not {call.func.id for call in calls if isinstance(call.func, ast.Name)} & {"eval", "exec"}, path

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from imaging.decoder import open_picture, to_array
-from service.engine.metadata import ResizePolicy
-from service.errors import UnsupportedFormat
+from imaging.decoder import decode_image
+from imaging.errors import UnsupportedFormat
+from imaging.resize import Crop, Filter
 from tests.imaging.files import Pixels, all_files, encode, lossless_files, pixels, planar_tiff, png_of
 
 ROOT = Path(__file__).parents[2]
@@ -21,9 +21,8 @@ SIZE = (32, 32)
 ARRAY = pixels()
 
 
-def decode(data: bytes, size: tuple[int, int] = SIZE, resize: ResizePolicy | None = None) -> Pixels:
-    image = open_picture(data, max_pixels=1_000_000)
-    return to_array(image, size=size, resize=resize or ResizePolicy())
+def decode(data: bytes, size: tuple[int, int] = SIZE, *, crop: Crop = "center", resample: Filter = "bicubic") -> Pixels:
+    return decode_image(data, size=size, max_pixels=1_000_000, crop=crop, resample=resample)
 
 
 @pytest.mark.parametrize("name", lossless_files(ARRAY))
@@ -48,12 +47,11 @@ def test_pictures_are_read_where_no_file_can_be_opened_any_more() -> None:
     files = [*all_files(array).values(), encode(array, "MPO", save_all=True, append_images=[Image.fromarray(array)])]
     program = """
 import pickle, resource, sys
-from service.engine.metadata import ResizePolicy
-from imaging.decoder import open_picture, to_array
+from imaging.decoder import decode_image
 files = pickle.load(sys.stdin.buffer)
 resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
 for file in files:
-    to_array(open_picture(file, max_pixels=10_000), size=(32, 32), resize=ResizePolicy())
+    decode_image(file, size=(32, 32), max_pixels=10_000)
 """
     read = subprocess.run(
         [sys.executable, "-c", program], input=pickle.dumps(files), capture_output=True, check=False, cwd=ROOT
@@ -246,18 +244,16 @@ def test_larger_pictures_are_cropped_and_shrunk_as_the_metadata_says(name: str) 
     method = Image.Resampling[name.upper()]
     data = encode(array, "PNG")
     np.testing.assert_array_equal(
-        decode(data, resize=ResizePolicy(crop="center", filter=name)), np.asarray(ImageOps.fit(image, SIZE, method))
+        decode(data, crop="center", resample=name), np.asarray(ImageOps.fit(image, SIZE, method))
     )
-    np.testing.assert_array_equal(
-        decode(data, resize=ResizePolicy(crop="none", filter=name)), np.asarray(image.resize(SIZE, method))
-    )
+    np.testing.assert_array_equal(decode(data, crop="none", resample=name), np.asarray(image.resize(SIZE, method)))
 
 
 def test_center_crop_looks_at_the_middle() -> None:
     array = np.zeros((32, 96, 3), np.uint8)
     array[:, 32:64] = 255
-    assert decode(encode(array, "PNG"), resize=ResizePolicy(crop="center", filter="box")).min() == 255
-    assert decode(encode(array, "PNG"), resize=ResizePolicy(crop="none", filter="box")).min() == 0
+    assert decode(encode(array, "PNG"), crop="center", resample="box").min() == 255
+    assert decode(encode(array, "PNG"), crop="none", resample="box").min() == 0
 
 
 def test_smaller_pictures_are_enlarged() -> None:

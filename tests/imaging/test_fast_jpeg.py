@@ -6,14 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imaging.decoder import open_picture, to_array
-from imaging.fast_jpeg import decode_exact_jpeg
-from service.api.payload import Upload
-from service.decoding.decoder import Decoder
-from service.engine.metadata import ResizePolicy
-from service.errors import TooManyPixels
-from service.settings import Settings
-from tests.fakes import tiny_metadata
+from imaging.decoder import decode
+from imaging.fast_jpeg import MAX_SCANS, SCAN, decode_exact_jpeg
+from imaging.formats import read_header
 from tests.imaging.files import Pixels, all_files, encode, pixels
 
 ARRAY = pixels()
@@ -21,7 +16,7 @@ SIZE = ARRAY.shape[:2]
 
 
 def by_pillow(data: bytes) -> Pixels:
-    return to_array(open_picture(data, max_pixels=1_000_000), size=SIZE, resize=ResizePolicy())
+    return decode(read_header(data, max_pixels=1_000_000), size=SIZE)
 
 
 @pytest.mark.parametrize("quality", [1, 30, 75, 100])
@@ -98,25 +93,8 @@ def test_mutated_ones_give_the_pixels_of_pillow_or_none() -> None:
     assert equal > 500
 
 
-async def test_a_picture_of_many_scans_leaves_the_event_loop() -> None:
+def test_those_of_many_scans_are_left_to_pillow() -> None:
     data = encode(ARRAY, "JPEG", progressive=True)
-    scan = data[data.rindex(b"\xff\xda") : -2]
-    many = data[:-2] + scan * 30 + data[-2:]
-    decoder = Decoder(Settings(decode_threads=1))
-    assert decoder._is_small([Upload(data)])
-    assert not decoder._is_small([Upload(many)])
-    decoder.close()
-
-
-async def test_limits_hold() -> None:
-    decoder = Decoder(Settings(max_pixels=1000, decode_threads=1))
-    metadata = tiny_metadata(input_size=SIZE)
-    uploads = [Upload(encode(ARRAY, "JPEG"))]
-    assert decoder.decode_here(uploads, metadata) is None
-    with pytest.raises(TooManyPixels):
-        await decoder.decode(uploads, metadata, deadline=1e9)
-    decoder.close()
-    decoder = Decoder(Settings(decode_threads=1))
-    (decoded,) = decoder.decode_here(uploads, metadata) or ()
-    np.testing.assert_array_equal(decoded, by_pillow(uploads[0].data))
-    decoder.close()
+    few, many = (data + SCAN * (scans - data.count(SCAN)) for scans in (MAX_SCANS, MAX_SCANS + 1))
+    assert decode_exact_jpeg(few, SIZE) is not None
+    assert decode_exact_jpeg(many, SIZE) is None

@@ -16,15 +16,14 @@ SPARE_BYTES = 8 * 1024**2  # for what does not grow with the picture
 PROGRAM = """
 import sys
 from pathlib import Path
-from service.engine.metadata import ResizePolicy
-from imaging.decoder import open_picture, to_array
+from imaging.decoder import decode_image
 
 def peak():
     return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("VmHWM"))
 
 data = sys.stdin.buffer.read()
 before = peak()
-to_array(open_picture(data, max_pixels=10**8), size=(32, 32), resize=ResizePolicy())
+decode_image(data, size=(32, 32), max_pixels=10**8)
 print(1024 * (peak() - before))
 """
 

@@ -8,10 +8,14 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from imaging.decoder import open_picture, to_array
+from imaging.decoder import decode as decode_header
+from imaging.errors import ImageError
 from imaging.fast_jpeg import decode_exact_jpeg
-from service.api.payload import Upload, parse_body
-from service.engine.metadata import ResizePolicy
+from imaging.formats import read_header
+from imaging.resize import Crop, Filter
+from imaging.structure.header import Header
+from service.bodies import Upload, parse_body
+from service.decoding import SERVICE_ERRORS
 from service.errors import ServiceError
 from tests.imaging.files import all_files, encode, pixels
 
@@ -20,7 +24,7 @@ Edit = tuple[str, int, bytes]
 MAX_PIXELS = 100_000
 MAX_IMAGES = 3
 SIZE = (8, 6)
-POLICIES = [ResizePolicy(crop="center", filter="bicubic"), ResizePolicy(crop="none", filter="box")]
+POLICIES: list[tuple[Crop, Filter]] = [("center", "bicubic"), ("none", "box")]
 
 FORM = (
     b"--b\r\nContent-Disposition: form-data; name=f; filename=x\r\nContent-Type: image/png\r\n\r\ndata\r\n"
@@ -84,6 +88,8 @@ def outcome(function: Callable[[], T]) -> T | ServiceError:
         return function()
     except ServiceError as error:
         return error
+    except ImageError as error:
+        return SERVICE_ERRORS[type(error)](error.message)
 
 
 def decode(data: bytes) -> str:
@@ -92,20 +98,20 @@ def decode(data: bytes) -> str:
     The quick way of JPEGs, tried on every input at the size that it announces, must not raise, and must give the
     pixels of the other way where that gives any.
     """
-    result = outcome(partial(open_picture, data, max_pixels=MAX_PIXELS))
-    if isinstance(result, Image.Image):
+    result = outcome(partial(read_header, data, max_pixels=MAX_PIXELS))
+    if isinstance(result, Header):
         size = (result.height, result.width)
         quick = decode_exact_jpeg(data, size)
-        whole = outcome(partial(to_array, result, size=size, resize=POLICIES[0]))
+        whole = outcome(partial(decode_header, result, size=size))
         if quick is not None and not isinstance(whole, ServiceError):
             np.testing.assert_array_equal(quick, whole)
     else:
         decode_exact_jpeg(data, SIZE)
-    for policy in POLICIES:
-        result = outcome(partial(open_picture, data, max_pixels=MAX_PIXELS))
-        if isinstance(result, Image.Image):
+    for crop, resample in POLICIES:
+        result = outcome(partial(read_header, data, max_pixels=MAX_PIXELS))
+        if isinstance(result, Header):
             assert result.width * result.height <= MAX_PIXELS
-            result = outcome(partial(to_array, result, size=SIZE, resize=policy))
+            result = outcome(partial(decode_header, result, size=SIZE, crop=crop, resample=resample))
         if isinstance(result, ServiceError):
             return refused(result)
         assert (result.shape, result.dtype) == ((*SIZE, 3), np.uint8)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from training.data.dataset import CIFAR100, DataError, DataSet, Split
-from training.pictures import resize_pictures
+from imaging.resize import resize_images
+from training.dataset import CIFAR100, DataError, DataSet, Split
 
 FOLDER = "cifar-100-python"
 MEMBERS = ("meta", "test", "train")
@@ -132,7 +132,7 @@ def load(folder: Path, *, input_size: int, validation_fraction: float) -> DataSe
 
     def read_split(path: Path) -> tuple[Split, Mapping[bytes, Any]]:
         content = read_pickle(path)
-        images = resize_pictures(_images(path, content), input_size)
+        images = resize_images(_images(path, content), input_size)
         indices = _class_indices(path, content, b"fine_labels", len(images), len(labels))
         return Split(torch.from_numpy(images), torch.from_numpy(indices)), content
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import struct
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,19 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imaging.decoder import JPEG_SCAN
-from service.api import predict
-from service.api.payload import Upload
-from service.api.predict import PATIENCE, DisconnectGuard, server_timing
-from service.api.schemas import PredictResponse
-from service.batching.logits import Outputs
-from service.batching.queue import Prediction
-from service.decoding import decoder as decoder_module
-from service.decoding.decoder import MOST_SCANS, Decoder, decode_all
+from imaging.fast_jpeg import MAX_SCANS, SCAN
+from service import decoding, predict
+from service.bodies import Upload
+from service.decoding import Decoder, decode_all
 from service.errors import DeadlineExceeded, InferenceFailed, TooManyPixels
 from service.settings import Settings
 from tests.fakes import HEIGHT, WIDTH, FakeEngine, tiny_metadata
 from tests.imaging.files import all_files, encode, pixels, png_announcing
+from tests.imaging.hand_made import DATA
 from tests.service.harness import Running, error_of, png, running
 
 IMAGE = {"content-type": "image/png"}
@@ -112,9 +109,9 @@ async def test_small_images_with_many_pixels_leave_the_event_loop(tmp_path: Path
 
 
 async def test_a_small_jpeg_of_many_scans_leaves_the_event_loop() -> None:
-    decoder = Decoder(Settings(decode_threads=1))
+    decoder = Decoder(Settings(inline_decode_pixels=MAX_SCANS * HEIGHT * WIDTH), 1)
     jpeg = encode(SMALL, "JPEG", progressive=True)
-    many = [Upload(jpeg + JPEG_SCAN * (MOST_SCANS + more - jpeg.count(JPEG_SCAN))) for more in (0, 1)]
+    many = [Upload(jpeg + SCAN * (MAX_SCANS + more - jpeg.count(SCAN))) for more in (0, 1)]
     assert decoder.decode_here(many[:1], tiny_metadata()) is not None
     assert decoder.decode_here(many[1:], tiny_metadata()) is None
     decoder.close()
@@ -170,6 +167,11 @@ def test_of_several_images_server_timing_tells_the_longest_wait_and_the_longest_
 
 # Errors: (query, headers, body) -> status, code
 
+# 1,100,000 x 1 pixels in run lengths, of which none is there.
+COSTLY_BMP = (
+    b"BM" + struct.pack("<IHHI", 0, 0, 0, 1078) + struct.pack("<IiiHHII16x", 40, 1_100_000, 1, 1, 8, 1, 0) + bytes(1024)
+)
+
 RAW_ERRORS = [
     ("?top_k=0", IMAGE, png(1), 400, "invalid_top_k"),
     ("?top_k=6", IMAGE, png(1), 400, "invalid_top_k"),
@@ -192,6 +194,9 @@ RAW_ERRORS = [
     ("", IMAGE, encode(pixels(99, 99), "PNG")[:-400], 400, "truncated_image"),
     ("", IMAGE, encode(pixels(300, 300), "BMP")[:-4000], 400, "truncated_image"),
     ("", IMAGE, b"%PDF-1.7", 415, "unsupported_format"),
+    ("", IMAGE, (DATA / "bmp_masks_rgb.bmp").read_bytes(), 415, "unsupported_format"),
+    ("", IMAGE, (DATA / "tiff_la_assoc.tif").read_bytes(), 415, "unsupported_format"),
+    ("", IMAGE, COSTLY_BMP, 413, "image_too_costly"),
     ("", {"content-type": "text/plain"}, png(1), 415, "unsupported_media_type"),
     ("", IMAGE | {"content-encoding": "gzip"}, png(1), 415, "unsupported_encoding"),
     ("", IMAGE, png_announcing(1001, 1000), 413, "too_many_pixels"),

@@ -187,9 +187,9 @@ def test_nothing_to_hold_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kept", "reason"),
     [
-        (0, "it is none of JPEG, PNG, WEBP, BMP, GIF, TIFF"),
-        (5, "it is none of JPEG, PNG, WEBP, BMP, GIF, TIFF"),
-        (20_000, "image file is truncated"),
+        (0, "The bytes are not an image; it must be a JPEG, PNG, WebP, BMP, GIF or TIFF file"),
+        (5, "The bytes are not an image; it must be a JPEG, PNG, WebP, BMP, GIF or TIFF file"),
+        (20_000, "The PNG image is truncated or damaged"),
     ],
 )
 def test_an_unreadable_picture_is_named(tmp_path: Path, kept: int, reason: str) -> None:
@@ -197,7 +197,7 @@ def test_an_unreadable_picture_is_named(tmp_path: Path, kept: int, reason: str) 
     path = tmp_path / "cat" / "007.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (160, 160, 3), dtype=np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(DataError, match=rf"007\.png: this picture cannot be read \({reason}.*\); replace it"):
+    with pytest.raises(DataError, match=rf"007\.png: this image cannot be read \({reason}.*\); replace it"):
         load(tmp_path, input_size=8)
 
 
@@ -205,7 +205,9 @@ def test_what_the_service_would_not_take_is_not_trained_on_under_another_name(tm
     write_folder(tmp_path, {"cat": 2, "dog": 2})
     path = tmp_path / "cat" / "000.png"
     Image.new("RGB", (16, 16), "teal").save(path, "ICO")
-    with pytest.raises(DataError, match=r"000\.png: this picture cannot be read \(it is none of JPEG, PNG, WEBP"):
+    with pytest.raises(
+        DataError, match=r"000\.png: this image cannot be read \(ICO is not supported; save the image as a JPEG"
+    ):
         load(tmp_path, input_size=8)
     # Two pictures in one JPEG, as phones write them.
     views = [Image.new("RGB", (16, 16), colour) for colour in ("teal", "red")]
