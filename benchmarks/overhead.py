@@ -24,7 +24,7 @@ from benchmarks.server import HOST, Server, parse_settings
 from benchmarks.summary import Summary, summarize
 from imaging.decoder import decode
 from imaging.formats import read_header
-from service.engine import Engine, EngineError, OnnxEngine, choose_file, resolve_provider
+from service.engine.onnx_engine import Engine, EngineError, OnnxEngine, choose_file, resolve_provider
 
 MAX_PIXELS = 50_000_000
 
@@ -62,7 +62,7 @@ def decode_seconds(images: Sequence[ImageFile], engine: Engine) -> list[float]:
     durations = []
     for image in images:
         start = time.perf_counter()
-        header = read_header(picture.data, max_pixels=MAX_PIXELS)
+        header = read_header(image.data, max_pixels=MAX_PIXELS)
         resize = engine.metadata.resize
         decode(header, size=engine.metadata.input_size, crop=resize.crop, resample=resize.filter)
         durations.append(time.perf_counter() - start)

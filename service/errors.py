@@ -20,7 +20,7 @@
     ├── BodyTooLarge                 413  body_too_large
     ├── TooManyPixels                413  too_many_pixels
     ├── ImageTooCostly               413  image_too_costly
-    ├── TooManyPictures              413  too_many_pictures
+    ├── TooManyImages              413  too_many_images
     ├── UnsupportedFormat            415  unsupported_format
     ├── UnsupportedMediaType         415  unsupported_media_type
     ├── UnsupportedEncoding          415  unsupported_encoding
@@ -166,13 +166,13 @@ class TooManyPixels(ServiceError):
 
 
 class ImageTooCostly(ServiceError):
-    """A picture of few pixels whose file is made so that decoding it takes seconds or gigabytes."""
+    """An image of few pixels whose file is made so that decoding it takes seconds or gigabytes."""
 
-    status, code, default = 413, "image_too_costly", "The picture would take too much work to decode."
+    status, code, default = 413, "image_too_costly", "The image would take too much work to decode."
 
 
-class TooManyPictures(ServiceError):
-    """More pictures than `max_pictures`, or than the whole queue can hold."""
+class TooManyImages(ServiceError):
+    """More images than `max_images`, or than the whole queue can hold."""
 
     status, code, default = 413, "too_many_images", "The request holds too many images."
 

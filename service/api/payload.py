@@ -23,8 +23,8 @@ from service.errors import (
     InvalidBase64,
     InvalidForm,
     InvalidJson,
-    NoPicture,
-    TooManyPictures,
+    NoImage,
+    TooManyImages,
     UnsupportedMediaType,
 )
 

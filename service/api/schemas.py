@@ -125,7 +125,7 @@ PREDICT_ERRORS: tuple[type[errors.ServiceError], ...] = (
     errors.BodyTooLarge,
     errors.TooManyPixels,
     errors.ImageTooCostly,
-    errors.TooManyPictures,
+    errors.TooManyImages,
     errors.UnsupportedFormat,
     errors.UnsupportedMediaType,
     errors.UnsupportedEncoding,

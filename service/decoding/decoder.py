@@ -21,8 +21,10 @@ from imaging.errors import ImageError
 from imaging.fast_jpeg import decode_exact_jpeg
 from imaging.formats import is_cheap, read_header
 from imaging.structure.header import Header
-from service.artifact import ModelMetadata
-from service.bodies import Upload, parse_body, which
+from service.api.payload import Upload, parse_body, which
+from service.engine.cpus import usable_cpus
+from service.engine.metadata import ModelMetadata
+from service.engine.thread import report
 from service.errors import (
     DeadlineExceeded,
     ImageTooCostly,
@@ -36,6 +38,7 @@ from service.settings import Settings
 
 T = TypeVar("T")
 
+MAX_DECODE_THREADS: Final = 4  # where the settings name no number
 SERVICE_ERRORS: Final[dict[type[ImageError], type[ServiceError]]] = {
     image_errors.NotAnImage: NotAnImage,
     image_errors.UnsupportedFormat: UnsupportedFormat,
@@ -147,7 +150,7 @@ class Headers:
         header = read_header(data, max_pixels=self._max_pixels)
         self._left -= header.pixels
         if self._left < 0:
-            raise TooManyPixels(f"The pictures of a request may have {self._max_total} pixels together, and have more.")
+            raise TooManyPixels(f"The images of a request may have {self._max_total} pixels together, and have more.")
         return header
 
 

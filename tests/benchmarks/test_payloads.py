@@ -4,11 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from service.bodies import parse_body
 
 from benchmarks.common import BenchmarkError
-from benchmarks.payloads import Form, build_requests, generate_pictures, natural_image, read_pictures
+from benchmarks.payloads import Form, build_requests, generate_images, natural_image, read_images
 from imaging.decoder import decode_image
-from service.bodies import parse_body
 
 
 def parse(request: bytes) -> tuple[str, dict[str, str], bytes]:
@@ -42,11 +42,11 @@ def test_several_images_do_not_fit_a_raw_body() -> None:
         build_requests(generate_images(2, 8, "png"), "raw", host="h", per_request=2)
 
 
-def test_made_pictures_are_different_repeatable_and_of_the_size() -> None:
-    pictures = generate_pictures(3, 20, "jpeg", seed=5)
-    assert pictures == generate_pictures(3, 20, "jpeg", seed=5)
-    assert len({picture.data for picture in pictures}) == 3
-    assert decode_image(pictures[0].data, size=(20, 20), max_pixels=400).std() > 20
+def test_made_images_are_different_repeatable_and_of_the_size() -> None:
+    images = generate_images(3, 20, "jpeg", seed=5)
+    assert images == generate_images(3, 20, "jpeg", seed=5)
+    assert len({image.data for image in images}) == 3
+    assert decode_image(images[0].data, size=(20, 20), max_pixels=400).std() > 20
 
 
 def test_made_images_are_smooth_like_photographs() -> None:

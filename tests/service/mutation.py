@@ -14,8 +14,8 @@ from imaging.fast_jpeg import decode_exact_jpeg
 from imaging.formats import read_header
 from imaging.resize import Crop, Filter
 from imaging.structure.header import Header
-from service.bodies import Upload, parse_body
-from service.decoding import SERVICE_ERRORS
+from service.api.payload import Upload, parse_body
+from service.decoding.decoder import SERVICE_ERRORS
 from service.errors import ServiceError
 from tests.imaging.files import all_files, encode, pixels
 

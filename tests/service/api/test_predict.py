@@ -11,9 +11,14 @@ import numpy as np
 import pytest
 
 from imaging.fast_jpeg import MAX_SCANS, SCAN
-from service import decoding, predict
-from service.bodies import Upload
-from service.decoding import Decoder, decode_all
+from service.api import predict
+from service.api.payload import Upload
+from service.api.predict import PATIENCE, DisconnectGuard, server_timing
+from service.api.schemas import PredictResponse
+from service.batching.logits import Outputs
+from service.batching.queue import Prediction
+from service.decoding import decoder as decoder_module
+from service.decoding.decoder import Decoder, decode_all
 from service.errors import DeadlineExceeded, InferenceFailed, TooManyPixels
 from service.settings import Settings
 from tests.fakes import HEIGHT, WIDTH, FakeEngine, tiny_metadata

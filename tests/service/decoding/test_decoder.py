@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from imaging.decoder import decode_image
-from service.bodies import Upload
-from service.decoding import SERVICE_ERRORS, Decoder
+from service.api.payload import Upload
+from service.decoding.decoder import SERVICE_ERRORS, Decoder
 from service.errors import ImageTooCostly, TooManyPixels, UnsupportedFormat
 from service.settings import Settings
 from tests.fakes import tiny_metadata
@@ -16,7 +16,7 @@ SIZE = ARRAY.shape[:2]
 METADATA = tiny_metadata(input_size=SIZE)
 
 
-async def test_a_picture_of_many_scans_leaves_the_event_loop() -> None:
+async def test_a_image_of_many_scans_leaves_the_event_loop() -> None:
     data = encode(ARRAY, "JPEG", progressive=True)
     scan = data[data.rindex(b"\xff\xda") : -2]
     many = data[:-2] + scan * 80 + data[-2:]
