@@ -15,7 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from service.artifact import MODEL_FILE, ArtifactError, list_versions
+from service.engine.metadata import MODEL_FILE, ArtifactError
+from service.repository.folder import list_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

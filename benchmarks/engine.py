@@ -1,4 +1,4 @@
-"""Pictures a second against batch size, through the serving code: `python -m benchmarks.engine MODEL [MODEL ...]`.
+"""Images a second against batch size, through the serving code: `python -m benchmarks.engine MODEL [MODEL ...]`.
 
 Several models are compared in turn within one run, in rounds, so that what else the machine does meets all of them.
 """
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from benchmarks.common import describe_run, find_model, print_run, report, run_command
 from benchmarks.matmul import measure_in_subprocess
-from service.engine import Engine, EngineError, OnnxEngine, choose_file, resolve_provider
+from service.engine.onnx_engine import Engine, EngineError, OnnxEngine, choose_file, resolve_provider
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -69,7 +69,7 @@ def rows_of(
     """Reduce the cells of a batch size to one row a model.
 
     Args:
-        gflop: 10^9 operations a picture of each model; None: unknown.
+        gflop: 10^9 operations an image of each model; None: unknown.
         peak: the machine's rate, 10^9 operations a second.
     """
     rows: list[dict[str, object]] = []
@@ -82,9 +82,9 @@ def rows_of(
             "runs": len(cell.wall),
             "ms_median": middle * 1e3,
             "ms_best": best * 1e3,
-            "pictures_per_s": batch / middle,
-            "pictures_per_s_best": batch / best,
-            "cpu_ms_per_picture": cell.cpu * 1e3 / (batch * len(cell.wall)),
+            "images_per_s": batch / middle,
+            "images_per_s_best": batch / best,
+            "cpu_ms_per_image": cell.cpu * 1e3 / (batch * len(cell.wall)),
             "speed_vs_first": first / middle,
         }
         if any(gflop):
@@ -115,7 +115,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=2.0, help="for each model and batch size")
     parser.add_argument("--rounds", type=int, default=5, help="turns into which these are split")
     parser.add_argument(
-        "--gflop", type=float, nargs="+", default=[], help="10^9 operations a picture, of each model or of all"
+        "--gflop", type=float, nargs="+", default=[], help="10^9 operations an image, of each model or of all"
     )
     parser.add_argument("--csv", type=Path, help="write the table; a bare name goes to benchmarks/results/")
     args = parser.parse_args()
@@ -138,7 +138,7 @@ def main() -> int:
     peak = measure_in_subprocess(args.threads)
     about["provider"] = f"{engines[0].provider}, threads {args.threads or 'as onnxruntime chooses'}"
     about["matrix product"] = f"{peak:.0f} GFLOP/s (NumPy, float32, on the CPU; best of a second)"
-    about["method"] = f"{args.seconds:g} s each in {args.rounds} rounds in turn; random pictures; fraction: of best run"
+    about["method"] = f"{args.seconds:g} s each in {args.rounds} rounds in turn; random images; fraction: of best run"
     print_run(about)
     for engine in engines:
         engine.warm_up()

@@ -1,4 +1,4 @@
-"""The least that a picture can cost behind uvicorn: a raw ASGI app without limits, metrics, ids, deadlines or errors.
+"""The least that an image can cost behind uvicorn: a raw ASGI app without limits, metrics, ids, deadlines or errors.
 
 `benchmarks.request_path` starts it (`python -m benchmarks.floor`) to measure the machine in the same run: what
 the service needs beyond it is the price of its promises. Only for JPEG bodies of the model's own size.
@@ -19,8 +19,8 @@ import uvicorn
 from numpy.typing import NDArray
 from simplejpeg import decode_jpeg
 
-from service.artifact import MODEL_FILE
-from service.engine import OnnxEngine
+from service.engine.metadata import MODEL_FILE
+from service.engine.onnx_engine import OnnxEngine
 
 MAX_BATCH_SIZE = 32
 HEADERS = [(b"content-type", b"application/json")]

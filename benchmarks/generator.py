@@ -4,7 +4,7 @@ All over keep-alive connections. In the open loop the arrival times are fixed in
 whatever the server does: a request that had to wait because all connections were busy has waited, and is not left out
 ("coordinated omission").
 
-This runs in a process of its own, see `benchmarks.processes`; nothing here knows what a picture is.
+This runs in a process of its own, see `benchmarks.processes`; nothing here knows what an image is.
 """
 
 import asyncio

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from benchmarks.common import BenchmarkError, describe_run, find_model, print_run, run_command, write_csv
 from benchmarks.generator import Plan, arrival_times
-from benchmarks.payloads import Picture, build_requests, generate_pictures, read_pictures
+from benchmarks.payloads import ImageFile, build_requests, generate_images, read_images
 from benchmarks.processes import run_load
 from benchmarks.server import Server, cpu_seconds, parse_settings
 from benchmarks.summary import csv_row, format_summary, summarize
@@ -41,16 +41,16 @@ def parse_arguments() -> argparse.Namespace:
     load.add_argument("--timeout", type=float, default=30.0, help="seconds after which a client gives up")
     load.add_argument("--connections", type=int, default=DEFAULT_OPEN_CONNECTIONS, help="open loop: at most")
     load.add_argument("--processes", type=int, default=1, help="of the load generator")
-    load.add_argument("--seed", type=int, default=0, help="of arrivals and pictures")
-    pictures = parser.add_argument_group("pictures")
-    pictures.add_argument("--pictures", type=Path, metavar="FOLDER", help="picture files; else they are made")
-    pictures.add_argument("--size", type=int, default=32, help="side of those made, in pixels")
-    pictures.add_argument("--format", choices=("jpeg", "png"), default="jpeg", help="of those made")
-    pictures.add_argument("--count", type=int, default=256, help="different pictures, at most")
-    pictures.add_argument("--body", choices=("raw", "multipart", "json"), default="raw")
-    pictures.add_argument("--per-request", type=int, default=1, help="pictures in a request (multipart and json)")
-    pictures.add_argument("--path", default="/predict", help="with the query, as /predict?top_k=1")
-    pictures.add_argument("--header", action="append", default=[], metavar="NAME:VALUE", help="sent with each request")
+    load.add_argument("--seed", type=int, default=0, help="of arrivals and images")
+    images = parser.add_argument_group("images")
+    images.add_argument("--images", type=Path, metavar="FOLDER", help="image files; else they are made")
+    images.add_argument("--size", type=int, default=32, help="side of those made, in pixels")
+    images.add_argument("--format", choices=("jpeg", "png"), default="jpeg", help="of those made")
+    images.add_argument("--count", type=int, default=256, help="different images, at most")
+    images.add_argument("--body", choices=("raw", "multipart", "json"), default="raw")
+    images.add_argument("--per-request", type=int, default=1, help="images in a request (multipart and json)")
+    images.add_argument("--path", default="/predict", help="with the query, as /predict?top_k=1")
+    images.add_argument("--header", action="append", default=[], metavar="NAME:VALUE", help="sent with each request")
     parser.add_argument("--csv", type=Path, help="write the figures; a bare name goes to benchmarks/results/")
     return parser.parse_args()
 
@@ -79,18 +79,18 @@ def parse_url(url: str) -> tuple[str, int]:
     return parts.hostname, parts.port or 80
 
 
-def choose_pictures(args: argparse.Namespace) -> list[Picture]:
-    """Read or make the pictures that the command line asks for."""
-    if args.pictures:
-        return read_pictures(args.pictures, args.count)
-    return generate_pictures(args.count, args.size, args.format, args.seed)
+def choose_images(args: argparse.Namespace) -> list[ImageFile]:
+    """Read or make the images that the command line asks for."""
+    if args.images:
+        return read_images(args.images, args.count)
+    return generate_images(args.count, args.size, args.format, args.seed)
 
 
-def describe_pictures(pictures: Sequence[Picture], args: argparse.Namespace) -> str:
+def describe_images(images: Sequence[ImageFile], args: argparse.Namespace) -> str:
     """Say what is sent."""
-    size = median(len(picture.data) for picture in pictures)
-    origin = "from a folder" if args.pictures else f"made, {args.size} x {args.size} {args.format}"
-    return f"{len(pictures)} {origin}, median {size:.0f} bytes, {args.body} body, {args.per_request} a request"
+    size = median(len(image.data) for image in images)
+    origin = "from a folder" if args.images else f"made, {args.size} x {args.size} {args.format}"
+    return f"{len(images)} {origin}, median {size:.0f} bytes, {args.body} body, {args.per_request} a request"
 
 
 def open_server(args: argparse.Namespace, stack: ExitStack) -> tuple[str, int, Callable[[], float | None]]:
@@ -118,14 +118,14 @@ def make_plans(args: argparse.Namespace, host: str, port: int, requests: Sequenc
 def main() -> int:
     """Send, print, write."""
     args = parse_arguments()
-    pictures = choose_pictures(args)
-    about = describe_run() | {"pictures": describe_pictures(pictures, args)}
+    images = choose_images(args)
+    about = describe_run() | {"images": describe_images(images, args)}
     print_run(about)
     rows = []
     with ExitStack() as stack:
         host, port, cpu = open_server(args, stack)
         requests = build_requests(
-            pictures,
+            images,
             args.body,
             host=f"{host}:{port}",
             path=args.path,

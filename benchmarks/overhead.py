@@ -18,13 +18,13 @@ import numpy as np
 from benchmarks.common import describe_run, find_model, format_table, print_run, run_command, write_csv
 from benchmarks.engine import Cell
 from benchmarks.generator import Plan
-from benchmarks.payloads import Picture, build_requests, generate_pictures
+from benchmarks.payloads import ImageFile, build_requests, generate_images
 from benchmarks.processes import run_load
 from benchmarks.server import HOST, Server, parse_settings
 from benchmarks.summary import Summary, summarize
 from imaging.decoder import decode
 from imaging.formats import read_header
-from service.engine import Engine, EngineError, OnnxEngine, choose_file, resolve_provider
+from service.engine.onnx_engine import Engine, EngineError, OnnxEngine, choose_file, resolve_provider
 
 MAX_PIXELS = 50_000_000
 
@@ -50,35 +50,35 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--provider", choices=("auto", "cpu", "cuda", "tensorrt"), default="auto")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of a run, on both sides")
-    parser.add_argument("--size", type=int, default=32, help="side of the pictures, in pixels")
+    parser.add_argument("--size", type=int, default=32, help="side of the images, in pixels")
     parser.add_argument("--format", choices=("jpeg", "png"), default="jpeg")
     parser.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE", help="of the service")
     parser.add_argument("--csv", type=Path, help="write the figures; a bare name goes to benchmarks/results/")
     return parser.parse_args()
 
 
-def decode_seconds(pictures: Sequence[Picture], engine: Engine) -> list[float]:
-    """Decode each picture once, as the service does, and time it."""
+def decode_seconds(images: Sequence[ImageFile], engine: Engine) -> list[float]:
+    """Decode each image once, as the service does, and time it."""
     durations = []
-    for picture in pictures:
+    for image in images:
         start = time.perf_counter()
-        header = read_header(picture.data, max_pixels=MAX_PIXELS)
+        header = read_header(image.data, max_pixels=MAX_PIXELS)
         resize = engine.metadata.resize
         decode(header, size=engine.metadata.input_size, crop=resize.crop, resample=resize.filter)
         durations.append(time.perf_counter() - start)
     return durations
 
 
-def measure(args: argparse.Namespace, engine: Engine, server: Server, pictures: Sequence[Picture]) -> Measured:
+def measure(args: argparse.Namespace, engine: Engine, server: Server, images: Sequence[ImageFile]) -> Measured:
     """Measure everything once a round."""
     measured = Measured({batch: Cell() for batch in sorted({1, *args.batches})})
-    requests = build_requests(pictures, "raw", host=HOST)
+    requests = build_requests(images, "raw", host=HOST)
     rng = np.random.default_rng(0)
     for _ in range(args.rounds):
         for batch, cell in measured.engine.items():
             images = rng.integers(0, 256, (batch, *engine.metadata.input_size, 3), dtype=np.uint8)
             cell.measure(engine, images, args.seconds / len(measured.engine))
-        measured.decode += decode_seconds(pictures, engine)
+        measured.decode += decode_seconds(images, engine)
         for connections, summaries in ((args.concurrency, measured.many), (1, measured.single)):
             plan = Plan(HOST, server.port, requests, connections, seconds=args.warmup + args.seconds)
             summaries.append(summarize(run_load(plan, warmup_s=args.warmup, server_cpu=server.cpu_seconds)))
@@ -86,18 +86,18 @@ def measure(args: argparse.Namespace, engine: Engine, server: Server, pictures: 
 
 
 def verdict(measured: Measured, concurrency: int) -> dict[str, object]:
-    """Reduce to the two figures and what they come from; milliseconds and pictures a second."""
+    """Reduce to the two figures and what they come from; milliseconds and images a second."""
     rates = {batch: batch / median(cell.wall) for batch, cell in measured.engine.items()}
     best = max(rates, key=rates.__getitem__)
-    over_http = median(summary.pictures_per_second for summary in measured.many)
+    over_http = median(summary.images_per_second for summary in measured.many)
     alone = median(measured.engine[1].wall) * 1e3
     decode = median(measured.decode) * 1e3
     client = median(summary.latency_ms.get("p50", float("nan")) for summary in measured.single)
     return {
         "engine_best_batch": best,
-        "engine_pictures_per_s": rates[best],
+        "engine_images_per_s": rates[best],
         "http_concurrency": concurrency,
-        "http_pictures_per_s": over_http,
+        "http_images_per_s": over_http,
         "throughput_ratio": over_http / rates[best],
         "engine_batch_1_ms": alone,
         "decode_ms": decode,
@@ -122,8 +122,8 @@ def main() -> int:
     limit = max(1, *args.batches)
     engine = OnnxEngine(file, provider=args.provider, max_batch_size=limit, intra_op_threads=args.threads)
     with Server(model, settings) as server:
-        measured = measure(args, engine, server, generate_pictures(256, args.size, args.format))
-    print(format_table([{"batch": b, "pictures_per_s": b / median(c.wall)} for b, c in measured.engine.items()]), "\n")
+        measured = measure(args, engine, server, generate_images(256, args.size, args.format))
+    print(format_table([{"batch": b, "images_per_s": b / median(c.wall)} for b, c in measured.engine.items()]), "\n")
     figures = verdict(measured, args.concurrency)
     print(format_table([{"figure": name, "value": value} for name, value in figures.items()]))
     if args.csv:

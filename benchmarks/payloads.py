@@ -1,4 +1,4 @@
-"""Pictures to send and the requests that carry them, made before the load begins so that sending costs nothing more."""
+"""Images to send and the requests that carry them, made before the load begins so that sending costs nothing more."""
 
 import base64
 import json
@@ -22,8 +22,8 @@ JPEG_QUALITY = 90
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture file: name, bytes, media type."""
+class ImageFile:
+    """An image file: name, bytes, media type."""
 
     name: str
     data: bytes
@@ -45,33 +45,33 @@ def natural_image(rng: np.random.Generator, height: int, width: int) -> NDArray[
     return image
 
 
-def encode(pixels: NDArray[np.uint8], kind: Literal["jpeg", "png"], name: str = "picture") -> Picture:
+def encode(pixels: NDArray[np.uint8], kind: Literal["jpeg", "png"], name: str = "image") -> ImageFile:
     """Encode uint8 [H, W, 3] as a file."""
     buffer = BytesIO()
     Image.fromarray(pixels).save(buffer, kind.upper(), **({"quality": JPEG_QUALITY} if kind == "jpeg" else {}))
-    return Picture(f"{name}.{kind}", buffer.getvalue(), f"image/{kind}")
+    return ImageFile(f"{name}.{kind}", buffer.getvalue(), f"image/{kind}")
 
 
-def generate_pictures(count: int, size: int, kind: Literal["jpeg", "png"], seed: int = 0) -> list[Picture]:
-    """Make `count` different pictures of `size` x `size` pixels."""
+def generate_images(count: int, size: int, kind: Literal["jpeg", "png"], seed: int = 0) -> list[ImageFile]:
+    """Make `count` different images of `size` x `size` pixels."""
     rng = np.random.default_rng(seed)
     return [encode(natural_image(rng, size, size), kind, str(number)) for number in range(count)]
 
 
-def read_pictures(folder: Path, limit: int) -> list[Picture]:
-    """Read at most `limit` picture files below `folder`, in the order of their paths.
+def read_images(folder: Path, limit: int) -> list[ImageFile]:
+    """Read at most `limit` image files below `folder`, in the order of their paths.
 
     Raises:
         BenchmarkError: there is none.
     """
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)[:limit]
     if not paths:
-        raise BenchmarkError(f"{folder}: there is no picture in it, no file with {', '.join(sorted(SUFFIXES))}")
-    return [Picture(path.name, path.read_bytes(), mimetypes.guess_type(path)[0] or "image/*") for path in paths]
+        raise BenchmarkError(f"{folder}: there is no image in it, no file with {', '.join(sorted(SUFFIXES))}")
+    return [ImageFile(path.name, path.read_bytes(), mimetypes.guess_type(path)[0] or "image/*") for path in paths]
 
 
 def build_requests(
-    pictures: Sequence[Picture],
+    images: Sequence[ImageFile],
     form: Form,
     *,
     host: str,
@@ -79,24 +79,24 @@ def build_requests(
     per_request: int = 1,
     headers: Mapping[str, str] | None = None,
 ) -> list[bytes]:
-    """Build whole HTTP/1.1 requests, head and body; the last one may hold fewer pictures.
+    """Build whole HTTP/1.1 requests, head and body; the last one may hold fewer images.
 
     Args:
-        pictures: what to send, in this order.
+        images: what to send, in this order.
         form: raw body, multipart form, or JSON with base64.
         host: value of the Host header.
         path: with the query, if any.
-        per_request: pictures in one request; 1 for a raw body.
+        per_request: images in one request; 1 for a raw body.
         headers: further ones.
 
     Raises:
-        BenchmarkError: several pictures in a raw body.
+        BenchmarkError: several images in a raw body.
     """
     if form == "raw" and per_request != 1:
-        raise BenchmarkError("a raw body holds one picture; send several as multipart or json")
+        raise BenchmarkError("a raw body holds one image; send several as multipart or json")
     requests = []
-    for start in range(0, len(pictures), per_request):
-        group = pictures[start : start + per_request]
+    for start in range(0, len(images), per_request):
+        group = images[start : start + per_request]
         media_type, body = build_body(group, form)
         head = {"Host": host, "Content-Type": media_type, "Content-Length": str(len(body)), **(headers or {})}
         lines = "".join(f"{name}: {value}\r\n" for name, value in head.items())
@@ -104,16 +104,16 @@ def build_requests(
     return requests
 
 
-def build_body(pictures: Sequence[Picture], form: Form) -> tuple[str, bytes]:
+def build_body(images: Sequence[ImageFile], form: Form) -> tuple[str, bytes]:
     """Return media type and body."""
     if form == "raw":
-        return pictures[0].media_type, pictures[0].data
+        return images[0].media_type, images[0].data
     if form == "json":
-        images = [base64.b64encode(picture.data).decode() for picture in pictures]
+        images = [base64.b64encode(image.data).decode() for image in images]
         return "application/json", json.dumps({"images": images}).encode()
     parts = [
         b'--%b\r\nContent-Disposition: form-data; name="file"; filename="%b"\r\nContent-Type: %b\r\n\r\n%b\r\n'
-        % (BOUNDARY, picture.name.encode(), picture.media_type.encode(), picture.data)
-        for picture in pictures
+        % (BOUNDARY, image.name.encode(), image.media_type.encode(), image.data)
+        for image in images
     ]
     return f"multipart/form-data; boundary={BOUNDARY.decode()}", b"".join(parts) + b"--%b--\r\n" % BOUNDARY

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from benchmarks.common import describe_run, print_run, report, run_command
 from benchmarks.generator import Plan
-from benchmarks.payloads import build_requests, generate_pictures
+from benchmarks.payloads import build_requests, generate_images
 from benchmarks.processes import run_load
 from benchmarks.server import HOST, Server, parse_settings
 from benchmarks.summary import Summary, medians, summarize
 from benchmarks.tiny_model import SIDE, make_tiny_model
 
-PICTURES = 256
+IMAGES = 256
 WARMUP_S = 0.5
 # One thread runs the tiny model fastest, and leaves the other cores to the event loop and the load.
 SETTINGS = {"provider": "cpu", "intra_op_threads": "1", "max_batch_size": "32"}
@@ -44,15 +44,15 @@ def main() -> int:
         f"connections; JPEGs of {SIDE} x {SIDE}; {', '.join(f'{name}={value}' for name, value in settings.items())}"
     }
     print_run(about)
-    pictures = generate_pictures(PICTURES, SIDE, "jpeg")
+    images = generate_images(IMAGES, SIDE, "jpeg")
     with ExitStack() as stack:
         model = make_tiny_model(Path(stack.enter_context(tempfile.TemporaryDirectory())))
         service = stack.enter_context(Server(model, settings))
         floor = stack.enter_context(Server(model, command=("-m", "benchmarks.floor")))
         kinds = {
-            "service, raw body": (service, build_requests(pictures, "raw", host=HOST)),
-            "service, multipart": (service, build_requests(pictures, "multipart", host=HOST)),
-            "floor, raw body": (floor, build_requests(pictures, "raw", host=HOST)),
+            "service, raw body": (service, build_requests(images, "raw", host=HOST)),
+            "service, multipart": (service, build_requests(images, "multipart", host=HOST)),
+            "floor, raw body": (floor, build_requests(images, "raw", host=HOST)),
         }
         measured: dict[str, list[Summary]] = {name: [] for name in kinds}
         for _ in range(args.rounds):

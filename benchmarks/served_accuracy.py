@@ -1,6 +1,6 @@
 """Is the service as good as the model? `python -m benchmarks.served_accuracy MODEL --data DIR`.
 
-Every test picture goes as PNG over real HTTP to a service started here. Each answer's label is compared with what torch
+Every test image goes as PNG over real HTTP to a service started here. Each answer's label is compared with what torch
 says in float32 with the checkpoint in the version folder (or that of `--run`), and top-1 and top-5 as served with the
 figures in the model's metadata (or the run's `report.json`). What ran is printed. A float32 file must give the same:
 exit status 1 when a label or a figure differs. A variant is held to its gate's bounds instead, since it may differ.
@@ -22,11 +22,13 @@ from benchmarks.payloads import build_requests, encode
 from benchmarks.processes import run_load
 from benchmarks.server import HOST, Server, parse_settings
 from benchmarks.summary import error_code
-from export.precision import LARGEST_LOSS, LEAST_EQUAL
-from service.artifact import CHECKPOINT_FILE, ModelMetadata
-from service.engine import EngineError, PrecisionChoice, choose_file, read_metadata, resolve_provider
+from export.quantization.gate import MAX_TOP1_LOSS, MIN_LABELS_EQUAL
+from service.engine.metadata import ModelMetadata
+from service.engine.onnx_engine import EngineError, PrecisionChoice, choose_file, read_metadata, resolve_provider
+from service.repository.folder import CHECKPOINT_FILE
 from training.checkpoint import CheckpointError, digest, load_model
-from training.data import DataError, DataSet, Split, load
+from training.data.dataset import DataError, DataSet, Split
+from training.data.load import load
 from training.evaluate import predict_logits
 
 TOP = 5
@@ -51,20 +53,20 @@ def parse_arguments() -> argparse.Namespace:
         "--run", type=Path, help="folder of a run, or a checkpoint (default: the one in the version folder)"
     )
     parser.add_argument("--concurrency", type=int, default=32)
-    parser.add_argument("--limit", type=int, help="only so many pictures; the figures are then compared with torch's")
+    parser.add_argument("--limit", type=int, help="only so many images; the figures are then compared with torch's")
     parser.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE", help="of the service")
     return parser.parse_args()
 
 
 def load_test_split(path: Path | None, metadata: ModelMetadata, limit: int | None) -> Split:
-    """Load the test pictures at the model's size, and check that their classes are the model's.
+    """Load the test images at the model's size, and check that their classes are the model's.
 
     Raises:
-        BenchmarkError: no data, no test pictures, or other classes.
+        BenchmarkError: no data, no test images, or other classes.
     """
     height, width = metadata.input_size
     if height != width:
-        raise BenchmarkError(f"the model takes {height} x {width} pictures; data sets here are square")
+        raise BenchmarkError(f"the model takes {height} x {width} images; data sets here are square")
     try:
         data: DataSet = load(path, input_size=height)
     except DataError as error:
@@ -72,7 +74,7 @@ def load_test_split(path: Path | None, metadata: ModelMetadata, limit: int | Non
     if data.labels != metadata.labels:
         raise BenchmarkError(f"{data.name} has other classes than the model, which was trained on {metadata.dataset}")
     if data.test is None:
-        raise BenchmarkError(f"{data.name} has no test pictures; lay them out in a folder test/")
+        raise BenchmarkError(f"{data.name} has no test images; lay them out in a folder test/")
     return Split(data.test.images[:limit], data.test.labels[:limit])
 
 
@@ -88,8 +90,8 @@ def ask_service(
     records = load.records
     for status, failure, body in zip(records.status, records.failure, records.body, strict=True):
         if status != 200:
-            raise BenchmarkError(f"a picture was not classified: {error_code(status, failure, body)}")
-    print(f"{len(records)} pictures in {load.seconds:.1f} s over HTTP", flush=True)
+            raise BenchmarkError(f"an image was not classified: {error_code(status, failure, body)}")
+    print(f"{len(records)} images in {load.seconds:.1f} s over HTTP", flush=True)
     return read_answers(records, labels)
 
 
@@ -104,7 +106,7 @@ def read_answers(records: Records, labels: Sequence[str]) -> NDArray[np.int64]:
         top = json.loads(body)["predictions"][0]["top"]
         for entry in top:
             if labels[entry["index"]] != entry["label"]:
-                raise BenchmarkError(f"picture {number}: {entry['label']!r} is not the label of index {entry['index']}")
+                raise BenchmarkError(f"image {number}: {entry['label']!r} is not the label of index {entry['index']}")
         answers[number] = [entry["index"] for entry in top]
     return answers
 
@@ -116,7 +118,7 @@ def accuracy(top: NDArray[np.int64], labels: NDArray[np.int64], source: str) -> 
 
 
 def equal(a: Figures, b: Figures, n: int) -> bool:
-    """Whether two figures of `n` pictures count the same pictures right, apart from the last bits of a division."""
+    """Whether two figures of `n` images count the same images right, apart from the last bits of a division."""
     return all(round(x * n) == round(y * n) for x, y in ((a.top1, b.top1), (a.top5, b.top5)))
 
 
@@ -182,7 +184,7 @@ def compare_labels(served: NDArray[np.int64], logits: NDArray[np.float32]) -> in
     for number in differing[:SHOWN].tolist():
         row = logits[number]
         margin = row.max() - row[served[number]]
-        print(f"  picture {number}: served {served[number]}, torch {row.argmax()} by {margin:.3g} of a logit")
+        print(f"  image {number}: served {served[number]}, torch {row.argmax()} by {margin:.3g} of a logit")
     return len(differing)
 
 
@@ -192,7 +194,7 @@ def compare_figures(served: Figures, other: Figures, n: int, *, exact: bool) -> 
     for figures in (served, other):
         print(f"top-1 {figures.top1:.4%}  top-5 {figures.top5:.4%}  {figures.source}")
     print("equal" if same else "NOT equal")
-    return same or (not exact and other.top1 - served.top1 <= LARGEST_LOSS)
+    return same or (not exact and other.top1 - served.top1 <= MAX_TOP1_LOSS)
 
 
 def judge(
@@ -210,7 +212,7 @@ def judge(
         logits = torch_logits(checkpoint, split)
         ranked = np.argsort(-logits, axis=1, kind="stable")[:, :TOP]
         differ = compare_labels(answers[:, 0], logits)
-        good &= differ <= (0 if exact else (1 - LEAST_EQUAL) * len(split))
+        good &= differ <= (0 if exact else (1 - MIN_LABELS_EQUAL) * len(split))
         good &= compare_figures(served, accuracy(ranked, labels, "torch, float32"), len(split), exact=exact)
     if report is not None:
         good &= compare_figures(served, report, len(split), exact=exact)
@@ -233,8 +235,8 @@ def main() -> int:
     print_run(
         describe_run() | {"model": f"{metadata.name}, version {model.version}, {file.name}, {metadata.precision}"}
     )
-    pictures = [encode(pixels, "png", str(number)) for number, pixels in enumerate(split.images.numpy())]
-    requests = build_requests(pictures, "raw", host=HOST, path=f"/predict?top_k={min(TOP, len(metadata.labels))}")
+    images = [encode(pixels, "png", str(number)) for number, pixels in enumerate(split.images.numpy())]
+    requests = build_requests(images, "raw", host=HOST, path=f"/predict?top_k={min(TOP, len(metadata.labels))}")
     with Server(model, settings) as server:
         answers = ask_service(requests, server, metadata.labels, args.concurrency)
     return 0 if judge(answers, split, checkpoint, report, exact=metadata.precision == "float32") else 1

@@ -6,7 +6,7 @@ from statistics import median
 
 from benchmarks.common import ModelPlace, describe_run, find_model, print_run, report, run_command
 from benchmarks.generator import Plan
-from benchmarks.payloads import build_requests, generate_pictures
+from benchmarks.payloads import build_requests, generate_images
 from benchmarks.processes import run_load
 from benchmarks.server import HOST, Server, parse_settings
 
@@ -52,7 +52,7 @@ def main() -> int:
         f"ready and after {args.requests} requests, {args.concurrency} at once, JPEGs of {args.size} x {args.size}"
     }
     print_run(about)
-    requests = build_requests(generate_pictures(args.requests, args.size, "jpeg"), "raw", host=HOST)
+    requests = build_requests(generate_images(args.requests, args.size, "jpeg"), "raw", host=HOST)
     runs = [measure_start(model, args, requests) for _ in range(args.runs)]
     rows: list[dict[str, object]] = [{"run": str(number), **run} for number, run in enumerate(runs, 1)]
     rows.append({"run": "median", **{key: median(run[key] for run in runs) for key in runs[0]}})

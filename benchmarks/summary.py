@@ -55,21 +55,21 @@ class Summary:
     Attributes:
         requests: how many they are.
         answered: those with status 200.
-        requests_per_second, pictures_per_second: what was answered with 200 within the window, by its length; a request
+        requests_per_second, images_per_second: what was answered with 200 within the window, by its length; a request
             that lies partly in it counts with that part, so that long batches at its edges don't make the figure jump.
         latency_ms: of those answered, from the scheduled time to the end of the answer: mean, p50 ... max.
         late_ms: how long after its scheduled time each was sent: large when all connections were busy.
         rejected_ms: latency of the answers that are not 200.
         phases_ms: Server-Timing of those answered, by phase.
         errors: number of requests by what went wrong.
-        server_cpu_ms: the server's CPU milliseconds a picture; None where they can't be read.
+        server_cpu_ms: the server's CPU milliseconds an image; None where they can't be read.
         client_cpu_ms: the generator's CPU milliseconds a request.
     """
 
     requests: int
     answered: int
     requests_per_second: float
-    pictures_per_second: float
+    images_per_second: float
     latency_ms: dict[str, float]
     late_ms: dict[str, float]
     rejected_ms: dict[str, float]
@@ -79,7 +79,7 @@ class Summary:
     client_cpu_ms: float
 
 
-def summarize(load: Load, pictures_per_request: int = 1) -> Summary:
+def summarize(load: Load, images_per_request: int = 1) -> Summary:
     """Reduce a load to its figures."""
     records = load.records
     scheduled, ended = np.array(records.scheduled), np.array(records.ended)
@@ -93,13 +93,13 @@ def summarize(load: Load, pictures_per_request: int = 1) -> Summary:
         requests=int(counted.sum()),
         answered=int((counted & good).sum()),
         requests_per_second=done / load.seconds,
-        pictures_per_second=done * pictures_per_request / load.seconds,
+        images_per_second=done * images_per_request / load.seconds,
         latency_ms=spread(latency[counted & good]),
         late_ms=spread((np.array(records.sent) - scheduled)[counted] * 1e3),
         rejected_ms=spread(latency[counted & answered & ~good]),
         phases_ms=_phases(load, counted & good),
         errors=_errors(load, counted & ~good),
-        server_cpu_ms=None if cpu is None or not done else cpu * 1e3 / (done * pictures_per_request),
+        server_cpu_ms=None if cpu is None or not done else cpu * 1e3 / (done * images_per_request),
         client_cpu_ms=records.cpu_seconds * 1e3 / max(len(records), 1),
     )
 
@@ -108,8 +108,8 @@ def medians(summaries: Sequence[Summary]) -> dict[str, object]:
     """Reduce the rounds of one kind of request to one row: medians, the best of what has a best, all errors."""
     cpu = [summary.server_cpu_ms for summary in summaries if summary.server_cpu_ms is not None]
     return {
-        "pictures_per_s": median(summary.pictures_per_second for summary in summaries),
-        "pictures_per_s_best": max(summary.pictures_per_second for summary in summaries),
+        "images_per_s": median(summary.images_per_second for summary in summaries),
+        "images_per_s_best": max(summary.images_per_second for summary in summaries),
         "server_cpu_ms": median(cpu) if cpu else None,
         "server_cpu_ms_best": min(cpu) if cpu else None,
         "p50_ms": median(summary.latency_ms.get("p50", float("nan")) for summary in summaries),
@@ -143,9 +143,9 @@ def format_summary(summary: Summary) -> str:
     """Lay the figures out for people."""
     lines = [
         f"requests    {summary.requests} ({summary.answered} answered with 200)",
-        f"goodput     {summary.requests_per_second:.1f} requests/s, {summary.pictures_per_second:.1f} pictures/s",
+        f"goodput     {summary.requests_per_second:.1f} requests/s, {summary.images_per_second:.1f} images/s",
         "errors      " + (", ".join(f"{code}: {n}" for code, n in summary.errors.items()) or "none"),
-        f"server CPU  {_or_unknown(summary.server_cpu_ms)} ms a picture",
+        f"server CPU  {_or_unknown(summary.server_cpu_ms)} ms an image",
         f"client CPU  {summary.client_cpu_ms:.3f} ms a request",
         "",
         format_table(spread_rows(summary)),
@@ -170,8 +170,8 @@ def csv_row(summary: Summary) -> dict[str, object]:
         "requests": summary.requests,
         "answered": summary.answered,
         "requests_per_second": summary.requests_per_second,
-        "pictures_per_second": summary.pictures_per_second,
-        "server_cpu_ms_per_picture": summary.server_cpu_ms,
+        "images_per_second": summary.images_per_second,
+        "server_cpu_ms_per_image": summary.server_cpu_ms,
         "client_cpu_ms_per_request": summary.client_cpu_ms,
     }
     for name in ("mean", *(f"p{q}" for q in PERCENTILES), "max"):

@@ -9,30 +9,28 @@ from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.common import ModelPlace
 from export.publish import new_version
-from service.artifact import (
-    GOLDEN_FILE,
+from service.engine.metadata import (
     INPUT_NAME,
     MODEL_FILE,
     OUTPUT_NAME,
     SCHEMA_VERSION,
-    Golden,
     ModelMetadata,
     Provenance,
     ResizePolicy,
-    save_golden,
     to_props,
 )
+from service.repository.folder import GOLDEN_FILE, Golden, save_golden
 
-SIDE, CLASSES, GOLDEN_PICTURES = 32, 100, 8
+SIDE, CLASSES, GOLDEN_IMAGES = 32, 100, 8
 INPUTS = SIDE * SIDE * 3
 
 
 def make_tiny_model(folder: Path) -> ModelPlace:
-    """Write version 1 of a model for 32 x 32 pictures and 100 classes into `folder`, with its golden pictures."""
+    """Write version 1 of a model for 32 x 32 images and 100 classes into `folder`, with its golden images."""
     rng = np.random.default_rng(0)
     weights = rng.normal(0, 1e-3, (INPUTS, CLASSES)).astype(np.float32)
-    images = rng.integers(0, 256, (GOLDEN_PICTURES, SIDE, SIDE, 3), dtype=np.uint8)
-    logits = images.reshape(GOLDEN_PICTURES, INPUTS).astype(np.float32) @ weights
+    images = rng.integers(0, 256, (GOLDEN_IMAGES, SIDE, SIDE, 3), dtype=np.uint8)
+    logits = images.reshape(GOLDEN_IMAGES, INPUTS).astype(np.float32) @ weights
     with new_version(folder) as (_, temporary):
         onnx.save(_graph(weights), temporary / MODEL_FILE)
         save_golden(temporary / GOLDEN_FILE, Golden(images, logits.argmax(axis=1), logits))

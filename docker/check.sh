@@ -131,8 +131,8 @@ done
 healthy || { logs; fail "it did not become healthy in a minute"; }
 
 say "asking it"
-base64 -d >"$scratch/picture.png" <<<"iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQVR4nGNkaGhgYGBgYmBgYGBgAAALqgEE5z0TngAAAABJRU5ErkJggg=="
-curl -fsS -H "Content-Type: image/png" --data-binary "@$scratch/picture.png" "http://127.0.0.1:$port/predict"
+base64 -d >"$scratch/image.png" <<<"iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQVR4nGNkaGhgYGBgYmBgYGBgAAALqgEE5z0TngAAAABJRU5ErkJggg=="
+curl -fsS -H "Content-Type: image/png" --data-binary "@$scratch/image.png" "http://127.0.0.1:$port/predict"
 
 say "stopping it"
 stop

@@ -73,7 +73,6 @@ HEAD = """\
 FIXED = {"model_dir", "host", "port", "tls_cert", "tls_key", "api_keys_file", "admin_key_file"}
 # Where the compose file's default is not the service's.
 COMPOSE_DEFAULTS = {"provider": "cuda", "log_format": "json"}
-OF_THE_MACHINE = {"decode_threads"}
 
 
 def settings() -> Iterator[str]:
@@ -84,7 +83,7 @@ def settings() -> Iterator[str]:
         yield "\n" + textwrap.fill(
             field.description or "", 120, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
         )
-        default = "" if name in OF_THE_MACHINE else COMPOSE_DEFAULTS.get(name, as_text(field.default))
+        default = COMPOSE_DEFAULTS.get(name, as_text(field.default))
         yield f"#PERCEIVER_{name.upper()}={default}"
 
 

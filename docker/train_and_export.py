@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     name = os.environ.get("MODEL_NAME")
     if not name and any(argument.partition("=")[0] == "--data" for argument in arguments):
         print(
-            f"error: a model of your own pictures belongs in a folder of its own, not in {SHIPPED}: set MODEL_NAME in "
+            f"error: a model of your own images belongs in a folder of its own, not in {SHIPPED}: set MODEL_NAME in "
             f".env, say MODEL_NAME=mine. Where --data is CIFAR-100, set MODEL_NAME={SHIPPED}.",
             file=sys.stderr,
         )

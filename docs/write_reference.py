@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from service import errors
-from service.metrics import Metrics
+from service.metrics.registry import Metrics
 from service.settings import Settings
 
 TARGET = Path(__file__).parent / "reference.md"
 # Classes whose docstring speaks to programmers.
 WHEN = {errors.ServiceError: "A fault of this program; the log has the traceback under the request's id."}
-# Defaults that depend on the machine.
-DEFAULTS = {"decode_threads": "CPUs that it may use, at most 4"}
 
 HEAD = """\
 # Reference: settings, answers, metrics
@@ -59,7 +57,7 @@ host with an NVIDIA driver (NVML).
 def settings() -> Iterator[str]:
     """A row for each setting."""
     for name, field in Settings.model_fields.items():
-        default = DEFAULTS.get(name, show(field.default))
+        default = show(field.default)
         text = (field.description or "").replace("|", "\\|")
         flag = f"--{name.replace('_', '-')}"
         flags = f"`{flag}`, `--no-{flag[2:]}`" if field.annotation is bool else f"`{flag}`"

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from export.build import Options, export
 from export.errors import ExportError
-from export.precision import PROVIDER_OF, VariantPrecision, describe, provider_for
-from export.recheck import verify
+from export.parity import TABLE_HEAD, summary
+from export.quantization.gate import describe
+from export.quantization.variants import PROVIDERS, VariantPrecision, provider_for
 from export.source import load_source, random_source
-from export.verify import TABLE_HEAD, summary
-from service.artifact import MODEL_FILES
+from export.verify import verify
+from service.engine.metadata import MODEL_FILES
 from training.config import PRESETS
 
 GOLDEN, MAX_BATCH = 64, 32
@@ -60,13 +61,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--plain",
         action="store_true",
-        help="keep the form that was trained, without the algebra of export/fold.py: slower, for a model that it "
+        help="keep the form that was trained, without the algebra of export/graph/fold.py: slower, for a model that it "
         "does not know",
     )
     parser.add_argument(
         "--variants",
         nargs="*",
-        choices=tuple(PROVIDER_OF),
+        choices=tuple(PROVIDERS),
         metavar="PRECISION",
         help="files that are written beside float32 if they pass their gates and are faster: int8 (for CPUs), float16 "
         "(for CUDA); none after the flag: float32 alone (default: those that can be timed here; none with --plain and "
@@ -118,7 +119,7 @@ def chosen_variants(args: argparse.Namespace) -> tuple[VariantPrecision, ...]:
     if args.plain or args.random:
         return ()
     timed = []
-    for precision, provider in PROVIDER_OF.items():
+    for precision, provider in PROVIDERS.items():
         if args.untimed or provider_for(precision)[1] is None:
             timed.append(precision)
         else:

@@ -15,47 +15,41 @@ from onnx import ModelProto
 from pydantic import ValidationError
 from torch import nn
 
-from export.card import write_card
+from export.card.model_card import write_card
 from export.errors import ExportError, GateError
-from export.fold import fold
-from export.golden import data_path, has_changed, load_data, noise_golden, real_golden, reference_logits
-from export.precision import Pictures, VariantPrecision
-from export.publish import new_version
-from export.serving_model import TrainingForm, count_operations
-from export.source import METRICS_FILE, Source
-from export.successor import check_successor, check_writable
-from export.to_onnx import attach, to_onnx
-from export.triton import write_triton_config
-from export.variants import Base, Variant, build_variants
-from export.verify import (
+from export.golden import data_path, has_changed, load_data, noise_golden, real_golden
+from export.graph.fold import fold
+from export.graph.to_onnx import serialize, to_onnx
+from export.graph.trained import Images, Logits, TrainedModel, cached_reference, count_flops
+from export.parity import (
     FLOAT32_TOLERANCE,
     TABLE_HEAD,
     Comparison,
-    Images,
-    Logits,
     compare_with_torch,
-    remembered,
     require,
     summary,
     warm_engine,
 )
-from service.artifact import (
-    CHECKPOINT_FILE,
-    GOLDEN_FILE,
+from export.promotion import check_successor, check_writable
+from export.publish import new_version
+from export.quantization.gate import EvalSet
+from export.quantization.variants import Base, Variant, VariantPrecision, build_variants
+from export.source import METRICS_FILE, Source
+from export.triton import write_triton_config
+from service.engine.metadata import (
     MODEL_FILE,
     MODEL_FILES,
     ArtifactError,
     EvalMetrics,
-    Golden,
     ModelMetadata,
     Provenance,
     ResizePolicy,
-    save_golden,
     to_props,
 )
-from service.engine import EngineError
+from service.engine.onnx_engine import EngineError
+from service.repository.folder import CHECKPOINT_FILE, GOLDEN_FILE, Golden, save_golden
 from training.checkpoint import digest
-from training.dataset import DataSet
+from training.data.dataset import DataSet
 from training.transfer import flatterers
 
 
@@ -161,12 +155,12 @@ def make_variants(
     """Build the wanted variants that pass their gates; random weights are calibrated with the golden noise."""
     if not options.variants:
         return []
-    pictures = None
+    eval_set = None
     if data is not None:
         images = data.val.images.numpy()
-        pictures = Pictures("val", images, data.val.labels.numpy(), reference(images))
+        eval_set = EvalSet("val", images, data.val.labels.numpy(), reference(images))
     calibration = golden.images if data is None else data.train.images.numpy()
-    base = Base(graph, metadata, reference, golden, calibration, pictures, options.max_batch, options.untimed)
+    base = Base(graph, metadata, reference, golden, calibration, eval_set, options.max_batch, options.untimed)
     return build_variants(base, options.variants)
 
 
@@ -190,8 +184,8 @@ def pass_gate(
         if options.plain:
             raise
         raise GateError(
-            f"{error} Where training/model.py was changed, export/fold.py has to follow; --plain exports the form that "
-            "was trained, without that algebra."
+            f"{error} Where training/model.py was changed, export/graph/fold.py has to follow; --plain exports the "
+            "form that was trained, without that algebra."
         ) from error
     return comparisons
 
@@ -217,7 +211,7 @@ def without_what_others_would_judge(source: Source, data: DataSet | None, option
     return replace(options, variants=())
 
 
-def folded(trained: TrainingForm, image: torch.Tensor) -> nn.Module:
+def folded(trained: TrainedModel, image: torch.Tensor) -> nn.Module:
     """Rewrite the trained form by exact algebra.
 
     Args:
@@ -233,8 +227,8 @@ def folded(trained: TrainingForm, image: torch.Tensor) -> nn.Module:
         return form
     except Exception as error:  # it takes the model apart, and of one that was changed any part may be missing
         raise ExportError(
-            f"export/fold.py does not know this model ({type(error).__name__}: {error}); it has to follow a change of "
-            "training/model.py. --plain exports the form that was trained, without its algebra."
+            f"export/graph/fold.py does not know this model ({type(error).__name__}: {error}); it has to follow a "
+            "change of training/model.py. --plain exports the form that was trained, without its algebra."
         ) from error
 
 
@@ -244,7 +238,7 @@ def build(source: Source, options: Options) -> Exported:
     Raises:
         ExportError: what stood in the way; GateError where the result is not the trained function.
     """
-    trained = TrainingForm(source.preprocess, source.model, source.temperature).eval()
+    trained = TrainedModel(source.preprocess, source.model, source.temperature).eval()
     data = None if source.checkpoint is None else load_data(source, options.data)
     options = without_what_others_would_judge(source, data, options)
     golden = make_golden(trained, source, data, options.golden)
@@ -257,11 +251,11 @@ def build(source: Source, options: Options) -> Exported:
     forms: list[tuple[str, nn.Module]] = [("as trained", trained)]
     if not options.plain:
         forms.append(("folded", folded(trained, image)))
-    operations = [(name, count_operations(form, image)) for name, form in forms]
+    operations = [(name, count_flops(form, image)) for name, form in forms]
     print("GFLOP a picture: " + ", ".join(f"{name} {count / 1e9:.3f}" for name, count in operations))
     graph = to_onnx(forms[-1][1], metadata.input_size)
-    model = attach(graph, to_props(metadata))
-    reference = remembered(lambda images: reference_logits(trained, images))
+    model = serialize(graph, to_props(metadata))
+    reference = cached_reference(trained)
     try:
         comparisons = pass_gate(model, reference, golden, options)
         variants = make_variants(graph, metadata, reference, data, golden, options)
@@ -294,7 +288,7 @@ def fill(folder: Path, source: Source, exported: Exported) -> None:
     """
     (folder / MODEL_FILE).write_bytes(exported.model)
     for variant in exported.variants:
-        (folder / MODEL_FILES[variant.precision]).write_bytes(variant.model)
+        (folder / MODEL_FILES[variant.precision]).write_bytes(variant.content)
     save_golden(folder / GOLDEN_FILE, exported.golden)
     if source.checkpoint is not None:
         if not source.checkpoint.is_file():

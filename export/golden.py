@@ -7,29 +7,20 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from export.errors import ExportError
+from export.graph.trained import reference_logits
 from export.source import Source
-from service.artifact import Golden
-from training import cifar, data
-from training.dataset import DataSet, Split
+from service.repository.folder import Golden
+from training.data import cifar
+from training.data.dataset import DataError, DataSet, Split
+from training.data.load import load_for
 
-BATCH = 100
 DATA_FOLDER = Path("data")
 
 T = TypeVar("T", bound=np.generic)
-
-
-def reference_logits(model: nn.Module, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Run torch in batches: uint8 [K, H, W, 3] -> float32 [K, C]."""
-    pictures = torch.from_numpy(images)
-    with torch.inference_mode():
-        parts = [model(pictures[start : start + BATCH]) for start in range(0, len(pictures), BATCH)]
-    logits: NDArray[np.float32] = torch.cat(parts).numpy()
-    return logits
 
 
 def data_path(source: Source, path: Path | None) -> Path:
@@ -54,8 +45,8 @@ def load_data(source: Source, path: Path | None) -> DataSet:
     if source.run.data is None and cifar.find(chosen) is None:
         raise ExportError(f"{chosen}: holds no {cifar.FOLDER}; {wanted}: name its folder by --data.")
     try:
-        loaded = data.load_for(source.run, chosen)
-    except data.DataError as error:
+        loaded = load_for(source.run, chosen)
+    except DataError as error:
         raise ExportError(f"{error} ({wanted}.)") from error
     if loaded.labels != source.run.labels:
         raise ExportError(

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from service.artifact import ArtifactError, list_versions
-from training.lock import locked
+from service.engine.metadata import ArtifactError
+from service.repository.folder import list_versions
+from training.file_lock import locked
 
 
 @contextmanager

@@ -12,11 +12,11 @@ from export.errors import ExportError
 from training.checkpoint import CheckpointError, RunConfig, digest, git_commit, load_model
 from training.config import PRESETS
 from training.evaluate import Metrics
-from training.figures import CURVES, PICTURES, Report
-from training.figures import FILE as REPORT_FILE
-from training.lines import MACHINE, Line, read_lines
+from training.metrics_log import MACHINE, Line, read_lines
 from training.model import Perceiver, count_parameters
 from training.preprocessing import Preprocess
+from training.report_schema import CURVES, PICTURES, Report
+from training.report_schema import FILE as REPORT_FILE
 from training.transfer import find
 
 RANDOM_CLASSES = 100

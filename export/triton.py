@@ -6,7 +6,7 @@ https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/use
 
 from pathlib import Path
 
-from service.artifact import INPUT_NAME, OUTPUT_NAME, ModelMetadata
+from service.engine.metadata import INPUT_NAME, OUTPUT_NAME, ModelMetadata
 
 CONFIG_FILE = "config.pbtxt"
 MAX_BATCH_SIZE = 32

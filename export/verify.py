@@ -1,172 +1,209 @@
-"""The gate: the model that will serve, run by the service's own engine, against torch in float32.
+"""`--verify`: the gates of a version that was written before, run again on this machine."""
 
-Shape letters: N pictures of a batch, H and W the input size in pixels, C classes.
-"""
-
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from export.errors import ExportError, GateError
-from service.artifact import GOLDEN_FILE, Golden
-from service.engine import Engine, OnnxEngine, ProviderChoice
-
-Images = NDArray[np.uint8]
-Logits = NDArray[np.float32]
-
-# Rounding in float32 moves the logits of the reference model by 4e-6; anything above this is another function.
-FLOAT32_TOLERANCE = 1e-3
-NOISE_SEED = 0
+from export.golden import has_changed, load_data
+from export.graph.trained import Images, Logits, TrainedModel, cached_reference
+from export.parity import (
+    FLOAT32_TOLERANCE,
+    Comparison,
+    compare_golden,
+    compare_with_itself,
+    compare_with_torch,
+    require,
+    warm_engine,
+)
+from export.quantization.gate import TIMED_BATCHES, EvalSet, refusal, run_gate
+from export.quantization.variants import PROVIDERS
+from export.source import Source, load_source
+from service.engine.metadata import (
+    MODEL_FILE,
+    MODEL_FILES,
+    ArtifactError,
+    EvalMetrics,
+    ModelMetadata,
+    Precision,
+    VariantGate,
+)
+from service.engine.onnx_engine import (
+    EngineError,
+    OnnxEngine,
+    Provider,
+    ProviderChoice,
+    read_metadata,
+    resolve_provider,
+)
+from service.repository.folder import CHECKPOINT_FILE, GOLDEN_FILE, Golden, list_versions, load_golden
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """How far the engine's logits of some pictures are from the expected ones.
+class Result:
+    """What became of a file.
 
     Attributes:
-        name: of the pictures.
-        n: how many.
-        max_abs_difference: largest absolute difference of a logit.
-        labels_differ: pictures whose most likely class differs, where the expected logits leave no doubt about it
-            (the best leads by more than the tolerance).
-        tolerance: largest difference allowed.
+        path: of the file.
+        provider: where it ran.
+        comparisons: of logits; none where the file was not run.
+        gate: of a variant; None for float32, and where it could not be run.
+        notes: what was not run, and why.
     """
 
-    name: str
-    n: int
-    max_abs_difference: float
-    labels_differ: int
-    tolerance: float
+    path: Path
+    provider: Provider
+    comparisons: list[Comparison]
+    gate: VariantGate | None
+    notes: list[str]
 
-    @property
-    def passed(self) -> bool:
-        """Whether nothing differs; a difference that is no number fails."""
-        return self.max_abs_difference <= self.tolerance and self.labels_differ == 0
+    def require(self) -> None:
+        """Refuse what did not pass.
 
-    def __str__(self) -> str:
-        verdict = "" if self.passed else f"   over the tolerance of {self.tolerance:.0e}"
-        return f"{self.name:<16} {self.n:>6} {self.max_abs_difference:>20.2e} {self.labels_differ:>15}{verdict}"
-
-
-TABLE_HEAD = f"{'pictures':<16} {'n':>6} {'largest difference':>20} {'labels differ':>15}"
-
-
-def compare(name: str, expected: Logits, actual: Logits, tolerance: float) -> Comparison:
-    """Hold float32 [N, C] against float32 [N, C]."""
-    top2 = np.sort(expected, axis=1)[:, -2:]
-    clear = top2[:, 1] - top2[:, 0] > tolerance
-    differ = expected.argmax(axis=1) != actual.argmax(axis=1)
-    largest = float(np.abs(expected - actual).max())
-    return Comparison(name, len(expected), largest, int(np.count_nonzero(differ & clear)), tolerance)
+        Raises:
+            GateError: says what.
+        """
+        if self.comparisons:
+            require(self.comparisons)
+        if self.gate is not None and (reason := refusal(self.gate)) is not None:
+            raise GateError(f"{self.path.name}: {reason}.")
 
 
-def edge_batches(input_size: tuple[int, int], max_batch: int) -> Iterator[tuple[str, Images]]:
-    """Black, white and noise, in batches of 1, 2, 3 and the largest."""
-    rng = np.random.default_rng(NOISE_SEED)
-    for size in sorted({1, 2, 3, max_batch}):
-        if size > max_batch:
-            continue
-        shape = (size, *input_size, 3)
-        yield f"black x {size}", np.zeros(shape, dtype=np.uint8)
-        yield f"white x {size}", np.full(shape, 255, dtype=np.uint8)
-        yield f"noise x {size}", rng.integers(0, 256, shape, dtype=np.uint8)
+@dataclass(frozen=True)
+class Version:
+    """A version folder and what its gates need; `torch` and `eval_set` are None where they can't be had.
 
-
-@contextmanager
-def warm_engine(path: Path, provider: ProviderChoice, max_batch: int) -> Iterator[OnnxEngine]:
-    """Open a file as the service does, with its warm-up: there a GPU's graphs are captured, or found to be impossible.
-
-    Args:
-        path: the .onnx file.
-        provider: where it runs.
-        max_batch: largest batch in pictures.
-
-    Raises:
-        EngineError: as `OnnxEngine`.
-    """
-    with closing(OnnxEngine(path, provider=provider, max_batch_size=max_batch)) as engine:
-        engine.warm_up()
-        yield engine
-
-
-def run_all(engine: Engine, images: Images) -> Logits:
-    """Run uint8 [N, H, W, 3] of any N in batches as large as the engine takes; float32 [N, C]."""
-    step = engine.max_batch_size
-    return np.concatenate([engine.run(images[start : start + step]) for start in range(0, len(images), step)])
-
-
-def compare_golden(engine: Engine, golden: Golden, tolerance: float) -> Comparison:
-    """Hold the engine against the golden logits."""
-    wanted = ((*engine.metadata.input_size, 3), len(engine.metadata.labels))
-    if (golden.images.shape[1:], golden.logits.shape[1]) != wanted:
-        raise ExportError(f"{GOLDEN_FILE} holds pictures of another size, or logits of other classes, than the model.")
-    return compare("golden", golden.logits, run_all(engine, golden.images), tolerance)
-
-
-def compare_with_torch(
-    engine: Engine, reference: Callable[[Images], Logits], golden: Golden, tolerance: float
-) -> list[Comparison]:
-    """Hold the engine against torch, on golden pictures and edge batches.
-
-    Args:
-        engine: what will serve.
-        reference: torch in float32, in the form that was trained.
+    Attributes:
+        path: the folder.
         golden: pictures and torch's logits for them.
-        tolerance: largest absolute difference allowed.
+        torch: the training form in float32: uint8 [N, H, W, 3] -> float32 [N, C].
+        eval_set: of the gates of variants.
+        why: a sentence on what is missing.
     """
-    comparisons = [compare_golden(engine, golden, tolerance)]
-    for name, images in edge_batches(engine.metadata.input_size, engine.max_batch_size):
-        comparisons.append(compare(name, reference(images), engine.run(images), tolerance))
-    return comparisons
+
+    path: Path
+    golden: Golden
+    torch: Callable[[Images], Logits] | None
+    eval_set: EvalSet | None
+    why: list[str]
 
 
-def compare_with_itself(engine: Engine, tolerance: float) -> list[Comparison]:
-    """Hold each edge batch against its pictures one by one: no picture may change another's answer."""
-    comparisons = []
-    for name, images in edge_batches(engine.metadata.input_size, engine.max_batch_size):
-        alone = np.concatenate([engine.run(images[i : i + 1]) for i in range(len(images))])
-        comparisons.append(compare(f"{name} alone", alone, engine.run(images), tolerance))
-    return comparisons
-
-
-def remembered(reference: Callable[[Images], Logits]) -> Callable[[Images], Logits]:
-    """Ask torch once for the same pictures: edge batches are the same for each file that is held against it."""
-    known: dict[bytes, Logits] = {}
-
-    def ask(images: Images) -> Logits:
-        key = images.tobytes()
-        if key not in known:
-            known[key] = reference(images)
-        return known[key]
-
-    return ask
-
-
-def largest_difference(comparisons: Sequence[Comparison]) -> float:
-    """Return the largest difference of a logit; not a number where one isn't."""
-    return max((c.max_abs_difference for c in comparisons), key=lambda value: (np.isnan(value), value))
-
-
-def summary(comparisons: Sequence[Comparison]) -> str:
-    """One sentence: the largest difference and how many labels differ."""
-    labels, pictures = sum(c.labels_differ for c in comparisons), sum(c.n for c in comparisons)
-    return f"largest difference {largest_difference(comparisons):.2e}, {labels} of {pictures} labels differ"
-
-
-def require(comparisons: Sequence[Comparison]) -> None:
-    """Refuse unless all passed.
+def version_folder(folder: Path) -> Path:
+    """Return a version folder: this one, or the highest version of a model folder.
 
     Raises:
-        GateError: names the pictures that did not.
+        ExportError: it is neither.
     """
-    failed = [c.name for c in comparisons if not c.passed]
-    if failed:
-        tolerance = comparisons[0].tolerance
-        raise GateError(
-            f"the gate refuses this model on {', '.join(failed)}: {summary(comparisons)}, "
-            f"where {tolerance:.0e} and no label are allowed."
+    if any((folder / name).is_file() for name in MODEL_FILES.values()):
+        return folder
+    versions = list_versions(folder)
+    if not versions:
+        raise ExportError(
+            f"{folder}: holds no model and no version of one; name a folder that `python -m export --out` wrote."
         )
+    return versions[-1].path
+
+
+def verify(folder: Path, choice: ProviderChoice, max_batch: int, data: Path | None) -> list[Result]:
+    """Run all gates again that can be run on this machine.
+
+    Args:
+        folder: a version folder, or a model folder, of which the highest version is taken.
+        choice: where to run.
+        max_batch: largest batch in pictures.
+        data: the data set, for the gates of variants; None: where it was while training.
+
+    Raises:
+        ExportError: there is no model, it can't be loaded, or can't run there.
+    """
+    path = version_folder(folder)
+    present: list[Precision] = [precision for precision, name in MODEL_FILES.items() if (path / name).is_file()]
+    try:
+        provider = resolve_provider(choice)
+        golden = load_golden(path / GOLDEN_FILE)
+        described = {
+            path / MODEL_FILES[precision]: read_metadata(path / MODEL_FILES[precision]) for precision in present
+        }
+        version = _load(path, golden, described, data, wants_pictures=present != ["float32"])
+        return [_verify_file(version, precision, provider, max_batch) for precision in present]
+    except (ArtifactError, EngineError) as error:
+        raise ExportError(str(error)) from error
+
+
+def _check_described(path: Path, metadata: ModelMetadata, source: Source) -> None:
+    """Refuse a file that says of itself what the checkpoint beside it does not.
+
+    Raises:
+        ExportError: it is of another checkpoint; GateError: labels, or what decides answers, are others.
+    """
+    if source.checkpoint_sha256 != metadata.provenance.checkpoint_sha256:
+        raise ExportError(f"{path}: by its SHA-256 the model was exported from another checkpoint.")
+    size = source.run.model.input_size
+    true: dict[str, object] = {
+        "labels": source.run.labels,
+        "input_size": (size, size),
+        "dataset": source.run.dataset,
+        "preset": source.run.preset,
+        "parameters": source.parameters,
+        "temperature": source.temperature if source.report else metadata.temperature,
+        "metrics": EvalMetrics(**source.metrics.model_dump()) if source.report and source.metrics else metadata.metrics,
+    }
+    wrong = [name for name, value in true.items() if getattr(metadata, name) != value]
+    if wrong:
+        raise GateError(f"{path}: its metadata has another {' and another '.join(wrong)} than {CHECKPOINT_FILE}.")
+
+
+def _load(
+    path: Path, golden: Golden, described: dict[Path, ModelMetadata], data: Path | None, *, wants_pictures: bool
+) -> Version:
+    checkpoint = path / CHECKPOINT_FILE
+    if not checkpoint.is_file():
+        why = f"there is no {CHECKPOINT_FILE} in the folder, so nothing was held against torch but the golden pictures"
+        return Version(path, golden, None, None, [why])
+    source = load_source(checkpoint)
+    for file, metadata in described.items():
+        _check_described(file, metadata, source)
+    temperature = next(iter(described.values())).temperature
+    torch = cached_reference(TrainedModel(source.preprocess, source.model, temperature).eval())
+    if not wants_pictures:
+        return Version(path, golden, torch, None, [])
+    try:
+        loaded = load_data(source, data)
+        if has_changed(source, loaded):
+            raise ExportError(
+                "the data set has other pictures than the run was trained on, which would say too much good of a "
+                "variant: restore it, or name a copy by --data"
+            )
+    except ExportError as error:
+        if data is not None:
+            raise  # who names the data wants the labels compared
+        return Version(path, golden, torch, None, [f"labels were not compared: {error}"])
+    images = loaded.val.images.numpy()
+    return Version(path, golden, torch, EvalSet("val", images, loaded.val.labels.numpy(), torch(images)), [])
+
+
+def _verify_file(version: Version, precision: Precision, provider: Provider, max_batch: int) -> Result:
+    path = version.path / MODEL_FILES[precision]
+    if precision == "int8" and provider != "cpu":
+        return Result(path, provider, [], None, ["this file is for CPUs, and was not run: use --provider cpu"])
+    largest = max_batch if precision == "float32" else max(max_batch, *TIMED_BATCHES)
+    with warm_engine(path, provider, largest) as engine:
+        comparisons = _compare(engine, version, precision)
+        if precision == "float32" or version.eval_set is None:
+            return Result(path, provider, comparisons, None, version.why)
+        timed = (version.path / MODEL_FILE).is_file() and provider == PROVIDERS[precision]
+        notes = [] if timed else [f"its speed was not measured: this file is for {PROVIDERS[precision]}"]
+        gate = run_gate(version.path / MODEL_FILE, engine, version.eval_set, timed)
+        return Result(path, provider, comparisons, gate, notes)
+
+
+def _compare(engine: OnnxEngine, version: Version, precision: Precision) -> list[Comparison]:
+    """Golden pictures and edge batches: against torch where it is at hand, and against themselves one by one.
+
+    A variant's tolerance is twice what its export saw; float32 has none of its own.
+    """
+    tolerance = FLOAT32_TOLERANCE if precision == "float32" else engine.metadata.golden_tolerance
+    alone = compare_with_itself(engine, tolerance)
+    if version.torch is not None:
+        return [*compare_with_torch(engine, version.torch, version.golden, tolerance), *alone]
+    return [compare_golden(engine, version.golden, tolerance), *alone]

@@ -1,4 +1,4 @@
-"""The HTTP service: pictures in, labels out. onnxruntime and no torch."""
+"""The HTTP service: images in, labels out. onnxruntime and no torch."""
 
 import os
 

@@ -38,7 +38,7 @@ def replace_closed_streams() -> None:
 def serve(arguments: Sequence[str]) -> int:
     """Read the settings and serve; return the exit status."""
     with killed_by_ctrl_c():
-        from service.command_line import UsageError, load_settings
+        from service.cli import UsageError, load_settings
 
     try:
         settings = load_settings(arguments)
@@ -48,11 +48,12 @@ def serve(arguments: Sequence[str]) -> int:
         return 2
 
     with killed_by_ctrl_c():
-        from service import logs, start  # after the settings: --help and typing errors are answered at once
+        from service import launcher  # after the settings: --help and typing errors are answered at once
+        from service.logging import configure as configure_logging
 
-    logs.configure(settings)
+    configure_logging(settings)
     allow_open_files(settings.max_connections + SPARE_FILES)
-    return start.run(settings)
+    return launcher.run(settings)
 
 
 @contextmanager

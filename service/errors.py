@@ -8,7 +8,7 @@
     │   ├── InvalidJson              400  invalid_json
     │   ├── InvalidBase64            400  invalid_base64
     │   ├── InvalidForm              400  invalid_form
-    │   ├── NoPicture                400  no_picture
+    │   ├── NoImage                400  no_image
     │   ├── NotAnImage               400  not_an_image
     │   └── TruncatedImage           400  truncated_image
     ├── Unauthorized                 401  unauthorized
@@ -20,7 +20,7 @@
     ├── BodyTooLarge                 413  body_too_large
     ├── TooManyPixels                413  too_many_pixels
     ├── ImageTooCostly               413  image_too_costly
-    ├── TooManyPictures              413  too_many_pictures
+    ├── TooManyImages                413  too_many_images
     ├── UnsupportedFormat            415  unsupported_format
     ├── UnsupportedMediaType         415  unsupported_media_type
     ├── UnsupportedEncoding          415  unsupported_encoding
@@ -86,9 +86,9 @@ class InvalidJson(BadRequest):
 
 
 class InvalidBase64(BadRequest):
-    """A picture in a JSON body is not base64."""
+    """An image in a JSON body is not base64."""
 
-    code, default = "invalid_base64", "The picture is not valid base64."
+    code, default = "invalid_base64", "The image is not valid base64."
 
 
 class InvalidForm(BadRequest):
@@ -97,23 +97,23 @@ class InvalidForm(BadRequest):
     code, default = "invalid_form", "The body is not valid multipart/form-data."
 
 
-class NoPicture(BadRequest):
-    """The request holds no picture."""
+class NoImage(BadRequest):
+    """The request holds no image."""
 
-    code, default = "no_picture", "The request holds no picture."
+    code, default = "no_image", "The request holds no image."
 
 
 class NotAnImage(BadRequest):
     """The bytes are in no image format that is known here."""
 
     code = "not_an_image"
-    default = "The bytes are not a picture; send a JPEG, PNG, WebP, BMP, GIF or TIFF file."
+    default = "The bytes are not an image; send a JPEG, PNG, WebP, BMP, GIF or TIFF file."
 
 
 class TruncatedImage(BadRequest):
-    """The picture begins well and ends too early, or is damaged within."""
+    """The image begins well and ends too early, or is damaged within."""
 
-    code, default = "truncated_image", "The picture is truncated or damaged."
+    code, default = "truncated_image", "The image is truncated or damaged."
 
 
 class Unauthorized(ServiceError):
@@ -160,21 +160,21 @@ class BodyTooLarge(ServiceError):
 
 
 class TooManyPixels(ServiceError):
-    """A picture of more than `max_pixels` by its header, or pictures of more than `max_request_pixels` together."""
+    """An image of more than `max_pixels` by its header, or images of more than `max_request_pixels` together."""
 
-    status, code, default = 413, "too_many_pixels", "The picture has too many pixels."
+    status, code, default = 413, "too_many_pixels", "The image has too many pixels."
 
 
 class ImageTooCostly(ServiceError):
-    """A picture of few pixels whose file is made so that decoding it takes seconds or gigabytes."""
+    """An image of few pixels whose file is made so that decoding it takes seconds or gigabytes."""
 
-    status, code, default = 413, "image_too_costly", "The picture would take too much work to decode."
+    status, code, default = 413, "image_too_costly", "The image would take too much work to decode."
 
 
-class TooManyPictures(ServiceError):
-    """More pictures than `max_pictures`, or than the whole queue can hold."""
+class TooManyImages(ServiceError):
+    """More images than `max_images`, or than the whole queue can hold."""
 
-    status, code, default = 413, "too_many_pictures", "The request holds too many pictures."
+    status, code, default = 413, "too_many_images", "The request holds too many images."
 
 
 class UnsupportedFormat(ServiceError):
@@ -189,7 +189,7 @@ class UnsupportedMediaType(ServiceError):
 
     status, code = 415, "unsupported_media_type"
     default = (
-        "Send the picture as multipart/form-data (curl -F file=@picture.jpg), or its bytes with a Content-Type of "
+        "Send the image as multipart/form-data (curl -F file=@image.jpg), or its bytes with a Content-Type of "
         "image/* or application/octet-stream, or as application/json."
     )
 
@@ -198,7 +198,7 @@ class UnsupportedEncoding(ServiceError):
     """`Content-Encoding` other than identity."""
 
     status, code = 415, "unsupported_encoding"
-    default = "The body is compressed (Content-Encoding); send it as it is, pictures are compressed already."
+    default = "The body is compressed (Content-Encoding); send it as it is, images are compressed already."
 
 
 class HeadersTooLarge(ServiceError):
@@ -214,7 +214,7 @@ class ClientDisconnected(ServiceError):
 
 
 class InferenceFailed(ServiceError):
-    """The model failed on the batch this picture was in; the next batch is served."""
+    """The model failed on the batch this image was in; the next batch is served."""
 
     code, default = "inference_failed", "The model failed on this batch; the request may be sent again."
 
@@ -243,7 +243,7 @@ class Unavailable(ServiceError):
 
 
 class Overloaded(Unavailable):
-    """Admission is full, in pictures or in bytes."""
+    """Admission is full, in images or in bytes."""
 
     code, default = "overloaded", "The queue is full; try again later."
 
@@ -267,6 +267,6 @@ class Draining(Unavailable):
 
 
 class DeadlineExceeded(ServiceError):
-    """The deadline passed before the picture's turn came; it was not run."""
+    """The deadline passed before the image's turn came; it was not run."""
 
-    status, code, default = 504, "deadline_exceeded", "The deadline passed before the picture could be classified."
+    status, code, default = 504, "deadline_exceeded", "The deadline passed before the image could be classified."

@@ -1,20 +1,16 @@
 """Every knob of the service: its unit, its bounds, and what happens at them.
 
 Each field is the environment variable `PERCEIVER_<NAME>` and the flag `--<name>` of `python -m service`; the flag wins.
-An empty variable counts as unset. Errors are collected by `service.command_line`, which also knows misspelt names.
+An empty variable counts as unset. Errors are collected by `service.cli`, which also knows misspelt names.
 """
 
-import json
 import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
-
-from service.cpus import usable_cpus
 
 MIB = 1024 * 1024
 
@@ -27,6 +23,11 @@ def split_list(value: object) -> object:
     if not items:
         raise ValueError("is set and holds nothing; leave it out, or write values with commas between them")
     return items
+
+
+def auto_is_0(value: object) -> object:
+    """Turn "auto" into 0, which means the same; anything else passes."""
+    return 0 if value == "auto" else value
 
 
 def bounded(default: float, low: float, high: float, description: str) -> Any:
@@ -63,12 +64,19 @@ class Settings(BaseSettings):
         "127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 for all of IPv4, :: for all of IPv6."
     )
     port: int = bounded(8000, 0, 65535, "TCP port to listen on; 0 takes a free one and logs it.")
-    http_processes: int = bounded(
-        0,
+    management_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="TCP port of its own for /metrics, /health and /models, which the main port does not answer then. "
+        "With several workers each takes one of as many ports, from this one on. Unset: the main port has them.",
+    )
+    workers: Annotated[int, BeforeValidator(auto_is_0)] = bounded(
+        1,
         0,
         64,
-        "Processes beside the model's that receive, decode and answer requests. 0: the model's own process does, "
-        "which is enough for some thousand requests a second. Linux only.",
+        "Processes that share the port, each a whole service with limits of its own; one that ends is replaced. "
+        "auto, or 0: one a core where the model runs on the CPU, else 1. Linux only, unless 1.",
     )
 
     provider: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
@@ -105,19 +113,19 @@ class Settings(BaseSettings):
         0, 0, 64, "Number of engines on the CPU; 0: one a core, at most 4, or one if intra_op_threads are given."
     )
     max_batch_size: int = bounded(
-        32, 1, 1024, "Pictures in one run of the model at most. Larger: more throughput, more memory."
+        32, 1, 1024, "Images in one run of the model at most. Larger: more throughput, more memory."
     )
     tune_batch_size: bool = Field(
         True,
         description="On a CPU: measure, while the model is loaded, whether a smaller batch size than max_batch_size is "
-        "faster in pictures a second, and run none that are larger, nor any that take over 0.1 s. Off: batches of up "
+        "faster in images a second, and run none that are larger, nor any that take over 0.1 s. Off: batches of up "
         "to max_batch_size.",
     )
     max_queue_delay_ms: float = bounded(
         0.0,
         0,
         1000,
-        "Milliseconds that an incomplete batch waits for more pictures. 0: a free model starts at once, "
+        "Milliseconds that an incomplete batch waits for more images. 0: a free model starts at once, "
         "and batches form while it is busy.",
     )
     run_timeout_ms: int = bounded(
@@ -140,7 +148,7 @@ class Settings(BaseSettings):
         512,
         1,
         1_000_000,
-        "Pictures accepted and not yet answered; above it 503 with Retry-After. At least max_pictures.",
+        "Images accepted and not yet answered; above it 503 with Retry-After. At least max_images.",
     )
     max_queue_bytes: int = bounded(
         256 * MIB,
@@ -152,7 +160,7 @@ class Settings(BaseSettings):
         10_000,
         1,
         600_000,
-        "Milliseconds from the last byte of a request's body until its run begins; a picture still queued then is not "
+        "Milliseconds from the last byte of a request's body until its run begins; an image still queued then is not "
         "run: 504. "
         "Clients may ask for less with X-Request-Timeout-Ms.",
     )
@@ -182,16 +190,16 @@ class Settings(BaseSettings):
         50_000_000,
         1,
         89_000_000,
-        "Width times height of one picture, read from its header before decoding; more: 413. A decoding "
+        "Width times height of one image, read from its header before decoding; more: 413. A decoding "
         "thread needs up to 12 bytes a pixel, of a WebP file 16.",
     )
     max_request_pixels: int = bounded(
         400_000_000,
         1,
         1_000_000_000_000,
-        "Pixels of all pictures of one request together; more: 413. At least max_pixels.",
+        "Pixels of all images of one request together; more: 413. At least max_pixels.",
     )
-    max_pictures: int = bounded(64, 1, 10_000, "Pictures in one request; more: 413. At most max_queue_size.")
+    max_images: int = bounded(64, 1, 10_000, "Images in one request; more: 413. At most max_queue_size.")
     inline_decode_bytes: int = bounded(
         32 * 1024,
         0,
@@ -200,16 +208,15 @@ class Settings(BaseSettings):
         "it too; others go to a thread. 0: all go to a thread.",
     )
     inline_decode_pixels: int = bounded(
-        256 * 256, 0, 4_000_000, "Pixels of all pictures of a request together, as above."
+        256 * 256, 0, 4_000_000, "Pixels of all images of a request together, as above."
     )
     decode_threads: int = bounded(
-        min(4, usable_cpus()),
-        1,
-        256,
-        "Threads that decode large pictures; HTTP processes share them, one each at least.",
+        0, 0, 256, "Threads that decode large images, in each worker; 0: one a CPU that it may use, at most 4."
     )
 
-    max_connections: int = bounded(1024, 1, 1_000_000, "Open connections; others get 503, but for probes and metrics.")
+    max_connections: int = bounded(
+        1024, 1, 1_000_000, "Open connections to the main port, in each worker; others get 503."
+    )
     header_timeout_s: float = bounded(
         10.0, 0.1, 600, "Seconds for a request's headers, and for a TLS handshake; a slower client is cut off."
     )
@@ -276,14 +283,16 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _limits_fit_each_other(self) -> Self:
-        if self.max_pictures > self.max_queue_size:
-            raise ValueError("max_pictures must not exceed max_queue_size, or a full request could never be accepted")
+        if self.max_images > self.max_queue_size:
+            raise ValueError("max_images must not exceed max_queue_size, or a full request could never be accepted")
         if self.max_body_bytes > self.max_queue_bytes:
             raise ValueError("max_body_bytes must not exceed max_queue_bytes, or a full body could never be accepted")
         if self.max_pixels > self.max_request_pixels:
-            raise ValueError("max_pixels must not exceed max_request_pixels, which counts the same picture")
-        if self.http_processes and not sys.platform.startswith("linux"):
-            raise ValueError("http_processes needs Linux, where processes can share a port; leave it at 0")
+            raise ValueError("max_pixels must not exceed max_request_pixels, which counts the same image")
+        if self.workers != 1 and not sys.platform.startswith("linux"):
+            raise ValueError("workers needs Linux, where processes can share a port; leave it at 1")
+        if self.management_port is not None and self.management_port == self.port:
+            raise ValueError("management_port must not be the port of the clients; name another")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key go together; only one of them is set")
         return self
@@ -304,23 +313,10 @@ class Settings(BaseSettings):
         """Every API key, of the setting and of the file; empty: no key is asked for."""
         return tuple(key.get_secret_value() for key in self.api_keys) + _read_keys(self.api_keys_file)
 
-    def for_http_process(self) -> bytes:
-        """Return what a process of its own for HTTP needs, as JSON, with all keys that it asks clients for."""
-        values = self.model_dump(mode="json") | {"api_keys": self.client_keys()}
-        for name in ("api_keys_file", "admin_key", "admin_key_file"):
-            del values[name]
-        return json.dumps(values).encode()
-
     def administrator_keys(self) -> tuple[str, ...]:
         """Every admin key, of the setting and of the file; empty: reloading over HTTP is off."""
         of_setting = () if self.admin_key is None else (self.admin_key.get_secret_value(),)
         return of_setting + _read_keys(self.admin_key_file)
-
-
-def without_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables of an environment that are no settings."""
-    prefix = Settings.model_config["env_prefix"]
-    return {name: value for name, value in environment.items() if not name.upper().startswith(prefix)}
 
 
 def _is_key(key: str) -> bool:

@@ -14,16 +14,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from service.artifact import (
-    GOLDEN_FILE,
-    MODEL_FILE,
-    Golden,
-    ModelMetadata,
-    Provenance,
-    ResizePolicy,
-    save_golden,
-    to_props,
-)
+from service.engine.metadata import MODEL_FILE, ModelMetadata, Provenance, ResizePolicy, to_props
+from service.repository.folder import GOLDEN_FILE, Golden, save_golden
 
 Images = NDArray[np.uint8]
 Logits = NDArray[np.float32]
@@ -77,18 +69,18 @@ def tiny_images(n: int, seed: int = 0) -> Images:
     return np.random.default_rng(seed).integers(0, 256, (n, HEIGHT, WIDTH, 3), dtype=np.uint8)
 
 
-def picture(number: int) -> Images:
-    """A picture that `FakeEngine` recognises: uint8 [HEIGHT, WIDTH, 3] that holds `number` < 65,536."""
+def image(number: int) -> Images:
+    """An image that `FakeEngine` recognises: uint8 [HEIGHT, WIDTH, 3] that holds `number` < 65,536."""
     image = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
     image[0, 0, :2] = divmod(number, 256)
     return image
 
 
 class FakeEngine:
-    """An engine whose logits are [the picture's number, `tag`, 0, 0, 0] and whose runs obey the test.
+    """An engine whose logits are [the image's number, `tag`, 0, 0, 0] and whose runs obey the test.
 
     Attributes:
-        batches: the numbers of the pictures of each run that has begun, in order.
+        batches: the numbers of the images of each run that has begun, in order.
         delay: seconds that each run sleeps.
         fail: called with a batch's numbers; what it returns is raised.
         runs: released when a run begins: acquire it to wait for that.

@@ -70,6 +70,17 @@ class RunConfig(BaseModel):
         """What it begins with, and what teaches it where that is another."""
         return tuple(origin for origin in (self.init, self.teacher) if origin is not None)
 
+    @property
+    def draw_seed(self) -> int:
+        """Seed of order, augmentation and dropout, 0..2**32 - 1: that of the recipe, mixed with the digest of ``init``.
+
+        A run that begins with another's weights would else see the same augmented pictures in the same order again.
+        """
+        if self.init is None:
+            return self.train.seed
+        text = f"{self.train.seed}/{self.init.checkpoint_sha256}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+
     def ancestry(self) -> tuple[Origin, ...]:
         """All that led to this run, each once, in an order in which they can be trained."""
         found: dict[str, Origin] = {}

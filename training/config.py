@@ -15,6 +15,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Sharing = Literal["all", "all_but_first_cross", "all_but_first", "none"]
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 class ModelConfig(BaseModel):
@@ -143,7 +144,12 @@ class TrainConfig(BaseModel):
 
     epochs: int = Field(50, ge=1, description="passes over the training pictures, at most")
     batch_size: int = Field(64, ge=1, description="pictures a step, over all processes")
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of weights, order and augmentation")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**32,
+        description="seed of weights, order and augmentation (with --init: of the checkpoint as well)",
+    )
     validation_fraction: float = Field(
         0.1, gt=0, lt=1, description="share of the training pictures that validates, where the data has no val/"
     )
@@ -197,7 +203,11 @@ class TrainConfig(BaseModel):
         "top1", description="validation figure that chooses the best checkpoint; of equal top1 the lower loss"
     )
 
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast type of the forward pass")
+    precision: Precision = Field(
+        "float32",
+        description="autocast type of the forward pass; auto: bfloat16 where the processor computes in it (AVX512-BF16 "
+        "or AMX; CUDA from compute capability 8.0), float32 elsewhere",
+    )
     compile: bool = Field(False, description="torch.compile the training step")
 
 
@@ -275,11 +285,11 @@ PRESETS: dict[str, Preset] = {
             label_smoothing=0.1,
             crop_padding=4,
             cutmix=1.0,
-            precision="bfloat16",
+            precision="auto",
         ),
     ),
     # For a GPU: four untied iterations of 144 latents over 256 overlapping patches, and all augmentation there is.
-    # Chosen by reasoning; nobody has trained it to its end yet (docs/experiments.md).
+    # Chosen by reasoning; nobody has trained it to its end yet (docs/experiments/reference-and-accurate.md).
     "accurate": Preset(
         model=ModelConfig(
             patch_size=2,
@@ -319,7 +329,7 @@ PRESETS: dict[str, Preset] = {
             cutmix=1.0,
             mix_probability=0.8,
             ema_decay=0.999,
-            precision="bfloat16",
+            precision="auto",
             compile=True,
         ),
     ),

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from training.memory import keep_freed_memory
+from training.allocator import keep_freed_memory
 
 T = TypeVar("T")
 

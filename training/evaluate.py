@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.dataset import Split
+from training.data.dataset import Split
 from training.preprocessing import Preprocess
 
 CALIBRATION_BINS = 15

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.config import ModelConfig
-from training.position import fourier_features, grid_position_bias
+from training.position_encoding import fourier_features, grid_position_bias
 
 NORM_EPSILON = 1e-6
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from training import checkpoint, figures
+from training import checkpoint, report_schema
 from training.checkpoint import RunConfig
-from training.dataset import Split
+from training.data.dataset import Split
 from training.evaluate import (
     Confidence,
     ConfusedPair,
@@ -26,11 +26,11 @@ from training.evaluate import (
     most_confused,
     predict_logits,
 )
-from training.figures import Report
-from training.lines import MACHINE, read_lines
+from training.metrics_log import MACHINE, read_lines
 from training.model import count_parameters
 from training.out_of_distribution import ALTERED, COUNT, out_of_distribution
 from training.plots import save_answers, save_confusion, save_curves, save_reliability, shortened
+from training.report_schema import Report
 
 SPLITS = {"test": "test pictures", "val": "validation pictures"}
 DRAWN = 6  # pictures of each kind
@@ -50,7 +50,7 @@ def announce(folder: Path, events: SummaryWriter, best_by: str) -> None:
         if key not in ("epoch", "step", *MACHINE):
             events.add_scalar(key, value, int(line["epoch"]))
     events.flush()
-    save_curves(lines, folder / figures.CURVES, best_by)
+    save_curves(lines, folder / report_schema.CURVES, best_by)
     tqdm.write(
         f"epoch {line['epoch']:3d}  train loss {line['train_loss']:.4f}  val loss {line['val_loss']:.4f}  "
         f"top-1 {line['val_top1']:.2%}  top-5 {line['val_top5']:.2%}  {line['pictures_per_second']:.0f} pictures/s"
@@ -61,7 +61,7 @@ def announce(folder: Path, events: SummaryWriter, best_by: str) -> None:
 def write_report(
     folder: Path, train: Split, val: Split, test: Split | None, device: torch.device, batch_size: int
 ) -> Report:
-    """Measure ``best`` in float32 and write ``report.json`` and its pictures (`training.figures.PICTURES`).
+    """Measure ``best`` in float32 and write ``report.json`` and its pictures (`training.report_schema.PICTURES`).
 
     The temperature is fitted to the validation pictures. The test pictures are read here, in one pass that all their
     figures come from.
@@ -105,9 +105,9 @@ def write_report(
         superclasses=figures_by_superclass(logits[shown], labels[shown], header.run),
         confidence=(measure_confidence(logits[shown] / temperature, labels[shown], SPLITS[shown]), *strange),
     )
-    partial = folder / f"{figures.FILE}.partial"
+    partial = folder / f"{report_schema.FILE}.partial"
     partial.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / figures.FILE)
+    partial.replace(folder / report_schema.FILE)
     return report
 
 

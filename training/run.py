@@ -18,19 +18,20 @@ from types import FrameType
 import torch
 from pydantic import ValidationError
 
-from training import data
+from training.allocator import is_want_of_memory
 from training.checkpoint import MAKE_ROOM, CheckpointError, RunConfig
 from training.cli import DEFAULT_PRESET
 from training.config import Preset, TrainConfig
-from training.dataset import DataError, DataSet
+from training.data.dataset import DataError, DataSet
+from training.data.load import load_for
 from training.distillation import check_teacher
 from training.distributed import PeerFailed, World, join, leave
-from training.folder import alone_in, refuse_among_classes, refuse_existing
-from training.memory import is_want_of_memory
 from training.model import count_parameters
-from training.notes import notes_on
+from training.precision import choose_precision, computes_in_bfloat16, describe_precision
+from training.run_dir import alone_in, refuse_among_classes, refuse_existing
 from training.train import Trainer
 from training.transfer import check_fits, find, origin_of
+from training.warnings import notes_on
 
 # Below so many steps, a preset's batch is halved, but not below this size.
 STEPS_OF_FEW, SMALLEST_BATCH = 4, 8
@@ -102,7 +103,7 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
     with ExitStack() as held:
         # Read once, and the same pictures and checkpoints for all, whatever is at their paths by then.
         run, data_set, folder = world.from_main(lambda: prepare(args, preset, world, held))
-        with memory_explained(run.train, resumed=preset is None):
+        with memory_explained(run.train, world.device, resumed=preset is None):
             trainer = Trainer(run, data_set, folder, world)
             if preset is None:
                 trainer.resume()
@@ -112,7 +113,9 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
                 (folder / "config.json").write_text(run.model_dump_json(indent=2) + "\n", encoding="utf-8")
             if world.is_main:
                 notes = (f"note: {note}" for note in notes_on(run, data_set, preset))
-                print(describe(trainer), *notes, sep="\n", flush=True)
+                asked = None if preset is None else preset.train.precision
+                precision = describe_precision(run.train.precision, asked, world.device)
+                print(describe(trainer), precision, *notes, sep="\n", flush=True)
             with stop_by_signal(trainer):
                 finished = trainer.fit(deadline, args.max_steps)
             if not world.is_main:
@@ -165,7 +168,7 @@ def prepare(
             check_fits(find(args.init), init.run.model, preset.model)
         # Twice, because without --out the folder is named after data that has to be read first.
         refuse_existing(args.out)
-        data_set = data.load_for(preset, args.data)
+        data_set = load_for(preset, args.data)
         if args.validation_fraction is not None and data_set.own_val:
             raise ValueError(
                 f"--validation-fraction {args.validation_fraction} changes nothing: {args.data} has its own val/."
@@ -173,7 +176,8 @@ def prepare(
         folder = args.out or Path("runs") / f"{args.preset or DEFAULT_PRESET}-{data_set.name}"
         refuse_existing(folder)
         refuse_among_classes(folder, data_set)
-        train = preset.train
+        precision = choose_precision(preset.train.precision, world.device)
+        train = preset.train.model_copy(update={"precision": precision})
         if args.batch_size is None:
             train = train.model_copy(update={"batch_size": batch_for_few(train.batch_size, len(data_set.train), world)})
         run = RunConfig(
@@ -233,7 +237,7 @@ def resumed(args: argparse.Namespace) -> tuple[RunConfig, DataSet]:
             f"start it again with --out {args.resume}"
             + (", and with the same --init or --teacher." if run.init or run.teacher else ".")
         )
-    data_set = data.load_for(run, args.data or (Path(run.data) if run.data else None))
+    data_set = load_for(run, args.data or (Path(run.data) if run.data else None))
     if data_set.labels != run.labels:
         raise DataError(
             f"the data now has other classes than when {args.resume} began; restore it, or start a new run."
@@ -289,7 +293,7 @@ def stop_by_signal(trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def memory_explained(train: TrainConfig, *, resumed: bool) -> Iterator[None]:
+def memory_explained(train: TrainConfig, device: torch.device, *, resumed: bool) -> Iterator[None]:
     """Turn what torch and numpy raise when memory runs out into a ValueError with a sentence for the user."""
     try:
         yield
@@ -297,7 +301,7 @@ def memory_explained(train: TrainConfig, *, resumed: bool) -> Iterator[None]:
         if not is_want_of_memory(error):
             raise
         advice = "start with a lower --batch-size"
-        if train.precision != "bfloat16":
+        if train.precision != "bfloat16" and computes_in_bfloat16(device):
             advice += ", or with --precision bfloat16"
         if resumed:
             advice = f"free some, or {advice} and --init this run"

@@ -1,8 +1,8 @@
 """The training loop: epochs, validation, checkpoints, early stop, resume, time budget.
 
-Everything random is a function of (seed, step, process): a step seeds torch's generators anew. So a run that stopped
-after any step goes on from its weights, its optimiser's state and the number of that step: bit for bit on a CPU; a GPU
-sums in any order.
+Everything random is a function of (`RunConfig.draw_seed`, step, process): a step seeds torch's generators anew. So a
+run that stopped after any step goes on from its weights, its optimiser's state and the number of that step: bit for bit
+on a CPU; a GPU sums in any order.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from training import augment
 from training.checkpoint import RunConfig
 from training.config import TrainConfig
-from training.dataset import DataSet
+from training.data import augment
+from training.data.dataset import DataSet
+from training.data.trivial_augment import trivial_augment
 from training.distillation import Teacher, distilled
 from training.distributed import World
 from training.evaluate import Metrics, measure, predict_logits
-from training.figures import Report
-from training.lines import Line, append_line, forget_lines_after
+from training.metrics_log import Line, append_line, forget_lines_after
 from training.optim import clip_gradients, schedule_factor, set_learning_rates
 from training.preprocessing import Preprocess
 from training.report import announce, write_report
+from training.report_schema import Report
 from training.state import initial_state, seed_step
 from training.transfer import begin_with
-from training.trivial_augment import trivial_augment
+
+AUTOCAST: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
 
 # To agree on stopping, the CPU waits for the GPU: not at every step.
 CUDA_STEPS_BETWEEN_STOP_CHECKS = 20
@@ -90,7 +92,7 @@ class Trainer:
     """One run: its state, and the methods that move it forward.
 
     Args:
-        run: configuration; ``run.model`` and ``run.train`` are followed to the letter.
+        run: configuration; ``run.model`` and ``run.train`` are followed to the letter. Its precision is not "auto".
         data: its training and validation splits are moved to the device whole.
         folder: of the run; must exist.
         world: this process.
@@ -127,7 +129,7 @@ class Trainer:
     @property
     def autocast(self) -> torch.dtype | None:
         """Type of the forward pass, None for float32."""
-        return torch.bfloat16 if self.config.precision == "bfloat16" else None
+        return AUTOCAST[self.config.precision]
 
     @property
     def evaluation_batch(self) -> int:
@@ -143,11 +145,11 @@ class Trainer:
             indices: int64 [batch_size] on the device, the same in every process.
         """
         state, config, device = self.state, self.config, self.world.device
-        seed_step(config.seed, state.step)
+        seed_step(self.run.draw_seed, state.step)
         draws = augment.draw(config, len(indices)).share(self.share, device)
         weight = augment.draw_mix(config, self.run.model.image_size)
         # From here on dropout draws, and differs between processes.
-        seed_step(config.seed, state.step, self.world.rank)
+        seed_step(self.run.draw_seed, state.step, self.world.rank)
         total = config.epochs * self.steps_per_epoch
         factor = schedule_factor(config, state.step, total, self.steps_per_epoch) * state.plateau.factor
         set_learning_rates(state.optimizers, factor)
@@ -172,7 +174,7 @@ class Trainer:
         """Train to the end of the current epoch; False when asked to stop before it."""
         state = self.state
         done = state.step - state.epoch * self.steps_per_epoch
-        order = epoch_order(self.config.seed, state.epoch, len(self.train_split), self.config.batch_size)
+        order = epoch_order(self.run.draw_seed, state.epoch, len(self.train_split), self.config.batch_size)
         state.model.train()
         start = time.perf_counter()
         with self._progress(done) as bar:
@@ -199,16 +201,17 @@ class Trainer:
             disable=not self.world.is_main,
         )
 
-    def finish_epoch(self) -> None:
-        """Validate, move the schedule on, write metrics and checkpoints."""
+    def finish_epoch(self) -> bool:
+        """Validate, move the schedule on, write metrics and checkpoints; False when a signal stopped the validation."""
         state = self.state
         train_loss = self._finite_loss() / self.steps_per_epoch
         if self.world.is_main and self.validation_seconds > LONG_VALIDATION_SECONDS and state.is_finite:
             state.save_last(self.folder / "last.safetensors", None)
-        state.epoch += 1
         # One process measures, and the others learn from it whether the run ends.
         val = self.world.broadcast(self.validate() if self.world.is_main else None)
-        assert val is not None
+        if val is None:
+            return False
+        state.epoch += 1
         if not math.isfinite(val.loss):
             raise FloatingPointError(self._diverged("validation", val.loss))
         state.loss_sum.zero_()
@@ -219,6 +222,7 @@ class Trainer:
             if is_best:
                 state.save_best(self.folder / "best.safetensors", val)
             state.save_last(self.folder / "last.safetensors", val)
+        return True
 
     def _line(self, train_loss: float, val: Metrics, seconds: float) -> Line:
         return {
@@ -252,13 +256,16 @@ class Trainer:
         epoch = math.ceil(self.state.step / self.steps_per_epoch)
         return f"the {which} loss became {loss} in epoch {epoch}: lower --learning-rate, or set --clip-norm 1."
 
-    def validate(self) -> Metrics:
-        """Figures of the evaluated weights on the validation pictures."""
+    def validate(self) -> Metrics | None:
+        """Figures of the evaluated weights on the validation pictures; None when a signal stops it before the end."""
+        state, size = self.state, self.evaluation_batch
         start = time.perf_counter()
-        logits = predict_logits(
-            self.state.evaluated, self.state.preprocess, self.val_split, self.evaluation_batch, self.autocast
-        )
-        metrics = measure(logits, self.val_split.labels, "val")
+        logits: list[Tensor] = []
+        for batch in self.val_split.batches(size):
+            if self.stop_requested:
+                return None
+            logits.append(predict_logits(state.evaluated, state.preprocess, batch, size, self.autocast))
+        metrics = measure(torch.cat(logits), self.val_split.labels, "val")
         self.validation_seconds = time.perf_counter() - start
         return metrics
 
@@ -313,13 +320,12 @@ class Trainer:
 
         with self._events() as events:
             while self.state.epoch < self.config.epochs and not self.state.plateau.should_stop(self.config):
-                if should_stop() or not self.train_epoch(should_stop):
+                if should_stop() or not self.train_epoch(should_stop) or not self.finish_epoch():
                     self._finite_loss()
                     if self.world.is_main:
                         self.state.save_last(self.folder / "last.safetensors", None)
                     self.world.meet()  # torchrun gives the others 30 s once one process has ended
                     return False
-                self.finish_epoch()
                 if events is not None:
                     announce(self.folder, events, self.config.best_by)
         return True

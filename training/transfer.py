@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training import checkpoint, data
+from training import checkpoint
 from training.checkpoint import CheckpointError, Header, Origin, RunConfig
 from training.cli import flag_with
 from training.config import ModelConfig
+from training.data.load import load_for
 from training.model import Perceiver
 
 Flatterer = Literal["share", "pictures"]
@@ -152,7 +153,7 @@ def flatterer(run: RunConfig, theirs: RunConfig, path: Path | None, *, own_val: 
         theirs.train.validation_fraction,
     ):
         return "pictures"
-    return None if data.load_for(theirs, path).digest() == theirs.pictures_sha256 else "pictures"
+    return None if load_for(theirs, path).digest() == theirs.pictures_sha256 else "pictures"
 
 
 def flatterers(run: RunConfig, path: Path | None, *, own_val: bool) -> list[tuple[Flatterer, RunConfig]]:

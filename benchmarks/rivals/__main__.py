@@ -25,9 +25,9 @@ from benchmarks.common import (
     run_command,
 )
 from benchmarks.generator import Plan
-from benchmarks.payloads import Picture, build_requests, generate_pictures
+from benchmarks.payloads import ImageFile, build_requests, generate_images
 from benchmarks.processes import run_load
-from benchmarks.request_path import PICTURES, SETTINGS
+from benchmarks.request_path import IMAGES, SETTINGS
 from benchmarks.rivals.environments import environment, requirements
 from benchmarks.rivals.frameworks import Framework, choose
 from benchmarks.rivals.labels import Expected, expect, reject_wrong_labels
@@ -36,8 +36,8 @@ from benchmarks.rivals.servers import RivalServer
 from benchmarks.server import HOST, Server, parse_settings
 from benchmarks.summary import Summary, medians, summarize
 from benchmarks.tiny_model import make_tiny_model
-from service.artifact import MODEL_FILE
-from service.engine import read_metadata
+from service.engine.metadata import MODEL_FILE
+from service.engine.onnx_engine import read_metadata
 
 OURS = "this service"
 OWN_MODEL = {"provider": "cpu", "precision": "float32"}
@@ -51,7 +51,7 @@ class Contender:
     Attributes:
         title: of its row.
         open: starts it.
-        requests: whole requests, one for each picture.
+        requests: whole requests, one for each image.
         summaries: one a round.
         memory_bytes: resident memory of the tree after each round.
     """
@@ -73,7 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each server, in turn")
     parser.add_argument("--processes", type=int, default=1, help="of the load generator")
     parser.add_argument(
-        "--http-processes", type=int, nargs="+", default=[0], metavar="N", help="of this service, which runs with each"
+        "--workers", nargs="+", default=["auto"], metavar="N", help="of this service, which runs with each"
     )
     parser.add_argument("--setting", action="append", default=[], metavar="NAME.SETTING=NUMBER", help="of a rival")
     parser.add_argument("--service", action="append", default=[], metavar="NAME=VALUE", help="setting of this service")
@@ -87,15 +87,15 @@ def parse_arguments() -> argparse.Namespace:
 def enter(
     frameworks: Mapping[str, Framework],
     model: ModelPlace,
-    pictures: Sequence[Picture],
+    images: Sequence[ImageFile],
     args: argparse.Namespace,
 ) -> list[Contender]:
-    """Return our service, once with each number of HTTP processes, and the rivals that have or get an environment."""
-    requests = build_requests(pictures, "raw", host=HOST, path="/predict?top_k=1")
+    """Return our service, once with each number of workers, and the rivals that have or get an environment."""
+    requests = build_requests(images, "raw", host=HOST, path="/predict?top_k=1")
     settings = settings_of_ours(args)
     contenders = [
-        Contender(title_of(number), partial(Server, model, settings | {"http_processes": str(number)}), requests)
-        for number in args.http_processes
+        Contender(title_of(number), partial(Server, model, settings | {"workers": number}), requests)
+        for number in args.workers
     ]
     for name, framework in frameworks.items():
         try:
@@ -103,7 +103,7 @@ def enter(
         except BenchmarkError as error:
             print(f"{name} is left out: {error}\n", file=sys.stderr, flush=True)
             continue
-        requests = build_requests(pictures, framework.form, host=HOST, path=framework.path, headers=framework.headers)
+        requests = build_requests(images, framework.form, host=HOST, path=framework.path, headers=framework.headers)
         contenders.append(
             Contender(framework.title, partial(RivalServer, framework, python, model, requests[0]), requests)
         )
@@ -115,13 +115,13 @@ def settings_of_ours(args: argparse.Namespace) -> dict[str, str]:
     return (SETTINGS if args.model is None else OWN_MODEL) | parse_settings(args.service)
 
 
-def title_of(http_processes: int) -> str:
-    """Name our service with so many HTTP processes."""
-    return f"{OURS}, {http_processes} HTTP" if http_processes else OURS
+def title_of(workers: str) -> str:
+    """Name our service with so many workers."""
+    return OURS if workers == "1" else f"{OURS}, workers={workers}"
 
 
 def check(contender: Contender, port: int, expected: Expected) -> None:
-    """Send every picture once and hold the labels against onnxruntime's.
+    """Send every image once and hold the labels against onnxruntime's.
 
     Raises:
         BenchmarkError: an answer is not 200, or has another label.
@@ -134,7 +134,7 @@ def check(contender: Contender, port: int, expected: Expected) -> None:
 
 
 def measure(contender: Contender, args: argparse.Namespace, expected: Expected) -> None:
-    """Run one round: start it, check a picture each, load it, check every answer, stop it.
+    """Run one round: start it, check an image each, load it, check every answer, stop it.
 
     Alone on the machine: some rivals poll, and would take time from the others while they wait for their turn.
 
@@ -172,8 +172,8 @@ def measure_in_turn(contenders: list[Contender], args: argparse.Namespace, expec
 
 
 def rows_of(contenders: Sequence[Contender]) -> list[dict[str, object]]:
-    """One row a server, medians over its rounds; `ours_by_it` is our median pictures a second by the server's."""
-    rates = [median(summary.pictures_per_second for summary in item.summaries) for item in contenders]
+    """One row a server, medians over its rounds; `ours_by_it` is our median images a second by the server's."""
+    rates = [median(summary.images_per_second for summary in item.summaries) for item in contenders]
     return [
         {
             "server": item.title,
@@ -186,7 +186,7 @@ def rows_of(contenders: Sequence[Contender]) -> list[dict[str, object]]:
 
 
 def side_of(model: ModelPlace) -> int:
-    """Return the side of the pictures that a model takes, pixels.
+    """Return the side of the images that a model takes, pixels.
 
     Raises:
         BenchmarkError: they are not square.
@@ -223,9 +223,9 @@ def main() -> int:
         side = side_of(model)
         about = describe(frameworks, args, side)
         print_run(about)
-        pictures = generate_pictures(PICTURES, side, "jpeg")
-        expected = expect(model.path / MODEL_FILE, pictures)
-        contenders = measure_in_turn(enter(frameworks, model, pictures, args), args, expected)
+        images = generate_images(IMAGES, side, "jpeg")
+        expected = expect(model.path / MODEL_FILE, images)
+        contenders = measure_in_turn(enter(frameworks, model, images, args), args, expected)
     rows = rows_of(contenders)
     report(rows, about, args.csv)
     return 0

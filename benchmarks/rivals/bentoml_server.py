@@ -1,6 +1,6 @@
 """The job on BentoML: uvicorn processes with Starlette, each of which batches for itself and runs batches in a thread.
 
-A batchable API takes a list, so the picture comes as base64 in a JSON list of one: a raw body can't be batched, and a
+A batchable API takes a list, so the image comes as base64 in a JSON list of one: a raw body can't be batched, and a
 multipart form took longer.
 """
 
@@ -21,5 +21,5 @@ class Classify:
     @bentoml.api(batchable=True, max_batch_size=setting("batch"), max_latency_ms=setting("max_latency_ms"))
     def classify(self, images: list[str]) -> list[str]:
         """Classify a batch: base64 to labels."""
-        pictures = [decode(base64.b64decode(image)) for image in images]
-        return [self._classifier.labels[index] for index in self._classifier.top(pictures)]
+        images = [decode(base64.b64decode(image)) for image in images]
+        return [self._classifier.labels[index] for index in self._classifier.top(images)]

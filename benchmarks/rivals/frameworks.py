@@ -17,7 +17,7 @@ from benchmarks.server import HOST, free_port
 
 TRITON_MODEL = "classify"
 COSTLY = {"workers": 2, "batch": 8}  # two cores, and what one run of the shipped model does fastest
-PLAIN = {"threads": 1, "batch": job.MAX_BATCH_SIZE}  # of a run on the CPU; pictures of one at most
+PLAIN = {"threads": 1, "batch": job.MAX_BATCH_SIZE}  # of a run on the CPU; images of one at most
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ class Classifier:
         self.labels: list[str] = json.loads(self._session.get_modelmeta().custom_metadata_map[LABELS_KEY])
         self.answers = [json.dumps({"label": label}).encode() for label in self.labels]
 
-    def top(self, pictures: Sequence[NDArray[np.uint8]]) -> list[int]:
-        """Return the index of the top class of each of N pictures, uint8 [H, W, 3] in RGB."""
-        logits: Any = self._session.run(None, {"images": np.stack(pictures)})[0]
+    def top(self, images: Sequence[NDArray[np.uint8]]) -> list[int]:
+        """Return the index of the top class of each of N images, uint8 [H, W, 3] in RGB."""
+        logits: Any = self._session.run(None, {"images": np.stack(images)})[0]
         indices: list[int] = logits.argmax(axis=1).tolist()
         return indices
 
@@ -51,7 +51,7 @@ def open_classifier() -> Classifier:
 
 
 def decode(body: bytes) -> NDArray[np.uint8]:
-    """Decode a JPEG to uint8 [H, W, 3], RGB, with the decoder that the service takes for such pictures."""
+    """Decode a JPEG to uint8 [H, W, 3], RGB, with the decoder that the service takes for such images."""
     pixels: NDArray[np.uint8] = decode_jpeg(body, "RGB")
     return pixels
 

@@ -1,4 +1,4 @@
-"""Whether the answers are right: each body must hold the label that onnxruntime gives to its picture, and no other."""
+"""Whether the answers are right: each body must hold the label that onnxruntime gives to its image, and no other."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.generator import Records
-from benchmarks.payloads import Picture
+from benchmarks.payloads import ImageFile
 from benchmarks.rivals.job import MAX_BATCH_SIZE, Classifier, decode
 
 WRONG_LABEL = "wrong_label"
@@ -18,7 +18,7 @@ class Expected:
     """What the answers must hold.
 
     Attributes:
-        labels: of each picture, as a JSON string with its quotes.
+        labels: of each image, as a JSON string with its quotes.
         known: finds every label of the model in an answer.
     """
 
@@ -26,10 +26,10 @@ class Expected:
     known: re.Pattern[bytes]
 
 
-def expect(model: Path, pictures: Sequence[Picture]) -> Expected:
-    """Label each picture with onnxruntime alone."""
+def expect(model: Path, images: Sequence[ImageFile]) -> Expected:
+    """Label each image with onnxruntime alone."""
     classifier = Classifier(str(model))
-    pixels = [decode(picture.data) for picture in pictures]
+    pixels = [decode(image.data) for image in images]
     batches = [pixels[at : at + MAX_BATCH_SIZE] for at in range(0, len(pixels), MAX_BATCH_SIZE)]
     quoted = [json.dumps(label).encode() for label in classifier.labels]
     known = re.compile(b"|".join(re.escape(label) for label in quoted))
@@ -37,12 +37,12 @@ def expect(model: Path, pictures: Sequence[Picture]) -> Expected:
 
 
 def reject_wrong_labels(records: Records, expected: Expected) -> int:
-    """Turn every answer with another label than its picture's into a failure, in place; return how many.
+    """Turn every answer with another label than its image's into a failure, in place; return how many.
 
     Args:
-        records: with bodies; of the plan's request number N the picture is the Nth, counted from the first again
+        records: with bodies; of the plan's request number N the image is the Nth, counted from the first again
             behind the last.
-        expected: of the pictures.
+        expected: of the images.
     """
     wrong = 0
     for index, (number, status, body) in enumerate(zip(records.number, records.status, records.body, strict=True)):

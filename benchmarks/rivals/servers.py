@@ -16,7 +16,7 @@ from benchmarks.rivals import job
 from benchmarks.rivals.frameworks import Framework, Place
 from benchmarks.rivals.process_tree import stop_tree
 from benchmarks.server import HOST, free_port
-from service.artifact import MODEL_FILE
+from service.engine.metadata import MODEL_FILE
 
 READY_TIMEOUT_S = 60.0
 POLL_S = 0.05

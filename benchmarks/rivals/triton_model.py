@@ -19,10 +19,8 @@ class TritonPythonModel:
 
     def execute(self, requests: list["pb_utils.InferenceRequest"]) -> list["pb_utils.InferenceResponse"]:
         """Classify a batch; each request's input is BYTES [1, 1], and so is its answer."""
-        pictures = [
-            decode(pb_utils.get_input_tensor_by_name(request, "IMAGE").as_numpy()[0, 0]) for request in requests
-        ]
+        images = [decode(pb_utils.get_input_tensor_by_name(request, "IMAGE").as_numpy()[0, 0]) for request in requests]
         return [
             pb_utils.InferenceResponse([pb_utils.Tensor("ANSWER", self._answers[index])])
-            for index in self._classifier.top(pictures)
+            for index in self._classifier.top(images)
         ]

@@ -1,6 +1,6 @@
 """Make Grafana's dashboard: python docker/grafana/dashboard.py writes dashboards/perceiver.json.
 
-`render.py` makes a picture of the same panels, and a test asks a real Prometheus every query.
+`render.py` makes an image of the same panels, and a test asks a real Prometheus every query.
 """
 
 import json

@@ -1,13 +1,13 @@
 """What is behind the requests: batches and queue, model versions, the process, the GPU."""
 
-from panel import HERE, PICTURES, RATE, Panel, Query, Row, mean, rate
+from panel import HERE, IMAGES, RATE, Panel, Query, Row, mean, rate
 
 BATCHES = (
     Panel(
         title="Batch size",
         kind="heatmap",
-        unit=PICTURES,
-        shows="How many runs of the model had how many pictures; a row is a bucket of the histogram.",
+        unit=IMAGES,
+        shows="How many runs of the model had how many images; a row is a bucket of the histogram.",
         bad="All at PERCEIVER_MAX_BATCH_SIZE: the model is the limit. All at 1 is good: nobody waits for others.",
         do="At the limit: a larger PERCEIVER_MAX_BATCH_SIZE if the GPU's memory allows it, else more GPUs.",
         queries=(Query(f"sum by (le) (increase(perceiver_batch_size_bucket{{{HERE}}}{RATE}))", "{{le}}"),),
@@ -15,8 +15,8 @@ BATCHES = (
     Panel(
         title="Mean batch size",
         kind="timeseries",
-        unit=PICTURES,
-        shows="Pictures in a run of the model, on average.",
+        unit=IMAGES,
+        shows="Images in a run of the model, on average.",
         bad="No value is bad by itself: it grows with the load, up to the dashed limit. It falls when memory runs out.",
         do="If it stays small while the queue is long, look for failing runs. Limit: PERCEIVER_MAX_BATCH_SIZE, or less "
         "where a CPU was measured to be faster so.",
@@ -29,13 +29,13 @@ BATCHES = (
     Panel(
         title="Queue",
         kind="timeseries",
-        unit=PICTURES,
-        shows="Pictures that wait for a batch, pictures accepted and not yet answered, and how many may be.",
+        unit=IMAGES,
+        shows="Images that wait for a batch, images accepted and not yet answered, and how many may be.",
         bad="Accepted at the dashed limit: requests are turned away with 503.",
         do="Add capacity. A longer queue (PERCEIVER_MAX_QUEUE_SIZE) only makes everyone wait longer.",
         queries=(
             Query(f"sum(perceiver_queue_length{{{HERE}}})", "waiting"),
-            Query(f"sum(perceiver_admitted_pictures{{{HERE}}})", "accepted"),
+            Query(f"sum(perceiver_admitted_images{{{HERE}}})", "accepted"),
             Query(f"sum(perceiver_max_queue_size{{{HERE}}})", "limit"),
         ),
         dashed=("limit",),
@@ -46,14 +46,14 @@ BATCHES = (
         unit="bytes",
         shows="Bytes of the request bodies that are held.",
         bad="Near PERCEIVER_MAX_QUEUE_BYTES: requests are turned away with 503, however short the queue.",
-        do="Look for clients that send large pictures or many a request; the limits are in docs/operations.md.",
+        do="Look for clients that send large images or many a request; the limits are in docs/operations.md.",
         queries=(Query(f"sum(perceiver_admitted_bytes{{{HERE}}})", "bodies"),),
     ),
     Panel(
         title="Dropped and failed",
         kind="timeseries",
         unit="cps",
-        shows="A second: pictures not run because their deadline had passed or their client had left, and failed runs.",
+        shows="A second: images not run because their deadline had passed or their client had left, and failed runs.",
         bad="Deadlines: the queue is longer than clients wait. Clients that leave: the same, from their side. Failed "
         "runs: GPU or model.",
         do="PerceiverQueueSaturated and PerceiverBatchesFailing in docs/operations.md.",
@@ -67,7 +67,7 @@ BATCHES = (
         title="Fullness of the queue",
         kind="timeseries",
         unit="percentunit",
-        shows="Accepted pictures as a share of what is accepted at most, for each instance.",
+        shows="Accepted images as a share of what is accepted at most, for each instance.",
         bad="Above 80 % for minutes.",
         do="PerceiverQueueSaturated in docs/operations.md.",
         queries=(Query(f"instance:perceiver_queue:saturation{{{HERE}}}", "{{instance}}"),),
@@ -103,7 +103,7 @@ VERSIONS = (
         width=7,
     ),
     Panel(
-        title="Difference on the golden pictures",
+        title="Difference on the golden images",
         kind="timeseries",
         unit="sci",
         shows="Largest difference between a logit here and in torch, when a version was last checked.",
@@ -119,29 +119,20 @@ PROCESS = (
         title="Memory",
         kind="timeseries",
         unit="bytes",
-        shows="Resident memory of the model's process, and of each HTTP process.",
+        shows="Resident memory of each process.",
         bad="Growth without end, or near the container's limit (SERVICE_MEMORY), at which it is killed.",
-        do="It grows with PERCEIVER_MAX_QUEUE_BYTES and PERCEIVER_DECODE_THREADS times large pictures; lower these.",
-        queries=(
-            Query(f'process_resident_memory_bytes{{job="perceiver", {HERE}}}', "{{instance}}"),
-            Query(f"perceiver_http_process_resident_memory_bytes{{{HERE}}}", "HTTP {{process}}, {{instance}}"),
-        ),
+        do="It grows with PERCEIVER_MAX_QUEUE_BYTES and PERCEIVER_DECODE_THREADS times large images; lower these.",
+        queries=(Query(f'process_resident_memory_bytes{{job="perceiver", {HERE}}}', "{{instance}}"),),
         width=6,
     ),
     Panel(
         title="CPU",
         kind="timeseries",
         unit="suffix: cores",
-        shows="Processor cores that the model's process and each HTTP process keep busy, and how many of these accept "
-        "connections.",
-        bad="On a GPU host, one near 1 and latency up: its event loop is the limit. Fewer HTTP processes than set.",
-        do="Raise PERCEIVER_HTTP_PROCESSES; if one is missing, PerceiverHttpProcessRestarting in docs/operations.md. "
-        "On a CPU host all cores are used on purpose.",
-        queries=(
-            Query(f'rate(process_cpu_seconds_total{{job="perceiver", {HERE}}}{RATE})', "{{instance}}"),
-            Query(f"rate(perceiver_http_process_cpu_seconds_total{{{HERE}}}{RATE})", "HTTP {{process}}, {{instance}}"),
-            Query(f"perceiver_http_processes{{{HERE}}}", "HTTP processes, {{instance}}"),
-        ),
+        shows="Processor cores that each process keeps busy.",
+        bad="On a GPU host, near 1 and latency up: the event loop is the limit.",
+        do="Raise PERCEIVER_WORKERS, or start another replica. On a CPU host all cores are used on purpose.",
+        queries=(Query(f'rate(process_cpu_seconds_total{{job="perceiver", {HERE}}}{RATE})', "{{instance}}"),),
         width=6,
     ),
     Panel(
@@ -153,7 +144,6 @@ PROCESS = (
         do="Lower PERCEIVER_MAX_CONNECTIONS or raise the container's limit of open files.",
         queries=(
             Query(f'process_open_fds{{job="perceiver", {HERE}}}', "open, {{instance}}"),
-            Query(f"perceiver_http_process_open_fds{{{HERE}}}", "HTTP {{process}}, {{instance}}"),
             Query(f'process_max_fds{{job="perceiver", {HERE}}}', "limit, {{instance}}"),
         ),
         width=6,

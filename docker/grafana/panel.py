@@ -9,8 +9,8 @@ Kind = Literal["stat", "timeseries", "heatmap", "state-timeline"]
 HERE = 'instance=~"$instance"'
 RATE = "[$__rate_interval]"
 
-PICTURES = "suffix: pictures"
-PICTURES_A_SECOND = "suffix: pictures/s"
+IMAGES = "suffix: images"
+IMAGES_A_SECOND = "suffix: images/s"
 
 
 @dataclass(frozen=True)

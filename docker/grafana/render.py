@@ -173,7 +173,7 @@ def marks_of(window: Window) -> list[tuple[float, str]]:
     return found
 
 
-def picture(window: Window, caption: str) -> Figure:
+def image(window: Window, caption: str) -> Figure:
     """Draw all rows but those that need a GPU and have no data."""
     lines = [line for row in ROWS if has_data(row, window) for line in wrapped(row)]
     width, height = COLUMNS * INCHES_A_COLUMN, sum(rows for rows, _ in lines) * INCHES_A_ROW + FOOTER
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--caption", default="", help="what was run, and where")
     args: Any = parser.parse_args()
     window = Window(args.url, args.end, args.minutes * 60)
-    picture(window, f"minutes; {args.caption}" if args.caption else "minutes").savefig(args.out, dpi=110)
+    image(window, f"minutes; {args.caption}" if args.caption else "minutes").savefig(args.out, dpi=110)
     print(f"written: {args.out}")
 
 

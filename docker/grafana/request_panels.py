@@ -1,6 +1,6 @@
 """What becomes of requests: the state in one line, traffic and errors, latency."""
 
-from panel import HERE, PICTURES_A_SECOND, RATE, Panel, Query, Row, mean, quantile, rate
+from panel import HERE, IMAGES_A_SECOND, RATE, Panel, Query, Row, mean, quantile, rate
 
 NOW = (
     Panel(
@@ -42,13 +42,13 @@ NOW = (
         width=3,
     ),
     Panel(
-        title="Pictures",
+        title="Images",
         kind="stat",
-        unit=PICTURES_A_SECOND,
-        shows="Pictures that the model has classified.",
+        unit=IMAGES_A_SECOND,
+        shows="Images that the model has classified.",
         bad="Near what benchmarks/engine.py measures on this machine: there is no more to be had.",
         do="Add a GPU or a host, or a model that is cheaper to run.",
-        queries=(Query(rate("perceiver_pictures_total"), "pictures"),),
+        queries=(Query(rate("perceiver_images_total"), "images"),),
         width=3,
     ),
     Panel(
@@ -98,13 +98,13 @@ TRAFFIC = (
         stacked=True,
     ),
     Panel(
-        title="Pictures classified",
+        title="Images classified",
         kind="timeseries",
-        unit=PICTURES_A_SECOND,
-        shows="Pictures that have gone through the model; one request may hold several.",
-        bad="A fall while requests stay: pictures wait or are turned away.",
+        unit=IMAGES_A_SECOND,
+        shows="Images that have gone through the model; one request may hold several.",
+        bad="A fall while requests stay: images wait or are turned away.",
         do="Compare with queue and rejections.",
-        queries=(Query(rate("perceiver_pictures_total"), "pictures"),),
+        queries=(Query(rate("perceiver_images_total"), "images"),),
     ),
     Panel(
         title="Errors and rejections",
@@ -141,7 +141,7 @@ LATENCY = (
         unit="s",
         shows="From the headers of POST /predict to its answer, the client's sending of the body included. Dots are "
         "single requests, with their request id.",
-        bad="p99 above the dashed objective. p50 low and p99 high: large pictures, slow clients, or bursts.",
+        bad="p99 above the dashed objective. p50 low and p99 high: large images, slow clients, or bursts.",
         do="'p99 by stage' says where the time goes; PerceiverLatencyHigh in docs/operations.md.",
         queries=(
             Query(quantile(0.5, "perceiver_request_seconds"), "p50"),
@@ -155,8 +155,8 @@ LATENCY = (
         title="p99 by stage",
         kind="timeseries",
         unit="s",
-        shows="The slowest hundredth of each stage: decoding of a request, a picture's wait, a run of the model.",
-        bad="Queue above inference: more comes than the model can do. Decoding above both: large pictures.",
+        shows="The slowest hundredth of each stage: decoding of a request, an image's wait, a run of the model.",
+        bad="Queue above inference: more comes than the model can do. Decoding above both: large images.",
         do="Queue: add capacity. Decoding: PERCEIVER_DECODE_THREADS. Inference: another model or GPU.",
         queries=(
             Query(quantile(0.99, "perceiver_decode_seconds"), "decode"),
@@ -177,7 +177,7 @@ LATENCY = (
         title="Mean by stage",
         kind="timeseries",
         unit="s",
-        shows="Mean time of decoding a request, of a picture's wait, and of a run of the model.",
+        shows="Mean time of decoding a request, of an image's wait, and of a run of the model.",
         bad="Inference that rises at the same batch size: the GPU is shared, throttled, or another version serves.",
         do="Look at the GPU's temperature, at its other users, and at the version's marks.",
         queries=(

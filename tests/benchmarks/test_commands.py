@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from statistics import median
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.common import ROOT, BenchmarkError
 from benchmarks.engine import Cell
@@ -17,10 +19,11 @@ from benchmarks.overhead import Measured, verdict
 from benchmarks.processes import Load
 from benchmarks.summary import Summary, medians, summarize
 from benchmarks.tiny_model import make_tiny_model
-from service.artifact import load_golden
-from service.engine import OnnxEngine
-from service.golden import check_golden
+from service.engine.onnx_engine import OnnxEngine
+from service.repository.folder import load_golden
+from service.repository.golden_check import check_golden
 from tests.benchmarks.test_summary import load_of
+from training.precision import choose_precision
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +77,7 @@ def test_open_loop_and_errors_by_code(tiny: Path, tmp_path: Path) -> None:
     done = run("benchmarks.load", "--model", str(tiny), "--body", "json", "--path", "/predict?top_k=0", *options)
     assert done.returncode == 0, done.stderr
     assert rows(out)[0]["errors"] == "400 invalid_top_k: 4"
-    assert rows(out)[0]["pictures_per_second"] == "0.0"
+    assert rows(out)[0]["images_per_second"] == "0.0"
 
 
 def test_request_path(tmp_path: Path) -> None:
@@ -82,7 +85,7 @@ def test_request_path(tmp_path: Path) -> None:
     done = run("benchmarks.request_path", "--seconds", "0.2", "--rounds", "1", "--connections", "4", "--csv", str(out))
     assert done.returncode == 0, done.stderr
     assert [row["request"] for row in rows(out)] == ["service, raw body", "service, multipart", "floor, raw body"]
-    assert all(row["errors"] == "0" and float(row["pictures_per_s"]) > 0 for row in rows(out))
+    assert all(row["errors"] == "0" and float(row["images_per_s"]) > 0 for row in rows(out))
 
 
 def test_training_speed(tmp_path: Path) -> None:
@@ -93,8 +96,23 @@ def test_training_speed(tmp_path: Path) -> None:
     (row,) = rows(out)
     assert (row["preset"], row["processes"], row["threads"], row["batch"]) == ("compact", "1", "1", "4")
     assert int(row["steps"]) >= 3
+    assert row["precision"] == choose_precision("auto", torch.device("cpu"))
     assert 0 < float(row["pictures/s, median"]) <= float(row["pictures/s, best"])
     assert 0 < float(row["fraction of it, best"]) < 1
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)])
+def test_a_signal_ends_training_speed_between_two_steps(number: signal.Signals, status: int) -> None:
+    flags = ("compact", "--seconds", "3000", "--batch-size", "4", "--threads", "1", "--device", "cpu")
+    command = [sys.executable, "-m", "benchmarks.training_speed", *flags]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith("torch "):
+            assert process.poll() is None
+        process.send_signal(number)
+        _, error = process.communicate(timeout=240)
+    assert process.returncode == status
+    assert "Traceback" not in error
 
 
 def test_training_speed_where_there_is_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,9 +145,9 @@ def test_a_wrong_model_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_overhead_figures() -> None:
-    def of(pictures_per_second: float, p50: float) -> Summary:
+    def of(images_per_second: float, p50: float) -> Summary:
         empty = summarize(load_of())
-        return Summary(**{**vars(empty), "pictures_per_second": pictures_per_second, "latency_ms": {"p50": p50}})
+        return Summary(**{**vars(empty), "images_per_second": images_per_second, "latency_ms": {"p50": p50}})
 
     measured = Measured(
         engine={1: Cell([0.010]), 8: Cell([0.04, 0.02, 0.03]), 32: Cell([0.16])},
@@ -138,7 +156,7 @@ def test_overhead_figures() -> None:
         decode=[0.001, 0.0005, 0.002],
     )
     figures = verdict(measured, 32)
-    assert (figures["engine_best_batch"], figures["engine_pictures_per_s"]) == (8, pytest.approx(8 / 0.03))
+    assert (figures["engine_best_batch"], figures["engine_images_per_s"]) == (8, pytest.approx(8 / 0.03))
     assert figures["throughput_ratio"] == pytest.approx(240 / (8 / 0.03))
     assert figures["latency_difference_ms"] == pytest.approx(12 - 10 - 1)
     assert figures["errors"] == 0
@@ -149,7 +167,7 @@ def test_request_path_rows_are_medians_over_rounds() -> None:
     row = medians([summarize(load) for load in loads])
     assert row["server_cpu_ms"] == pytest.approx(median([100, 500, 200]))
     assert row["server_cpu_ms_best"] == pytest.approx(100)
-    assert row["pictures_per_s"] == pytest.approx(0.1)
+    assert row["images_per_s"] == pytest.approx(0.1)
 
 
 def test_plans_of_the_command_line() -> None:

@@ -37,9 +37,9 @@ def test_rates_ratios_and_fractions() -> None:
     assert (first["model"], first["batch"], first["runs"]) == ("a", 8, 3)
     assert first["ms_median"] == pytest.approx(200)
     assert first["ms_best"] == pytest.approx(100)
-    assert first["pictures_per_s"] == pytest.approx(40)
-    assert first["pictures_per_s_best"] == pytest.approx(80)
-    assert first["cpu_ms_per_picture"] == pytest.approx(100)
+    assert first["images_per_s"] == pytest.approx(40)
+    assert first["images_per_s_best"] == pytest.approx(80)
+    assert first["cpu_ms_per_image"] == pytest.approx(100)
     assert first["fraction_of_matmul"] == pytest.approx(2 * 80 / 320)
     assert (first["speed_vs_first"], second["speed_vs_first"]) == (1, pytest.approx(2))
     assert second["fraction_of_matmul"] is None

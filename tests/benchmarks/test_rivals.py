@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.common import BenchmarkError, ModelPlace
 from benchmarks.generator import Records
-from benchmarks.payloads import generate_pictures
+from benchmarks.payloads import generate_images
 from benchmarks.processes import Load
 from benchmarks.rivals import environments
 from benchmarks.rivals.__main__ import Contender, measure_in_turn, parse_arguments, rows_of
@@ -20,7 +20,7 @@ from benchmarks.rivals.process_tree import alive, process_tree, stop_tree, tree_
 from benchmarks.rivals.servers import RivalServer
 from benchmarks.summary import summarize
 from benchmarks.tiny_model import SIDE, make_tiny_model
-from service.artifact import MODEL_FILE
+from service.engine.metadata import MODEL_FILE
 from tests.benchmarks.http_server import request
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -98,7 +98,7 @@ def test_a_rival_whose_program_does_not_run_here_is_a_sentence(tmp_path: Path) -
 
 def test_labels_are_those_of_the_model_and_others_are_failures(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path)
-    expected = expect(model.path / MODEL_FILE, generate_pictures(40, SIDE, "jpeg"))
+    expected = expect(model.path / MODEL_FILE, generate_images(40, SIDE, "jpeg"))
     labels = expected.labels
     assert len(labels) == 40
     assert len(set(labels)) > 1

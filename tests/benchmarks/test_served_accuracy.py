@@ -18,7 +18,7 @@ from benchmarks.served_accuracy import (
     read_answers,
     reported,
 )
-from service.artifact import EvalMetrics
+from service.engine.metadata import EvalMetrics
 from tests.fakes import CLASSES, tiny_metadata
 
 LABELS = tiny_metadata().labels
@@ -45,7 +45,7 @@ def test_accuracy() -> None:
     assert accuracy(top, np.array([0, 0, 0, 0]), "x") == Figures(0.25, 0.75, "x")
 
 
-def test_figures_are_equal_when_they_count_the_same_pictures() -> None:
+def test_figures_are_equal_when_they_count_the_same_images() -> None:
     served = Figures(0.5273, 0.8, "served")
     assert equal(served, Figures(0.5273 + 1e-12, 0.8, "report"), 10_000)
     assert not equal(served, Figures(0.5274, 0.8, "report"), 10_000)
@@ -56,7 +56,7 @@ def test_differing_labels_are_counted_and_shown(capsys: pytest.CaptureFixture[st
     logits = np.eye(CLASSES, dtype=np.float32)
     assert compare_labels(np.array([0, 1, 2, 3, 4]), logits) == 0
     assert compare_labels(np.array([0, 2, 2, 3, 0]), logits) == 2
-    assert "picture 1: served 2, torch 1 by 1 of a logit" in capsys.readouterr().out
+    assert "image 1: served 2, torch 1 by 1 of a logit" in capsys.readouterr().out
 
 
 def test_reported_figures_come_from_the_run_or_from_the_model(tmp_path: Path) -> None:

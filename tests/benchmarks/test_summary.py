@@ -105,9 +105,9 @@ def test_goodput_counts_requests_by_their_part_in_the_window() -> None:
         (2, 2, 3, 200, ""),
         (15, 15, 16, 503, ""),  # no goodput
     )
-    summary = summarize(load, pictures_per_request=4)
+    summary = summarize(load, images_per_request=4)
     assert summary.requests_per_second == pytest.approx(1.75 / 10)
-    assert summary.pictures_per_second == pytest.approx(7 / 10)
+    assert summary.images_per_second == pytest.approx(7 / 10)
     assert summary.server_cpu_ms == pytest.approx(300 / 7)
 
 
@@ -133,7 +133,7 @@ def test_errors_are_counted_by_what_they_are_and_have_no_latency() -> None:
 def test_nothing_answered_is_reported_and_not_divided_by() -> None:
     summary = summarize(load_of((11, 11, 12, 500, "")))
     assert summary.server_cpu_ms is None
-    assert summary.pictures_per_second == 0
+    assert summary.images_per_second == 0
     assert summary.errors == {"500": 1}
     assert summarize(load_of()).requests == 0
     assert "nothing was answered" in format_summary(summarize(load_of()))

@@ -62,7 +62,7 @@ def files(package: str) -> list[Path]:
 
 
 def test_serving_loads_no_torch_and_nothing_of_training() -> None:
-    loaded = packages(loaded_after("import service.app, service.server, service.__main__"))
+    loaded = packages(loaded_after("import service.api.app, service.server.server, service.__main__"))
     assert loaded >= {"service", "fastapi", "onnxruntime"}
     assert not loaded & (TRAINING_ONLY | TESTING_ONLY | {"training", "export"})
 
@@ -73,13 +73,13 @@ def test_no_module_of_the_service_loads_torch() -> None:
     assert not packages(loaded_after(imports_all(names))) & (TRAINING_ONLY | TESTING_ONLY | {"training", "export"})
 
 
-@pytest.mark.parametrize("module", ["service.artifact", "service.engine"])
+@pytest.mark.parametrize("module", ["service.engine.metadata", "service.engine.onnx_engine"])
 def test_what_export_shares_needs_no_web_framework(module: str) -> None:
     assert not packages(loaded_after(f"import {module}")) & (WEB | TRAINING_ONLY)
 
 
 def test_the_artifact_contract_needs_no_engine() -> None:
-    assert "onnxruntime" not in packages(loaded_after("import service.artifact"))
+    assert "onnxruntime" not in packages(loaded_after("import service.engine.metadata"))
 
 
 def test_errors_need_the_standard_library_alone() -> None:
@@ -99,12 +99,14 @@ def test_training_sees_neither_service_nor_export(package: str) -> None:
         assert not packages(imported_by(path)) & {"service", "export", "tests", "benchmarks"}, path
 
 
-def test_export_sees_of_the_service_only_artifact_and_engine() -> None:
+def test_export_sees_of_the_service_only_engine_and_model_folder() -> None:
     assert files("export")
     for path in files("export"):
         seen = {name for name in imported_by(path) if packages({name}) == {"service"}}
-        own = {".".join(name.split(".")[:2]) for name in seen} - {"service"}
-        assert own <= {"service.artifact", "service.engine"}, path
+        own = {name for name in seen if not name.startswith("service.engine")} - {"service"}
+        assert all(name.startswith(("service.repository.folder", "service.repository.golden_check")) for name in own), (
+            path
+        )
         assert not packages(imported_by(path)) & {"tests", "benchmarks"}, path
 
 

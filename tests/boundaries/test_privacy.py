@@ -14,7 +14,7 @@ RUN = """
 import sys
 from pathlib import Path
 import {first}
-from service.engine import OnnxEngine
+from service.engine.onnx_engine import OnnxEngine
 OnnxEngine(Path(sys.argv[1]), provider="cpu")
 """
 
@@ -35,7 +35,7 @@ def traces(tmp_path: Path, first: str, **environment: str) -> list[str]:
     return [str(path) for path in home.rglob("*") if "onnxruntime" in path.name]
 
 
-@pytest.mark.parametrize("first", ["service", "export.to_onnx"])
+@pytest.mark.parametrize("first", ["service", "export.graph.to_onnx"])
 def test_onnxruntime_keeps_no_record_for_its_maker(tmp_path: Path, first: str) -> None:
     assert traces(tmp_path, first) == []
 

@@ -2,7 +2,7 @@
 
     misuse      10,000 random requests of clients that behave badly, and then a normal one
     overload    five times as many requests as the model can answer
-    fuzz        100,000 mutated pictures through the decoder, and as many mutated bodies through the parser
+    fuzz        100,000 mutated images through the decoder, and as many mutated bodies through the parser
     openapi     schemathesis, every check on: no 500, and no answer that the OpenAPI document does not know
 
 Without a word: misuse and overload, each with its defaults.
@@ -49,16 +49,12 @@ def parser() -> argparse.ArgumentParser:
     )
     load.add_argument("--max-batch-size", type=int, default=16, help="of the service (default: %(default)s)")
     load.add_argument("--max-queue-size", type=int, default=128, help="of the service (default: %(default)s)")
-    damage = runs.add_parser("fuzz", help="mutated pictures and bodies")
+    damage = runs.add_parser("fuzz", help="mutated images and bodies")
     damage.add_argument("--count", type=int, default=100_000, help="inputs of each target (default: %(default)s)")
     damage.add_argument("--seed", type=int, default=0, help="the same makes the same inputs (default: %(default)s)")
     damage.add_argument("--target", choices=sorted(TARGETS), action="append", help="default: all")
     document = runs.add_parser("openapi", help="answers against the OpenAPI document")
     document.add_argument("--seconds", type=int, default=300, help="for generated requests (default: %(default)s)")
-    for run in (misuse, load, document):
-        run.add_argument(
-            "--http-processes", type=int, default=0, metavar="N", help="of the service (default: %(default)s)"
-        )
     document.add_argument("--seed", type=int, default=0, help="the same sends the same requests (default: %(default)s)")
     return whole
 
@@ -79,16 +75,10 @@ def compared(process: Process, client: httpx.Client, before: Vitals) -> Complain
     return before.complaints(after) + ([f"it ended with status {status}"] if status else [])
 
 
-def http_processes(options: argparse.Namespace) -> str:
-    """The setting."""
-    return f"--http-processes={options.http_processes}"
-
-
 def run_misuse(options: argparse.Namespace, folder: Path) -> Complaints:
     """Send misdeeds, as many at once as are told."""
     make_model_folder(folder / "m")
-    settings = (*LIMITS, http_processes(options))
-    with served(folder, *on_model(folder / "m", *settings), module="service") as (process, client):
+    with served(folder, *on_model(folder / "m", *LIMITS), module="service") as (process, client):
         address = (client.base_url.host, client.base_url.port or 0)
         asyncio.run(rampage(*address, requests=500, concurrency=options.concurrency, seed=-1))  # to its full size
         before = Vitals.of(process, client)
@@ -109,7 +99,6 @@ def run_overload(options: argparse.Namespace, folder: Path) -> Complaints:
     settings = (
         f"--max-batch-size={options.max_batch_size}",
         f"--max-queue-size={options.max_queue_size}",
-        http_processes(options),
     )
     with served(folder, *on_model(model, *settings), module=module, **{slow_service.VARIABLE: str(options.run_ms)}) as (
         process,
@@ -137,8 +126,7 @@ def run_fuzz(options: argparse.Namespace, folder: Path) -> Complaints:
 def run_openapi(options: argparse.Namespace, folder: Path) -> Complaints:
     """Compare answers with the document."""
     make_model_folder(folder / "m")
-    settings = (*openapi.ARGUMENTS, http_processes(options))
-    with served(folder, *on_model(folder / "m", *settings), module="service") as (process, client):
+    with served(folder, *on_model(folder / "m", *openapi.ARGUMENTS), module="service") as (process, client):
         client.headers["x-api-key"] = openapi.KEY
         before = Vitals.of(process, client)
         url = str(client.base_url).rstrip("/")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from tests.imaging.files import encode, pixels, png_announcing
 from tests.service.harness import read_answer
 
-PICTURES = {
+IMAGES = {
     kind: encode(pixels(48, 64, seed=number), kind)
     for number, kind in enumerate(("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"))
 }
@@ -56,27 +56,27 @@ def deserves(*statuses: int) -> Callable[[Misdeed], Misdeed]:
     return register
 
 
-def any_picture(rng: random.Random) -> bytes:
-    return rng.choice(list(PICTURES.values()))
+def any_image(rng: random.Random) -> bytes:
+    return rng.choice(list(IMAGES.values()))
 
 
 @deserves(200)
 async def good_raw(wire: Wire, rng: random.Random) -> int:
-    await wire.post(any_picture(rng), "image/*", query=f"?top_k={rng.randint(1, 5)}")
+    await wire.post(any_image(rng), "image/*", query=f"?top_k={rng.randint(1, 5)}")
     return await wire.status()
 
 
 @deserves(200)
 async def good_form(wire: Wire, rng: random.Random) -> int:
     part = b'--b\r\nContent-Disposition: form-data; name="f"; filename="x"\r\n\r\n%s\r\n'
-    parts = b"".join(part % any_picture(rng) for _ in range(rng.randint(1, 8)))
+    parts = b"".join(part % any_image(rng) for _ in range(rng.randint(1, 8)))
     await wire.post(parts + b"--b--\r\n", "multipart/form-data; boundary=b")
     return await wire.status()
 
 
 @deserves(200)
 async def good_json(wire: Wire, rng: random.Random) -> int:
-    images = [base64.b64encode(any_picture(rng)).decode() for _ in range(rng.randint(1, 4))]
+    images = [base64.b64encode(any_image(rng)).decode() for _ in range(rng.randint(1, 4))]
     await wire.post(json.dumps({"images": images}).encode(), "application/json")
     return await wire.status()
 
@@ -89,23 +89,23 @@ async def good_and_large(wire: Wire, rng: random.Random) -> int:
 
 @deserves(200, 504)
 async def in_a_hurry(wire: Wire, rng: random.Random) -> int:
-    await wire.post(any_picture(rng), "image/png", f"X-Request-Timeout-Ms: {rng.randint(1, 20)}")
+    await wire.post(any_image(rng), "image/png", f"X-Request-Timeout-Ms: {rng.randint(1, 20)}")
     return await wire.status()
 
 
 @deserves(400, 200)  # some formats can lose their last bytes without losing a pixel
 async def truncated(wire: Wire, rng: random.Random) -> int:
-    picture = any_picture(rng)
-    await wire.post(picture[: rng.randrange(1, len(picture))], "image/png")
+    image = any_image(rng)
+    await wire.post(image[: rng.randrange(1, len(image))], "image/png")
     return await wire.status()
 
 
 @deserves(400, 200, 413, 415)
 async def mutated(wire: Wire, rng: random.Random) -> int:
-    picture = bytearray(any_picture(rng))
+    image = bytearray(any_image(rng))
     for _ in range(rng.randint(1, 20)):
-        picture[rng.randrange(len(picture))] = rng.randrange(256)
-    await wire.post(bytes(picture), "image/png")
+        image[rng.randrange(len(image))] = rng.randrange(256)
+    await wire.post(bytes(image), "image/png")
     return await wire.status()
 
 
@@ -129,13 +129,13 @@ async def bomb(wire: Wire, rng: random.Random) -> int:
 
 @deserves(415)
 async def wrong_content_type(wire: Wire, rng: random.Random) -> int:
-    await wire.post(any_picture(rng), rng.choice(["text/html", "video/mp4", "application/x-www-form-urlencoded", "?"]))
+    await wire.post(any_image(rng), rng.choice(["text/html", "video/mp4", "application/x-www-form-urlencoded", "?"]))
     return await wire.status()
 
 
 @deserves(200)
 async def wish_for_another_protocol(wire: Wire, rng: random.Random) -> int:
-    await wire.post(any_picture(rng), "image/png", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c")
+    await wire.post(any_image(rng), "image/png", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c")
     return await wire.status()
 
 
@@ -167,7 +167,7 @@ async def broken_form(wire: Wire, rng: random.Random) -> int:
 
 
 @deserves(413)
-async def many_pictures(wire: Wire, rng: random.Random) -> int:
+async def many_images(wire: Wire, rng: random.Random) -> int:
     await wire.post(json.dumps({"images": ["aaaa"] * 5000}).encode(), "application/json")
     return await wire.status()
 
@@ -190,34 +190,34 @@ async def gigantic_in_chunks(wire: Wire, rng: random.Random) -> int:
 
 @deserves(GONE)
 async def leaves_while_sending(wire: Wire, rng: random.Random) -> int:
-    picture = any_picture(rng)
-    head = f"POST /predict HTTP/1.1\r\nHost: chaos\r\nContent-Length: {len(picture)}\r\n\r\n".encode()
-    await wire.send((head + picture)[: rng.randrange(len(head) + len(picture))])
+    image = any_image(rng)
+    head = f"POST /predict HTTP/1.1\r\nHost: chaos\r\nContent-Length: {len(image)}\r\n\r\n".encode()
+    await wire.send((head + image)[: rng.randrange(len(head) + len(image))])
     return GONE
 
 
 @deserves(GONE)
 async def leaves_without_its_answer(wire: Wire, rng: random.Random) -> int:
-    await wire.post(rng.choice([any_picture(rng), LARGE]), "image/png")
+    await wire.post(rng.choice([any_image(rng), LARGE]), "image/png")
     await asyncio.sleep(rng.random() * 0.02)
     return GONE
 
 
 @deserves(GONE)
 async def resets(wire: Wire, rng: random.Random) -> int:
-    await wire.post(any_picture(rng), "image/png")
+    await wire.post(any_image(rng), "image/png")
     wire.writer.transport.abort()
     return GONE
 
 
 @deserves(200, 408, GONE)  # cut off in the middle of its sending, it may find the connection reset before it reads 408
 async def slow_to_send(wire: Wire, rng: random.Random) -> int:
-    picture = PICTURES["GIF"]
-    await wire.send(f"POST /predict HTTP/1.1\r\nHost: chaos\r\nContent-Length: {len(picture)}\r\n\r\n".encode())
-    step = len(picture) // 10 + 1
+    image = IMAGES["GIF"]
+    await wire.send(f"POST /predict HTTP/1.1\r\nHost: chaos\r\nContent-Length: {len(image)}\r\n\r\n".encode())
+    step = len(image) // 10 + 1
     with suppress(ConnectionError):
-        for start in range(0, len(picture), step):
-            await wire.send(picture[start : start + step])
+        for start in range(0, len(image), step):
+            await wire.send(image[start : start + step])
             await asyncio.sleep(rng.random() * 0.2)
     return await wire.status()
 
@@ -243,7 +243,7 @@ async def endless_headers(wire: Wire, rng: random.Random) -> int:
 
 @deserves(400)
 async def bad_top_k(wire: Wire, rng: random.Random) -> int:
-    await wire.post(any_picture(rng), "image/png", query=rng.choice(["?top_k=0", "?top_k=%FF", "?%E2%82%AC=1"]))
+    await wire.post(any_image(rng), "image/png", query=rng.choice(["?top_k=0", "?top_k=%FF", "?%E2%82%AC=1"]))
     return await wire.status()
 
 

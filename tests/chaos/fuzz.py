@@ -1,4 +1,4 @@
-"""Mutated pictures for the decoder and mutated bodies for the parser, by the hundred thousand.
+"""Mutated images for the decoder and mutated bodies for the parser, by the hundred thousand.
 
 In processes of their own: a C library that crashes, hangs or takes all memory ends a child, and the report names the
 input. Every input comes from the seed and its number alone, so that it can be made again.
@@ -99,8 +99,8 @@ def random_edits(rng: random.Random, words: list[bytes], length: int) -> list[Ed
     ]
 
 
-def try_picture(rng: random.Random) -> tuple[str, str]:
-    """Decode one mutated picture; some are two files grown together. Return its kind and the outcome."""
+def try_image(rng: random.Random) -> tuple[str, str]:
+    """Decode one mutated image; some are two files grown together. Return its kind and the outcome."""
     kind = rng.choice(list(VARIANTS))
     data = VARIANTS[kind]
     if rng.random() < 0.1:
@@ -118,7 +118,7 @@ def try_body(rng: random.Random) -> tuple[str, str]:
     return kind, parse(content_type, mutate(body, random_edits(rng, TEXT, len(body))))
 
 
-TARGETS: dict[str, Callable[[random.Random], tuple[str, str]]] = {"pictures": try_picture, "bodies": try_body}
+TARGETS: dict[str, Callable[[random.Random], tuple[str, str]]] = {"images": try_image, "bodies": try_body}
 
 
 def fuzz(target: str, count: int, seed: int) -> Findings:

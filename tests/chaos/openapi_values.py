@@ -1,4 +1,4 @@
-"""What an OpenAPI document can't say, told to schemathesis as its hooks: what a picture is, what headers are for."""
+"""What an OpenAPI document can't say, told to schemathesis as its hooks: what an image is, what headers are for."""
 
 import base64
 from typing import Any
@@ -10,7 +10,7 @@ from service.settings import Settings
 from tests.imaging.files import all_files, pixels
 
 FILES = list(all_files(pixels(9, 13)).values())
-MAX_PICTURES = Settings.model_fields["max_pictures"].default
+MAX_IMAGES = Settings.model_fields["max_images"].default
 HEADERS = {"x-request-id", "x-request-timeout-ms", "x-api-key", "authorization", "content-type", "accept"}
 
 for media_type in ("image/*", "application/octet-stream"):
@@ -20,14 +20,14 @@ schemathesis.openapi.format("binary", st.sampled_from(FILES))
 
 @schemathesis.hook
 def before_load_schema(context: object, raw_schema: dict[str, Any]) -> None:
-    """Take real pictures for base64: no other string is valid."""
+    """Take real images for base64: no other string is valid."""
     content = raw_schema["paths"]["/predict"]["post"]["requestBody"]["content"]
-    picture = {"enum": [base64.b64encode(data).decode() for data in FILES]}
+    image = {"enum": [base64.b64encode(data).decode() for data in FILES]}
     for form in content["application/json"]["schema"]["oneOf"]:
         if "image" in form["properties"]:
-            form["properties"]["image"] = picture
+            form["properties"]["image"] = image
         else:
-            form["properties"]["images"]["items"] = picture
+            form["properties"]["images"]["items"] = image
 
 
 @schemathesis.hook
@@ -42,4 +42,4 @@ def filter_case(context: object, case: Any) -> bool:
     if case.media_type != "multipart/form-data" or not isinstance(case.body, dict):
         return True
     sizes = [len(field) for field in case.body.values() if isinstance(field, list)]
-    return 0 not in sizes and (len(sizes) < 2 or sum(sizes) <= MAX_PICTURES)
+    return 0 not in sizes and (len(sizes) < 2 or sum(sizes) <= MAX_IMAGES)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.generator import Plan, Records, arrival_times
-from benchmarks.payloads import build_requests, generate_pictures
+from benchmarks.payloads import build_requests, generate_images
 from benchmarks.processes import Load, run_load
 
 MIN_GOODPUT = 0.9  # of the unloaded maximum
@@ -24,8 +24,8 @@ class House:
     """Where the requests go, and how much it takes in.
 
     Attributes:
-        max_batch_size: pictures in one run.
-        max_queue_size: pictures accepted and not yet answered.
+        max_batch_size: images in one run.
+        max_queue_size: images accepted and not yet answered.
     """
 
     host: str
@@ -36,7 +36,7 @@ class House:
 
 @dataclass(frozen=True)
 class Overload:
-    """What was seen; times in seconds, rates in pictures a second, arrays with one entry a request.
+    """What was seen; times in seconds, rates in images a second, arrays with one entry a request.
 
     Attributes:
         maximum: answered when exactly as much is sent as is answered.
@@ -46,7 +46,7 @@ class Overload:
         overtaken: for each accepted request, answers with 200 that others got while it was in the house, int64 [n].
         rejected_meanwhile: the same for each rejected one.
         lag: how late the generator was at most.
-        bound: what the last in a full house waits: its pictures, and the batch that has just begun, over the maximum.
+        bound: what the last in a full house waits: its images, and the batch that has just begun, over the maximum.
     """
 
     maximum: float
@@ -106,8 +106,8 @@ def in_ms(seconds: NDArray[np.float64]) -> str:
 
 def overload(house: House, *, factor: float, seconds: float, calibration_s: float, seed: int = 0) -> Overload:
     """Measure the maximum in a closed loop that keeps two batches waiting, then send `factor` times as much."""
-    pictures = generate_pictures(64, 32, "jpeg", seed)
-    requests = build_requests(pictures, "raw", host=f"{house.host}:{house.port}")
+    images = generate_images(64, 32, "jpeg", seed)
+    requests = build_requests(images, "raw", host=f"{house.host}:{house.port}")
     connections = min(4 * house.max_batch_size, house.max_queue_size)
     closed = Plan(house.host, house.port, requests, connections, seconds=1 + calibration_s)
     maximum = rate_of_answers(run_load(closed, warmup_s=1))

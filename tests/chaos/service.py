@@ -6,7 +6,7 @@ from typing import Self
 
 import httpx
 
-from tests.chaos.client import PICTURES
+from tests.chaos.client import IMAGES
 from tests.end_to_end.process import Process
 
 # Small limits, so that small misdeeds exceed them.
@@ -21,9 +21,8 @@ LIMITS = (
 MEMORY_GROWTH = 64 * 1024 * 1024
 AT_REST = {
     "perceiver_ready": 1,
-    "perceiver_admitted_pictures": 0,
+    "perceiver_admitted_images": 0,
     "perceiver_queue_length": 0,
-    "perceiver_http_process_restarts_total": 0,
 }
 
 
@@ -44,10 +43,10 @@ class Vitals:
         files = [-1, -2]
         while files[-1] != files[-2]:
             time.sleep(0.3)
-            files.append(of_all(client, "process_open_fds"))
+            files.append(sample(client, "process_open_fds"))
         return cls(
             open_files=files[-1],
-            memory=of_all(client, "process_resident_memory_bytes"),
+            memory=sample(client, "process_resident_memory_bytes"),
             answer=predict(client),
             at_rest={name: sample(client, name) for name in AT_REST},
             traceback=process.stderr[-3000:] if "Traceback" in process.stderr else "",
@@ -64,24 +63,19 @@ class Vitals:
         if now.memory > self.memory + MEMORY_GROWTH:
             found.append(f"{now.memory >> 20} MiB are in use, and {self.memory >> 20} were")
         if now.answer != self.answer:
-            found.append(f"the answer to the same picture was {self.answer!r} and is {now.answer!r}")
+            found.append(f"the answer to the same image was {self.answer!r} and is {now.answer!r}")
         found += [f"{name} is {now.at_rest[name]}" for name, value in AT_REST.items() if now.at_rest[name] != value]
         return [*found, now.traceback] if now.traceback else found
 
 
-def sample(client: httpx.Client, *names: str) -> int:
-    """The sum of metrics over all labels; 0 where the platform does not have them, as macOS those of processes."""
+def sample(client: httpx.Client, name: str) -> int:
+    """The sum of a metric over all labels; 0 where the platform does not have it, as macOS those of processes."""
     lines = client.get("/metrics").text.splitlines()
-    return int(sum(float(line.split()[-1]) for line in lines if line.split()[0].partition("{")[0] in names))
-
-
-def of_all(client: httpx.Client, name: str) -> int:
-    """What the processes of the service have together."""
-    return sample(client, name, f"perceiver_http_{name}")
+    return int(sum(float(line.split()[-1]) for line in lines if line.split()[0].partition("{")[0] == name))
 
 
 def predict(client: httpx.Client) -> bytes:
     """The answer to a normal request."""
-    response = client.post("/predict", content=PICTURES["PNG"], headers={"content-type": "image/png"})
+    response = client.post("/predict", content=IMAGES["PNG"], headers={"content-type": "image/png"})
     assert response.status_code == 200, response.text
     return response.content

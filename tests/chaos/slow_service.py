@@ -1,6 +1,6 @@
 """python -m tests.chaos.slow_service: the service, on a device whose every run takes CHAOS_RUN_MS milliseconds.
 
-What it can do at most then depends on the device and not on the cores, as with a GPU. A batch with the picture POISON
+What it can do at most then depends on the device and not on the cores, as with a GPU. A batch with the image POISON
 in it raises.
 """
 
@@ -10,8 +10,8 @@ import time
 
 import numpy as np
 
-from service import versions
-from service.engine import EngineError, OnnxEngine
+from service.engine.onnx_engine import EngineError, OnnxEngine
+from service.repository import versions
 from tests.fakes import HEIGHT, WIDTH, Images, Logits
 
 MODULE = "tests.chaos.slow_service"
@@ -29,7 +29,8 @@ class SlowEngine(OnnxEngine):
         return super().run(images)
 
 
-if __name__ == "__main__":
+if __name__ in ("__main__", "__mp_main__"):  # the latter in a worker
     os.environ["PERCEIVER_TUNE_BATCH_SIZE"] = "false"  # its batches are as large as the tests say
     versions.OnnxEngine = SlowEngine  # type: ignore[misc]
+if __name__ == "__main__":
     runpy.run_module("service", run_name="__main__")

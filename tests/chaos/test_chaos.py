@@ -3,15 +3,12 @@
 import asyncio
 from pathlib import Path
 
-import pytest
-
 from tests.chaos.client import MISDEEDS, rampage
 from tests.chaos.service import LIMITS, Vitals
 from tests.end_to_end.process import on_model, started
 from tests.fakes import make_model_folder
 
 
-@pytest.mark.usefixtures("either_way")
 def test_the_service_survives_misuse_and_is_as_it_was(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     with started(tmp_path, *on_model(tmp_path / "m", *LIMITS)) as process, process.ready() as client:

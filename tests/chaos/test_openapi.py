@@ -20,7 +20,7 @@ def test_every_answer_is_as_the_openapi_document_says(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout
         assert "Tested: 7" in done.stdout
         assert "Traceback" not in process.stderr
-        # It did not pass for want of a key, or of a picture.
+        # It did not pass for want of a key, or of an image.
         assert predictions(client) > 10
         process.signal()
         assert process.exit_status() == 0

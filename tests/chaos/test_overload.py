@@ -6,8 +6,6 @@ are counted. The device takes 160 ms a run, so that its rate is that of a clock 
 
 from pathlib import Path
 
-import pytest
-
 from tests.chaos.overload import House, overload, unexpected
 from tests.chaos.slow_service import MODULE, VARIABLE
 from tests.end_to_end.process import on_model, started
@@ -16,10 +14,9 @@ from tests.fakes import make_model_folder
 BATCH, QUEUE = 8, 64
 
 
-@pytest.mark.usefixtures("either_way")
 def test_overload_costs_those_who_are_turned_away_and_nobody_else(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
-    arguments = on_model(tmp_path / "m", f"--max-batch-size={BATCH}", f"--max-queue-size={QUEUE}", "--max-pictures=8")
+    arguments = on_model(tmp_path / "m", f"--max-batch-size={BATCH}", f"--max-queue-size={QUEUE}", "--max-images=8")
     with started(tmp_path, *arguments, module=MODULE, **{VARIABLE: "160"}) as process, process.ready() as client:
         house = House(client.base_url.host, client.base_url.port or 0, BATCH, QUEUE)
         seen = overload(house, factor=5, seconds=6, calibration_s=3)

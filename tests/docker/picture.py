@@ -1,4 +1,4 @@
-"""A real load run for docs/dashboard.png: python -m tests.docker.picture MODEL_FOLDER
+"""A real load run for docs/dashboard.png: python -m tests.docker.image MODEL_FOLDER
 
 Starts the service and a Prometheus with the shipped configuration, sends a load that rises above what the machine can
 do and falls again, puts a new version and a broken one into the folder meanwhile, and draws the dashboard from that
@@ -21,8 +21,8 @@ from pathlib import Path
 
 import aiohttp
 
-from benchmarks.payloads import generate_pictures
-from service.artifact import list_versions
+from benchmarks.payloads import generate_images
+from service.repository.folder import list_versions
 from tests.docker import stack
 from tests.docker.files import DOCKER
 
@@ -39,9 +39,9 @@ async def send(session: aiohttp.ClientSession, url: str, body: bytes) -> None:
 
 
 async def load(url: str, seconds: float, peak: float) -> None:
-    """Poisson arrivals whose rate climbs to `peak` a second in the middle and falls; one in fifty is no picture."""
+    """Poisson arrivals whose rate climbs to `peak` a second in the middle and falls; one in fifty is no image."""
     rng = random.Random(0)
-    bodies = [picture.data for size in (64, 200, 500) for picture in generate_pictures(8, size, "jpeg")]
+    bodies = [image.data for size in (64, 200, 500) for image in generate_images(8, size, "jpeg")]
     begin = time.monotonic()
     patience = aiohttp.ClientTimeout(total=4)
     async with (
@@ -50,7 +50,7 @@ async def load(url: str, seconds: float, peak: float) -> None:
     ):
         while (now := (time.monotonic() - begin) / seconds) < 1:
             rate = peak * max(0.08, 1 - abs(2.6 * (now - 0.45)))
-            body = rng.choice(bodies) if rng.random() > 0.02 else b"no picture"
+            body = rng.choice(bodies) if rng.random() > 0.02 else b"no image"
             tasks.create_task(send(session, url, body))
             await asyncio.sleep(rng.expovariate(rate))
 

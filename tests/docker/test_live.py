@@ -36,7 +36,7 @@ GPU_RULES = {
     "PerceiverGpuExporterDown",
 }
 
-QUEUE = 8  # pictures: small enough that a few clients fill it
+QUEUE = 8  # images: small enough that a few clients fill it
 SCRAPES = 4
 
 
@@ -61,7 +61,7 @@ def post(port: int, body: bytes, content_type: str) -> int:
 def drive(port: int) -> set[int]:
     """Good requests, bad ones, and more at once than the queue takes; returns the statuses."""
     many = json.dumps({"images": [base64.b64encode(png()).decode()] * QUEUE}).encode()
-    requests = [(png(), "image/png"), (b"no picture", "image/png"), *[(many, "application/json")] * 12]
+    requests = [(png(), "image/png"), (b"no image", "image/png"), *[(many, "application/json")] * 12]
     with ThreadPoolExecutor(14) as clients:
         return set(clients.map(lambda request: post(port, *request), requests))
 
@@ -72,8 +72,7 @@ def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[stack.Promet
     folder = tmp_path_factory.mktemp("live")
     models = folder / "tiny"
     make_model_folder(models, 1)
-    options = {"max_queue_size": QUEUE, "max_pictures": QUEUE, "model_poll_s": 0.2, "intra_op_threads": 1}
-    options["http_processes"] = 1  # there are panels for them too
+    options = {"max_queue_size": QUEUE, "max_images": QUEUE, "model_poll_s": 0.2, "intra_op_threads": 1}
     with stack.service(models, folder, **options) as port, stack.prometheus(folder, port) as server:
         statuses = drive(port)
         wait_until(server, "count_over_time(perceiver_ready[1m]) >= 2")  # the counters' first values are read
@@ -174,9 +173,9 @@ def test_exemplars_carry_request_ids(monitored: stack.Prometheus):
     assert series
 
 
-def test_picture_of_the_dashboard(monitored: stack.Prometheus, tmp_path: Path):
+def test_image_of_the_dashboard(monitored: stack.Prometheus, tmp_path: Path):
     assert monitored.at is not None
-    figure = render.picture(render.Window(monitored.url, monitored.at, 60), "a test")
+    figure = render.image(render.Window(monitored.url, monitored.at, 60), "a test")
     drawn = [axes.get_title(loc="left") for axes in figure.axes]
     assert drawn[: len(PANELS) - len(GPU_PANELS)] == [panel.title for panel in PANELS if not panel.needs_gpu]
     figure.savefig(tmp_path / "dashboard.png")

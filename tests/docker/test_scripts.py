@@ -147,8 +147,8 @@ def test_training_goes_on_where_the_run_has_begun(training):
     assert training.calls[0] == ["train", "--resume", "runs/night"]
 
 
-@pytest.mark.parametrize("arguments", [["--data", "/pictures"], ["--data=/pictures"]])
-def test_own_pictures_want_a_folder_of_their_own(
+@pytest.mark.parametrize("arguments", [["--data", "/images"], ["--data=/images"]])
+def test_own_images_want_a_folder_of_their_own(
     training, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     assert training.main(arguments) == 2

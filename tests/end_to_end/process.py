@@ -15,13 +15,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from service.artifact import GOLDEN_FILE, MODEL_FILE, Golden, save_golden, to_props
+from service.engine.metadata import MODEL_FILE, to_props
+from service.repository.folder import GOLDEN_FILE, Golden, save_golden
 from tests.fakes import CLASSES, HEIGHT, WIDTH, tiny_metadata
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 SECONDS = 60
-HTTP_PROCESSES = 0  # see `conftest.either_way`
 
 
 class Process:
@@ -79,6 +79,13 @@ class Process:
             time.sleep(0.02)
         raise TimeoutError(self.stderr)
 
+    def wait_or_end(self, probe: Callable[[], object]) -> None:
+        """Wait until a probe is true, or the process has ended."""
+        until = time.monotonic() + SECONDS
+        while self.popen.poll() is None and not probe():
+            assert time.monotonic() < until, self.stderr
+            time.sleep(0.02)
+
 
 @contextmanager
 def started(tmp_path: Path, *arguments: str, module: str = "service", **environment: str) -> Iterator[Process]:
@@ -96,14 +103,13 @@ def started(tmp_path: Path, *arguments: str, module: str = "service", **environm
 
 def on_model(folder: Path, *arguments: str) -> tuple[str, ...]:
     """The arguments for a small real model on a CPU."""
-    here = ("--model-dir", str(folder), "--provider", "cpu", "--intra-op-threads", "1")
-    return (*here, "--http-processes", str(HTTP_PROCESSES), *arguments)
+    return ("--model-dir", str(folder), "--provider", "cpu", "--intra-op-threads", "1", *arguments)
 
 
 def make_slow_model(folder: Path, steps: int) -> None:
-    """A model that counts to `steps` times the first value of the batch's first picture, and answers zeros.
+    """A model that counts to `steps` times the first value of the batch's first image, and answers zeros.
 
-    With a picture whose first value is 0 it is quick, and so are its golden pictures.
+    With an image whose first value is 0 it is quick, and so are its golden images.
     """
     version = folder / "1"
     version.mkdir(parents=True)
@@ -137,8 +143,8 @@ def _slow_graph(steps: int) -> onnx.GraphProto:
     return helper.make_graph(
         [
             helper.make_node("Reshape", ["images", "rows"], ["flat"]),
-            helper.make_node("Gather", ["flat", "first"], ["picture"], axis=0),
-            helper.make_node("Gather", ["picture", "first"], ["value"], axis=0),
+            helper.make_node("Gather", ["flat", "first"], ["image"], axis=0),
+            helper.make_node("Gather", ["image", "first"], ["value"], axis=0),
             helper.make_node("Cast", ["value"], ["value64"], to=TensorProto.INT64),
             helper.make_node("Mul", ["value64", "steps"], ["trips"]),
             helper.make_node("Loop", ["trips", "true", "zero"], ["counted"], body=counting),

@@ -1,4 +1,4 @@
-"""What the batcher promises, on a real process whose device takes 400 ms for every run of up to four pictures.
+"""What the batcher promises, on a real process whose device takes 400 ms for every run of up to four images.
 
 Order comes from counts and from who is answered first, never from a clock.
 """
@@ -41,12 +41,12 @@ class Busy:
         headers = {"content-type": "image/png"} | headers
         return self.pool.submit(self.client.post, "/predict", content=content, headers=headers)
 
-    def form(self, pictures: list[np.ndarray]) -> "Future[httpx.Response]":
-        files = [("file", (f"{number}.png", encode(image, "PNG"))) for number, image in enumerate(pictures)]
+    def form(self, images: list[np.ndarray]) -> "Future[httpx.Response]":
+        files = [("file", (f"{number}.png", encode(image, "PNG"))) for number, image in enumerate(images)]
         return self.pool.submit(self.client.post, "/predict", files=files)
 
     def leaves(self) -> socket.socket:
-        """A client that has sent a picture; it leaves when it is closed."""
+        """A client that has sent an image; it leaves when it is closed."""
         connection = socket.create_connection((self.client.base_url.host, self.client.base_url.port))
         connection.sendall(request_head(len(PNG)) + PNG)
         return connection
@@ -59,16 +59,16 @@ class Busy:
         self.process.wait(lambda: self.metric(name) == value)
 
     def occupied(self) -> "Future[httpx.Response]":
-        """Occupy the device: a picture that has left the queue and is not answered."""
+        """Occupy the device: an image that has left the queue and is not answered."""
         first = self.post()
         self.process.wait(
-            lambda: self.metric("perceiver_admitted_pictures") == 1 and not self.metric("perceiver_queue_length")
+            lambda: self.metric("perceiver_admitted_images") == 1 and not self.metric("perceiver_queue_length")
         )
         return first
 
 
 @pytest.fixture
-def busy(either_way: None, tmp_path: Path) -> Iterator[Busy]:
+def busy(tmp_path: Path) -> Iterator[Busy]:
     with busy_service(tmp_path, "400") as service:
         yield service
 
@@ -94,7 +94,7 @@ def test_late_arrivals_join_the_batch_that_forms_while_one_runs(busy: Busy) -> N
     first = busy.occupied()
     late = [busy.post() for _ in range(BATCH)]
     assert {answer.result().status_code for answer in [first, *late]} == {200}
-    # The golden pictures are not counted; the four came one by one, and ran together, or in two batches at most if the
+    # The golden images are not counted; the four came one by one, and ran together, or in two batches at most if the
     # machine held one of them up for a whole run.
     assert busy.metric("perceiver_batch_size_sum") == 1 + BATCH
     assert busy.metric("perceiver_batch_size_count") <= 3
@@ -103,7 +103,7 @@ def test_late_arrivals_join_the_batch_that_forms_while_one_runs(busy: Busy) -> N
 def test_what_is_cancelled_while_queued_never_runs_and_while_running_harms_nobody(busy: Busy) -> None:
     with busy.leaves():
         busy.process.wait(
-            lambda: busy.metric("perceiver_admitted_pictures") == 1 and not busy.metric("perceiver_queue_length")
+            lambda: busy.metric("perceiver_admitted_images") == 1 and not busy.metric("perceiver_queue_length")
         )
         with busy.leaves():
             busy.until("perceiver_queue_length", 1)
@@ -111,9 +111,7 @@ def test_what_is_cancelled_while_queued_never_runs_and_while_running_harms_nobod
     assert stays.result().status_code == 200
     busy.until('perceiver_requests_total{code="499",route="/predict"}', 2)
     assert busy.metric("perceiver_cancellations_total") == 1
-    assert (
-        busy.metric("perceiver_pictures_total") == 2
-    )  # the one that ran when its client left, and the one that stayed
+    assert busy.metric("perceiver_images_total") == 2  # the one that ran when its client left, and the one that stayed
 
 
 def test_what_expires_in_the_queue_never_runs(busy: Busy) -> None:
@@ -121,7 +119,7 @@ def test_what_expires_in_the_queue_never_runs(busy: Busy) -> None:
     late = busy.post(**{"x-request-timeout-ms": "1"})
     assert (late.result().status_code, first.result().status_code) == (504, 200)
     assert busy.metric("perceiver_deadline_misses_total") == 1
-    assert busy.metric("perceiver_pictures_total") == 1
+    assert busy.metric("perceiver_images_total") == 1
 
 
 def test_a_batch_that_raises_fails_its_members_alone(busy: Busy) -> None:
@@ -139,26 +137,25 @@ def test_a_batch_that_raises_fails_its_members_alone(busy: Busy) -> None:
 
 
 def test_a_large_request_keeps_its_order_and_does_not_hold_up_a_small_one(busy: Busy) -> None:
-    pictures = tiny_images(24)
-    large = busy.form(list(pictures))
+    images = tiny_images(24)
+    large = busy.form(list(images))
     busy.process.wait(lambda: busy.metric("perceiver_queue_length") > BATCH)
     single = busy.post()
     assert single.result().status_code == 200
     assert not large.done()  # four batches of it are still to come
     answer = large.result().json()["predictions"]
     assert [entry["filename"] for entry in answer] == [f"{number}.png" for number in range(24)]
-    assert [entry["top"][0]["index"] for entry in answer] == tiny_logits(pictures, 1).argmax(axis=1).tolist()
+    assert [entry["top"][0]["index"] for entry in answer] == tiny_logits(images, 1).argmax(axis=1).tolist()
 
 
 def test_a_drain_answers_everything_that_was_accepted(busy: Busy) -> None:
     first = busy.occupied()
     queued = [busy.post() for _ in range(3 * BATCH)]
-    busy.until("perceiver_admitted_pictures", 1 + 3 * BATCH)
+    busy.until("perceiver_admitted_images", 1 + 3 * BATCH)
     busy.stop()
     assert [answer.result().status_code for answer in [first, *queued]] == [200] * (1 + 3 * BATCH)
 
 
-@pytest.mark.usefixtures("either_way")
 def test_fifty_swaps_under_load_fail_no_request_and_mix_no_answers(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m", 1)
     hidden, shown = tmp_path / "m" / ".2", tmp_path / "m" / "2"

@@ -1,4 +1,4 @@
-"""The README's commands for a folder of one's own pictures, as a user types them: train, export, serve, ask."""
+"""The README's commands for a folder of one's own images, as a user types them: train, export, serve, ask."""
 
 import json
 import os
@@ -82,14 +82,14 @@ def serving(command: list[str], log: Path) -> Iterator[httpx.Client]:
 def test_the_example_is_small_and_its_classes_are_folders() -> None:
     folders = [path for path in (ROOT / EXAMPLE).iterdir() if path.is_dir()]
     assert {folder.name for folder in folders} == LABELS
-    pictures = [path for folder in folders for path in folder.iterdir()]
-    assert {path.suffix for path in pictures} == {".png"}
-    assert sum(path.stat().st_size for path in pictures) < 400_000
+    images = [path for folder in folders for path in folder.iterdir()]
+    assert {path.suffix for path in images} == {".png"}
+    assert sum(path.stat().st_size for path in images) < 400_000
 
 
 @pytest.mark.timeout(4 * SECONDS)
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
-def test_a_folder_of_pictures_becomes_a_served_model_by_three_commands(tmp_path: Path) -> None:
+def test_a_folder_of_images_becomes_a_served_model_by_three_commands(tmp_path: Path) -> None:
     train, export, serve, ask, train_on = commands()
     assert [train[:2], export[:2], serve[:2], ask[0], train_on[:2]] == [
         ["make", "train"],
@@ -101,10 +101,10 @@ def test_a_folder_of_pictures_becomes_a_served_model_by_three_commands(tmp_path:
     output = run(in_this_environment(train, tmp_path, "--epochs 3 --threads 1 --device cpu"))
     assert "note: 145 training pictures are few: a step takes 32 of them" in output
     run(in_this_environment(export, tmp_path, "--golden 8 --max-batch 4"))
-    (picture,) = (word.removeprefix("file=@") for word in ask if word.startswith("file=@"))
+    (image,) = (word.removeprefix("file=@") for word in ask if word.startswith("file=@"))
     served = in_this_environment(serve, tmp_path, "--provider cpu --intra-op-threads 1")
     with serving([*served, "PORT=0"], tmp_path / "stderr") as client:
-        response = client.post("/predict", files={"file": ("picture.png", (ROOT / picture).read_bytes())})
+        response = client.post("/predict", files={"file": ("image.png", (ROOT / image).read_bytes())})
     assert response.status_code == 200
     answer = response.json()
     assert (answer["model"], answer["version"]) == ("five-things", 1)

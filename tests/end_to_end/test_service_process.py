@@ -25,14 +25,13 @@ def post(client: httpx.Client, number: int = 1, **headers: str) -> httpx.Respons
     return client.post("/predict", content=png(number), headers=IMAGE | headers)
 
 
-@pytest.mark.usefixtures("either_way")
-def test_a_picture_in_a_label_out(tmp_path: Path) -> None:
+def test_a_image_in_a_label_out(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
-    picture = pixels(HEIGHT, WIDTH)
+    image = pixels(HEIGHT, WIDTH)
     with started(tmp_path, *on_model(tmp_path / "m")) as process, process.ready() as client:
-        response = client.post("/predict", files={"file": ("a.png", encode(picture, "PNG"))})
+        response = client.post("/predict", files={"file": ("a.png", encode(image, "PNG"))})
         top = response.json()["predictions"][0]["top"]
-        logits = tiny_logits(picture[None], 1)[0].astype(np.float64)
+        logits = tiny_logits(image[None], 1)[0].astype(np.float64)
         expected = np.exp(logits) / np.exp(logits).sum()
         assert [entry["index"] for entry in top] == np.argsort(-expected).tolist()
         assert [entry["probability"] for entry in top] == pytest.approx(np.sort(expected)[::-1], abs=1e-5)
@@ -46,19 +45,18 @@ def test_a_picture_in_a_label_out(tmp_path: Path) -> None:
 def test_engines_of_a_cpu_answer_many_at_once_each_with_its_own(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     engines = ("--intra-op-threads", "0", "--cpu-engines", "2")
-    pictures = [pixels(HEIGHT, WIDTH, seed) for seed in range(64)]
-    files = [("file", (f"{index}.png", encode(picture, "PNG"))) for index, picture in enumerate(pictures)]
+    images = [pixels(HEIGHT, WIDTH, seed) for seed in range(64)]
+    files = [("file", (f"{index}.png", encode(image, "PNG"))) for index, image in enumerate(images)]
     with started(tmp_path, *on_model(tmp_path / "m"), *engines) as process, process.ready() as client:
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(lambda at: client.post("/predict", files=files[at : at + 8]), range(0, 64, 8)))
         labels = [one["top"][0]["index"] for answer in answers for one in answer.json()["predictions"]]
-        assert labels == tiny_logits(np.stack(pictures), 1).argmax(axis=1).tolist()
+        assert labels == tiny_logits(np.stack(images), 1).argmax(axis=1).tolist()
         assert client.post("/predict", files=files[:1]).json()["predictions"][0]["top"][0]["index"] == labels[0]
         process.signal()
         assert process.exit_status() == 0
 
 
-@pytest.mark.usefixtures("either_way")
 def test_sigterm_finishes_what_was_accepted_while_probes_say_503(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     with started(tmp_path, *on_model(tmp_path / "m")) as process, process.ready() as client:
@@ -82,7 +80,6 @@ def test_sigterm_finishes_what_was_accepted_while_probes_say_503(tmp_path: Path)
         assert process.exit_status() == 0
 
 
-@pytest.mark.usefixtures("either_way")
 def test_requests_are_accepted_until_the_balancer_has_noticed(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     with started(tmp_path, *on_model(tmp_path / "m", "--drain-delay-s", "5")) as process, process.ready() as client:
@@ -96,7 +93,6 @@ def test_requests_are_accepted_until_the_balancer_has_noticed(tmp_path: Path) ->
         assert "draining: 0 requests" in process.stderr
 
 
-@pytest.mark.usefixtures("either_way")
 def test_a_second_signal_waits_for_no_balancer(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     with started(tmp_path, *on_model(tmp_path / "m", "--drain-delay-s", "600")) as process, process.ready():
@@ -106,7 +102,6 @@ def test_a_second_signal_waits_for_no_balancer(tmp_path: Path) -> None:
         assert process.exit_status() not in (0, None)
 
 
-@pytest.mark.usefixtures("either_way")
 def test_a_drain_does_not_wait_longer_than_it_may(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     with (
@@ -122,17 +117,16 @@ def test_a_drain_does_not_wait_longer_than_it_may(tmp_path: Path) -> None:
         half.recv(10_000)  # whatever it says, it does not hang
 
 
-@pytest.mark.usefixtures("either_way")
 def test_what_a_drain_does_not_finish_is_told_so(tmp_path: Path) -> None:
     make_slow_model(tmp_path / "m", steps=10**9)
     slow = encode(np.full((HEIGHT, WIDTH, 3), 255, np.uint8), "PNG")
     arguments = on_model(tmp_path / "m", "--drain-timeout-s", "0.5", "--run-timeout-ms", "600000")
     with started(tmp_path, *arguments) as process, process.ready() as client, ThreadPoolExecutor(8) as pool:
         posts = [pool.submit(client.post, "/predict", content=slow, headers=IMAGE)]
-        process.wait(lambda: "perceiver_admitted_pictures 1.0" in client.get("/metrics").text)
+        process.wait(lambda: "perceiver_admitted_images 1.0" in client.get("/metrics").text)
         posts += [pool.submit(client.post, "/predict", content=slow, headers=IMAGE) for _ in range(3)]
         posts += [pool.submit(client.post, "/predict", content=iter([slow]), headers=IMAGE) for _ in range(3)]
-        process.wait(lambda: "perceiver_admitted_pictures 7.0" in client.get("/metrics").text)
+        process.wait(lambda: "perceiver_admitted_images 7.0" in client.get("/metrics").text)
         process.signal()
         for post in posts:
             response = post.result(20)
@@ -142,7 +136,6 @@ def test_what_a_drain_does_not_finish_is_told_so(tmp_path: Path) -> None:
         assert "Traceback" not in process.stderr
 
 
-@pytest.mark.usefixtures("either_way")
 def test_a_service_whose_model_hangs_in_its_first_run_can_be_stopped(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     hanging = {VARIABLE: "3600000"}
@@ -156,7 +149,6 @@ def test_a_service_whose_model_hangs_in_its_first_run_can_be_stopped(tmp_path: P
         refused(process, 1, "not loaded, warm and checked within 0.5 s")
 
 
-@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_idle_service_stops_at_once(tmp_path: Path, number: int) -> None:
     if signal.getsignal(number) is signal.SIG_IGN:
@@ -183,7 +175,6 @@ def test_ctrl_c_while_it_is_imported(tmp_path: Path, library: str) -> None:
         assert process.stderr == ""
 
 
-@pytest.mark.usefixtures("either_way")
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     with (
@@ -199,7 +190,6 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
         assert process.exit_status() == 130
 
 
-@pytest.mark.usefixtures("either_way")
 def test_a_hung_engine_ends_the_process(tmp_path: Path) -> None:
     make_slow_model(tmp_path / "m", steps=10**9)
     slow, quick = np.full((HEIGHT, WIDTH, 3), 255, np.uint8), np.zeros((HEIGHT, WIDTH, 3), np.uint8)
@@ -212,7 +202,6 @@ def test_a_hung_engine_ends_the_process(tmp_path: Path) -> None:
         assert "CRITICAL" in process.stderr
 
 
-@pytest.mark.usefixtures("either_way")
 def test_a_new_version_is_served_without_a_restart(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m", 1)
     with started(tmp_path, *on_model(tmp_path / "m", "--model-poll-s", "0.1")) as process, process.ready() as client:
@@ -231,7 +220,6 @@ def refused(process: Process, status: int, *said: str) -> None:
         assert words in process.stderr
 
 
-@pytest.mark.usefixtures("either_way")
 def test_a_missing_model_folder(tmp_path: Path) -> None:
     with started(tmp_path, *on_model(tmp_path / "nowhere")) as process:
         refused(process, 1, "nowhere", "there is no such folder")
@@ -250,7 +238,6 @@ def test_a_provider_that_is_not_there(tmp_path: Path) -> None:
         refused(process, 1, "tensorrt")
 
 
-@pytest.mark.usefixtures("either_way")
 def test_a_port_in_use(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -277,7 +264,6 @@ def test_a_status_is_told_without_an_output(closed: str) -> None:
     assert done.returncode == 2
 
 
-@pytest.mark.usefixtures("either_way")
 def test_it_serves_and_ends_without_any_standard_stream(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     with socket.create_server(("127.0.0.1", 0)) as taken:

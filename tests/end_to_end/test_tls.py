@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from service.patience import LINGER_SECONDS
+from service.server.timeouts import LINGER_SECONDS
 from tests.end_to_end.process import on_model, started
 from tests.end_to_end.test_service_process import post, refused
 from tests.fakes import make_model_folder
@@ -29,7 +29,6 @@ def tls(folder: Path, *how: str) -> tuple[str, ...]:
     return "--tls-cert", certificate, "--tls-key", key
 
 
-@pytest.mark.usefixtures("either_way")
 @needs_openssl
 def test_https(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
@@ -59,7 +58,6 @@ def test_a_tls_key_with_a_pass_phrase_is_refused_and_nobody_is_asked(tmp_path: P
         refused(process, 1, "they must be PEM, with no pass phrase")
 
 
-@pytest.mark.usefixtures("either_way")
 def test_tls_files_that_are_none(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     (tmp_path / "junk.pem").write_text("junk")
@@ -69,13 +67,12 @@ def test_tls_files_that_are_none(tmp_path: Path) -> None:
 
 
 @needs_openssl
-@pytest.mark.usefixtures("either_way")
 def test_an_answer_that_is_not_read_yet_is_not_cut_off_by_a_drain(tmp_path: Path) -> None:
-    """One of ten megabytes, for the names of many pictures come back: most of it waits in the process."""
+    """One of ten megabytes, for the names of many images come back: most of it waits in the process."""
     make_model_folder(tmp_path / "m")
     part = b'--B\r\nContent-Disposition: form-data; name="file"; filename="%b"\r\n\r\n%b\r\n' % (b"n" * 4000, png(1))
     form = part * 2500 + b"--B--\r\n"
-    arguments = ("--max-pictures", "2500", "--max-queue-size", "2500", *tls(tmp_path))
+    arguments = ("--max-images", "2500", "--max-queue-size", "2500", *tls(tmp_path))
     with started(tmp_path, *on_model(tmp_path / "m", *arguments)) as process, process.ready() as client:
         with socket.create_connection(("127.0.0.1", client.base_url.port or 0), timeout=30) as tcp:
             slow = ssl._create_unverified_context().wrap_socket(tcp, server_hostname="localhost")
@@ -97,7 +94,6 @@ def test_an_answer_that_is_not_read_yet_is_not_cut_off_by_a_drain(tmp_path: Path
 
 
 @needs_openssl
-@pytest.mark.usefixtures("either_way")
 def test_a_client_that_does_not_close_its_half_does_not_hold_a_drain(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     arguments = ("--drain-timeout-s", "3600", "--write-timeout-s", "3600", "--keep-alive-s", "3600", *tls(tmp_path))

@@ -14,10 +14,10 @@ from training import checkpoint
 from training.checkpoint import RunConfig
 from training.config import ModelConfig, TrainConfig
 from training.evaluate import Confidence, ConfusedPair, Metrics, SuperclassMetrics
-from training.figures import CURVES, PICTURES, Report
-from training.lines import Line, append_line
+from training.metrics_log import Line, append_line
 from training.model import Perceiver, count_parameters
 from training.preprocessing import Preprocess
+from training.report_schema import CURVES, PICTURES, Report
 
 LABELS = ("apple", "bear", "cup", "door")
 SIZE = 8

@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from export.build import make_metadata
-from export.card import data, figures, limits, nothing_else, title
-from export.failures import confusions
-from export.making import first_epochs, origin, training_commands
-from export.markdown import code, literal
+from export.card.error_analysis import confusions
+from export.card.markdown import code, literal
+from export.card.model_card import data, figures, limits, nothing_else, title
+from export.card.training_record import first_epochs, origin, training_commands
 from export.source import Source, load_source
 from tests.export.conftest import LABELS
 from training.checkpoint import Origin

@@ -12,14 +12,14 @@ import torch
 
 from export import build
 from export.__main__ import main
-from export.card import figures
+from export.card.model_card import figures
 from export.source import load_source
-from service.artifact import list_versions
+from service.repository.folder import list_versions
 from tests.export.conftest import LABELS, write_run
 from tests.fakes import make_model_folder
 from training import checkpoint
 from training.config import PRESETS
-from training.figures import Report
+from training.report_schema import Report
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -13,16 +13,17 @@ import torch
 from export import build
 from export.__main__ import main
 from export.golden import load_data
-from export.serving_model import TrainingForm
+from export.graph.trained import TrainedModel
 from export.source import load_source
-from service.artifact import from_props, list_versions, load_golden
-from service.engine import OnnxEngine
-from service.golden import check_golden
+from service.engine.metadata import from_props
+from service.engine.onnx_engine import OnnxEngine
+from service.repository.folder import list_versions, load_golden
+from service.repository.golden_check import check_golden
 from tests.export.conftest import LABELS, SIZE, TINY, write_run
 from training.checkpoint import Origin, RunConfig, load_model
 from training.config import PRESETS
-from training.data import load
-from training.figures import CURVES, PICTURES
+from training.data.load import load
+from training.report_schema import CURVES, PICTURES
 from training.transfer import flatterers
 
 
@@ -221,7 +222,7 @@ def test_verify_refuses_a_version_whose_golden_logits_are_others(
     assert "the gate refuses this model on golden" in capsys.readouterr().err
 
 
-class Wrong(TrainingForm):
+class Wrong(TrainedModel):
     """A form that differs from the trained one by a hair."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -235,7 +236,7 @@ def test_the_gate_refuses_another_function_and_nothing_is_written(
     assert main([str(run), "--out", str(tmp_path / "out"), "--golden", "2", "--max-batch", "2"]) == 1
     said = capsys.readouterr().err
     assert "largest difference 2.00e-03" in said
-    assert "export/fold.py has to follow; --plain exports the form that was trained" in said
+    assert "export/graph/fold.py has to follow; --plain exports the form that was trained" in said
     assert files_below(tmp_path) == []
     assert main([str(run), "--out", str(tmp_path / "out"), "--golden", "2", "--max-batch", "2", "--plain"]) == 0
 

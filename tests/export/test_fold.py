@@ -1,4 +1,4 @@
-"""The serving form is the trained function: random configurations, and each fold's choice held against a count."""
+"""The folded form is the trained function for random configurations; each choice of attention is the cheaper one."""
 
 import itertools
 
@@ -7,9 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from export.attention import Merged, Projected
-from export.fold import FoldedBlock, FoldedCross, fold
-from export.serving_model import TrainingForm, count_operations
+from export.graph.attention import MergedAttention, ProjectedAttention
+from export.graph.fold import FoldedBlock, FoldedCrossAttention, fold
+from export.graph.trained import TrainedModel, count_flops
 from tests.export.conftest import TINY, perturb
 from training.config import ModelConfig
 from training.model import Perceiver
@@ -58,26 +58,26 @@ def configurations(draw: st.DrawFn) -> ModelConfig:
     )
 
 
-def form_of(config: ModelConfig, seed: int = 0, temperature: float = 1.7) -> TrainingForm:
+def trained_model(config: ModelConfig, seed: int = 0, temperature: float = 1.7) -> TrainedModel:
     torch.manual_seed(seed)
     model = Perceiver(config)
     perturb(model)
     preprocess = Preprocess(config.image_size, mean=(120.0, 115.0, 100.0), variance=(4000.0, 3000.0, 5000.0))
-    return TrainingForm(preprocess, model, temperature).eval()
+    return TrainedModel(preprocess, model, temperature).eval()
 
 
-def pictures(config: ModelConfig, count: int = 3) -> torch.Tensor:
+def random_images(config: ModelConfig, count: int = 3) -> torch.Tensor:
     return torch.randint(0, 256, (count, config.input_size, config.input_size, 3), dtype=torch.uint8)
 
 
 @settings(max_examples=120, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(config=configurations(), seed=st.integers(0, 1000))
 def test_folded_is_the_trained_function(config: ModelConfig, seed: int) -> None:
-    form, images = form_of(config, seed), pictures(config)
+    trained, images = trained_model(config, seed), random_images(config)
     with torch.inference_mode():
-        folded32, trained32 = fold(form)(images), form(images)
-        form.double()
-        folded64, trained64 = fold(form)(images), form(images)
+        folded32, trained32 = fold(trained)(images), trained(images)
+        trained.double()
+        folded64, trained64 = fold(trained)(images), trained(images)
     size = trained64.abs().max().item()
     assert trained64.dtype == torch.float64
     assert (folded64 - trained64).abs().max().item() <= 1e-10 * max(1.0, size)
@@ -88,11 +88,11 @@ def test_folded_is_the_trained_function(config: ModelConfig, seed: int) -> None:
 @settings(max_examples=30, derandomize=True)
 @given(config=configurations())
 def test_folding_never_costs_operations(config: ModelConfig) -> None:
-    form, image = form_of(config), pictures(config, 1)
-    # The training form's resize is no matrix product, the serving form's is.
-    side, target = config.input_size, config.image_size
-    resize = 2 * 3 * (target * side * side + target * target * side) if side != target else 0
-    assert count_operations(fold(form), image) <= count_operations(form, image) + resize
+    trained, image = trained_model(config), random_images(config, 1)
+    # The trained model resizes without a matrix product, the folded one with two.
+    side, target, views = config.input_size, config.image_size, 1 + config.test_time_flip
+    resize = 2 * 3 * (target * side * side + target * target * side) * views if side != target else 0
+    assert count_flops(fold(trained), image) <= count_flops(trained, image) + resize
 
 
 def wide_heads(**changes: object) -> ModelConfig:
@@ -101,49 +101,49 @@ def wide_heads(**changes: object) -> ModelConfig:
 
 
 def attentions(config: ModelConfig) -> dict[str, type]:
-    folded = fold(form_of(config))
+    folded = fold(trained_model(config))
     return {
         type(module).__name__: type(module.attention)
         for module in folded.modules()
-        if isinstance(module, FoldedCross | FoldedBlock)
+        if isinstance(module, FoldedCrossAttention | FoldedBlock)
     }
 
 
 def test_wide_heads_are_merged_and_narrow_ones_are_not() -> None:
-    assert attentions(wide_heads()) == {"FoldedCross": Merged, "FoldedBlock": Merged}
+    assert attentions(wide_heads()) == {"FoldedCrossAttention": MergedAttention, "FoldedBlock": MergedAttention}
     assert attentions(TINY.model_copy(update={"self_head_dim": 2, "num_latents": 16})) == {
-        "FoldedCross": Projected,
-        "FoldedBlock": Projected,
+        "FoldedCrossAttention": ProjectedAttention,
+        "FoldedBlock": ProjectedAttention,
     }
 
 
 @pytest.mark.parametrize("config", [TINY, wide_heads()], ids=["narrow", "wide"])
 def test_the_form_that_was_taken_is_the_cheaper_one(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    form, image = form_of(config), pictures(config, 1)
-    chosen = count_operations(fold(form), image)
+    trained, image = trained_model(config), random_images(config, 1)
+    chosen = count_flops(fold(trained), image)
     counts = []
-    for cross, block in itertools.product((Projected, Merged), repeat=2):
+    for cross, block in itertools.product((ProjectedAttention, MergedAttention), repeat=2):
         kinds = {config.num_tokens: cross, config.num_latents: block}
         monkeypatch.setattr(
-            "export.fold.fold_attention", lambda weights, uses, kinds=kinds: kinds[uses.tokens](weights)
+            "export.graph.fold.cheaper_attention", lambda weights, work, kinds=kinds: kinds[work.tokens](weights)
         )
-        counts.append(count_operations(fold(form), image))
+        counts.append(count_flops(fold(trained), image))
     assert len(set(counts)) == 4
     assert chosen == min(counts)
 
 
 def test_the_form_that_was_trained_is_left_as_it_is() -> None:
-    form, images = form_of(TINY), pictures(TINY)
+    trained, images = trained_model(TINY), random_images(TINY)
     with torch.inference_mode():
-        before = form(images)
-        fold(form)
-        assert torch.equal(form(images), before)
+        before = trained(images)
+        fold(trained)
+        assert torch.equal(trained(images), before)
 
 
 def test_a_wrong_weight_is_seen() -> None:
-    """The property above can fail: each tensor of the serving form matters."""
-    form, images = form_of(wide_heads()), pictures(TINY)
-    folded = fold(form)
+    """The property above can fail: each tensor of the folded form matters."""
+    trained, images = trained_model(wide_heads()), random_images(TINY)
+    folded = fold(trained)
     with torch.inference_mode():
         expected = folded(images)
         for name, tensor in folded.state_dict().items():

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from export.errors import ExportError
-from export.fold import fold
-from export.serving_model import TrainingForm
-from export.to_onnx import OPSET, check, to_onnx
+from export.graph.fold import fold
+from export.graph.to_onnx import OPSET, check, to_onnx
+from export.graph.trained import TrainedModel
 from tests.export.conftest import SIZE, TINY, perturb
 from training.config import ModelConfig
 from training.model import Perceiver
@@ -38,7 +38,7 @@ def folded(config: ModelConfig) -> nn.Module:
     torch.manual_seed(0)
     model = Perceiver(config)
     perturb(model)
-    return fold(TrainingForm(Preprocess(config.image_size), model).eval())
+    return fold(TrainedModel(Preprocess(config.image_size), model).eval())
 
 
 @pytest.fixture(scope="module", params=[NARROW, WIDE], ids=["narrow", "wide"])
@@ -87,8 +87,8 @@ def test_the_graph_is_as_small_as_the_algebra_says(graph: tuple[ModelConfig, onn
 
 def test_only_narrow_heads_are_moved_about(graph: tuple[ModelConfig, onnx.ModelProto]) -> None:
     config, model = graph
-    of_pictures = 2  # pixels to channels first, patches to rows
-    moved = operators(model)["Transpose"] - of_pictures
+    of_images = 2  # pixels to channels first, patches to rows
+    moved = operators(model)["Transpose"] - of_images
     blocks = config.num_iterations * config.num_blocks
     if config is NARROW:
         # Queries, keys, values and back; the tokens' keys and values once, and the first queries are constant.
@@ -136,7 +136,7 @@ def test_a_graph_that_flips_has_the_same_products_for_any_batch(graph: tuple[Mod
     module = folded(config)
     model = to_onnx(module, (SIZE, SIZE))
     more = operators(model) - operators(graph[1])
-    # The columns backwards; both pictures side by side; the mean of both answers.
+    # The columns backwards; both images side by side; the mean of both logits.
     assert more == {"Slice": 1, "Unsqueeze": 2, "Concat": 1, "Reshape": 2, "ReduceMean": 1}
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     for batch in (1, 2, 7):
@@ -188,7 +188,7 @@ def test_a_batch_of_one_size_is_refused(graph: tuple[ModelConfig, onnx.ModelProt
     fixed = onnx.ModelProto()
     fixed.CopyFrom(graph[1])
     fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
-    with pytest.raises(ExportError, match="dynamic batch: images"):
+    with pytest.raises(ExportError, match="no dynamic batch: the batch size of images is fixed"):
         check(fixed)
 
 

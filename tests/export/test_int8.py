@@ -1,4 +1,4 @@
-"""Int8 products: what is rounded how, in the graph and in numbers; and that pictures stay apart."""
+"""Int8 layers: rounding, the graph, and that images of a batch do not change each other."""
 
 import numpy as np
 import onnx
@@ -6,20 +6,21 @@ import pytest
 import torch
 from onnx import ModelProto
 
-from export import search
-from export.fold import fold
-from export.int8 import (
-    Quantised,
+from export.graph.fold import fold
+from export.graph.to_onnx import to_onnx
+from export.graph.trained import TrainedModel
+from export.quantization import sensitivity
+from export.quantization.int8 import (
+    QuantizedLayer,
+    choose_scale,
     collect_inputs,
-    find_products,
-    input_scale,
+    find_layers,
     open_session,
-    quantise,
-    quantise_product,
+    quantize_layer,
+    quantize_layers,
+    replace_layers,
     round_weight,
 )
-from export.serving_model import TrainingForm
-from export.to_onnx import to_onnx
 from tests.export.conftest import SIZE, TINY, perturb
 from training.model import Perceiver
 from training.preprocessing import Preprocess
@@ -34,17 +35,17 @@ def model() -> ModelProto:
     torch.manual_seed(0)
     perceiver = Perceiver(TINY)
     perturb(perceiver)
-    return to_onnx(fold(TrainingForm(Preprocess(SIZE), perceiver).eval()), (SIZE, SIZE))
+    return to_onnx(fold(TrainedModel(Preprocess(SIZE), perceiver).eval()), (SIZE, SIZE))
 
 
 @pytest.fixture(scope="module")
-def quantised(model: ModelProto) -> dict[str, Quantised]:
-    return search.quantise_all(model, noise(32))
+def quantized(model: ModelProto) -> dict[str, QuantizedLayer]:
+    return quantize_layers(model, noise(32))
 
 
 def test_the_range_of_an_input_holds_zero_and_its_values() -> None:
     rows = np.random.default_rng(0).uniform(-1, 3, (500, 8)).astype(np.float32)
-    scale, zero_point = input_scale(rows)
+    scale, zero_point = choose_scale(rows)
     assert scale == pytest.approx(4 / 255, rel=0.1)
     assert zero_point == pytest.approx(64, abs=8)
     restored = (np.clip(np.round(rows / scale) + zero_point, 0, 255) - float(zero_point)) * scale
@@ -52,13 +53,13 @@ def test_the_range_of_an_input_holds_zero_and_its_values() -> None:
 
 
 def test_an_input_that_is_always_zero_has_a_scale() -> None:
-    assert input_scale(np.zeros((4, 2), dtype=np.float32)) == (1, 0)
+    assert choose_scale(np.zeros((4, 2), dtype=np.float32)) == (1, 0)
 
 
 def test_one_outlier_does_not_take_the_range() -> None:
     rows = np.random.default_rng(0).standard_normal((400_000, 1)).astype(np.float32)
     rows[0] = 12
-    assert input_scale(rows)[0] < 0.8 * np.ptp(rows) / 255
+    assert choose_scale(rows)[0] < 0.8 * np.ptp(rows) / 255
 
 
 def test_errors_are_passed_on_where_inputs_are_correlated() -> None:
@@ -78,27 +79,27 @@ def test_errors_are_passed_on_where_inputs_are_correlated() -> None:
     assert np.abs(rounded * scales - weight).max() < 0.2
 
 
-def test_products_of_constant_weights_are_found_and_no_others(model: ModelProto) -> None:
-    products = find_products(model)
-    weights = [product.weight.shape for product in products]
-    assert len(products) == len({product.name for product in products})
+def test_layers_of_constant_weights_are_found_and_no_others(model: ModelProto) -> None:
+    layers = find_layers(model)
+    weights = [layer.weight.shape for layer in layers]
+    assert len(layers) == len({layer.name for layer in layers})
     assert (16, 32) in weights
     assert weights[-1] == (16, TINY.num_classes)
     both_vary = [n for n in model.graph.node if n.op_type == "MatMul" and n.input[1] not in initializers(model)]
-    assert not {node.output[0] for node in both_vary} & {product.name for product in products}
+    assert not {node.output[0] for node in both_vary} & {layer.name for layer in layers}
 
 
 def initializers(model: ModelProto) -> set[str]:
     return {tensor.name for tensor in model.graph.initializer}
 
 
-def test_inputs_of_products_are_collected(model: ModelProto) -> None:
-    products = find_products(model)
-    rows = collect_inputs(model, products, noise(5))
-    assert set(rows) == {product.source for product in products}
-    for product in products:
-        assert rows[product.source].shape[1] == len(product.weight)
-        assert rows[product.source].dtype == np.float32
+def test_inputs_of_layers_are_collected(model: ModelProto) -> None:
+    layers = find_layers(model)
+    rows = collect_inputs(model, layers, noise(5))
+    assert set(rows) == {layer.source for layer in layers}
+    for layer in layers:
+        assert rows[layer.source].shape[1] == len(layer.weight)
+        assert rows[layer.source].dtype == np.float32
 
 
 @pytest.mark.parametrize(("rows_wanted", "kept"), [(10**6, 40), (9, 9), (8, 6), (1, 3)])
@@ -106,10 +107,10 @@ def test_of_each_batch_as_many_rows_are_kept_evenly_spread(
     model: ModelProto, monkeypatch: pytest.MonkeyPatch, rows_wanted: int, kept: int
 ) -> None:
     """Of batches of 16, 16 and 8 pictures; of a batch one row at least."""
-    head = find_products(model)[-1]  # whose input has a row a picture
+    head = find_layers(model)[-1]  # whose input has a row a picture
     images = noise(40)
     (whole,) = collect_inputs(model, [head], images).values()
-    monkeypatch.setattr("export.int8.CALIBRATION_ROWS", rows_wanted)
+    monkeypatch.setattr("export.quantization.int8.CALIBRATION_ROWS", rows_wanted)
     (rows,) = collect_inputs(model, [head], images).values()
     assert len(whole) == 40
     assert len(rows) == kept
@@ -118,46 +119,47 @@ def test_of_each_batch_as_many_rows_are_kept_evenly_spread(
     np.testing.assert_array_equal(rows, whole if kept == 40 else whole[indices])
 
 
-def test_an_input_of_several_products_is_quantised_once(model: ModelProto, quantised: dict[str, Quantised]) -> None:
-    graph = quantise(model, quantised).graph
+def test_a_shared_input_is_quantized_once(model: ModelProto, quantized: dict[str, QuantizedLayer]) -> None:
+    graph = replace_layers(model, quantized).graph
     kinds = [node.op_type for node in graph.node]
-    assert kinds.count("MatMulIntegerToFloat") == len(quantised)
-    assert kinds.count("QuantizeLinear") == len({product.source for product in find_products(model)}) < len(quantised)
+    assert kinds.count("MatMulIntegerToFloat") == len(quantized)
+    assert kinds.count("QuantizeLinear") == len({layer.source for layer in find_layers(model)}) < len(quantized)
     assert "Gemm" not in kinds
     used = {name for node in graph.node for name in node.input}
     assert {tensor.name for tensor in graph.initializer} <= used
 
 
-def test_the_float32_graph_is_left_as_it_is(model: ModelProto, quantised: dict[str, Quantised]) -> None:
+def test_the_float32_graph_is_left_as_it_is(model: ModelProto, quantized: dict[str, QuantizedLayer]) -> None:
     before = model.SerializeToString(deterministic=True)
-    quantise(model, quantised)
+    replace_layers(model, quantized)
     assert model.SerializeToString(deterministic=True) == before
 
 
 def test_the_runtime_computes_what_the_numbers_say(model: ModelProto) -> None:
-    product = next(product for product in find_products(model) if product.bias is not None)
-    rows = collect_inputs(model, [product], noise(8))[product.source]
-    values = quantise_product(product, rows)
-    bias = onnx.numpy_helper.to_array(next(t for t in model.graph.initializer if t.name == product.bias))
+    layer = next(layer for layer in find_layers(model) if layer.bias is not None)
+    rows = collect_inputs(model, [layer], noise(8))[layer.source]
+    values = quantize_layer(layer, rows)
+    bias = onnx.numpy_helper.to_array(next(t for t in model.graph.initializer if t.name == layer.bias))
     integers = np.clip(np.round(rows / values.scale) + values.zero_point, 0, 255) - float(values.zero_point)
     expected = integers @ values.weight.astype(np.float64) * (values.scale * values.column_scales) + bias
-    watched = quantise(model, {product.name: values})
-    watched.graph.output.append(onnx.helper.make_tensor_value_info(product.name, onnx.TensorProto.FLOAT, None))
-    (found,) = open_session(watched).run([product.name], {"images": noise(8)})
+    watched = replace_layers(model, {layer.name: values})
+    watched.graph.output.append(onnx.helper.make_tensor_value_info(layer.name, onnx.TensorProto.FLOAT, None))
+    (found,) = open_session(watched).run([layer.name], {"images": noise(8)})
     np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=1e-4)
 
 
-def test_the_graph_answers_nearly_as_before(model: ModelProto, quantised: dict[str, Quantised]) -> None:
-    expected, found = (search.logits_of(graph, noise(64, 1)) for graph in (model, quantise(model, quantised)))
+def test_logits_stay_close(model: ModelProto, quantized: dict[str, QuantizedLayer]) -> None:
+    graphs = (model, replace_layers(model, quantized))
+    expected, found = (sensitivity.run_graph(graph, noise(64, 1)) for graph in graphs)
     assert np.sqrt(np.square(found - expected).mean()) < 0.1 * expected.std()
 
 
 @pytest.mark.parametrize("batch", [2, 7, 33])
 def test_a_picture_gets_the_same_answer_alone_and_in_any_batch(
-    model: ModelProto, quantised: dict[str, Quantised], batch: int
+    model: ModelProto, quantized: dict[str, QuantizedLayer], batch: int
 ) -> None:
     """Also beside pictures that are far brighter: dynamic quantisation fails here."""
-    session = open_session(quantise(model, quantised))
+    session = open_session(replace_layers(model, quantized))
     images = noise(batch, batch) // 8
     images[-1] = 255
     together = session.run(None, {"images": images})[0]
@@ -165,13 +167,13 @@ def test_a_picture_gets_the_same_answer_alone_and_in_any_batch(
     np.testing.assert_allclose(together, alone, atol=1e-5)
 
 
-def test_a_dense_layer_that_holds_its_matrix_transposed_is_quantised_as_well() -> None:
+def test_a_dense_layer_that_holds_its_matrix_transposed_is_quantized_as_well() -> None:
     torch.manual_seed(0)
     perceiver = Perceiver(TINY)
     perturb(perceiver)
-    plain = to_onnx(TrainingForm(Preprocess(SIZE), perceiver).eval(), (SIZE, SIZE))
+    plain = to_onnx(TrainedModel(Preprocess(SIZE), perceiver).eval(), (SIZE, SIZE))
     images = noise(32)
     whole, rough = (
-        search.logits_of(graph, images) for graph in (plain, quantise(plain, search.quantise_all(plain, images)))
+        sensitivity.run_graph(graph, images) for graph in (plain, replace_layers(plain, quantize_layers(plain, images)))
     )
     assert 0 < np.abs(whole - rough).max() < 0.2

@@ -1,4 +1,4 @@
-"""A model that was changed in training/model.py, and export/fold.py has not followed."""
+"""A model that was changed in training/model.py, and export/graph/fold.py has not followed."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ def assert_plain_alone_passes(copy: Path, tmp_path: Path, capsys: pytest.Capture
     (copy / "report.json").unlink()
     arguments = [str(copy), "--out", str(tmp_path / "out"), "--golden", "2", "--max-batch", "2", "--variants"]
     error = fails(arguments, capsys)
-    assert "export/fold.py does not know this model (" in error
+    assert "export/graph/fold.py does not know this model (" in error
     assert "--plain exports the form that was trained" in error
     assert main([*arguments, "--plain"]) == 0
 

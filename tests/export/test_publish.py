@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from export.publish import new_version
-from service.artifact import MODEL_FILE, ArtifactError, list_versions
+from service.engine.metadata import MODEL_FILE, ArtifactError
+from service.repository.folder import list_versions
 
 
 def test_a_new_version_appears_at_once_and_whole(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from export.triton import CONFIG_FILE, triton_config, write_triton_config
-from service.artifact import list_versions
-from service.engine import read_metadata
+from service.engine.onnx_engine import read_metadata
+from service.repository.folder import list_versions
 from tests.fakes import CLASSES, HEIGHT, WIDTH, make_model_folder, tiny_metadata
 
 ROOT = Path(__file__).parents[2]

@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.bodies import Upload
-from service.decoding import Decoder
+from service.api.payload import Upload
+from service.decoding.decoder import Decoder
 from service.errors import ServiceError
 from service.settings import Settings
 from tests.fakes import tiny_metadata
 from tests.imaging.hand_made import bad_files, good_files
 from training import pictures
-from training.dataset import DataError
+from training.data.dataset import DataError
 from training.pictures import read_picture
 
 GOOD, BAD = good_files(), bad_files()
@@ -20,7 +20,7 @@ GOOD, BAD = good_files(), bad_files()
 
 @pytest.fixture
 async def decoder() -> Decoder:
-    return Decoder(Settings(), threads=1)
+    return Decoder(Settings(decode_threads=1))
 
 
 @pytest.mark.parametrize("name", GOOD)

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Literal
 
-from service.batcher import DynamicBatcher, Prediction
-from tests.fakes import FakeEngine, picture
+from service.batching.batcher import DynamicBatcher, Prediction
+from tests.fakes import FakeEngine, image
 
 
 class Notes:
@@ -52,8 +52,8 @@ async def begun(engine: FakeEngine, runs: int = 1) -> None:
 async def submitted(
     batcher: DynamicBatcher, *numbers: int, deadline: float | None = None
 ) -> list[asyncio.Task[Prediction]]:
-    """Put pictures into the queue, one request each, and return their tasks."""
-    tasks = [asyncio.create_task(batcher.submit(picture(number), deadline=deadline)) for number in numbers]
+    """Put images into the queue, one request each, and return their tasks."""
+    tasks = [asyncio.create_task(batcher.submit(image(number), deadline=deadline)) for number in numbers]
     await asyncio.sleep(0)  # every task runs up to its wait
     return tasks
 
@@ -63,7 +63,7 @@ async def numbers(tasks: list[asyncio.Task[Prediction]]) -> list[int]:
 
 
 async def holding(start: Start, **options: object) -> tuple[FakeEngine, DynamicBatcher, asyncio.Task[Prediction]]:
-    """An engine that runs picture 0 until it is released, and so lets the queue fill."""
+    """An engine that runs image 0 until it is released, and so lets the queue fill."""
     engine = FakeEngine(max_batch_size=4)
     engine.hold()
     batcher = start(engine, **options)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from service.batcher import DynamicBatcher
-from service.models import ModelStore
+from service.batching.batcher import DynamicBatcher
+from service.repository.store import ModelStore
 from tests.fakes import FakeEngine, make_model_folder
 from tests.service.batchers import Start
 from tests.service.stores import OPTIONS, Make

@@ -1,4 +1,4 @@
-"""Tiny model folders for what only a GPU does: a float16 file, and a model that needs much memory for each picture."""
+"""Tiny model folders for what only a GPU does: a float16 file, and a model that needs much memory for each image."""
 
 from pathlib import Path
 
@@ -6,7 +6,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from service.artifact import GOLDEN_FILE, MODEL_FILE, MODEL_FILES, Golden, save_golden, to_props
+from service.engine.metadata import MODEL_FILE, MODEL_FILES, to_props
+from service.repository.folder import GOLDEN_FILE, Golden, save_golden
 from tests.fakes import CLASSES, HEIGHT, WIDTH, make_model_folder, tiny_images, tiny_logits, tiny_metadata
 
 INPUTS = HEIGHT * WIDTH * 3
@@ -36,11 +37,11 @@ def make_half_folder(folder: Path) -> Path:
     return version
 
 
-def make_hungry_folder(folder: Path, bytes_per_picture: int) -> Path:
-    """Version 1 answers as the tiny model does, and lays every picture out in so much memory to do so."""
+def make_hungry_folder(folder: Path, bytes_per_image: int) -> Path:
+    """Version 1 answers as the tiny model does, and lays every image out in so much memory to do so."""
     version = folder / "1"
     version.mkdir(parents=True)
-    copies = bytes_per_picture // (INPUTS * 4)
+    copies = bytes_per_image // (INPUTS * 4)
     nodes = [
         helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT),
         helper.make_node("Reshape", ["float", "rows"], ["flat"]),

@@ -1,6 +1,6 @@
 """A service that listens on a real socket inside a test's event loop, with an engine that the test holds in its hand.
 
-`FakeEngine` answers [the picture's number, tag, 0, 0, 0], so that a test knows whose answer it has.
+`FakeEngine` answers [the image's number, tag, 0, 0, 0], so that a test knows whose answer it has.
 """
 
 import asyncio
@@ -13,21 +13,18 @@ from pathlib import Path
 import httpx
 import numpy as np
 
-from service.app import PerceiverApp
-from service.artifact import GOLDEN_FILE, MODEL_FILE, Golden, save_golden
-from service.engine import Engine
-from service.front_processes import FrontProcesses
-from service.ledger import CONNECTIONS
-from service.server import Server, configuration
+from service.api.app import PerceiverApp
+from service.engine.metadata import MODEL_FILE
+from service.engine.onnx_engine import Engine
+from service.lifecycle import Service
+from service.repository.folder import GOLDEN_FILE, Golden, save_golden
+from service.repository.versions import EngineOptions
+from service.server.server import Server, configuration
+from service.server.sockets import bind, claim_port
 from service.settings import Settings
-from service.sockets import alone as own_sockets
-from service.sockets import reserve
-from service.state import Service
-from service.versions import EngineOptions
-from tests.fakes import FakeEngine, picture
+from tests.fakes import FakeEngine, image
 from tests.imaging.files import encode
 
-HTTP_PROCESSES = 0  # see `conftest.either_way`
 QUICK = True  # whether there is the short way of ordinary requests
 
 
@@ -36,32 +33,25 @@ class Running:
     """A service under test."""
 
     service: Service
-    server: Server | None
+    server: Server
     port: int
     client: httpx.AsyncClient
     engine: FakeEngine
     writers: list[asyncio.StreamWriter] = field(default_factory=list)
-    fronts: FrontProcesses | None = None
 
     @property
     def in_flight(self) -> int:
-        """Requests to /predict that are being answered, in whatever process."""
-        return self.service.in_flight if self.fronts is None else self.fronts.in_flight
+        """Requests to /predict that are being answered."""
+        return self.service.in_flight
 
     @property
     def connections(self) -> int:
-        """Open connections, to whatever process."""
-        if self.fronts is not None:
-            return self.fronts._ledger.total(CONNECTIONS)
-        assert self.server is not None
+        """Open connections."""
         return len(self.server.server_state.connections)
 
     def drain(self) -> None:
         """Begin what SIGTERM begins, with a minute for it."""
-        if self.fronts is None:
-            self.service.draining = True
-        else:
-            self.fronts.drain(60)
+        self.service.draining = True
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A bare connection, closed at the end."""
@@ -70,18 +60,18 @@ class Running:
         return reader, writer
 
     async def predict(self, number: int = 1, **options: object) -> httpx.Response:
-        """Post one picture as a raw body."""
+        """Post one image as a raw body."""
         return await self.client.post("/predict", content=png(number), headers={"content-type": "image/png"}, **options)
 
     async def hold_first(self) -> asyncio.Task[httpx.Response]:
-        """Post picture 1, and return when the engine holds it."""
+        """Post image 1, and return when the engine holds it."""
         self.engine.hold()
         posted = asyncio.create_task(self.predict(1))
         await self.until(lambda: self.engine.batches == [[1]])
         return posted
 
     async def assert_first_alone_ran(self, first: asyncio.Task[httpx.Response]) -> None:
-        """Wait until all others have left, let go what `hold_first` has held, and see that no other picture ran."""
+        """Wait until all others have left, let go what `hold_first` has held, and see that no other image ran."""
         await self.until(lambda: self.in_flight == 1)
         self.engine.let_go()
         assert (await first).status_code == 200
@@ -111,13 +101,13 @@ async def ended(reader: asyncio.StreamReader) -> bool:
 
 
 def png(number: int) -> bytes:
-    """The picture that `FakeEngine` recognises as `number`, as a PNG."""
-    return encode(picture(number), "PNG")
+    """The image that `FakeEngine` recognises as `number`, as a PNG."""
+    return encode(image(number), "PNG")
 
 
 def fake_folder(folder: Path, engine: FakeEngine, versions: Sequence[int] = (1,)) -> Path:
-    """A model folder whose golden pictures suit a `FakeEngine`."""
-    images = np.stack([picture(number) for number in (3, 1, 2)])
+    """A model folder whose golden images suit a `FakeEngine`."""
+    images = np.stack([image(number) for number in (3, 1, 2)])
     logits = engine.run(images)
     engine.batches.clear()
     for version in versions:
@@ -140,7 +130,6 @@ async def running(folder: Path, engine: FakeEngine | None = None, **settings: ob
         "port": 0,
         "provider": "cpu",
         "model_poll_s": 3600,
-        "http_processes": HTTP_PROCESSES,
     }
     service = Service(Settings.model_validate(values | settings), open_engines=open_engines)
     async with listening(service, engine) as run:
@@ -153,13 +142,12 @@ async def running(folder: Path, engine: FakeEngine | None = None, **settings: ob
 async def listening(service: Service, engine: FakeEngine) -> AsyncIterator[Running]:
     """Serve on a free port, ready or not."""
     app = PerceiverApp(service)
-    begin = with_processes if service.settings.http_processes else alone
     async with AsyncExitStack() as stack:
-        server, fronts, port = await stack.enter_async_context(begin(app))
+        server, port = await stack.enter_async_context(serving(app))
         scheme = "http" if service.settings.tls_cert is None else "https"
         url = f"{scheme}://127.0.0.1:{port}"
         client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, verify=False, timeout=20))
-        run = Running(service, server, port, client, engine, fronts=fronts)
+        run = Running(service, server, port, client, engine)
         try:
             yield run
         finally:
@@ -170,8 +158,8 @@ async def listening(service: Service, engine: FakeEngine) -> AsyncIterator[Runni
 
 
 @asynccontextmanager
-async def alone(app: PerceiverApp) -> AsyncIterator[tuple[Server, None, int]]:
-    """All in the test's process.
+async def serving(app: PerceiverApp) -> AsyncIterator[tuple[Server, int]]:
+    """Serve in the test's process.
 
     What `Server.serve` does beside this, its main loop and its slow and careful end, is tested on real processes.
     """
@@ -179,30 +167,14 @@ async def alone(app: PerceiverApp) -> AsyncIterator[tuple[Server, None, int]]:
     config.load()
     server = Server(config)
     server.lifespan = config.lifespan_class(config)
-    await server.startup(own_sockets(config.service.settings))
+    settings = config.service.settings
+    if settings.management_port is not None:
+        server.management_sockets = claim_port(settings.host, settings.management_port, 1)
+    await server.startup(bind(settings.host, settings.port))
     try:
-        yield server, None, server.servers[0].sockets[0].getsockname()[1]
+        yield server, server.servers[0].sockets[0].getsockname()[1]
     finally:
         await stop(server)
-
-
-@asynccontextmanager
-async def with_processes(app: PerceiverApp) -> AsyncIterator[tuple[None, FrontProcesses, int]]:
-    """HTTP in processes of its own, the rest in the test's."""
-    service: Service = app.state.service
-    addresses = reserve(service.settings)
-    fronts = FrontProcesses(service, app.routes_alone, addresses, service.settings.http_processes)
-    service.start()
-    fronts.start()
-    try:
-        async with asyncio.timeout(20):
-            await fronts.listening()
-        yield None, fronts, addresses[0].getsockname()[1]
-    finally:
-        await fronts.stop()
-        await service.stop()
-        for one in addresses:
-            one.close()
 
 
 async def stop(server: Server) -> None:

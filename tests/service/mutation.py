@@ -14,15 +14,15 @@ from imaging.fast_jpeg import decode_exact_jpeg
 from imaging.formats import read_header
 from imaging.resize import Crop, Filter
 from imaging.structure.header import Header
-from service.bodies import Upload, parse_body
-from service.decoding import SERVICE_ERRORS
+from service.api.payload import Upload, parse_body
+from service.decoding.decoder import SERVICE_ERRORS
 from service.errors import ServiceError
 from tests.imaging.files import all_files, encode, pixels
 
 T = TypeVar("T")
 Edit = tuple[str, int, bytes]
 MAX_PIXELS = 100_000
-MAX_PICTURES = 3
+MAX_IMAGES = 3
 SIZE = (8, 6)
 POLICIES: list[tuple[Crop, Filter]] = [("center", "bicubic"), ("none", "box")]
 
@@ -93,7 +93,7 @@ def outcome(function: Callable[[], T]) -> T | ServiceError:
 
 
 def decode(data: bytes) -> str:
-    """Decode as the service does: an array of the right shape ("picture") or an error with a 4xx (its code).
+    """Decode as the service does: an array of the right shape ("image") or an error with a 4xx (its code).
 
     The quick way of JPEGs, tried on every input at the size that it announces, must not raise, and must give the
     pixels of the other way where that gives any.
@@ -115,15 +115,15 @@ def decode(data: bytes) -> str:
         if isinstance(result, ServiceError):
             return refused(result)
         assert (result.shape, result.dtype) == ((*SIZE, 3), np.uint8)
-    return "picture"
+    return "image"
 
 
 def parse(content_type: bytes, body: bytes) -> str:
     """Parse as the service does: one to three uploads with data ("uploads") or an error with a 4xx (its code)."""
-    result = outcome(lambda: parse_body(content_type.decode("latin-1"), body, max_pictures=MAX_PICTURES))
+    result = outcome(lambda: parse_body(content_type.decode("latin-1"), body, max_images=MAX_IMAGES))
     if isinstance(result, ServiceError):
         return refused(result)
-    assert 1 <= len(result) <= MAX_PICTURES
+    assert 1 <= len(result) <= MAX_IMAGES
     assert all(isinstance(upload, Upload) and upload.data for upload in result)
     return "uploads"
 

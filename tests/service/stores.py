@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from service.artifact import ModelMetadata
-from service.batcher import NoObserver
-from service.engine import Engine
-from service.models import EngineOptions, ModelStore
-from service.versions import open_engines
+from service.batching.batcher import NoObserver
+from service.engine.metadata import ModelMetadata
+from service.engine.onnx_engine import Engine
+from service.repository.store import EngineOptions, ModelStore
+from service.repository.versions import open_engines
 from tests.fakes import FakeEngine, tiny_images, tiny_logits, tiny_metadata
 
 OPTIONS = EngineOptions(provider="cpu", max_batch_size=4, intra_op_threads=1)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from service import errors
+from service.api.middleware import error_answer
+from service.api.predict import MAX_DIGITS, read_options
 from service.errors import ServiceError
-from service.middleware import error_answer
-from service.predict import MAX_DIGITS, read_options
 
 
 def hierarchy() -> list[type[ServiceError]]:
@@ -38,7 +38,7 @@ def test_the_docstring_prints_the_hierarchy_as_it_is() -> None:
 def test_there_is_no_error_that_nothing_raises(kind: type[ServiceError]) -> None:
     """The reference would tell of a code that no answer has."""
     own = Path(errors.__file__)
-    others = "".join(path.read_text(encoding="utf-8") for path in own.parent.glob("*.py") if path != own)
+    others = "".join(path.read_text(encoding="utf-8") for path in own.parent.rglob("*.py") if path != own)
     assert re.search(rf"\b{kind.__name__}\b", others)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from service.command_line import UsageError, flag, load_settings, variable
+from service.cli import UsageError, flag, load_settings, variable
 from service.settings import Settings
 
 
@@ -105,7 +105,7 @@ def test_every_number_has_its_bounds_in_its_description() -> None:
         (["--cors-origins", "example.org"], "'example.org' is not an origin; write https://example.org"),
         (["--cors-origins", "https://example.org/app"], "without a path"),
         (["--cors-origins", "https://"], "'https://' is not an origin"),
-        (["--max-pictures", "2000"], "max_pictures must not exceed max_queue_size"),
+        (["--max-images", "2000"], "max_images must not exceed max_queue_size"),
         (["--max-queue-bytes", "2000"], "max_body_bytes must not exceed max_queue_bytes"),
         (["--max-request-pixels", "9"], "max_pixels must not exceed max_request_pixels"),
         (["--tls-cert", "/nowhere.pem"], "tls_cert and tls_key go together"),
@@ -215,21 +215,3 @@ def test_a_key_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
 def test_settings_do_not_change() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Settings().port = 1
-
-
-def test_a_process_for_http_has_the_same_settings_and_the_keys_that_it_asks_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "keys").write_text("two\nthree # comment\n")
-    settings = Settings(
-        api_keys="one", api_keys_file=tmp_path / "keys", admin_key="root", cors_origins="*", device_ids=(1, 2), port=0
-    )
-    passed = settings.for_http_process()
-    assert b"root" not in passed
-    (tmp_path / "keys").unlink()
-    monkeypatch.setenv("PERCEIVER_PORT", "9999")
-    copy = Settings.model_validate_json(passed)
-    assert copy.client_keys() == ("one", "two", "three")
-    assert copy.administrator_keys() == ()
-    keys = {"api_keys", "api_keys_file", "admin_key", "admin_key_file"}
-    assert copy.model_dump(exclude=keys) == settings.model_dump(exclude=keys)

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from service.artifact import MODEL_FILES
-from service.engine import OnnxEngine
-from service.runners import HostRunner
-from service.session import ProviderChoice
+from service.engine.metadata import MODEL_FILES
+from service.engine.onnx_engine import OnnxEngine
+from service.engine.runners import HostRunner
+from service.engine.session import ProviderChoice
 from tests.fakes import Images, Logits, tiny_logits
 
 
@@ -17,7 +17,7 @@ def open_tiny(folder: Path, *, provider: ProviderChoice = "cpu", max_batch_size:
 
 
 class LimitedSession:
-    """A session that has memory for `limit` pictures, and an answer that can be recomputed."""
+    """A session that has memory for `limit` images, and an answer that can be recomputed."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from training.data import DataSet, Split
-from training.download import download
+from training.data.dataset import DataSet, Split
+from training.data.download import download
 
 
 class Python2Pickler(pickle._Pickler):

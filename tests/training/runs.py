@@ -10,7 +10,7 @@ import torch
 from tests.training.tiny import ALONE, data_set
 from training import checkpoint
 from training.checkpoint import RunConfig
-from training.lines import read_lines
+from training.metrics_log import read_lines
 from training.train import Trainer
 
 # Between them: every optimiser, average, mixing, schedule and precision, and all kinds of dropout.

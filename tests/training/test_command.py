@@ -17,8 +17,8 @@ from PIL import Image
 from tests.training.commands import RECIPE, at_step
 from training import checkpoint
 from training.__main__ import main
-from training.figures import CURVES, PICTURES
-from training.lines import read_lines
+from training.metrics_log import read_lines
+from training.report_schema import CURVES, PICTURES
 
 
 def command(*flags: str | Path) -> list[str]:
@@ -57,8 +57,9 @@ def test_a_run_leaves_its_folder(tmp_path: Path, pictures: Path) -> None:
     report = json.loads((run / "report.json").read_text())
     assert (report["epoch"], report["test"]["split"], report["test"]["n"]) == (best.epoch, "test", 6)
     assert report["checkpoint_sha256"] == checkpoint.digest(run / "best.safetensors")
-    # On the terminal: what is trained, a line for each epoch, the figures; on stderr the bar.
-    first, *rest = done.stdout.splitlines()
+    # On the terminal: what is trained, its precision, a line for each epoch, the figures; on stderr the bar.
+    first, second, *rest = done.stdout.splitlines()
+    assert second.startswith(f"precision {config['train']['precision']}, since the cpu device ")
     assert (
         "24 training and 9 validation pictures of 3 classes, each of 8 x 8 pixels, 1 x cpu, 3 steps an epoch" in first
     )
@@ -167,7 +168,7 @@ def test_a_second_ctrl_c_stops_at_once(
 def test_ctrl_c_while_the_data_is_read(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("training.data.load", lambda *_args, **_kwargs: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("training.data.load.load", lambda *_args, **_kwargs: signal.raise_signal(signal.SIGINT))
     assert main([*RECIPE, "--data", str(pictures), "--out", str(tmp_path / "run")]) == 130
     assert capsys.readouterr().err.startswith("interrupted")
 

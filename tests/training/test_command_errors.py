@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.training.commands import RECIPE, at_step
+from tests.training.commands import RECIPE, at_step, fake_cpu
 from training import train
 from training.__main__ import main
-from training.folder import alone_in
+from training.run_dir import alone_in
 
 Arrange = Callable[[Path, Path], list[str]]
 
@@ -222,6 +222,7 @@ EXHAUSTED: dict[str, Callable[[], object]] = {
 }
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("exhaust", EXHAUSTED.values(), ids=EXHAUSTED.keys())
 def test_too_little_memory_for_the_batch(
     tmp_path: Path,
@@ -229,8 +230,10 @@ def test_too_little_memory_for_the_batch(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     exhaust: Callable[[], object],
+    native: bool,
 ) -> None:
-    run = [*RECIPE, "--data", str(pictures), "--out", str(tmp_path / "run")]
+    run = [*RECIPE, "--data", str(pictures), "--out", str(tmp_path / "run"), "--precision=bfloat16"]
+    fake_cpu(monkeypatch, *(["avx512_bf16"] if native else []))
     with monkeypatch.context() as patched:
         at_step(patched, 1, exhaust)
         assert main(run) == 2
@@ -240,7 +243,8 @@ def test_too_little_memory_for_the_batch(
     assert main([*run, "--batch-size=4", "--max-steps=1", "--precision=float32"]) == 3
     at_step(monkeypatch, 2, exhaust)
     assert main(["--resume", str(tmp_path / "run"), "--threads=1"]) == 2
-    advice = "free some, or start with a lower --batch-size, or with --precision bfloat16 and --init this run."
+    bfloat16 = ", or with --precision bfloat16" if native else ""
+    advice = f"free some, or start with a lower --batch-size{bfloat16} and --init this run."
     assert f"too little memory for a batch of 4 pictures: {advice}" in capsys.readouterr().err
 
 
@@ -270,7 +274,7 @@ def test_a_run_that_another_process_writes(
 def test_too_little_memory_for_the_data(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("training.data.load", lambda *_args, **_kwargs: np.empty(2**62, np.uint8))
+    monkeypatch.setattr("training.data.load.load", lambda *_args, **_kwargs: np.empty(2**62, np.uint8))
     assert main([*RECIPE, "--data", str(pictures), "--out", str(tmp_path / "run")]) == 2
     assert "error: too little memory for the data" in capsys.readouterr().err
 
@@ -278,7 +282,7 @@ def test_too_little_memory_for_the_data(
 def test_too_little_memory_on_the_device_for_the_data(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("training.dataset.Split.to", lambda split, device: raise_out_of_memory())
+    monkeypatch.setattr("training.data.dataset.Split.to", lambda split, device: raise_out_of_memory())
     assert main([*RECIPE, "--data", str(pictures), "--out", str(tmp_path / "run")]) == 2
     assert "error: too little memory on the device for the pictures, which all lie there" in capsys.readouterr().err
 

@@ -18,7 +18,7 @@ from tests.training.tiny import ALONE, write_pictures
 from training import checkpoint, distributed
 from training.__main__ import main
 from training.distributed import World, join
-from training.lines import read_lines
+from training.metrics_log import read_lines
 
 ROOT = Path(__file__).parents[2]
 

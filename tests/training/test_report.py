@@ -12,10 +12,10 @@ from PIL import Image
 
 from tests.training.tiny import ALONE, data_set, run_config
 from training import checkpoint
-from training.dataset import Split
+from training.data.dataset import Split
 from training.evaluate import predict_logits
-from training.figures import PICTURES, Report
-from training.lines import append_line, forget_lines_after, read_lines
+from training.metrics_log import append_line, forget_lines_after, read_lines
+from training.report_schema import PICTURES, Report
 from training.train import Trainer
 
 

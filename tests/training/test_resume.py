@@ -15,6 +15,7 @@ from tests.training.runs import RECIPES, assert_same_run, assert_same_tensors, l
 from tests.training.tiny import DROPOUT, run_config
 from training import checkpoint
 from training.checkpoint import CheckpointError
+from training.evaluate import predict_logits
 
 pytestmark = pytest.mark.usefixtures("without_curves")
 
@@ -89,6 +90,30 @@ def test_what_ends_a_long_validation_ends_no_epoch(tmp_path: Path, slow: bool, m
     again.resume()
     # Of a short one, the steps since the last checkpoint are trained again.
     assert (again.state.epoch, again.state.step) == (1, 10 if slow else 7)
+    assert again.fit()
+    assert_same_run(whole, again)
+
+
+def test_a_signal_stops_a_validation_before_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_config(DROPOUT, ema_decay=0.8)
+    whole = trainer_in(tmp_path / "whole", run, val=40)
+    whole.fit()
+    stopped = trainer_in(tmp_path / "stopped", run, val=40)
+    stopped.fit(max_steps=7)
+    seen = []
+
+    def predict_and_stop(*args: Any) -> torch.Tensor:
+        seen.append(len(args[2]))
+        stopped.stop_requested = True
+        return predict_logits(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("training.train.predict_logits", predict_and_stop)
+        assert not stopped.fit()
+    assert seen == [stopped.evaluation_batch]  # of 40 pictures
+    again = trainer_in(tmp_path / "stopped", run, val=40)
+    again.resume()
+    assert (again.state.epoch, again.state.step) == (1, 10)
     assert again.fit()
     assert_same_run(whole, again)
 

@@ -13,7 +13,8 @@ from tests.training.tiny import ALONE, DROPOUT, data_set, run_config
 from training import checkpoint
 from training.config import PRESETS
 from training.distributed import World
-from training.lines import read_lines
+from training.metrics_log import read_lines
+from training.precision import choose_precision
 from training.state import seed_step
 from training.train import Trainer, epoch_order
 
@@ -200,6 +201,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(tmp_pat
 def test_every_presets_recipe_trains(name: str, tmp_path: Path, without_curves: None) -> None:
     changes = {"epochs": 2, "batch_size": 8, "compile": False, "crop_padding": min(PRESETS[name].train.crop_padding, 7)}
     recipe = PRESETS[name].train.model_dump() | changes
+    recipe["precision"] = choose_precision(PRESETS[name].train.precision, ALONE.device)
     trainer = Trainer(run_config(**recipe), data_set(), tmp_path, ALONE)
     before = trainer.state.model.latents.detach().clone()
     assert trainer.fit()

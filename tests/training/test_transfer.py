@@ -15,8 +15,8 @@ from tests.training.tiny import MODEL, run_config
 from training import checkpoint
 from training.__main__ import main
 from training.checkpoint import CheckpointError, RunConfig
-from training.data import DataError
-from training.lines import read_lines
+from training.data.dataset import DataError
+from training.metrics_log import read_lines
 from training.model import Perceiver
 from training.preprocessing import Preprocess
 from training.transfer import begin_with, check_fits, find, flatterer, origin_of, resample

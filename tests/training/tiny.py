@@ -10,7 +10,7 @@ from PIL import Image
 
 from training.checkpoint import Origin, RunConfig
 from training.config import ModelConfig, TrainConfig
-from training.dataset import DataSet, Split
+from training.data.dataset import DataSet, Split
 from training.distributed import World
 
 LABELS = ("ant", "bee", "cat")

@@ -85,7 +85,7 @@ def commands(folder: Path, world: World) -> dict[str, object]:
     """Exit statuses of the command itself, in the process group that is there: torch can't join one a second time."""
     run.join, run.leave = lambda device: world, lambda world, failed_with: None
     if not world.is_main:
-        run.data.load_for = lambda preset, path: sys.exit("reads what the first has read already")
+        run.load_for = lambda preset, path: sys.exit("reads what the first has read already")
     flags = [*FLAGS, "--device=cpu", "--epochs=1", "--batch-size=8"]
     return {
         "run": main([*flags, "--data", str(folder / "pictures"), "--out", str(folder / "run")]),

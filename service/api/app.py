@@ -1,0 +1,112 @@
+"""The application: lifespan and wiring, nothing else."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from service.api.asgi import Entry
+from service.api.middleware import RequireKey, error_answer
+from service.api.paths import PREDICT
+from service.api.predict import PredictEndpoint
+from service.api.routes import create_router
+from service.api.schemas import SECURITY, SECURITY_SCHEMES, predict_operation, predict_schemas
+from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
+from service.lifecycle import Service
+
+DESCRIPTION = "Send an image, get its label. Errors are one JSON shape with a stable code."
+
+
+ROUTER_ERRORS: dict[int, type[ServiceError]] = {404: NotFound, 405: MethodNotAllowed}
+
+
+class PerceiverApp(FastAPI):
+    """FastAPI with the layers of this service around it, and with a short way to `/predict`.
+
+    FastAPI's own layers and routing cost as much CPU a request as the decoding of a small image, and do nothing for
+    a plain ASGI endpoint. Its router still knows the path, for the methods that it does not take.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.predict = PredictEndpoint(service)
+        super().__init__(
+            title="Perceiver image classifier",
+            description=DESCRIPTION,
+            version=package_version(),
+            lifespan=lifespan,
+            routes=[Route(PREDICT, self.predict, methods=["POST"])],
+            exception_handlers={HTTPException: answer_error, ServiceError: answer_error, Exception: answer_error},
+            telemetry={"tracing": False, "metrics": False, "logs": False},
+            redirect_slashes=False,
+            redoc_url=None,
+            swagger_ui_oauth2_redirect_url=None,
+        )
+        self.state.service = service
+        self.include_router(create_router(service))
+        settings = service.settings
+        keys, admin_keys = settings.client_keys(), settings.administrator_keys()  # files are read once
+        self._asks_clients, self._asks_administrators = bool(keys), bool(admin_keys)
+        #: Every route, without the layers that a request passes where it arrives.
+        self.routes_alone = RequireKey(super().__call__, keys, admin_keys)
+        self.entry = Entry(service, self.predict, self.routes_alone)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection's request, or the lifespan."""
+        await self.entry(scope, receive, send)
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI document."""
+        document = super().openapi()
+        service: Service = self.state.service
+        live = service.store.live
+        classes = None if live is None else len(live.metadata.labels)
+        operation = predict_operation(classes, service.settings.max_images)
+        document["paths"][PREDICT] = {"post": operation}
+        components = document.setdefault("components", {})
+        components.setdefault("schemas", {}).update(predict_schemas())
+        components["securitySchemes"] = SECURITY_SCHEMES
+        if self._asks_clients:
+            operation["security"] = document["paths"]["/models"]["get"]["security"] = SECURITY
+        if self._asks_administrators:
+            document["paths"]["/models/reload"]["post"]["security"] = SECURITY
+        return document
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Run the service as long as the server runs."""
+    app.state.service.start()
+    try:
+        yield
+    finally:
+        await app.state.service.stop()
+
+
+async def answer_error(request: Request, exception: Exception) -> Response:
+    """Bring what FastAPI's routes and router raise into the shape of all errors."""
+    headers = {}
+    if isinstance(exception, ServiceError):
+        error = exception
+    elif isinstance(exception, HTTPException):
+        error = ROUTER_ERRORS.get(exception.status_code, BadRequest)()
+        headers = dict(exception.headers or {})
+        if "GET" in headers.get("Allow", ""):  # the router names the methods of one route; HEAD has its own at a path
+            headers["Allow"] = "GET, HEAD"
+    else:
+        error = ServiceError()
+    request.app.state.service.metrics.rejected(error.code)
+    own, body = error_answer(error, request.state.request_id)
+    return Response(body, error.status, headers | {name.decode(): value.decode() for name, value in own})
+
+
+def package_version() -> str:
+    """Return the installed version; a checkout that was never installed has none."""
+    try:
+        return version("perceiver-service")
+    except PackageNotFoundError:
+        return "0"

@@ -1,0 +1,136 @@
+"""All routes but `/predict`: HTTP in, one call, HTTP out."""
+
+from fastapi import APIRouter, Request, Response
+
+from service import errors
+from service.api.schemas import (
+    CONNECTION_ERRORS,
+    ErrorResponse,
+    HealthResponse,
+    ModelsResponse,
+    QueueState,
+    StatusResponse,
+    VersionResponse,
+    error_responses,
+)
+from service.lifecycle import Service
+from service.repository.store import VersionStatus
+
+NOT_READY = error_responses([errors.Unavailable, errors.NotReady, errors.Draining])
+KEYED = error_responses([errors.Unauthorized])
+FAILED = error_responses([*CONNECTION_ERRORS, errors.NotReady, errors.ServiceError])
+NOT_HEALTHY: dict[int | str, dict[str, object]] = {
+    503: {"model": HealthResponse | ErrorResponse, "description": "Not ready; an error where nobody can say why."}
+}
+
+
+def create_router(service: Service) -> APIRouter:
+    """Return the routes of a service."""
+    router = APIRouter(responses=FAILED, generate_unique_id_function=lambda route: route.name)
+    add_health(router, service)
+    add_models(router, service)
+
+    @router.head("/metrics", include_in_schema=False)
+    @router.get("/metrics", tags=["operation"], response_class=Response, responses=METRICS)
+    async def metrics(request: Request) -> Response:
+        """All metrics for Prometheus; OpenMetrics with exemplars where the Accept header asks for it."""
+        if service.settings.workers > 1 and service.settings.management_port is None:
+            raise errors.NotFound("Each worker has metrics of its own; set management_port, and ask each there.")
+        await service.metrics.gpus.refresh()
+        body, content_type = service.metrics.exposition(request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
+
+    return router
+
+
+METRICS: dict[int | str, dict[str, object]] = {
+    200: {
+        "content": {
+            "text/plain": {"schema": {"type": "string"}},
+            "application/openmetrics-text": {"schema": {"type": "string"}},
+        }
+    }
+}
+
+
+def add_health(router: APIRouter, service: Service) -> None:
+    """Add the probes. HEAD is answered too, since some load balancers ask that way."""
+
+    @router.head("/health", include_in_schema=False)
+    @router.get("/health", tags=["operation"], responses=NOT_HEALTHY)
+    async def health(response: Response) -> HealthResponse:
+        """Summary for people; 200 when predictions are served, 503 otherwise."""
+        response.status_code = 200 if service.probed_status == "ready" else 503
+        return health_of(service)
+
+    @router.head("/health/live", include_in_schema=False)
+    @router.get("/health/live", tags=["operation"])
+    async def live() -> StatusResponse:
+        """200 while the process answers at all."""
+        return StatusResponse(status="live")
+
+    @router.head("/health/ready", include_in_schema=False)
+    @router.get("/health/ready", tags=["operation"], responses=NOT_READY)
+    async def ready() -> StatusResponse:
+        """200 when predictions are served: not before the golden check has passed, nor while draining."""
+        if service.probed_status == "draining":
+            raise errors.Draining()
+        service.check_ready()
+        return StatusResponse(status="ready")
+
+
+def add_models(router: APIRouter, service: Service) -> None:
+    """Add the routes about model versions."""
+
+    @router.head("/models", include_in_schema=False)
+    @router.get("/models", tags=["models"], responses=KEYED)
+    async def models() -> ModelsResponse:
+        """All versions in the model folder, which of them serves, and why one was refused."""
+        return models_of(service, service.store.versions())
+
+    unavailable = [errors.Unavailable, errors.FolderUnavailable, errors.NotReady]
+    reloading = KEYED | error_responses([errors.ReloadDisabled, *unavailable])
+
+    @router.post("/models/reload", tags=["models"], responses=reloading)
+    async def reload() -> ModelsResponse:
+        """Look into the model folder now instead of at the next poll; needs the admin key."""
+        try:
+            versions = await service.store.reload()
+        except OSError as error:
+            raise errors.FolderUnavailable(f"The model folder can't be looked into: {error.strerror}.") from error
+        return models_of(service, versions)
+
+
+def health_of(service: Service) -> HealthResponse:
+    """Summarise."""
+    live, admission = service.store.live, service.admission
+    return HealthResponse(
+        status=service.probed_status,
+        model=None if live is None else live.metadata.name,
+        version=None if live is None else live.version,
+        provider=None if live is None else live.provider,
+        queue=QueueState(
+            waiting=service.queue_length,
+            images=service.admission.images,
+            max_images=admission.max_images,
+            bytes=service.admission.bytes,
+            max_bytes=admission.max_bytes,
+        ),
+    )
+
+
+def models_of(service: Service, versions: list[VersionStatus]) -> ModelsResponse:
+    """Describe all versions."""
+    live = service.store.live
+    return ModelsResponse(
+        live=None if live is None else live.version,
+        versions=[
+            VersionResponse(
+                version=version.number,
+                state=version.state,
+                reason=version.reason or None,
+                metadata=version.metadata,
+            )
+            for version in versions
+        ],
+    )

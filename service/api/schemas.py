@@ -1,0 +1,264 @@
+"""The shapes of all answers, and the description of `POST /predict` for OpenAPI.
+
+`/predict` is no FastAPI route function (see `service.api.predict`), so what FastAPI would derive is written here.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import models_json_schema
+
+from service import errors
+from service.engine.metadata import ModelMetadata
+
+
+class Schema(BaseModel):
+    """Base of the answers: what is not documented is not sent."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ClassProbability(Schema):
+    """One class and how probable the model thinks it."""
+
+    label: str = Field(examples=["apple"])
+    index: int = Field(ge=0, description="Position of the label in the model's list.")
+    probability: float = Field(ge=0, le=1)
+
+
+class ImagePrediction(Schema):
+    """The most probable classes of one image."""
+
+    filename: str | None = Field(description="As the form sent it; null for other bodies.")
+    top: list[ClassProbability] = Field(description="`top_k` classes, the most probable first.")
+
+
+class PredictResponse(Schema):
+    """One entry for each image, in the order in which they were sent; one shape for one or many."""
+
+    model: str = Field(examples=["perceiver-cifar100"])
+    version: int = Field(ge=1, description="The model version that gave every prediction of this answer.")
+    predictions: list[ImagePrediction]
+
+
+class ErrorDetail(Schema):
+    """What went wrong."""
+
+    code: str = Field(description="Stable; compare with this.", examples=["truncated_image"])
+    message: str = Field(description="A sentence for people; may change.")
+    request_id: str = Field(description="Also in the X-Request-Id header.")
+
+
+class ErrorResponse(Schema):
+    """The body of every answer with a status of 400 and above, /health's own 503 excepted."""
+
+    error: ErrorDetail
+
+
+class QueueState(Schema):
+    """How full the house is."""
+
+    waiting: int = Field(ge=0, description="Images waiting for a batch.")
+    images: int = Field(ge=0, description="Images accepted and not yet answered.")
+    max_images: int = Field(ge=1)
+    bytes: int = Field(ge=0, description="Bytes of the request bodies of these.")
+    max_bytes: int = Field(ge=1)
+
+
+class HealthResponse(Schema):
+    """Summary of the process; the status code is 200 when ready and 503 otherwise."""
+
+    status: Literal["ready", "loading", "draining", "failed"]
+    model: str | None
+    version: int | None
+    provider: str | None
+    queue: QueueState
+
+
+class StatusResponse(Schema):
+    """A probe's answer."""
+
+    status: Literal["live", "ready"]
+
+
+class VersionResponse(Schema):
+    """One version in the model folder."""
+
+    version: int
+    state: Literal["live", "available", "refused"] = Field(
+        description="available: lower than the live one, or not the pinned one."
+    )
+    reason: str | None = Field(description="Why it is refused; the log has it with the full paths.")
+    metadata: ModelMetadata | None = Field(description="null where the file can't be read.")
+
+
+class ModelsResponse(Schema):
+    """All versions in the model folder."""
+
+    live: int | None
+    versions: list[VersionResponse]
+
+
+# What any route can answer before it is reached: see `service.server.protocol`.
+CONNECTION_ERRORS: tuple[type[errors.ServiceError], ...] = (
+    errors.BadRequest,
+    errors.HeadersTimeout,
+    errors.HeadersTooLarge,
+    errors.UnsupportedTransferCoding,
+    errors.Unavailable,
+)
+
+# The errors that each status of /predict can mean.
+PREDICT_ERRORS: tuple[type[errors.ServiceError], ...] = (
+    *CONNECTION_ERRORS,
+    errors.InvalidTopK,
+    errors.InvalidTimeout,
+    errors.InvalidJson,
+    errors.InvalidBase64,
+    errors.InvalidForm,
+    errors.NoImage,
+    errors.NotAnImage,
+    errors.TruncatedImage,
+    errors.Unauthorized,
+    errors.BodyTimeout,
+    errors.BodyTooLarge,
+    errors.TooManyPixels,
+    errors.ImageTooCostly,
+    errors.TooManyImages,
+    errors.UnsupportedFormat,
+    errors.UnsupportedMediaType,
+    errors.UnsupportedEncoding,
+    errors.ServiceError,
+    errors.InferenceFailed,
+    errors.Overloaded,
+    errors.NotReady,
+    errors.Draining,
+    errors.DeadlineExceeded,
+)
+
+# Declared for an operation where the settings hold a key for it.
+SECURITY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+SECURITY: list[dict[str, list[str]]] = [{"bearer": []}, {"header": []}]
+
+SCHEMA_PATH = "#/components/schemas/{model}"
+BASE64 = {
+    "type": "string",
+    "contentEncoding": "base64",
+    "contentMediaType": "image/*",
+    "minLength": 4,
+    "description": "Bare, or as a data: URL.",
+}
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+
+
+def error_responses(kinds: Iterable[type[errors.ServiceError]]) -> dict[int | str, dict[str, Any]]:
+    """Describe errors for OpenAPI, by status; each description lists the codes."""
+    described: dict[int | str, dict[str, Any]] = {}
+    for kind in kinds:
+        entry = described.setdefault(kind.status, {"description": "", "model": ErrorResponse})
+        entry["description"] = f"{entry['description']}`{kind.code}`: {kind.default} ".lstrip()
+        if issubclass(kind, errors.Unavailable):
+            entry["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
+    return described
+
+
+def predict_bodies(max_images: int) -> dict[str, Any]:
+    """Return the OpenAPI content of a request to `POST /predict`."""
+    several = {"type": "array", "minItems": 1, "maxItems": max_images}
+    files = several | {"items": {"type": "string", "format": "binary"}}
+    return {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "description": f"One or several files, under any field names; {max_images} at most together.",
+                "properties": {"file": files},
+                "minProperties": 1,
+                "additionalProperties": files,
+            }
+        },
+        "application/json": {
+            "schema": {
+                "oneOf": [
+                    {
+                        "type": "object",
+                        "properties": {name: schema},
+                        "required": [name],
+                        "additionalProperties": False,
+                    }
+                    for name, schema in {"image": BASE64, "images": several | {"items": BASE64}}.items()
+                ]
+            }
+        },
+        "image/*": BINARY,
+        "application/octet-stream": BINARY,
+    }
+
+
+def predict_operation(classes: int | None, max_images: int) -> dict[str, Any]:
+    """Return the OpenAPI operation object of `POST /predict`; `classes` is the live model's number, if there is one."""
+    responses: dict[str, Any] = {
+        "200": {
+            "description": "The most probable classes of each image.",
+            "headers": {
+                "Server-Timing": {
+                    "description": "Milliseconds: decode, queue, inference, total.",
+                    "schema": {"type": "string"},
+                },
+                "X-Request-Id": {"schema": {"type": "string"}},
+            },
+            "content": {"application/json": {"schema": {"$ref": SCHEMA_PATH.format(model="PredictResponse")}}},
+        }
+    }
+    for status, entry in error_responses(PREDICT_ERRORS).items():
+        del entry["model"]
+        content = {"application/json": {"schema": {"$ref": SCHEMA_PATH.format(model="ErrorResponse")}}}
+        responses[str(status)] = entry | {"content": content}
+    return {
+        "tags": ["predict"],
+        "summary": "Classify one or several images",
+        "description": "JPEG, PNG, WebP, BMP, GIF (first frame) or TIFF, in any of the bodies below.",
+        "operationId": "predict",
+        "parameters": predict_parameters(classes),
+        "requestBody": {"required": True, "content": predict_bodies(max_images)},
+        "responses": responses,
+    }
+
+
+def predict_parameters(classes: int | None) -> list[dict[str, Any]]:
+    """Return the OpenAPI parameters of `POST /predict`."""
+    most = {} if classes is None else {"maximum": classes}
+    return [
+        {
+            "name": "top_k",
+            "in": "query",
+            "description": "Classes an image, 1 to the number of classes.",
+            "schema": {"type": "integer", "minimum": 1, "default": 5} | most,
+        },
+        {
+            "name": "X-Request-Timeout-Ms",
+            "in": "header",
+            "description": "Milliseconds from the body's last byte in which the run must have begun; "
+            "capped by the service's own limit.",
+            "schema": {"type": "integer", "minimum": 1, "maximum": 9_999_999_999},
+        },
+        {
+            "name": "X-Request-Id",
+            "in": "header",
+            "description": "1 to 64 of A-Z a-z 0-9 . _ -; anything else is replaced. Comes back in the answer.",
+            "schema": {"type": "string"},
+        },
+    ]
+
+
+def predict_schemas() -> dict[str, Any]:
+    """Return the OpenAPI component schemas that `predict_operation` refers to."""
+    models: list[tuple[type[BaseModel], Literal["serialization"]]] = [
+        (PredictResponse, "serialization"),
+        (ErrorResponse, "serialization"),
+    ]
+    schemas: dict[str, Any] = models_json_schema(models, ref_template=SCHEMA_PATH)[1]["$defs"]
+    return schemas

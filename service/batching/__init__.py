@@ -1,0 +1,1 @@
+"""Admission, queue and batcher: which images run together, and when."""

@@ -1,0 +1,126 @@
+"""How much may be in the house at once, in images and in bytes; counted before anything is decoded."""
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from service.errors import BodyTooLarge, Overloaded, TooManyImages
+
+RATE_WINDOW_SECONDS = 1.0
+RATE_DECAY = 0.8  # how much of an old peak a quieter window leaves
+MAX_RETRY_AFTER_SECONDS = 60.0
+
+
+class Admission:
+    """Bounds what is accepted and not yet answered, over all models. Belongs to one event loop's thread.
+
+    Args:
+        max_images: images that may be in the house at once.
+        max_bytes: bytes of request bodies that may be held at once.
+        clock: monotonic, in seconds.
+
+    Attributes:
+        images: images in the house.
+        bytes: bytes in the house.
+    """
+
+    def __init__(self, max_images: int, max_bytes: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.max_images = max_images
+        self.max_bytes = max_bytes
+        self.images = 0
+        self.bytes = 0
+        self._clock = clock
+        self._rate = self._byte_rate = 0.0
+        self._window_start = 0.0
+        self._window_count = self._window_bytes = 0
+
+    def admit(self, *, images: int = 1, bytes: int = 0) -> "Ticket":  # noqa: A002 - the unit is the best name
+        """Ask for room: `with admission.admit(images=1, bytes=n) as ticket:`. It is asked, or refused, on entering.
+
+        Raises:
+            Overloaded, TooManyImages, BodyTooLarge: as `Ticket.add`.
+        """
+        return Ticket(self, images, bytes)
+
+    def is_full(self, images: int = 1, size: int = 0) -> bool:
+        """Whether there is no room for so many images, or for so many bytes."""
+        return self.images + images > self.max_images or self.bytes + size > self.max_bytes
+
+    def retry_after(self, size: int = 0) -> float:
+        """Seconds until what is in the house will have left, at the measured rate; at least 1, at most 60.
+
+        Args:
+            size: bytes for which room was asked: where there is none, the bytes have to leave, too.
+        """
+        elapsed = self._clock() - self._window_start
+
+        def seconds_for(inside: int, measured: float, left: int) -> float:
+            # A batch leaves at once, and with it a window begins: its first moments would show any rate.
+            rate = measured or (left / elapsed if elapsed > 0 else 0.0)
+            return inside / rate if rate > 0 else 0.0
+
+        seconds = seconds_for(self.images, self._rate, self._window_count)
+        if self.bytes + size > self.max_bytes:
+            seconds = max(seconds, seconds_for(self.bytes, self._byte_rate, self._window_bytes))
+        return min(max(seconds, 1.0), MAX_RETRY_AFTER_SECONDS)
+
+    def _take(self, ticket: "Ticket", images: int, size: int) -> None:
+        if ticket.images + images > self.max_images:
+            raise TooManyImages(f"A request can hold at most {self.max_images} images; send several requests.")
+        if ticket.bytes + size > self.max_bytes:
+            raise BodyTooLarge(f"A request can hold at most {self.max_bytes} bytes; send several requests.")
+        if self.is_full(images, size):
+            raise Overloaded(retry_after=self.retry_after(size))
+        if self.images == 0 == self.bytes:  # idle time tells nothing of how fast the house empties
+            self._window_start, self._window_count, self._window_bytes = self._clock(), 0, 0
+        self.images += images
+        self.bytes += size
+
+    def _give_back(self, images: int, size: int) -> None:
+        self.images -= images
+        self.bytes -= size
+        self._window_count += images
+        self._window_bytes += size
+        elapsed = self._clock() - self._window_start
+        if elapsed >= RATE_WINDOW_SECONDS:
+            self._measure(elapsed)
+
+    def _measure(self, elapsed: float) -> None:
+        """End a window of so many seconds."""
+        # A window of few requests shows their number, not the capacity: keep the peak, and let it fade.
+        self._rate = max(self._window_count / elapsed, RATE_DECAY * self._rate)
+        self._byte_rate = max(self._window_bytes / elapsed, RATE_DECAY * self._byte_rate)
+        self._window_start, self._window_count, self._window_bytes = self._clock(), 0, 0
+
+
+class Ticket:
+    """The room that one request has; given back on leaving the `with` block, however it is left."""
+
+    __slots__ = ("_admission", "bytes", "images")
+
+    def __init__(self, admission: Admission, images: int, size: int) -> None:
+        self._admission = admission
+        self.images = images
+        self.bytes = size
+
+    def add(self, *, images: int = 0, bytes: int = 0) -> None:  # noqa: A002 - as in `Admission.admit`
+        """Ask for more room, when the true size of a body shows while reading it.
+
+        Raises:
+            Overloaded: there is no room now.
+            TooManyImages, BodyTooLarge: there would be no room in an empty house either.
+        """
+        self._admission._take(self, images, bytes)
+        self.images += images
+        self.bytes += bytes
+
+    def __enter__(self) -> Self:
+        images, size, self.images, self.bytes = self.images, self.bytes, 0, 0
+        self.add(images=images, bytes=size)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._admission._give_back(self.images, self.bytes)

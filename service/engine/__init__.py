@@ -1,0 +1,1 @@
+"""One ONNX model on one device: sessions, CUDA, warm-up."""

@@ -1,0 +1,159 @@
+"""Batches on an NVIDIA GPU: buffers bound once for each batch size, run as captured CUDA graphs."""
+
+import ctypes
+import functools
+import logging
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from service.engine.capture_lock import gate
+from service.engine.metadata import INPUT_NAME, OUTPUT_NAME, ModelMetadata
+from service.engine.runners import BucketRunner, Images, Logits
+from service.engine.session import SessionSpec, open_session
+
+logger = logging.getLogger(__name__)
+
+# A run with this graph's number is none that onnxruntime captures. The first is: libraries set themselves up in it,
+# convolutions look for their kernels and most memory is allocated, all of which others need not wait for. The next run
+# captures: within it, onnxruntime runs twice as usual, then captures, then replays.
+NO_GRAPH = -1
+RUNS_UNTIL_CAPTURED = 2
+
+HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2  # of cudaMemcpyKind
+
+
+class CudaBatch:
+    """One batch size of a session: host and device buffers, IO binding, and the number of its CUDA graph.
+
+    onnxruntime keeps captured graphs by thread: all runs must come from the thread that warmed up.
+
+    Attributes:
+        images: uint8 [B, H, W, 3] in page-locked host memory, to be filled before a run.
+    """
+
+    def __init__(self, session: Any, metadata: ModelMetadata, images: Images, device_id: int, captures: bool) -> None:
+        size = len(images)
+        self.images = images
+        self._input = ort.OrtValue.ortvalue_from_shape_and_type(images.shape, np.uint8, "cuda", device_id)
+        self._outputs = (size, len(metadata.labels))
+        self._output = ort.OrtValue.ortvalue_from_shape_and_type(self._outputs, np.float32, "cuda", device_id)
+        self._session = session
+        self._binding = session.io_binding()
+        self._binding.bind_ortvalue_input(INPUT_NAME, self._input)
+        self._binding.bind_ortvalue_output(OUTPUT_NAME, self._output)
+        self._device_id = device_id
+        self._plain, self._graph = _run_options(NO_GRAPH), _run_options(size)
+        self._runs_until_captured = RUNS_UNTIL_CAPTURED if captures else 0
+
+    def run(self) -> Logits:
+        """Copy in, run or replay, copy out: a new float32 [B, C]. The session waits for the device."""
+        captures = self._runs_until_captured == 1
+        options = self._plain if self._runs_until_captured > 1 else self._graph
+        with gate.exclusive() if captures else gate.shared():
+            use_device(self._device_id)
+            self._copy_in()
+            self._session.run_with_iobinding(self._binding, options)
+            self._runs_until_captured = max(0, self._runs_until_captured - 1)
+            return self._copy_out()
+
+    def _copy_in(self) -> None:
+        if not copy(self._input.data_ptr(), self.images.ctypes.data, self.images.nbytes, HOST_TO_DEVICE):
+            self._input.update_inplace(self.images)
+
+    def _copy_out(self) -> Logits:
+        logits = np.empty(self._outputs, dtype=np.float32)
+        if copy(logits.ctypes.data, self._output.data_ptr(), logits.nbytes, DEVICE_TO_HOST):
+            return logits
+        return np.asarray(self._output.numpy(), dtype=np.float32)
+
+
+def _run_options(graph: int) -> Any:
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph))
+    return options
+
+
+def open_cuda_session(path: Path, spec: SessionSpec) -> Any:
+    """Open a session on CUDA or TensorRT."""
+    with gate.shared():
+        return open_session(path, spec)
+
+
+def cuda_runner(session: Any, metadata: ModelMetadata, sizes: Sequence[int], spec: SessionSpec) -> BucketRunner:
+    """Make the buffers for all batch sizes; they share one page-locked host buffer."""
+    with gate.shared():
+        use_device(spec.device_id)
+        host = page_locked_zeros((max(sizes), *metadata.input_size, 3))
+        return BucketRunner(
+            lambda size: CudaBatch(session, metadata, host[:size], spec.device_id, spec.cuda_graphs),
+            sizes,
+            warm_up_runs=RUNS_UNTIL_CAPTURED if spec.cuda_graphs else 1,
+        )
+
+
+def page_locked_zeros(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Allocate zeros that the device can read directly; ordinary memory, with a log line, where that fails.
+
+    onnxruntime's Python interface allocates page-locked memory for plug-in providers only, so an ordinary array is
+    registered with the CUDA runtime that is loaded already.
+    """
+    array: NDArray[np.uint8] = np.zeros(shape, dtype=np.uint8)
+    pointer = ctypes.c_void_p(array.ctypes.data)
+    status = call_runtime("cudaHostRegister", pointer, ctypes.c_size_t(array.nbytes), ctypes.c_uint(0))
+    if status == 0:
+        weakref.finalize(array, call_runtime, "cudaHostUnregister", pointer)
+    else:
+        reason = "the CUDA runtime can't be loaded" if status is None else f"cudaHostRegister returned {status}"
+        logger.info("host buffers are not page-locked: %s", reason)
+    return array
+
+
+def use_device(device_id: int) -> None:
+    """Make a device the one of this thread, before its first plain copy would open a context on device 0."""
+    call_runtime("cudaSetDevice", ctypes.c_int(device_id))
+
+
+def copy(target: int, source: int, size: int, kind: int) -> bool:
+    """Copy bytes between host and device; return False where there is no CUDA runtime to do it.
+
+    onnxruntime's own copies keep the interpreter's lock. One that hangs in the driver would hold up the whole process,
+    and with it the clock by which a run that hangs is found out.
+
+    Raises:
+        RuntimeError: CUDA refuses; the message has its words.
+    """
+    status = call_runtime(
+        "cudaMemcpy", ctypes.c_void_p(target), ctypes.c_void_p(source), ctypes.c_size_t(size), ctypes.c_int(kind)
+    )
+    if status == 0:  # what comes from memory that is not page-locked may still be on its way
+        status = call_runtime("cudaStreamSynchronize", ctypes.c_void_p(0))
+    if status:
+        words = _runtime(ort.cuda_version.partition(".")[0]).cudaGetErrorString
+        words.restype = ctypes.c_char_p
+        raise RuntimeError(f"CUDA failure {status}: {words(status).decode()}")
+    return status is not None
+
+
+def call_runtime(name: str, *arguments: Any) -> int | None:
+    """Call a function of the CUDA runtime that onnxruntime has loaded; return its status, None where there is none."""
+    runtime = _runtime(ort.cuda_version.partition(".")[0])
+    if runtime is None:
+        return None
+    status: int = getattr(runtime, name)(*arguments)
+    if status != 0:
+        runtime.cudaGetLastError()  # it stays set otherwise, and the next kernel of this thread would be blamed for it
+    return status
+
+
+@functools.cache
+def _runtime(version: str) -> Any:
+    try:
+        return ctypes.CDLL(f"libcudart.so.{version}")
+    except OSError:
+        return None

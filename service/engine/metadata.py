@@ -1,0 +1,168 @@
+"""What a model file says of itself: metadata that export writes into it and the service reads. See docs/artifact.md.
+
+Shape letters: H and W the input size in pixels, C classes.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+
+Precision = Literal["float32", "float16", "int8"]
+Split = Annotated[str, Field(min_length=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+SCHEMA_VERSION = 1
+MODEL_FILE = "model.onnx"
+# A version folder may hold variants of the same model beside the float32 one; each carries its own metadata.
+MODEL_FILES: Mapping[Precision, str] = {"float32": MODEL_FILE, "float16": "model.fp16.onnx", "int8": "model.int8.onnx"}
+
+INPUT_NAME = "images"
+OUTPUT_NAME = "logits"
+KEY_PREFIX = "perceiver."
+# What the ONNX specification itself says about image inputs ("Image Category Definition" in MetadataProps.md).
+IMAGE_PROPS = {
+    "Image.BitmapPixelFormat": "Rgb8",
+    "Image.ColorSpaceGamma": "SRGB",
+    "Image.NominalPixelRange": "NominalRange_0_255",
+}
+
+
+class ArtifactError(Exception):
+    """A model folder breaks the contract. The message names the file, what is wrong and what would be right."""
+
+
+class _Contract(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ResizePolicy(_Contract):
+    """How an image of another size is brought to the model's input size.
+
+    Attributes:
+        crop: "center" takes the largest centred region of the target's aspect ratio, "none" stretches.
+        filter: Pillow's resampling filter; all of them antialias when shrinking.
+    """
+
+    crop: Literal["center", "none"] = "center"
+    filter: Literal["bilinear", "bicubic", "lanczos", "box"] = "bicubic"
+
+
+class EvalMetrics(_Contract):
+    """Measured on `n` images of `split`; all but `loss` are fractions in 0..1, `ece` with 15 bins."""
+
+    split: Split
+    n: Annotated[int, Field(ge=1)]
+    top1: Fraction
+    top5: Fraction
+    loss: Annotated[float, Field(ge=0)]
+    ece: Fraction
+
+
+class Provenance(_Contract):
+    """Where the weights come from: commit, SHA-256 of the checkpoint, ISO 8601 time in UTC, library versions."""
+
+    git_commit: str | None
+    checkpoint_sha256: str
+    created: str
+    versions: dict[str, str]
+
+    @field_validator("created")
+    @classmethod
+    def _is_iso_8601(cls, value: str) -> str:
+        TypeAdapter(AwareDatetime).validate_python(value)
+        return value
+
+
+class VariantGate(_Contract):
+    """What a float16 or int8 file was measured to be worth, against float32, before it was written.
+
+    Attributes:
+        provider: where it ran.
+        split: the images.
+        n: how many.
+        labels_equal: share of them whose most likely class is torch's in float32.
+        top1: share of them that it names rightly.
+        top1_float32: the same by torch in float32.
+        speed: (batch size, times as fast as the float32 file) pairs, measured in turn; None: was not measured.
+    """
+
+    provider: Annotated[str, Field(min_length=1)]
+    split: Split
+    n: Annotated[int, Field(ge=1)]
+    labels_equal: Fraction
+    top1: Fraction
+    top1_float32: Fraction
+    speed: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0)]], ...] | None
+
+
+class ModelMetadata(_Contract):
+    """All that the service must know about a model; travels inside the ONNX file.
+
+    Attributes:
+        labels: class names by index, C of them.
+        input_size: (H, W) in pixels, the size of the graph's input.
+        golden_tolerance: largest allowed absolute difference of a logit on the golden images.
+        temperature: divisor that calibrates the logits; already applied inside the graph, here for information.
+        parameters: number of trained parameters.
+        gate: of a float16 or int8 file; None: the float32 file, or random weights, for which there are no images.
+    """
+
+    schema_version: Literal[1]
+    name: Annotated[str, Field(min_length=1)]
+    labels: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=2)]
+    input_size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    resize: ResizePolicy
+    dataset: str
+    metrics: EvalMetrics | None
+    preset: str
+    parameters: Annotated[int, Field(ge=0)]
+    precision: Precision
+    golden_tolerance: Annotated[float, Field(gt=0)]
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    provenance: Provenance
+    gate: VariantGate | None = None
+
+    @field_validator("labels")
+    @classmethod
+    def _are_unique(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        repeated = [label for label, count in Counter(labels).items() if count > 1]
+        if repeated:
+            raise ValueError(f"every label must be unique; repeated: {', '.join(repeated)}")
+        return labels
+
+
+def to_props(metadata: ModelMetadata) -> dict[str, str]:
+    """Write metadata as ONNX metadata_props: one JSON string a field, and the ONNX specification's own image keys."""
+    fields = metadata.model_dump(mode="json", exclude={"gate"} if metadata.gate is None else None)
+    return {f"{KEY_PREFIX}{name}": json.dumps(value) for name, value in fields.items()} | IMAGE_PROPS
+
+
+def from_props(props: Mapping[str, str]) -> ModelMetadata:
+    """Read and validate what `to_props` wrote; keys of other tools are ignored.
+
+    Raises:
+        ArtifactError: a field is missing, unknown, not JSON, or out of its bounds.
+    """
+    fields: dict[str, Any] = {}
+    for key, text in props.items():
+        if key.startswith(KEY_PREFIX):
+            try:
+                fields[key.removeprefix(KEY_PREFIX)] = json.loads(text)
+            except ValueError as error:
+                raise ArtifactError(f"metadata: {key} must be JSON, and is not: {error}") from error
+    if not fields:
+        raise ArtifactError(
+            f"metadata: there is no {KEY_PREFIX}* entry; the file must be written by `python -m export`"
+        )
+    try:
+        # Strict in Python means no string for a number; lists become tuples only in JSON mode.
+        return ModelMetadata.model_validate_json(json.dumps(fields), strict=True)
+    except ValidationError as error:
+        raise ArtifactError(f"metadata: {_in_words(error)}") from error
+
+
+def _in_words(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False))

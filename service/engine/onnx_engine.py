@@ -1,0 +1,281 @@
+"""The engine: a model file that runs. What serves, and what export verifies, is this code.
+
+Shape letters: N images of a batch, H and W the model's input size, C classes.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from service.engine.batch_size_tuning import fastest_size
+from service.engine.capture_lock import gate
+from service.engine.cuda import cuda_runner, open_cuda_session
+from service.engine.cuda_probe import why_no_graphs
+from service.engine.metadata import ModelMetadata
+from service.engine.runners import HostRunner, Images, Logits, Runner, default_buckets, is_out_of_memory
+from service.engine.session import (
+    EngineError,
+    PrecisionChoice,
+    Provider,
+    ProviderChoice,
+    SessionSpec,
+    check_graph,
+    choose_file,
+    metadata_of,
+    open_session,
+    read_metadata,
+    resolve_provider,
+)
+
+__all__ = [
+    "Engine",
+    "EngineError",
+    "OnnxEngine",
+    "PrecisionChoice",
+    "Provider",
+    "ProviderChoice",
+    "choose_file",
+    "read_metadata",
+    "resolve_provider",
+]
+
+logger = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """Runs batches of one model on one device. Not thread-safe, and bound to a thread: see `run`.
+
+    Attributes:
+        metadata: of the file that runs.
+        provider: "cpu", "cuda" or "tensorrt": where it really runs.
+        max_batch_size: largest N; may fall while serving, when the device's memory does not suffice.
+        runs_alone: whether it is for batches that come while no other engine of the model runs.
+    """
+
+    metadata: ModelMetadata
+    provider: Provider
+    max_batch_size: int
+    runs_alone: bool
+
+    def run(self, images: Images) -> Logits:
+        """Classify uint8 [N, H, W, 3], RGB, 1 <= N <= max_batch_size; return float32 [N, C].
+
+        Call this and `warm_up` from one and the same thread: a captured CUDA graph belongs to a thread.
+        """
+
+    def warm_up(self) -> None:
+        """Run the batch sizes that matter once, so that the first request does not pay for it."""
+
+    def close(self) -> None:
+        """Free the device's memory; `run` raises from now on."""
+
+
+class OnnxEngine:
+    """An `Engine` on onnxruntime.
+
+    Args:
+        path: the .onnx file.
+        provider: "auto" takes CUDA where there is one and the CPU elsewhere; all others are asserted, never replaced.
+        device_id: index of the GPU.
+        max_batch_size: largest batch in images.
+        intra_op_threads: threads of one run on the CPU; 0 takes one a physical core that
+            this process may use.
+        buckets: batch sizes on a GPU, where batches are padded to the next; default: powers of two.
+        gpu_memory_limit_bytes: ceiling of onnxruntime's arena on the GPU; None: no ceiling.
+        cuda_graphs: capture each bucket as a CUDA graph at warm-up (CUDA only).
+        tune_batch_size: let the warm-up measure which batch size is fastest, and make it the largest (CPU only).
+        runs_alone: see `Engine`.
+
+    Raises:
+        EngineError: the file can't be loaded, does not run on that provider, or its graph breaks the contract.
+        ArtifactError: its metadata break the contract.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        provider: ProviderChoice = "auto",
+        device_id: int = 0,
+        max_batch_size: int = 32,
+        intra_op_threads: int = 0,
+        buckets: Sequence[int] | None = None,
+        gpu_memory_limit_bytes: int | None = None,
+        cuda_graphs: bool = True,
+        tune_batch_size: bool = False,
+        runs_alone: bool = False,
+    ) -> None:
+        if max_batch_size < 1:
+            raise EngineError(f"max_batch_size must be at least 1, and is {max_batch_size}")
+        self.path = path
+        self.provider: Provider = resolve_provider(provider, device_id)
+        self._buckets = buckets
+        self._spec = SessionSpec(
+            provider=self.provider,
+            device_id=device_id,
+            intra_op_threads=intra_op_threads,
+            max_batch_size=max_batch_size,
+            gpu_memory_limit_bytes=gpu_memory_limit_bytes,
+            cuda_graphs=cuda_graphs and self.provider == "cuda",
+        )
+        self._runner: Runner | None = None
+        self.max_batch_size = max_batch_size
+        self.runs_alone = runs_alone
+        self._open()
+        self._tunes = tune_batch_size and self.provider == "cpu"
+
+    def run(self, images: Images) -> Logits:
+        """Classify uint8 [N, H, W, 3]; return float32 [N, C]. See `Engine.run`.
+
+        A batch that runs out of memory is run once more in halves, and `max_batch_size` falls to the half.
+
+        Raises:
+            EngineError: the images are not of this form, or onnxruntime failed.
+        """
+        runner = self._open_runner()
+        self._check(images)
+        try:
+            return runner.run(images)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise self._failed(images, error) from error
+            size = self._lower_ceiling(runner, images, error)
+            return self._run_in_parts(runner, images, size)
+
+    def warm_up(self) -> None:
+        """Run every bucket, the largest first; on a GPU that captures it. On a CPU: the largest batch, and one.
+
+        A size that there is no memory for is given up, and `max_batch_size` falls. It does not where a larger size is
+        warm (a captured graph keeps memory for itself), which takes those batches too. With `tune_batch_size` it also
+        falls to a size that is clearly faster than it, in images a second.
+
+        Where CUDA graphs can't be captured, kernels are launched one by one from then on.
+
+        Raises:
+            EngineError: as `run`.
+        """
+        reason = ""
+        try:
+            self._run_each_size()
+        except EngineError as error:
+            if not self._spec.cuda_graphs:
+                raise
+            reason = str(error)
+        if reason:  # not before the error is gone, whose traceback holds the session
+            self._open_without_graphs(reason)
+            self._run_each_size()
+        runner = self._open_runner()
+        if self._tunes and isinstance(runner, HostRunner):
+            self._tune(runner)
+
+    def _run_each_size(self) -> None:
+        runner = self._open_runner()
+        warm: set[int] = set()
+        while cold := [size for size in runner.sizes if size not in warm]:
+            images = self._blank(cold[0])
+            try:
+                for _ in range(runner.warm_up_runs):
+                    runner.run(images)
+                warm.add(cold[0])
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise self._failed(images, error) from error
+                if warm:
+                    logger.warning(
+                        "%s: no memory for batches of %d alone; the next size takes them", self.path, cold[0]
+                    )
+                    runner.drop(cold[0])
+                else:
+                    self._lower_ceiling(runner, images, error)
+
+    def _tune(self, runner: HostRunner) -> None:
+        """Lower `max_batch_size` to a batch size that is clearly faster, if there is one."""
+        ceiling = self.max_batch_size
+        try:
+            fastest = fastest_size(lambda size: runner.run(self._blank(size)), default_buckets(ceiling))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise self._failed(self._blank(ceiling), error) from error
+            fastest = self._lower_ceiling(runner, self._blank(ceiling), error)
+        self.max_batch_size = min(self.max_batch_size, fastest)
+        if self.max_batch_size < ceiling:
+            try:
+                runner.trim(self._blank(1))
+            except Exception as error:  # it serves all the same, and takes more memory
+                logger.warning("%s: the memory of larger batches is kept: %s", self.path, error)
+        logger.info("%s: batches of up to %d, of %d allowed", self.path, self.max_batch_size, ceiling)
+
+    def close(self) -> None:
+        """Free the session and its buffers."""
+        with gate.shared():  # freeing device memory would spoil another model's capture
+            self._runner = None
+
+    def _open(self) -> None:
+        reason = why_no_graphs() if self._spec.cuda_graphs else None
+        if reason is None:
+            try:
+                self.metadata, self._runner = _open(self.path, self._spec, self._buckets)
+            except EngineError as error:
+                if not self._spec.cuda_graphs:
+                    raise
+                reason = str(error)
+        if reason is not None:
+            self._open_without_graphs(reason)
+
+    def _open_without_graphs(self, reason: str) -> None:
+        # Said first: of a device that has gone nothing can be freed, and onnxruntime ends the process.
+        logger.warning("%s: no CUDA graphs, kernels are launched one by one: %s", self.path, reason)
+        self.close()  # before another session needs the memory
+        self._spec = self._spec.without_graphs()
+        self.max_batch_size = self._spec.max_batch_size
+        self.metadata, self._runner = _open(self.path, self._spec, self._buckets)
+
+    def _blank(self, size: int) -> Images:
+        return np.zeros((size, *self.metadata.input_size, 3), dtype=np.uint8)
+
+    def _open_runner(self) -> Runner:
+        if self._runner is None:
+            raise EngineError(f"{self.path}: this engine has been closed")
+        return self._runner
+
+    def _check(self, images: Images) -> None:
+        wanted = (*self.metadata.input_size, 3)
+        if images.dtype != np.uint8 or images.shape[1:] != wanted or not 1 <= len(images) <= self.max_batch_size:
+            raise EngineError(
+                f"{self.path}: a batch must be uint8 [1..{self.max_batch_size}, {', '.join(map(str, wanted))}], "
+                f"and is {images.dtype} {list(images.shape)}"
+            )
+
+    def _lower_ceiling(self, runner: Runner, images: Images, cause: Exception) -> int:
+        smaller = runner.shrink(len(images))
+        if smaller == 0:
+            raise EngineError(f"{self.path}: there is not enough memory for a single image: {cause}") from cause
+        logger.warning("%s: no memory for a batch of %d; from now on at most %d", self.path, len(images), smaller)
+        self.max_batch_size = min(self.max_batch_size, smaller)
+        return smaller
+
+    def _run_in_parts(self, runner: Runner, images: Images, size: int) -> Logits:
+        try:
+            return np.concatenate([runner.run(images[at : at + size]) for at in range(0, len(images), size)])
+        except Exception as error:
+            raise EngineError(f"{self.path}: no memory for {len(images)}, nor for {size}: {error}") from error
+
+    def _failed(self, images: Images, error: Exception) -> EngineError:
+        return EngineError(f"{self.path}: a batch of {len(images)} failed: {error}")
+
+
+def _open(path: Path, spec: SessionSpec, buckets: Sequence[int] | None) -> tuple[ModelMetadata, Runner]:
+    """Open the session, check it, and choose how its batches run."""
+    on_device = spec.provider != "cpu"
+    session = open_cuda_session(path, spec) if on_device else open_session(path, spec)
+    metadata = metadata_of(session, path)
+    check_graph(session, metadata, path)
+    if not on_device:
+        return metadata, HostRunner(session, spec.max_batch_size)
+    sizes = sorted({*(buckets or default_buckets(spec.max_batch_size)), spec.max_batch_size})
+    if sizes[0] < 1 or sizes[-1] > spec.max_batch_size:
+        raise EngineError(f"buckets must lie between 1 and max_batch_size {spec.max_batch_size}, and are {buckets}")
+    return metadata, cuda_runner(session, metadata, sizes, spec)

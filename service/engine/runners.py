@@ -1,0 +1,149 @@
+"""Two ways to run a batch through a session: as it is, or padded into buffers that were bound once.
+
+Shape letters: N images of a batch, B bucket size, H and W input size, C classes.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from service.engine.metadata import INPUT_NAME, OUTPUT_NAME
+
+Images = NDArray[np.uint8]
+Logits = NDArray[np.float32]
+
+# onnxruntime has no exception class for this; these are the words of its arena (without room, and at its limit), of
+# CUDA and its libraries, and of C++.
+OUT_OF_MEMORY_WORDS = (
+    "failed to allocate memory",
+    "is smaller than requested bytes",
+    "out of memory",
+    "resource allocation failed",
+    "alloc_failed",
+    "allocation_failed",
+    "bad_alloc",
+    "bad allocation",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether a run failed for want of memory, so that a smaller one may succeed."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY_WORDS)
+
+
+class Runner(Protocol):
+    """Runs one batch.
+
+    Attributes:
+        sizes: batch sizes worth running at warm-up, descending; the first is the largest that can run.
+        warm_up_runs: runs that a size needs until it is at full speed.
+    """
+
+    sizes: Sequence[int]
+    warm_up_runs: int
+
+    def run(self, images: Images) -> Logits:
+        """Classify uint8 [N, H, W, 3], N <= sizes[0]; return float32 [N, C]."""
+
+    def shrink(self, failed: int) -> int:
+        """Give up the batch size that ran out of memory with `failed` images; return the new largest, 0 for none."""
+
+    def drop(self, size: int) -> None:
+        """Give up one of `sizes` alone: the next larger takes its batches from now on."""
+
+
+class HostRunner:
+    """Runs batches as they are: on a CPU, padding would be paid for in full."""
+
+    def __init__(self, session: Any, max_batch_size: int) -> None:
+        self._session = session
+        self.warm_up_runs = 1
+        self.sizes: Sequence[int] = _descending({1, max_batch_size})
+
+    def run(self, images: Images) -> Logits:
+        """Classify uint8 [N, H, W, 3]; return float32 [N, C]."""
+        (logits,) = self._session.run([OUTPUT_NAME], {INPUT_NAME: images})
+        return np.asarray(logits, dtype=np.float32)
+
+    def trim(self, images: Images) -> None:
+        """Run a batch, and give back the memory that onnxruntime's arena keeps of larger ones."""
+        options = ort.RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._session.run([OUTPUT_NAME], {INPUT_NAME: images}, options)
+
+    def shrink(self, failed: int) -> int:
+        """Half of what failed."""
+        half = (failed + 1) // 2 if failed > 1 else 0
+        self.sizes = _descending({1, half}) if half else ()
+        return half
+
+    def drop(self, size: int) -> None:
+        """Nothing but the warm-up's choice."""
+        self.sizes = [one for one in self.sizes if one != size]
+
+
+class BoundBatch(Protocol):
+    """Buffers of one batch size, bound to a session for good.
+
+    Attributes:
+        images: uint8 [B, H, W, 3] in host memory, to be filled before a run.
+    """
+
+    images: Images
+
+    def run(self) -> Logits:
+        """Copy `images` to the device, run, and return a new float32 [B, C]."""
+
+
+class BucketRunner:
+    """Pads batches to a few sizes, each with buffers made once.
+
+    A device needs fixed shapes and addresses to replay a captured graph, and there a padded row costs less than
+    launching the graph's kernels one by one. What stands in the padded rows is of no matter: rows are independent.
+    """
+
+    def __init__(self, bind: Callable[[int], BoundBatch], sizes: Sequence[int], warm_up_runs: int = 1) -> None:
+        self.warm_up_runs = warm_up_runs
+        # Largest first: the arena then holds one block that all smaller sizes fit into.
+        self.sizes: Sequence[int] = _descending(sizes)
+        self._bound = {size: bind(size) for size in self.sizes}
+
+    def run(self, images: Images) -> Logits:
+        """Classify uint8 [N, H, W, 3]; return float32 [N, C]."""
+        n = len(images)
+        batch = self._bound[self._bucket(n)]
+        batch.images[:n] = images
+        return batch.run()[:n]
+
+    def shrink(self, failed: int) -> int:
+        """Drop the bucket that failed and all above it, with their buffers; none where it is the smallest.
+
+        Memory that somebody else took may come back, and without a bucket nothing could run then.
+        """
+        too_large = self._bucket(failed)
+        if too_large == self.sizes[-1]:
+            return 0
+        for size in [size for size in self.sizes if size >= too_large]:
+            del self._bound[size]
+        self.sizes = _descending(self._bound)
+        return self.sizes[0]
+
+    def drop(self, size: int) -> None:
+        """Free the buffers of one bucket; its batches are padded to the next."""
+        del self._bound[size]
+        self.sizes = _descending(self._bound)
+
+    def _bucket(self, n: int) -> int:
+        return min(size for size in self.sizes if size >= n)
+
+
+def default_buckets(max_batch_size: int) -> list[int]:
+    """Powers of two up to `max_batch_size`, and that itself: at most half of a batch is padding."""
+    return sorted({1 << power for power in range(max_batch_size.bit_length())} | {max_batch_size})
+
+
+def _descending(sizes: Iterable[int]) -> list[int]:
+    return sorted(set(sizes), reverse=True)

@@ -1,0 +1,164 @@
+"""What the parts of a running service share, and whether it is ready."""
+
+import asyncio
+import logging
+from typing import Final, Literal
+
+from service.batching.admission import Admission
+from service.decoding.decoder import Decoder
+from service.errors import Draining, NotReady
+from service.metrics.registry import Metrics
+from service.repository.store import EngineOptions, LiveModel, ModelStore, NoUsableVersionError, OpenEngines
+from service.repository.versions import open_engines
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["ready", "loading", "draining", "failed"]
+STOP_SECONDS: Final = 3.0  # for what runs to end, after what was accepted has been answered or cut off
+
+
+class Service:
+    """One worker: settings, models, limits and counts. Belongs to one event loop.
+
+    Args:
+        settings: all of them.
+        open_engines: opens the engines of a version folder; the default opens real ones.
+
+    Attributes:
+        leaving: set when the process was told to stop: probes say so, and a connection ends with its next response.
+        draining: set after that, when nothing new is accepted any more; what was accepted finishes.
+        in_flight: requests to /predict that are being answered.
+    """
+
+    def __init__(self, settings: Settings, *, open_engines: OpenEngines = open_engines) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.admission = Admission(settings.max_queue_size, settings.max_queue_bytes)
+        self.decoder = Decoder(settings)
+        self.leaving = False
+        self.draining = False
+        self.in_flight = 0
+        self.store = ModelStore(
+            settings.model_dir,
+            engine_options(settings),
+            pinned_version=settings.model_version,
+            poll_seconds=settings.model_poll_s,
+            observer=self.metrics,
+            open_engines=open_engines,
+        )
+        self._failure = ""
+        self._task: asyncio.Task[None] | None = None
+        self.metrics.watch(
+            ready=lambda: self.probed_status == "ready",
+            queue_length=lambda: self.queue_length,
+            admitted_images=lambda: self.admission.images,
+            admitted_bytes=lambda: self.admission.bytes,
+            max_batch_size=lambda: self.max_batch_size,
+            refused_versions=lambda: self.store.refused_versions,
+            max_queue_size=settings.max_queue_size,
+        )
+
+    def fail(self, reason: str) -> None:
+        """Take note that the process can't go on."""
+        self._failure = self._failure or reason
+
+    def start(self) -> None:
+        """Load the model and watch its folder, in the background: probes are answered meanwhile."""
+        self._task = asyncio.create_task(self._serve_models(), name="models")
+
+    async def stop(self) -> None:
+        """Refuse what comes, serve what was accepted, and free everything; what hangs is left behind."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                if self._task is not None:
+                    self._task.cancel()
+                    await asyncio.wait([self._task])
+                await self.store.close()
+        except TimeoutError:
+            logger.warning("the model does not come to an end within %g s and is left as it is", STOP_SECONDS)
+        self.decoder.close()
+
+    def cut_off(self) -> None:
+        """Answer everything that waits for a model with Draining."""
+        self.store.cut_off()
+
+    @property
+    def closes_connections(self) -> bool:
+        """Whether a connection ends with its next response, so that its client comes back to another process."""
+        return self.leaving or self.draining
+
+    def check_ready(self) -> None:
+        """Raise NotReady or Draining unless predictions are served."""
+        match self.status:
+            case "draining":
+                raise Draining()
+            case "loading":
+                raise NotReady("The model is being loaded and checked.")
+            case "failed":
+                raise NotReady("The model has failed; the process is being replaced.")
+
+    @property
+    def failure(self) -> str:
+        """Why the process can't go on and should be replaced; "" while it can."""
+        return self._failure or self.store.failure
+
+    @property
+    def status(self) -> Status:
+        """The state in one word."""
+        if self.failure:
+            return "failed"
+        if self.draining:
+            return "draining"
+        return "loading" if self.store.live is None else "ready"
+
+    @property
+    def probed_status(self) -> Status:
+        """The state that probes are told: it is leaving while predictions may still be served."""
+        return "draining" if self.leaving and not self.failure else self.status
+
+    def lease(self) -> LiveModel:
+        """Hold the live model; see `ModelStore.lease`."""
+        return self.store.lease()
+
+    @property
+    def queue_length(self) -> int:
+        """Images waiting for a batch."""
+        return 0 if self.store.live is None else self.store.live.batcher.queue_length
+
+    @property
+    def max_batch_size(self) -> int:
+        """Images that one run of the live model may have now; 0 while there is none."""
+        return 0 if self.store.live is None else self.store.live.batcher.max_batch_size
+
+    async def _serve_models(self) -> None:
+        try:
+            await self.store.load()
+            await self.store.watch()
+        except NoUsableVersionError as error:
+            self.fail(str(error))
+        except OSError as error:
+            self.fail(f"{self.settings.model_dir}: the model folder can't be read: {error.strerror or error}.")
+        except Exception as error:
+            logger.exception("watching the model folder failed")
+            self.fail(f"Watching the model folder failed: {error!r}.")
+
+
+def engine_options(settings: Settings) -> EngineOptions:
+    """Pick what the engines and batchers need."""
+    return EngineOptions(
+        provider=settings.provider,
+        device_ids=settings.device_ids,
+        cpu_engines=settings.cpu_engines,
+        workers=settings.workers,
+        max_batch_size=settings.max_batch_size,
+        intra_op_threads=settings.intra_op_threads,
+        precision=settings.precision,
+        gpu_memory_limit_bytes=settings.gpu_memory_limit_bytes,
+        cuda_graphs=settings.cuda_graphs,
+        tune_batch_size=settings.tune_batch_size,
+        max_queue_delay_ms=settings.max_queue_delay_ms,
+        run_timeout_ms=settings.run_timeout_ms,
+        load_timeout_s=settings.load_timeout_s,
+    )

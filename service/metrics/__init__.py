@@ -1,0 +1,1 @@
+"""Every Prometheus metric, and the readings of GPU and process."""

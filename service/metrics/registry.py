@@ -1,0 +1,202 @@
+"""Every Prometheus metric of the service, with its buckets. One private registry an app, nothing global.
+
+Label values are bounded whatever clients send: routes are those of the app or "other", reasons are error codes.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.gc_collector import GCCollector
+
+from service.engine.metadata import ModelMetadata
+from service.errors import Unavailable
+from service.metrics.gpu import GpuCollector
+from service.metrics.histogram import PendingHistogram
+
+# 0.5 ms to 10 s: from the answer of an idle service with a small model to the default timeout.
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+OPENMETRICS = "application/openmetrics-text"
+
+
+class Metrics:
+    """The service's metrics; also the observer of the batcher and of the model store."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "perceiver_requests",
+            "HTTP requests that were read, by route and status code; answers given before are rejections alone.",
+            ["route", "code"],
+            registry=registry,
+        )
+        self.request_seconds = PendingHistogram(
+            "perceiver_request_seconds",
+            "Seconds from the headers of a request to /predict to its answer, whatever its method and status.",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.decode_seconds = PendingHistogram(
+            "perceiver_decode_seconds",
+            "Seconds a request took from its last byte to arrays, the wait for a decoding thread included.",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.queue_seconds = PendingHistogram(
+            "perceiver_queue_seconds", "Seconds an image waited for its batch.", buckets=SECONDS, registry=registry
+        )
+        self.inference_seconds = Histogram(
+            "perceiver_inference_seconds", "Seconds of one run of the model.", buckets=SECONDS, registry=registry
+        )
+        self.batch_size = Histogram(
+            "perceiver_batch_size", "Images in one run of the model.", buckets=IMAGES, registry=registry
+        )
+        self.images = Counter("perceiver_images", "Images classified.", registry=registry)
+        self.failed_batches = Counter("perceiver_failed_batches", "Runs of the model that failed.", registry=registry)
+        self.rejections = Counter(
+            "perceiver_rejections", "Requests answered with an error, by its code.", ["reason"], registry=registry
+        )
+        # An alarm is on it, and a counter that begins with its first event shows Prometheus no increase.
+        self.rejections.labels(Unavailable.code)
+        self.deadline_misses = Counter(
+            "perceiver_deadline_misses",
+            "Images dropped from the queue because their deadline had passed.",
+            registry=registry,
+        )
+        self.cancellations = Counter(
+            "perceiver_cancellations",
+            "Images dropped from the queue because their client had left.",
+            registry=registry,
+        )
+        self.model_info = Gauge(
+            "perceiver_model_info",
+            "1 for the model that serves.",
+            ["name", "version", "provider", "precision"],
+            registry=registry,
+        )
+        self.reloads = Counter(
+            "perceiver_model_reloads", "Model versions loaded, by result.", ["result"], registry=registry
+        )
+        self.refused_versions = Gauge(
+            "perceiver_model_refused_versions",
+            "Versions in the model folder that would serve in place of the live one, and were refused.",
+            registry=registry,
+        )
+        self.golden_difference = Gauge(
+            "perceiver_golden_max_abs_difference",
+            "Largest difference of a logit on the golden images, at the last check that passed or failed.",
+            registry=registry,
+        )
+        self.ready = Gauge("perceiver_ready", "1 when /health/ready says 200.", registry=registry)
+        self.queue_length = Gauge("perceiver_queue_length", "Images waiting for a batch.", registry=registry)
+        self.admitted_images = Gauge(
+            "perceiver_admitted_images", "Images accepted and not yet answered.", registry=registry
+        )
+        self.admitted_bytes = Gauge(
+            "perceiver_admitted_bytes", "Bytes of the request bodies of these.", registry=registry
+        )
+        self.max_queue_size = Gauge(
+            "perceiver_max_queue_size", "Images that may be accepted and not yet answered.", registry=registry
+        )
+        self.max_batch_size = Gauge(
+            "perceiver_max_batch_size",
+            "Images that one run may have now: the setting, or less since a CPU was measured or memory ran out.",
+            registry=registry,
+        )
+        self._request_counters: dict[tuple[str, int], Counter] = {}  # labels() looks its arguments over each time
+        for result in ("loaded", "refused"):
+            self.reloads.labels(result)
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        GCCollector(registry=registry)
+        self.gpus = GpuCollector()
+        registry.register(self.gpus)
+
+    # Requests
+
+    def request(self, route: str, status: int) -> None:
+        """Count an answered request."""
+        key = (route, status)
+        counter = self._request_counters.get(key)
+        if counter is None:
+            counter = self._request_counters[key] = self.requests.labels(*key)
+        counter.inc()
+
+    def predicted(self, seconds: float, request_id: str) -> None:
+        """Time one request to /predict; its id becomes the exemplar of its bucket."""
+        self.request_seconds.observe_request(seconds, request_id)
+
+    def decoded(self, seconds: float) -> None:
+        """Time the decoding of one request's images."""
+        self.decode_seconds.observe(seconds)
+
+    def rejected(self, code: str) -> None:
+        """Count a request that ended in an error of the hierarchy."""
+        self.rejections.labels(code).inc()
+
+    # The batcher
+
+    def batch(self, size: int, seconds: float) -> None:
+        """Count one run of the model."""
+        self.batch_size.observe(size)
+        self.inference_seconds.observe(seconds)
+        self.images.inc(size)
+
+    def queued(self, seconds: float) -> None:
+        """Time one image's wait."""
+        self.queue_seconds.observe(seconds)
+
+    def dropped(self, reason: Literal["cancelled", "deadline"]) -> None:
+        """Count one image that was not run."""
+        (self.cancellations if reason == "cancelled" else self.deadline_misses).inc()
+
+    def failed_batch(self, size: int) -> None:
+        """Count one run that failed."""
+        self.failed_batches.inc()
+
+    # The models
+
+    def model_live(self, version: int, metadata: ModelMetadata, provider: str) -> None:
+        """Name the model that serves from now on."""
+        self.model_info.clear()
+        self.model_info.labels(metadata.name, version, provider, metadata.precision).set(1)
+        self.reloads.labels("loaded").inc()
+
+    def model_refused(self, version: int, reason: str) -> None:
+        """Count a version that failed; the log and `/models` have the reason."""
+        self.reloads.labels("refused").inc()
+
+    def golden_checked(self, max_abs_difference: float) -> None:
+        """Keep the outcome of the last check of the golden images."""
+        self.golden_difference.set(max_abs_difference)
+
+    # What is read when it is asked for
+
+    def watch(
+        self,
+        *,
+        ready: Callable[[], bool],
+        queue_length: Callable[[], int],
+        admitted_images: Callable[[], int],
+        admitted_bytes: Callable[[], int],
+        max_batch_size: Callable[[], int],
+        refused_versions: Callable[[], int],
+        max_queue_size: int,
+    ) -> None:
+        """Say where the gauges read their values at each scrape; `max_queue_size` stays as it is."""
+        self.max_queue_size.set(max_queue_size)
+        self.ready.set_function(ready)
+        self.queue_length.set_function(queue_length)
+        self.admitted_images.set_function(admitted_images)
+        self.admitted_bytes.set_function(admitted_bytes)
+        self.max_batch_size.set_function(max_batch_size)
+        self.refused_versions.set_function(refused_versions)
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """Return all metrics and their content type: OpenMetrics where `accept` asks for it, else the classic text."""
+        # Its versions and escapings are not negotiated: the header comes from outside, and one form is enough.
+        encode, content_type = choose_encoder(OPENMETRICS if OPENMETRICS in accept else "")
+        return encode(self.registry), content_type

@@ -1,0 +1,1 @@
+"""The model folder: versions, the golden check, and which version is live."""

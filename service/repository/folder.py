@@ -1,0 +1,108 @@
+"""The model folder's layout: what export writes and the service reads. See docs/artifact.md.
+
+    <folder>/<version>/model.onnx     the graph, with the metadata in its metadata_props
+    <folder>/<version>/golden.npz     real images and the logits that torch gave for them in float32
+    <folder>/config.pbtxt             the same for Triton, beside the versions
+
+Shape letters: K golden images, H and W the input size in pixels, C classes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.engine.metadata import ArtifactError
+
+GOLDEN_FILE: Final = "golden.npz"
+CHECKPOINT_FILE: Final = "checkpoint.safetensors"  # what was exported; the service does not read it
+MAX_DIGITS: Final = 18  # of a version's number: it has to fit into 64 bits
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Images with known answers.
+
+    Attributes:
+        images: uint8 [K, H, W, 3], RGB.
+        labels: int64 [K], the true classes.
+        logits: float32 [K, C], what torch gave in float32.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    logits: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        for name, dtype, ndim in (("images", "uint8", 4), ("labels", "int64", 1), ("logits", "float32", 2)):
+            array = getattr(self, name)
+            if array.dtype != dtype or array.ndim != ndim:
+                raise ArtifactError(
+                    f"golden images: {name} must be {dtype} with {ndim} dimensions, "
+                    f"and is {array.dtype} of shape {list(array.shape)}"
+                )
+        counts = {len(self.images), len(self.labels), len(self.logits)}
+        if len(counts) != 1 or 0 in counts:
+            raise ArtifactError(
+                f"golden images: images, labels and logits must be equally many and at least one, "
+                f"and are {len(self.images)}, {len(self.labels)} and {len(self.logits)}"
+            )
+        if self.images.shape[3] != 3 or not np.isfinite(self.logits).all():
+            raise ArtifactError("golden images: images must have 3 channels and all logits must be finite")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def save_golden(path: Path, golden: Golden) -> None:
+    """Write `golden.npz`, compressed."""
+    np.savez_compressed(path, images=golden.images, labels=golden.labels, logits=golden.logits)
+
+
+def load_golden(path: Path) -> Golden:
+    """Read `golden.npz`; nothing in it is ever unpickled.
+
+    Raises:
+        ArtifactError: the file is missing, is no npz archive, or holds other arrays than the contract says.
+    """
+    try:
+        with path.open("rb") as stream:  # np.load would leave the file open where it is no archive
+            archive = np.load(stream, allow_pickle=False)
+            arrays = {name: archive[name] for name in ("images", "labels", "logits")}
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: this file is missing; a version must hold its golden images") from error
+    except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds on damaged files
+        raise ArtifactError(
+            f"{path}: must be an npz archive of images, labels and logits, and can't be read as one: {error}"
+        ) from error
+    try:
+        return Golden(**arrays)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True, order=True)
+class ModelVersion:
+    """One version folder; ordered by number."""
+
+    number: int
+    path: Path
+
+
+def list_versions(folder: Path) -> list[ModelVersion]:
+    """List the versions in `folder`, ascending; [] where there is no such folder.
+
+    A version is a folder whose name is a plain positive integer of at most 18 digits ("3", not "03" or ".3-tmp"); all
+    else is ignored.
+    """
+    try:
+        entries = list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(ModelVersion(int(e.name), e) for e in entries if _is_version_name(e.name) and e.is_dir())
+
+
+def _is_version_name(name: str) -> bool:
+    return name.isascii() and name.isdigit() and not name.startswith("0") and len(name) <= MAX_DIGITS

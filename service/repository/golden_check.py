@@ -1,0 +1,92 @@
+"""Golden images: whether an engine still gives the logits that the model gave where it was exported."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.engine.metadata import Precision
+from service.engine.onnx_engine import Engine, EngineError
+from service.engine.runners import default_buckets
+from service.repository.folder import Golden
+
+
+@dataclass(frozen=True)
+class GoldenReport:
+    """How far an engine is from the golden logits: largest absolute difference, and labels that differ, of n."""
+
+    max_abs_difference: float
+    labels_differ: int
+    n: int
+
+
+def replay_golden(engine: Engine, golden: Golden) -> GoldenReport:
+    """Run the golden images through `engine`, in batches as large as it takes, and compare.
+
+    On a GPU, then in batches of all other sizes, repeated where they are too few: each size is a captured graph of its
+    own, and may be wrong alone.
+
+    Raises:
+        EngineError: the golden images are of another size, or have other classes, than the model.
+    """
+    wanted = ((*engine.metadata.input_size, 3), len(engine.metadata.labels))
+    if (golden.images.shape[1:], golden.logits.shape[1]) != wanted:
+        raise EngineError(
+            f"golden images of shape {list(golden.images.shape[1:])} with {golden.logits.shape[1]} logits "
+            f"do not belong to a model of shape {list(wanted[0])} with {wanted[1]} classes"
+        )
+    difference, wrong = 0.0, np.zeros(len(golden), dtype=np.bool_)
+    for part in _parts(engine, len(golden)):
+        logits, expected = engine.run(golden.images[part]), golden.logits[part]
+        difference = float(np.maximum(difference, np.abs(logits - expected).max()))  # which keeps a NaN
+        np.logical_or.at(wrong, part, logits.argmax(axis=1) != expected.argmax(axis=1))
+    return GoldenReport(difference, int(np.count_nonzero(wrong)), len(golden))
+
+
+def _parts(engine: Engine, n: int) -> Iterator[NDArray[np.intp]]:
+    begin = 0
+    sizes: set[int] = set()
+    while begin < n:
+        end = min(n, begin + engine.max_batch_size)  # read anew: it falls when memory runs out
+        yield np.arange(begin, end)
+        sizes.add(end - begin)
+        begin = end
+    if engine.provider != "cpu":
+        for size in reversed(default_buckets(engine.max_batch_size)):
+            if size not in sizes and size <= engine.max_batch_size:
+                yield np.arange(size) % n
+
+
+class GoldenMismatchError(EngineError):
+    """An engine is further from the golden logits than its metadata allow.
+
+    Attributes:
+        report: how far.
+        precision: of the file that ran.
+    """
+
+    def __init__(self, message: str, report: GoldenReport, precision: Precision) -> None:
+        super().__init__(message)
+        self.report = report
+        self.precision = precision
+
+
+def check_golden(engine: Engine, golden: Golden) -> GoldenReport:
+    """Replay, and refuse an engine that does not give the golden logits.
+
+    Raises:
+        GoldenMismatchError: the largest difference is above `metadata.golden_tolerance`, or not a number.
+        EngineError: as `replay_golden`.
+    """
+    report = replay_golden(engine, golden)
+    tolerance = engine.metadata.golden_tolerance
+    if not report.max_abs_difference <= tolerance:  # so that NaN fails
+        raise GoldenMismatchError(
+            f"the golden images give other logits on {engine.provider}: the largest difference is "
+            f"{report.max_abs_difference:.3g} and {tolerance:.3g} is allowed; "
+            f"{report.labels_differ} of {report.n} labels differ",
+            report,
+            engine.metadata.precision,
+        )
+    return report

@@ -1,0 +1,338 @@
+"""Which version of the model is live: load, verify, warm up, swap, drain the old one.
+
+The highest version of the folder serves, or the pinned one. A version goes live only after its metadata, its graph and
+its golden images have been checked on the engines that will serve it. A version that fails is refused with a reason
+and tried again when its files change; what was serving goes on serving.
+
+To roll back, pin a version, or delete the highest one: the next lower one goes live. A version whose folder is gone
+goes on serving from memory as long as nothing else passes.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from service.batching.batcher import DynamicBatcher
+from service.engine.metadata import MODEL_FILE
+from service.engine.onnx_engine import Engine, EngineError, Provider
+from service.engine.thread import Looking, beside
+from service.errors import NotReady
+from service.repository.folder import GOLDEN_FILE, Golden, ModelVersion, load_golden
+from service.repository.golden_check import GoldenMismatchError, check_golden
+from service.repository.observer import StoreObserver
+from service.repository.versions import (
+    EngineOptions,
+    LiveModel,
+    NoUsableVersionError,
+    Seen,
+    VersionStatus,
+    open_beside,
+    open_engines,
+    scan,
+)
+
+__all__ = ["EngineOptions", "LiveModel", "ModelStore", "NoUsableVersionError", "StoreObserver", "VersionStatus"]
+
+logger = logging.getLogger(__name__)
+
+# A disk far away that does not answer must not keep a version that is live from serving, nor the next look from coming.
+LOOK_SECONDS = 10.0
+
+OpenEngines = Callable[[Path, EngineOptions], Sequence[Engine]]
+
+
+class ModelStore:
+    """Keeps the right version of a model folder live. Belongs to one event loop; loading happens off it.
+
+    Args:
+        folder: holds one folder a version.
+        options: how versions are loaded.
+        pinned_version: serve this one and no other.
+        poll_seconds: time between two looks into the folder in `watch`.
+        observer: counts batches of all versions, and what becomes of versions.
+        open_engines: opens the engines of a version folder; the default opens `OnnxEngine`s.
+
+    Attributes:
+        live: what serves; None before `load`. To use it, take a `lease`.
+        failed: set when an engine hangs or a batcher ends: the process should be replaced.
+        failure: why; "" until then.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        options: EngineOptions,
+        *,
+        pinned_version: int | None = None,
+        poll_seconds: float = 5.0,
+        observer: StoreObserver | None = None,
+        open_engines: OpenEngines = open_engines,
+    ) -> None:
+        self._folder = folder
+        self._options = options
+        self._pinned = pinned_version
+        self._poll_seconds = poll_seconds
+        self._observer = observer
+        self._open_engines = open_engines
+        self._seen: dict[int, Seen] = {}
+        self._live_seen: Seen | None = None
+        self._reloading = asyncio.Lock()
+        self._scanning, self._describing, self._is_hanging = Looking(), Looking(), False
+        self._is_gone = False
+        self._retiring: dict[asyncio.Task[None], LiveModel] = {}
+        self.live: LiveModel | None = None
+        self.failed = asyncio.Event()
+        self.failure = ""
+
+    async def load(self) -> None:
+        """Make the best version live, for the first time.
+
+        Raises:
+            NoUsableVersionError: there is none, or all were refused; the message says why each was.
+        """
+        await self.reload()
+        if self.live is None:
+            raise NoUsableVersionError(self._why_none())
+
+    async def watch(self) -> None:
+        """Look for new versions for ever; run it as a task."""
+        trouble = ""
+        while True:
+            await asyncio.sleep(self._poll_seconds)
+            try:
+                await self.reload()
+            except OSError as error:  # the folder may be away for a moment; what serves goes on
+                if str(error) != trouble:  # once, and not every poll_seconds
+                    logger.error("%s: can't be looked into for new versions: %s", self._folder, error)
+                trouble = str(error)
+            except Exception:
+                logger.exception("%s: looking for new versions failed", self._folder)
+            else:
+                trouble = ""
+
+    async def reload(self) -> list[VersionStatus]:
+        """Look into the folder now, swap if a better version is there, and return `versions()`.
+
+        Raises:
+            OSError: the folder can't be looked into, or does not answer.
+        """
+        async with self._reloading:
+            await self._look()
+            await self._take_best()
+            self._tell_if_gone()
+            if self.live is not None:
+                await self._describe_all(self.live.provider)
+        return self.versions()
+
+    def lease(self) -> LiveModel:
+        """Hold the live model while one request is served: `with store.lease() as live:`.
+
+        It is retired only after the last lease has ended, so that its batcher still serves who holds it.
+
+        Raises:
+            NotReady: nothing is live yet.
+        """
+        if self.live is None:
+            raise NotReady
+        return self.live
+
+    def versions(self) -> list[VersionStatus]:
+        """List the versions in the folder, and the live one wherever its folder went; ascending."""
+        statuses = {number: seen.status() for number, seen in self._seen.items()}
+        if self.live is not None:
+            statuses[self.live.version] = VersionStatus(self.live.version, "live", "", self.live.metadata)
+        return [statuses[number] for number in sorted(statuses)]
+
+    @property
+    def refused_versions(self) -> int:
+        """How many versions would serve in place of the live one, had they not been refused."""
+        lowest = 0 if self.live is None else self.live.version
+        return sum(
+            bool(seen.reason) and not seen.serving and number >= lowest and self._pinned in (None, number)
+            for number, seen in self._seen.items()
+        )
+
+    def cut_off(self) -> None:
+        """Answer all that waits in any model, and all that runs, with Draining, now."""
+        for model in self._serving():
+            model.batcher.cut_off()
+
+    async def close(self) -> None:
+        """Serve what is queued in all models, and free them.
+
+        After a failure nothing is freed, for the process is about to end: on a device that has gone, onnxruntime would
+        abort it (its destructors throw), with another status.
+        """
+        self._scanning.close()
+        self._describing.close()
+        async with self._reloading:
+            models = self._serving()
+            for task in self._retiring:
+                task.cancel()
+            for model in models:
+                await model.batcher.drain()
+                if not self.failure:
+                    await model.batcher.close()
+
+    def _serving(self) -> list[LiveModel]:
+        return [*self._retiring.values(), *([self.live] if self.live is not None else [])]
+
+    async def _look(self) -> None:
+        """Take note of what is in the folder; what has changed counts as new."""
+        found = await self._scanning.at_most(LOOK_SECONDS, partial(scan, self._folder))
+        known = self._seen
+        if self._live_seen is not None:  # whose folder may have been away for a moment
+            known = {self._live_seen.version.number: self._live_seen, **known}
+        self._seen = {
+            version.number: known[version.number]
+            if version.number in known and known[version.number].is_like(fingerprint)
+            else Seen(version, fingerprint)
+            for version, fingerprint in found
+        }
+
+    def _tell_if_gone(self) -> None:
+        """Say once that what serves is in memory alone: else nobody would know before the next start fails."""
+        is_gone = self.live is not None and self.live.version not in self._seen
+        if self.live is not None and is_gone and not self._is_gone:
+            logger.warning(
+                "version %d: its folder is gone from %s; it goes on from memory, and the next start will not find it",
+                self.live.version,
+                self._folder,
+            )
+        self._is_gone = is_gone
+
+    async def _take_best(self) -> None:
+        """Go down from the best candidate to the first that is live already or passes.
+
+        What is live goes on from memory where its own files have changed and do not pass.
+        """
+        for number in sorted(self._seen, reverse=True):
+            seen = self._seen[number]
+            if seen.serving:
+                return
+            if (self._pinned is None or number == self._pinned) and not seen.reason and await self._try(seen):
+                return
+            if self.live is not None and number == self.live.version:
+                return
+
+    async def _try(self, seen: Seen) -> bool:
+        """Make a version live, or note why it is refused."""
+        number = seen.version.number
+        try:
+            model = await self._open(seen.version)
+        except Exception as error:  # whatever is wrong with a folder, it must not end what serves
+            seen.reason = str(error) or repr(error)
+            logger.error("version %d: refused: %s", number, seen.reason)
+            if self._observer is not None:
+                self._observer.model_refused(number, seen.reason)
+            return False
+        for other in self._seen.values():
+            other.serving = other is seen
+        self._live_seen = seen
+        seen.metadata = model.metadata
+        self._swap(model)
+        return True
+
+    async def _open(self, version: ModelVersion) -> LiveModel:
+        """Open the file that is best here; float32 where a variant fails, whose kernels differ between processors."""
+        try:
+            return await self._open_file(version, self._options)
+        except GoldenMismatchError as error:
+            if self._options.precision != "auto" or error.precision == "float32":
+                raise
+            logger.warning("version %d: float32 instead of %s, since %s", version.number, error.precision, error)
+            return await self._open_file(version, replace(self._options, precision="float32"))
+
+    async def _open_file(self, version: ModelVersion, options: EngineOptions) -> LiveModel:
+        """Load, warm up and verify a version, within the time that it may take."""
+        try:
+            async with asyncio.timeout(options.load_timeout_s) as limit:
+                golden = await beside(partial(load_golden, version.path / GOLDEN_FILE))
+                engines = await open_beside(partial(self._open_engines, version.path, options))
+                return await self._checked(version, engines, golden)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise EngineError(
+                f"{version.path}: it was not loaded, warm and checked within {options.load_timeout_s:g} s"
+            ) from error
+
+    async def _checked(self, version: ModelVersion, engines: Sequence[Engine], golden: Golden) -> LiveModel:
+        """Warm up and verify opened engines, each in the thread that will serve."""
+        batcher = DynamicBatcher(
+            engines,
+            max_queue_delay_ms=self._options.max_queue_delay_ms,
+            run_timeout_ms=self._options.run_timeout_ms,
+            observer=self._observer,
+            on_failure=partial(self._batcher_failed, version.number),
+        )
+        try:
+            try:
+                await batcher.on_each_engine(lambda engine: engine.warm_up())
+                reports = await batcher.on_each_engine(lambda engine: check_golden(engine, golden))
+            except Exception as error:
+                if isinstance(error, GoldenMismatchError):
+                    self._golden_checked(error.report.max_abs_difference)
+                await batcher.close()  # waits for engines that still run
+                raise
+        except asyncio.CancelledError:
+            batcher.abandon()  # a run that hangs must not hold up who stops waiting for it
+            raise
+        self._golden_checked(max(report.max_abs_difference for report in reports))
+        batcher.start()
+        return LiveModel(version.number, engines, batcher)
+
+    def _swap(self, model: LiveModel) -> None:
+        """Let new requests go to `model`; what the old one has accepted it still serves."""
+        old, self.live = self.live, model
+        logger.info("version %d: live on %s, %s", model.version, model.provider, model.metadata.precision)
+        if self._observer is not None:
+            self._observer.model_live(model.version, model.metadata, model.provider)
+        if old is not None:
+            task = asyncio.create_task(old.retire(), name=f"retire-{old.version}")
+            self._retiring[task] = old
+            task.add_done_callback(lambda task: self._retiring.pop(task, None))
+
+    async def _describe_all(self, provider: Provider) -> None:
+        """Read what versions that nobody has tried say of themselves; one that hangs is gone without."""
+        try:
+            await self._describing.at_most(LOOK_SECONDS, partial(self._describe, provider))
+        except TimeoutError as error:
+            if not self._is_hanging:  # once, and not every poll_seconds
+                logger.error("%s: the metadata of a version can't be read: %s", self._folder, error.strerror)
+            self._is_hanging = True
+        else:
+            self._is_hanging = False
+
+    def _describe(self, provider: Provider) -> None:
+        for seen in self._seen.values():
+            seen.describe(self._options, provider)
+
+    def _golden_checked(self, max_abs_difference: float) -> None:
+        if self._observer is not None:
+            self._observer.golden_checked(max_abs_difference)
+
+    def _batcher_failed(self, version: int, reason: str) -> None:
+        self.failure = f"version {version}: {reason}"
+        self.failed.set()
+
+    def _why_none(self) -> str:
+        if self._pinned is not None and self._pinned not in self._seen:
+            there = ", ".join(map(str, self._seen)) or "none"
+            return f"{self._folder}: version {self._pinned} is pinned and not there; there are: {there}"
+        if (self._folder / MODEL_FILE).is_file():
+            return (
+                f"{self._folder}: this is one version; name the folder that holds it, {self._folder.absolute().parent}"
+            )
+        if not self._folder.is_dir():
+            return f"{self._folder}: there is no such folder; name one that holds versions of a model"
+        if not self._seen:
+            models = sorted(file.parents[1] for file in self._folder.glob(f"*/*/{MODEL_FILE}"))
+            if models:
+                return f"{self._folder}: holds model folders, and is none itself; name one of them, as {models[0]}"
+            return f"{self._folder}: there is no model version; it must hold folders named 1, 2, ... with a model.onnx"
+        reasons = "; ".join(f"version {number}: {seen.reason}" for number, seen in self._seen.items() if seen.reason)
+        return f"{self._folder}: no version can serve: {reasons}"

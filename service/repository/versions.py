@@ -1,0 +1,270 @@
+"""What the model store knows of a version: what lies in its folder, what became of it, and the live one itself."""
+
+import asyncio
+import errno
+import logging
+import re
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from service.batching.batcher import DynamicBatcher
+from service.engine.cpus import usable_cores
+from service.engine.metadata import MODEL_FILES, ArtifactError, ModelMetadata
+from service.engine.onnx_engine import (
+    Engine,
+    EngineError,
+    OnnxEngine,
+    PrecisionChoice,
+    Provider,
+    ProviderChoice,
+    choose_file,
+    read_metadata,
+    resolve_provider,
+)
+from service.engine.thread import beside
+from service.repository.folder import GOLDEN_FILE, ModelVersion, list_versions
+
+logger = logging.getLogger(__name__)
+
+MOST_CPU_ENGINES: Final = 4
+SERVED_FILES = frozenset({*MODEL_FILES.values(), GOLDEN_FILE})
+# What stays as it is until somebody changes the version's folder.
+OF_THE_FOLDER: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP})
+# Name, size, and times of change of content and of status (ns) of each of these; see `Seen.is_like`.
+Fingerprint = tuple[tuple[str, int, int, int], ...]
+
+# A folder or more and a name; what ends it also separates words in the messages of libraries.
+ABSOLUTE_PATH = re.compile(r"(?<![\w./])(?:/[^\s/:,;'\"()]+)+/([^\s/:,;'\"()]+)")
+
+
+class NoUsableVersionError(Exception):
+    """No version can serve. The message says where was looked, and why each version was refused."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How each version is loaded: the arguments of `OnnxEngine` and `DynamicBatcher`, and how long that may take.
+
+    Attributes:
+        device_ids: GPUs, one engine each; no meaning on the CPU.
+        cpu_engines, intra_op_threads: engines on the CPU, and threads of each; see `engines_of_cpu`.
+        workers: processes that share the cores, this one included.
+        precision: which of the version's files; "auto" takes what is best on the provider.
+    """
+
+    provider: ProviderChoice = "auto"
+    device_ids: Sequence[int] = (0,)
+    cpu_engines: int = 0
+    workers: int = 1
+    max_batch_size: int = 32
+    intra_op_threads: int = 0
+    precision: PrecisionChoice = "auto"
+    buckets: Sequence[int] | None = None
+    gpu_memory_limit_bytes: int | None = None
+    cuda_graphs: bool = True
+    tune_batch_size: bool = False
+    max_queue_delay_ms: float = 0
+    run_timeout_ms: float = 30_000
+    load_timeout_s: float = 600
+
+
+@dataclass(frozen=True)
+class VersionStatus:
+    """One line of `GET /models`.
+
+    Attributes:
+        state: an "available" version is lower than the live one, or not the pinned one.
+        reason: why it was refused, in words for any client, see `without_folders`; "" otherwise.
+        metadata: None where it can't be read.
+    """
+
+    number: int
+    state: Literal["live", "available", "refused"]
+    reason: str
+    metadata: ModelMetadata | None
+
+
+class LiveModel:
+    """A version that serves. A request holds one from decode to answer: `with store.lease() as live:`.
+
+    Attributes:
+        version: number of its folder.
+        metadata: of the file that runs.
+        provider: where it runs.
+        batcher: its own, so that input size, labels, version and answers belong together.
+    """
+
+    def __init__(self, version: int, engines: Sequence[Engine], batcher: DynamicBatcher) -> None:
+        self.version = version
+        self.metadata: ModelMetadata = engines[0].metadata
+        self.provider: Provider = engines[0].provider
+        self.batcher = batcher
+        self._leases = 0
+        self._unused = asyncio.Event()
+        self._unused.set()
+
+    def __enter__(self) -> "LiveModel":
+        self._leases += 1
+        self._unused.clear()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._leases -= 1
+        if not self._leases:
+            self._unused.set()
+
+    async def retire(self) -> None:
+        """Wait until no request holds it, serve what is queued, and free its engines."""
+        await self._unused.wait()
+        await self.batcher.drain()
+        await self.batcher.close()
+        logger.info("version %d: retired", self.version)
+
+
+@dataclass
+class Seen:
+    """A version folder as it was when last looked at, and what became of it.
+
+    `reason` says why it was refused with every path in full: it is for the log. `trouble` says why it could not be
+    looked into the last time, which refuses it in `GET /models` alone: it is tried when its turn comes.
+    """
+
+    version: ModelVersion
+    fingerprint: Fingerprint
+    serving: bool = False
+    reason: str = ""
+    trouble: str = ""
+    metadata: ModelMetadata | None = None
+
+    def is_like(self, fingerprint: Fingerprint) -> bool:
+        """Tell whether the folder is as it was when last looked at.
+
+        The status of a file (rights, owner, links) counts where the version was refused, since it may be why.
+        """
+        if self.reason:
+            return fingerprint == self.fingerprint
+        return [file[:3] for file in fingerprint] == [file[:3] for file in self.fingerprint]
+
+    def status(self) -> VersionStatus:
+        """Say it in the words of `GET /models`."""
+        state: Literal["live", "available", "refused"]
+        why = self.reason or self.trouble
+        state = "live" if self.serving else "refused" if why else "available"
+        reason = without_folders(why, self.version.path.parent)
+        return VersionStatus(self.version.number, state, reason, self.metadata)
+
+    def describe(self, options: EngineOptions, provider: Provider) -> None:
+        """Read the metadata of a version that nobody has tried to load, or note why that fails."""
+        if self.metadata is None and not self.reason:
+            before, self.trouble = self.trouble, ""
+            try:
+                self.metadata = read_metadata(choose_file(self.version.path, provider, options.precision))
+            except (ArtifactError, EngineError) as error:
+                self.reason = str(error)
+            except OSError as error:  # it may not be looked into, or a disk far away is gone for a moment
+                self.trouble = str(error)
+            if (self.reason or self.trouble) not in ("", before):
+                logger.error("version %d: can't be looked into: %s", self.version.number, self.reason or self.trouble)
+
+
+def without_folders(reason: str, model_folder: Path) -> str:
+    """Leave out where things lie on this machine: `GET /models` may be open to all.
+
+    A file of the model folder keeps its path within it, any other file (a library's, a source's) its name alone.
+    """
+    for folder in (model_folder.resolve(), model_folder.absolute(), model_folder):
+        reason = re.sub(rf"(?<![\w./-]){re.escape(str(folder))}/", "", reason)
+    return ABSOLUTE_PATH.sub(r"\1", reason)
+
+
+def scan(folder: Path) -> list[tuple[ModelVersion, Fingerprint]]:
+    """List the versions in `folder`, ascending, with what tells one state of their files from another."""
+    return [(version, _fingerprint(version.path)) for version in list_versions(folder)]
+
+
+def _fingerprint(folder: Path) -> Fingerprint:
+    files = []
+    # It is being removed, and what is still there will do; or it may not be read, or is a link to itself, and is
+    # refused. Other trouble passes, and must not look like a change.
+    try:
+        for file in folder.iterdir():
+            if file.name in SERVED_FILES:
+                status = file.stat()
+                files.append((file.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    except OSError as error:
+        if error.errno not in OF_THE_FOLDER:
+            raise
+    return tuple(sorted(files))
+
+
+def open_engines(folder: Path, options: EngineOptions) -> list[Engine]:
+    """Open a version on every GPU of `options`, or as often as they say on the CPU.
+
+    Raises:
+        EngineError, ArtifactError: as `OnnxEngine`.
+    """
+    provider = resolve_provider(options.provider, options.device_ids[0])
+    path = choose_file(folder, provider, options.precision)
+    on_gpus = [{"device_id": device_id} for device_id in options.device_ids]
+    engines: list[Engine] = []
+    with ExitStack() as opened:
+        for arguments in on_gpus if provider != "cpu" else engines_of_cpu(options):
+            engine = _open_engine(path, options, provider, arguments)
+            opened.callback(engine.close)
+            engines.append(engine)
+        opened.pop_all()
+    return engines
+
+
+def engines_of_cpu(options: EngineOptions) -> list[dict[str, Any]]:
+    """Return the arguments of each `OnnxEngine` on the CPU, beside those that all have.
+
+    The threads of one run meet behind every product, and wait there for each other; runs of one thread each meet
+    nowhere. So the cores are shared between engines that run at once, and one more engine has all of them, for a
+    image that comes while nothing else runs: it has its answer sooner.
+
+    Without `cpu_engines` there are as many as cores, at most `MOST_CPU_ENGINES`, since each takes memory; one where
+    `intra_op_threads` are named.
+    """
+    cores, threads = max(1, usable_cores() // options.workers), options.intra_op_threads
+    count = options.cpu_engines or (1 if threads else min(cores, MOST_CPU_ENGINES))
+    if count == 1:
+        return [{} if threads or options.workers == 1 else {"intra_op_threads": cores}]
+    engines: list[dict[str, Any]] = [{"intra_op_threads": threads or max(1, cores // count)}] * count
+    if threads or cores == 1:
+        return engines
+    return [*engines, {"max_batch_size": 1, "tune_batch_size": False, "runs_alone": True}]
+
+
+async def open_beside(open_them: Callable[[], Sequence[Engine]]) -> Sequence[Engine]:
+    """Open engines beside the event loop, and close there what comes too late."""
+    is_late = threading.Event()
+
+    def job() -> Sequence[Engine]:
+        engines = open_them()
+        if is_late.is_set():
+            for engine in engines:
+                engine.close()
+        return engines
+
+    try:
+        return await beside(job)
+    except asyncio.CancelledError:
+        is_late.set()
+        raise
+
+
+def _open_engine(path: Path, options: EngineOptions, provider: Provider, arguments: dict[str, Any]) -> Engine:
+    every: dict[str, Any] = {
+        "max_batch_size": options.max_batch_size,
+        "intra_op_threads": options.intra_op_threads,
+        "buckets": options.buckets,
+        "gpu_memory_limit_bytes": options.gpu_memory_limit_bytes,
+        "cuda_graphs": options.cuda_graphs,
+        "tune_batch_size": options.tune_batch_size,
+    }
+    return OnnxEngine(path, provider=provider, **(every | arguments))

@@ -1,0 +1,202 @@
+"""uvicorn, run from here: supervision of the service, and a drain that tells the load balancer first.
+
+uvicorn alone stops listening at SIGTERM: a probe sees a refused connection and not `draining`. Here probes are told
+first, for as long as the settings say; then new requests are told 503 and accepted ones finish; then uvicorn stops, and
+only then the lifespan ends.
+"""
+
+import asyncio
+import gc
+import logging
+import math
+import signal
+import socket
+import time
+from collections.abc import Iterable
+from functools import partial
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.config import STARTUP_FAILURE
+
+from service.api.quick import Quick
+from service.lifecycle import Service
+from service.server.connections import BoundedConfig, ConnectionClock, Listener
+from service.server.protocol import BoundedProtocol
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+YOUNG_OBJECTS = 20_000
+
+
+class Server(uvicorn.Server):
+    """Serves until it is told to stop or the service has failed.
+
+    Attributes:
+        management_sockets: that already listen, for the management port; none where the main port has all.
+        failed: whether it ended because the service can't go on.
+        was_ready: whether the service was ready before.
+    """
+
+    def __init__(self, config: BoundedConfig) -> None:
+        super().__init__(config)
+        self.service: Service = config.service
+        self.management_sockets: list[socket.socket] = []
+        self.failed = self.was_ready = self._was_interrupted = False
+        self._drain_from = self._drain_until = math.inf
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Leave: tell the probes, and then drain; at a second signal, stop at once.
+
+        SIGTERM behind Ctrl-C is none: a supervisor passes on what the terminal has sent to every worker.
+        """
+        if self.service.leaving:
+            if sig != signal.SIGTERM or not self._was_interrupted:
+                self.force_exit = self.should_exit = True
+            return
+        self._was_interrupted = sig == signal.SIGINT
+        if delay := leave(self.service):
+            self._drain_from = time.monotonic() + delay
+        else:
+            self._drain_after_leaving()
+
+    def _drain_after_leaving(self) -> None:
+        log_drain(self.service.in_flight)
+        self.drain(self.service.settings.drain_timeout_s)
+
+    def drain(self, seconds: float) -> None:
+        """Refuse what comes, and end when what was accepted has been answered, or after so many seconds."""
+        self.service.draining = True
+        self._drain_until = time.monotonic() + seconds
+
+    def _cut_off(self) -> None:
+        """Have what was not finished in time answered, while there still are connections to do it on."""
+        self.service.cut_off()
+        for task in self.server_state.tasks:
+            task.cancel()  # which becomes Draining in `service.api.middleware.Observe`
+
+    def report_failure(self) -> None:
+        """Log why the service can't go on."""
+        logger.critical("%s", self.service.failure)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so.
+
+        As uvicorn does, which knows no limits for TLS but the loop's: a minute for the handshake, and half a minute for
+        what is not sent yet when a connection is closed.
+
+        Raises:
+            OSError: another service listens there.
+            SystemExit: the lifespan could not begin.
+        """
+        assert sockets is not None
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            raise SystemExit(STARTUP_FAILURE)
+        clients, management = Listener(is_management=False), Listener(is_management=True)
+        self.servers = [await self._listen(one, clients) for one in sockets]
+        self.servers += [await self._listen(one, management) for one in self.management_sockets]
+        self.started = True
+        settings = self.service.settings
+        if settings.workers == 1:  # else the supervisor has said it
+            log_addresses(sockets, settings)
+        log_addresses(self.management_sockets, settings, "management on")
+
+    async def _listen(self, sock: socket.socket, listener: Listener) -> asyncio.Server:
+        tls, settings = self.config.ssl, self.service.settings
+        return await asyncio.get_running_loop().create_server(
+            partial(self._connection, listener),
+            sock=sock,
+            backlog=self.config.backlog,
+            ssl=tls,
+            ssl_handshake_timeout=None if tls is None else settings.header_timeout_s,
+            ssl_shutdown_timeout=None if tls is None else settings.write_timeout_s,
+        )
+
+    def _connection(self, listener: Listener) -> BoundedProtocol:
+        assert isinstance(self.config, BoundedConfig)
+        state = {**self.lifespan.state, "is_management": listener.is_management}
+        protocol = BoundedProtocol(self.config, self.server_state, state)
+        protocol.listener = listener
+        return protocol
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look ten times a second whether it is time to end."""
+        if await super().on_tick(counter):
+            if self.force_exit:
+                self.service.cut_off()
+            return True
+        if self.service.failure:
+            self.report_failure()
+            self.failed = True
+            self.config.timeout_graceful_shutdown = 1
+            return True
+        if not self.was_ready and self.service.status == "ready":
+            self.was_ready = True
+            settle()
+        if not self.service.draining:
+            if time.monotonic() >= self._drain_from:
+                self._drain_after_leaving()
+            return False
+        left = self._drain_until - time.monotonic()
+        if left <= 0:
+            self._cut_off()
+        self.config.timeout_graceful_shutdown = max(1, math.ceil(left))
+        return self.service.in_flight == 0 or left <= 0
+
+
+def leave(service: Service) -> float:
+    """Have probes told that the process leaves; return the seconds until the drain, 0 where nobody is served yet."""
+    delay = service.settings.drain_delay_s if service.status == "ready" else 0.0
+    service.leaving = True
+    if delay:
+        logger.info("leaving: probes are told, and requests are still accepted for %g s", delay)
+    return delay
+
+
+def log_drain(in_flight: int) -> None:
+    """Log that nothing new is accepted from now on."""
+    logger.info("draining: %d requests are being answered", in_flight)
+
+
+def settle() -> None:
+    """Tell the collector that what was loaded stays."""
+    gc.collect()
+    gc.freeze()
+    # It looks at requests alone, and seldom, since those free themselves.
+    gc.set_threshold(YOUNG_OBJECTS)
+
+
+def log_addresses(sockets: Iterable[socket.socket], settings: Settings, what: str = "listening on") -> None:
+    """Log where sockets listen."""
+    scheme = "http" if settings.tls_cert is None else "https"
+    for one in sockets:
+        host, port = one.getsockname()[:2]
+        logger.info("%s %s://%s:%d", what, scheme, f"[{host}]" if ":" in host else host, port)
+
+
+def configuration(app: ASGIApp, service: Service, quick: Quick | None) -> BoundedConfig:
+    """Return uvicorn's configuration."""
+    settings = service.settings
+    config = BoundedConfig(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=BoundedProtocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=settings.keep_alive_s,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
+        ssl_keyfile_password="none",  # noqa: S106 - for a key that has one: OpenSSL would ask for it on the terminal
+    )
+    config.service = service
+    config.quick = quick
+    config.clock = ConnectionClock()
+    return config

@@ -1,0 +1,182 @@
+"""Alarms and dashboard on a cluster: the same as with Compose, and about the pods that the ServiceMonitor reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.deploy.files import ROOT, VALUES, Yaml
+from tests.deploy.promtool import expect, needs_promtool, promtool
+from tests.deploy.tools import NAME, NAMESPACE, Helm
+
+DOCKER = ROOT / "docker"
+UNIT_TESTS = DOCKER / "prometheus" / "tests" / "alerts.yml"
+RULES = sorted((DOCKER / "prometheus" / "rules").glob("*.yml"))
+REFERENCE = (ROOT / "docs" / "reference.md").read_text()
+
+
+def groups(helm: Helm, **values: object) -> list[Yaml]:
+    rule = helm.objects({"prometheusRule": {"enabled": True} | values}).one("PrometheusRule")
+    found: list[Yaml] = rule["spec"]["groups"]
+    return found
+
+
+def rules(groups: list[Yaml]) -> list[Yaml]:
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def test_alarms_are_those_of_docker(helm: Helm):
+    shipped = [group for path in RULES for group in yaml.safe_load(path.read_text())["groups"]]
+    assert groups(helm, disabled=[]) == shipped
+
+
+def test_alarms_that_are_not_about_these_pods_are_left_out(helm: Helm):
+    names = {rule.get("alert") for rule in rules(groups(helm))}
+    everything = {rule.get("alert") for rule in rules(groups(helm, disabled=[]))}
+    assert everything - names == set(VALUES["prometheusRule"]["disabled"])
+    assert "perceiver-monitoring" not in [group["name"] for group in groups(helm)]  # nothing of it is left
+
+
+@needs_promtool
+@pytest.mark.parametrize("values", [{}, {"disabled": []}, {"objectives": {"p99Seconds": 1, "errorRatio": 0.001}}])
+def test_promtool_has_nothing_to_say(helm: Helm, values: Yaml, tmp_path: Path):
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": groups(helm, **values)}))
+    promtool("check", "rules", "--lint=all", "--lint-fatal", tmp_path / "rules.yml")
+
+
+@needs_promtool
+def test_alarms_go_off_and_stay_silent_as_they_do_with_compose(helm: Helm, tmp_path: Path):
+    """The unit tests of docker/prometheus, on what the chart makes of its rules."""
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": groups(helm, disabled=[])}))
+    tests: Yaml = yaml.safe_load(UNIT_TESTS.read_text())
+    (tmp_path / "tests.yml").write_text(yaml.safe_dump(tests | {"rule_files": ["rules.yml"]}))
+    promtool("test", "rules", tmp_path / "tests.yml")
+
+
+@needs_promtool
+def test_objectives_are_those_of_the_values(helm: Helm, tmp_path: Path):
+    given = {"p99Seconds": 1.5, "errorRatio": 0.001, "rejectionRatio": 0.2}
+    queries = {rule["record"]: rule["expr"] for rule in rules(groups(helm, objectives=given)) if "record" in rule}
+    for name, value in (("p99:seconds", 1.5), ("errors:ratio", 0.001), ("rejections:ratio", 0.2)):
+        expect(tmp_path, queries[f"perceiver:objective_{name}"], {}, {"0s": value})
+
+
+def test_objectives_by_default_are_those_of_docker(helm: Helm):
+    objectives = VALUES["prometheusRule"]["objectives"]
+    queries = {
+        rule.get("record"): rule["expr"] for path in RULES for rule in rules(yaml.safe_load(path.read_text())["groups"])
+    }
+    assert queries["perceiver:objective_p99:seconds"] == f"vector({objectives['p99Seconds']})"
+    assert queries["perceiver:objective_errors:ratio"] == f"vector({objectives['errorRatio']})"
+    assert queries["perceiver:objective_rejections:ratio"] == f"vector({objectives['rejectionRatio']})"
+
+
+def test_runbooks_lead_to_where_the_repository_is(helm: Helm):
+    prefix = "https://git.example.org/perceiver/blob/main/"
+    for rule in rules(groups(helm, runbookUrlPrefix=prefix)):
+        if "alert" in rule:
+            assert rule["annotations"]["runbook_url"] == f"{prefix}docs/operations.md#{rule['alert'].lower()}"
+
+
+def test_the_monitor_gives_the_pods_the_job_that_the_alarms_ask_for(helm: Helm):
+    monitor = helm.objects({"serviceMonitor": {"enabled": True}, "nameOverride": "other"}).one("ServiceMonitor")
+    (endpoint,) = monitor["spec"]["endpoints"]
+    (job,) = [one["replacement"] for one in endpoint["relabelings"] if one["targetLabel"] == "job"]
+    asked = set(re.findall(r'job="(\w+)"', "".join(path.read_text() for path in RULES))) - {"dcgm"}
+    assert asked == {job}
+
+
+def test_the_monitor_finds_the_service(helm: Helm):
+    objects = helm.objects({"serviceMonitor": {"enabled": True, "labels": {"release": "kps"}}})
+    monitor, service = objects.one("ServiceMonitor"), objects.one("Service")
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert monitor["metadata"]["labels"]["release"] == "kps"
+
+
+def test_the_dashboard_is_that_of_docker_with_the_label_of_grafanas_sidecar(helm: Helm):
+    config = helm.objects({"dashboard": {"enabled": True}}).one("ConfigMap")
+    assert config["metadata"]["labels"]["grafana_dashboard"] == "1"
+    shipped = (DOCKER / "grafana" / "dashboards" / "perceiver.json").read_text()
+    assert json.loads(config["data"]["perceiver.json"]) == json.loads(shipped)
+
+
+QUEUE: Yaml = {"by": "queue", "queue": {"serverAddress": "http://prometheus.monitoring:9090"}}
+
+
+def trigger(helm: Helm, **queue: object) -> Yaml:
+    values = QUEUE | {"queue": QUEUE["queue"] | queue}
+    (found,) = helm.objects({"autoscaling": values}).one("ScaledObject")["spec"]["triggers"]
+    assert isinstance(found, dict)
+    return found
+
+
+def pod(name: str, service: str = NAME, namespace: str = NAMESPACE) -> str:
+    """The labels that the Prometheus operator gives the metrics of a pod."""
+    return f'{{namespace="{namespace}", service="{service}", pod="{name}", instance="{name}", job="perceiver"}}'
+
+
+def test_the_queues_metrics_are_those_that_the_service_has(helm: Helm):
+    metrics = set(re.findall(r"perceiver_\w+", trigger(helm)["metadata"]["query"]))
+    assert len(metrics) == 2
+    for metric in metrics:
+        assert f"| `{metric}` | gauge |" in REFERENCE
+
+
+@needs_promtool
+def test_pods_wanted_are_the_shares_of_all_queues_by_the_threshold(helm: Helm, tmp_path: Path):
+    """KEDA divides what the query gives by the threshold, and rounds up: AverageValue."""
+    found = trigger(helm, threshold=0.125)
+    assert (found["metricType"], found["metadata"]["threshold"]) == ("AverageValue", "0.125")
+    assert found["metadata"]["ignoreNullValues"] == "false"
+    series = {
+        # 64 of 512 is the threshold itself, one pod: b goes from empty to full after 5 minutes.
+        f"perceiver_admitted_pictures{pod('a')}": "64x60",
+        f"perceiver_max_queue_size{pod('a')}": "512x60",
+        f"perceiver_admitted_pictures{pod('b')}": "0x29 512x30",
+        f"perceiver_max_queue_size{pod('b')}": "512x60",
+        # Of other releases, which must not count.
+        f"perceiver_admitted_pictures{pod('c', service='dogs-perceiver')}": "512x60",
+        f"perceiver_max_queue_size{pod('c', service='dogs-perceiver')}": "512x60",
+        f"perceiver_admitted_pictures{pod('d', namespace='other')}": "512x60",
+        f"perceiver_max_queue_size{pod('d', namespace='other')}": "512x60",
+    }
+    expect(tmp_path, found["metadata"]["query"], series, {"4m": 0.125, "8m": 1.125})
+
+
+@needs_promtool
+def test_a_burst_counts_by_its_share_of_the_window(helm: Helm, tmp_path: Path):
+    series = {
+        f"perceiver_admitted_pictures{pod('a')}": "0x20 512x2 0x20",
+        f"perceiver_max_queue_size{pod('a')}": "512x60",
+    }
+    # Of the readings within 45 s, so many were full.
+    query = trigger(helm, window="45s")["metadata"]["query"]
+    expect(tmp_path, query, series, {"3m20s": 0, "3m50s": 0.6, "5m": 0})
+
+
+@needs_promtool
+def test_pods_that_prometheus_has_lost_give_nothing_and_not_zero(helm: Helm, tmp_path: Path):
+    """So that ignoreNullValues can tell the two apart, and KEDA leaves the pods as they are."""
+    series = {
+        f"perceiver_admitted_pictures{pod('a')}": "512x12 stale",
+        f"perceiver_max_queue_size{pod('a')}": "512x12 stale",
+    }
+    expect(tmp_path, trigger(helm)["metadata"]["query"], series, {"2m": 1, "3m": None})
+
+
+def test_a_query_of_ones_own_is_taken_as_it_is(helm: Helm):
+    query = 'sum(my:queue_share{cluster="a"})'
+    assert trigger(helm, query=query)["metadata"]["query"] == query
+
+
+def test_an_autoscaler_scales_the_deployment(helm: Helm):
+    deployment = {"apiVersion": "apps/v1", "kind": "Deployment", "name": NAME}
+    assert helm.objects().one("Deployment")["metadata"]["name"] == NAME
+    assert helm.objects({"autoscaling": QUEUE}).one("ScaledObject")["spec"]["scaleTargetRef"] == deployment
+    hpa = helm.objects({"autoscaling": {"by": "cpu"}}).one("HorizontalPodAutoscaler")["spec"]
+    assert hpa["scaleTargetRef"] == deployment
+    assert (hpa["minReplicas"], hpa["maxReplicas"]) == (1, 4)

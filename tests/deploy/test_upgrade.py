@@ -1,0 +1,156 @@
+"""An upgrade as Kubernetes does it, in small: clients that keep their connections get an answer to each request."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+
+from tests.end_to_end.process import SECONDS, Process, on_model, started
+from tests.end_to_end.test_service_process import IMAGE
+from tests.fakes import make_model_folder
+from tests.service.harness import png, request_head
+
+CLIENTS = 4
+DRAINING_S = 0.5
+NOTICED_S = 0.5  # until the last node has taken the pod out of its endpoints
+PRE_STOP_S, DRAIN_DELAY_S = 1.0, 2.0
+
+
+class ServiceProxy:
+    """What kube-proxy makes of a Service: a new connection goes to one of the endpoints, and stays there.
+
+    Attributes:
+        endpoints: URLs of the pods that new connections go to.
+    """
+
+    def __init__(self) -> None:
+        self.endpoints: list[str] = []
+        self._number = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    @contextmanager
+    def running(self) -> Iterator[str]:
+        """Yield its URL."""
+        self._thread.start()
+        starting = asyncio.run_coroutine_threadsafe(asyncio.start_server(self._connected, "127.0.0.1", 0), self._loop)
+        server = starting.result(SECONDS)
+        try:
+            yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        finally:
+            asyncio.run_coroutine_threadsafe(self._close(server), self._loop).result(SECONDS)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    async def _close(self, server: asyncio.Server) -> None:
+        server.close()
+        await asyncio.gather(
+            *asyncio.all_tasks() - {asyncio.current_task()}
+        )  # the clients have closed their connections
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._number += 1
+        address = urlsplit(self.endpoints[self._number % len(self.endpoints)])
+        pod_reader, pod_writer = await asyncio.open_connection(address.hostname, address.port)
+        try:
+            await asyncio.gather(self._pass_on(reader, pod_writer), self._pass_on(pod_reader, writer))
+        finally:
+            for one in (writer, pod_writer):
+                one.close()
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+            writer.close()
+
+
+def post_all_the_time(url: str, stop: threading.Event, seen: Counter[str]) -> None:
+    """What a client does that has one connection, and a new one where the service ends that."""
+    with httpx.Client(base_url=url, timeout=SECONDS) as client:
+        while not stop.is_set():
+            try:
+                response = client.post("/predict", content=png(1), headers=IMAGE)
+                seen[f"{response.status_code}"] += 1
+            except httpx.TransportError as error:
+                seen[repr(error)] += 1
+            time.sleep(0.02)  # most of the time its connection is idle, as a real client's is
+
+
+@contextmanager
+def clients(url: str) -> Iterator[Counter[str]]:
+    """Count what clients see while the block runs, and until each has had its last answer."""
+    stop, seen = threading.Event(), Counter[str]()
+    threads = [threading.Thread(target=post_all_the_time, args=(url, stop, seen)) for _ in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def answered(process: Process) -> float:
+    """How many requests a pod has answered."""
+    text = httpx.get(f"{process.url()}/metrics").text
+    lines = [
+        line for line in text.splitlines() if line.startswith('perceiver_requests_total{code="200",route="/predict"')
+    ]
+    return sum(float(line.split()[-1]) for line in lines)
+
+
+def upgrade(tmp_path: Path, *, pre_stop_s: float, drain_delay_s: float) -> Counter[str]:
+    """Replace one pod by another while clients post; what they saw."""
+    make_model_folder(tmp_path / "m")
+    arguments = on_model(tmp_path / "m", "--drain-delay-s", str(drain_delay_s))
+    proxy = ServiceProxy()
+    with (
+        started(tmp_path, *arguments) as old,
+        started(tmp_path, *arguments) as new,
+        old.ready(),
+        new.ready(),
+        proxy.running() as url,
+        socket.create_connection((urlsplit(old.url()).hostname, urlsplit(old.url()).port)) as slow,
+    ):
+        proxy.endpoints = [old.url()]
+        with clients(url) as seen:
+            old.wait(lambda: seen["200"] > 20)
+            proxy.endpoints = [old.url(), new.url()]  # maxSurge 1: it is ready before the old one is stopped
+            # The old pod is deleted: the kubelet begins with preStop, and the nodes hear of it meanwhile.
+            noticed = threading.Timer(NOTICED_S, lambda: proxy.endpoints.remove(old.url()))
+            noticed.start()
+            time.sleep(pre_stop_s)
+            body = png(1)
+            slow.sendall(request_head(len(body)) + body[:30])
+            old.wait(lambda: "perceiver_admitted_bytes 30.0" in httpx.get(f"{old.url()}/metrics").text)
+            old.signal()
+            time.sleep(DRAINING_S)
+            slow.sendall(body[30:])  # what was accepted is answered, however slowly it comes
+            assert slow.recv(100).startswith(b"HTTP/1.1 200")
+            assert old.exit_status() == 0
+            noticed.join()
+            before = answered(new)
+            new.wait(lambda: answered(new) > before)
+    return seen
+
+
+def test_nobody_notices(tmp_path: Path):
+    assert set(upgrade(tmp_path, pre_stop_s=PRE_STOP_S, drain_delay_s=DRAIN_DELAY_S)) == {"200"}
+
+
+def test_a_pause_before_the_signal_is_not_enough(tmp_path: Path):
+    """Who keeps a connection to the old pod is told 503 on it: so the test above can fail, and the delay is needed."""
+    assert set(upgrade(tmp_path, pre_stop_s=PRE_STOP_S, drain_delay_s=0)) == {"200", "503"}

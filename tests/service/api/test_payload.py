@@ -1,0 +1,339 @@
+"""Bodies to image files, without a server."""
+
+import base64
+import json
+import tracemalloc
+from codecs import BOM_UTF8
+from collections.abc import Iterable
+
+import pytest
+
+from service.api.payload import Upload, parse_body, read_body
+from service.errors import (
+    BodyTooLarge,
+    ClientDisconnected,
+    InvalidBase64,
+    InvalidForm,
+    InvalidJson,
+    NoImage,
+    Overloaded,
+    TooManyImages,
+    UnsupportedMediaType,
+)
+
+BOUNDARY = "frontier"
+FORM = f"multipart/form-data; boundary={BOUNDARY}"
+DATA = b"\x89PNG\r\n\x1a\n\0\xff--frontie"  # holds line ends and nearly the boundary
+TEXT = base64.b64encode(DATA).decode()
+
+
+def form(*parts: tuple[str, bytes], end: str = f"--{BOUNDARY}--\r\n") -> bytes:
+    """A multipart body from (headers, content) pairs."""
+    chunks = [f"--{BOUNDARY}\r\n{headers}\r\n\r\n".encode() + content + b"\r\n" for headers, content in parts]
+    return b"".join(chunks) + end.encode()
+
+
+def file_part(name: str = "file", filename: str = "a.png") -> str:
+    return f'Content-Disposition: form-data; name="{name}"; filename="{filename}"\r\nContent-Type: image/png'
+
+
+def parse(content_type: str, body: bytes, max_images: int = 4) -> list[Upload]:
+    return parse_body(content_type, body, max_images=max_images)
+
+
+@pytest.mark.parametrize(
+    "content_type", ["image/png", "IMAGE/JPEG; q=1", "image/anything", "application/octet-stream", ""]
+)
+def test_a_raw_body_is_the_image(content_type: str) -> None:
+    assert parse(content_type, DATA) == [Upload(DATA)]
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "video/mp4", "nonsense"])
+def test_other_media_types_are_refused(content_type: str) -> None:
+    with pytest.raises(UnsupportedMediaType, match="multipart/form-data"):
+        parse(content_type, DATA)
+
+
+@pytest.mark.parametrize("content_type", ["image/png", "application/octet-stream", ""])
+def test_an_empty_raw_body_is_no_image(content_type: str) -> None:
+    with pytest.raises(NoImage):
+        parse(content_type, b"")
+
+
+# Forms
+
+
+def test_a_form_gives_its_files_in_order_under_any_field_name() -> None:
+    body = form((file_part("file", "a.png"), DATA), (file_part("other", "b.png"), b"second"))
+    assert parse(FORM, body) == [Upload(DATA, "a.png"), Upload(b"second", "b.png")]
+
+
+def test_a_part_without_a_filename_is_a_image_if_it_says_so() -> None:
+    body = form(('Content-Disposition: form-data; name="file"\r\nContent-Type: image/png', DATA))
+    assert parse(FORM, body) == [Upload(DATA, None)]
+
+
+def test_a_part_without_a_filename_is_a_image_if_it_begins_like_one() -> None:
+    assert parse(FORM, form(('Content-Disposition: form-data; name="file"', DATA))) == [Upload(DATA, None)]
+
+
+def test_file_names_are_utf8_and_quoted() -> None:
+    body = form((file_part("file", 'ä \\"b\\".png'), DATA))
+    assert parse(FORM, body)[0].filename == 'ä "b".png'
+
+
+@pytest.mark.parametrize(
+    ("parameters", "filename"),
+    [
+        ("filename*=UTF-8''na%C3%AFve%20one.png", "naïve one.png"),
+        ("filename*=utf-8'fr'na%C3%AFve.png; size=3", "naïve.png"),
+        ("filename*=\"UTF-8''a%22b.png\"", 'a"b.png'),
+        ("filename*=ISO-8859-1''%A3.png", "£.png"),
+        ("filename*=UTF-8''%ff.png", "\ufffd.png"),
+        ("filename*=UTF-8''other.png; filename=\"plain.png\"", "plain.png"),
+        ("filename*=other''a.png", None),
+        ("filename*=a.png", None),
+    ],
+)
+def test_a_file_name_that_is_spelt_in_the_extended_way_alone(parameters: str, filename: str | None) -> None:
+    body = form((f'Content-Disposition: form-data; name="file"; {parameters}', DATA))
+    assert parse(FORM, body) == [Upload(DATA, filename)]
+
+
+def test_a_part_that_is_a_file_by_its_extended_name_may_be_no_image() -> None:
+    body = form(("Content-Disposition: form-data; name=file; filename*=UTF-8''a.txt", b"text"))
+    assert parse(FORM, body) == [Upload(b"text", "a.txt")]
+
+
+def test_the_boundary_may_be_quoted_and_the_header_in_any_case() -> None:
+    assert parse('Multipart/Form-Data; charset=x; boundary="frontier"', form((file_part(), DATA))) == [
+        Upload(DATA, "a.png")
+    ]
+
+
+def test_an_empty_file_input_is_skipped() -> None:
+    empty = (file_part("file", ""), b"")
+    assert parse(FORM, form(empty, (file_part(), DATA))) == [Upload(DATA, "a.png")]
+    with pytest.raises(NoImage, match="curl -F"):
+        parse(FORM, form(empty))
+
+
+def test_a_file_without_content_is_no_image() -> None:
+    with pytest.raises(NoImage, match="0 bytes"):
+        parse(FORM, form((file_part(), b"")))
+
+
+def test_of_several_images_the_empty_one_is_named() -> None:
+    with pytest.raises(NoImage, match=r"Image 2 of 3 \('b.png'\): The image is empty"):
+        parse(FORM, form((file_part(), DATA), (file_part(filename="b.png"), b""), (file_part(), DATA)))
+    with pytest.raises(NoImage, match="Image 2 of 2: The image is empty"):
+        parse("application/json", json.dumps({"images": [TEXT, ""]}).encode())
+
+
+def test_a_text_field_is_an_error_that_names_it() -> None:
+    with pytest.raises(InvalidForm, match="'top_k' is not a file"):
+        parse(FORM, form((file_part(), DATA), ('Content-Disposition: form-data; name="top_k"', b"3")))
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body"),
+    [
+        ("multipart/form-data", form((file_part(), DATA))),
+        ("multipart/form-data; boundary=", form((file_part(), DATA))),
+        (f"multipart/form-data; boundary={'x' * 300}", form((file_part(), DATA))),
+        (FORM, b"no boundary here"),
+        (FORM, form((file_part(), DATA), end="")),
+        (FORM, form((file_part(), DATA))[:-8]),
+        (FORM, form((f"X: {'y' * 20_000}", DATA))),
+        (FORM, b""),
+    ],
+    ids=["none", "empty", "long", "absent", "open", "cut", "huge header", "no body"],
+)
+def test_broken_forms_are_refused(content_type: str, body: bytes) -> None:
+    with pytest.raises(InvalidForm):
+        parse(content_type, body)
+
+
+def test_too_many_files_are_refused() -> None:
+    parts = [(file_part(), DATA)] * 5
+    assert len(parse(FORM, form(*parts[:4]))) == 4
+    with pytest.raises(TooManyImages, match="the 4 images"):
+        parse(FORM, form(*parts))
+
+
+# JSON
+
+
+def test_json_with_one_image() -> None:
+    assert parse("application/json", json.dumps({"image": TEXT}).encode()) == [Upload(DATA)]
+
+
+def test_json_with_several_images_and_a_charset() -> None:
+    body = json.dumps({"images": [TEXT, TEXT]}).encode()
+    assert parse("application/json; charset=utf-8", body) == [Upload(DATA), Upload(DATA)]
+
+
+def test_base64_as_data_url_or_with_line_breaks() -> None:
+    texts = [
+        f"data:image/png;base64,{TEXT}",
+        f"data:;base64,{TEXT}",
+        f"DATA:image/png;BASE64,{TEXT}",
+        "\n".join(TEXT[i : i + 8] for i in range(0, 40, 8)),
+    ]
+    assert parse("application/json", json.dumps({"images": texts}).encode()) == [Upload(DATA)] * len(texts)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "not base64!",
+        "HTTPS://example.org/a.png",
+        TEXT[:-1],
+        "====",
+        "data:image/png,abc",
+        f"data:image/png;base64{TEXT}",
+        "ä",
+        TEXT.replace("i", "_"),
+    ],
+)
+def test_bad_base64_is_refused_and_located(text: str) -> None:
+    with pytest.raises(InvalidBase64, match=r"images\[1\]"):
+        parse("application/json", json.dumps({"images": [TEXT, text]}).encode())
+
+
+@pytest.mark.parametrize("url", ["http://localhost/a.png", "https://example.org/a.png", "file:///etc/passwd"])
+def test_urls_are_not_fetched(url: str) -> None:
+    with pytest.raises(InvalidBase64, match="not fetched"):
+        parse("application/json", json.dumps({"image": url}).encode())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b'"text"',
+        b"null",
+        b"{}",
+        b'{"photo": "aaaa"}',
+        b'{"image": 1}',
+        b'{"image": ["aaaa"]}',
+        b'{"images": "aaaa"}',
+        b'{"images": ["aaaa", 1]}',
+        b'{"image": "aaaa", "images": ["aaaa"]}',
+        b'{"image": "aaaa", "top_k": 1}',
+        b'{"image": ' + b"9" * 5000 + b"}",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+    ],
+)
+def test_json_of_other_shapes_is_refused(body: bytes) -> None:
+    with pytest.raises(InvalidJson):
+        parse("application/json", body)
+
+
+@pytest.mark.parametrize(
+    ("begin", "filling", "end"),
+    [
+        (b'{"images": [', b"[],", b"[]]}"),
+        (b'{"images": [', b"{},", b"{}]}"),
+        (b'{"images": [', b"0,", b"0]}"),
+        (b'{"images": [', b'"",', b'""]}'),
+        (b'{"images": ["x"], "more": [', b"[],", b"[]]}"),
+        (b'{"image": 1.', b"1", b"}"),
+        (b'{"image": "!', b" ", b'"}'),
+        (b'{"image": "!', rb"\n", b'"}'),
+        (b'{"image": "!', rb"\u0020", b'"}'),
+        (b"", b" ", b"}"),
+    ],
+)
+def test_a_json_body_of_many_small_things_takes_no_more_memory_than_one_of_images(
+    begin: bytes, filling: bytes, end: bytes
+) -> None:
+    body = begin + filling * (2**22 // len(filling)) + end
+    tracemalloc.start()
+    try:
+        with pytest.raises((InvalidJson, InvalidBase64, TooManyImages)):
+            parse("application/json", body)
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(body)
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_wrong_with_json_is_told() -> None:
+    with pytest.raises(InvalidJson, match=r'form \{"image".*Expected `str`, got `int` - at `\$.images\[1\]`'):
+        parse("application/json", b'{"images": ["aaaa", 1]}')
+    with pytest.raises(InvalidJson, match=r"is not JSON: .*trailing"):
+        parse("application/json", b'{"image": "aaaa"}}')
+
+
+def test_json_may_begin_with_a_byte_order_mark_and_escape_its_slashes() -> None:
+    text = TEXT.replace("/", "\\/")
+    assert parse("application/json", BOM_UTF8 + b'{"image": "%b"}' % text.encode()) == [Upload(DATA)]
+
+
+@pytest.mark.parametrize("body", [b'{"images": []}', b'{"image": ""}', b'{"images": [""]}'])
+def test_json_without_a_image(body: bytes) -> None:
+    with pytest.raises(NoImage):
+        parse("application/json", body)
+
+
+def test_too_many_in_json_are_refused_before_any_is_decoded() -> None:
+    with pytest.raises(TooManyImages):
+        parse("application/json", json.dumps({"images": ["not base64!"] * 5}).encode())
+    with pytest.raises(TooManyImages):
+        parse("application/json", json.dumps({"images": [""] * 5000}).encode())
+
+
+@pytest.mark.parametrize("images", [1, 64, 10_000])  # the most that the settings allow
+def test_as_many_in_json_as_are_allowed_are_not_taken_for_too_many_strings(images: int) -> None:
+    body = json.dumps({"images": [TEXT] * images}).encode()
+    assert parse("application/json", body, max_images=images) == [Upload(DATA)] * images
+
+
+# Reading
+
+
+class Channel:
+    """An ASGI receive channel with prepared messages; counts how many were taken."""
+
+    def __init__(self, chunks: Iterable[bytes | None]) -> None:
+        self.chunks = list(chunks)
+        self.taken = 0
+
+    async def __call__(self) -> dict[str, object]:
+        chunk = self.chunks[self.taken]
+        self.taken += 1
+        if chunk is None:
+            return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": chunk, "more_body": self.taken < len(self.chunks)}
+
+
+async def test_a_body_is_put_together() -> None:
+    grown: list[int] = []
+    assert await read_body(Channel([b"ab", b"", b"cde"]), max_bytes=5, grew=grown.append) == b"abcde"
+    assert grown == [2, 0, 3]
+
+
+async def test_a_body_that_is_too_large_is_not_read_to_its_end() -> None:
+    channel = Channel([b"abc"] * 10)
+    with pytest.raises(BodyTooLarge, match="5 bytes"):
+        await read_body(channel, max_bytes=5, grew=lambda size: None)
+    assert channel.taken == 2
+
+
+async def test_no_room_ends_the_reading() -> None:
+    def full(size: int) -> None:
+        raise Overloaded
+
+    channel = Channel([b"abc"] * 10)
+    with pytest.raises(Overloaded):
+        await read_body(channel, max_bytes=500, grew=full)
+    assert channel.taken == 1
+
+
+async def test_a_client_that_leaves_is_noticed() -> None:
+    with pytest.raises(ClientDisconnected):
+        await read_body(Channel([b"abc", None]), max_bytes=500, grew=lambda size: None)

@@ -1,0 +1,191 @@
+"""`POST /predict` when admission is full, when time is up, and when clients leave."""
+
+import asyncio
+import base64
+import threading
+from pathlib import Path
+
+from tests.fakes import FakeEngine
+from tests.imaging.files import encode, pixels
+from tests.service.harness import Running, error_of, png, read_answer, request_head, running
+
+IMAGE = {"content-type": "image/png"}
+
+
+def answered(run: Running) -> list[int]:
+    """The numbers of all images that were run."""
+    return [number for batch in run.engine.batches for number in batch]
+
+
+async def test_a_full_house_is_503_with_retry_after(tmp_path: Path) -> None:
+    engine = FakeEngine(max_batch_size=1)
+    async with running(tmp_path, engine, max_queue_size=2, max_images=2) as run:
+        held = [await run.hold_first()]  # of two connections either may be read first
+        held.append(asyncio.create_task(run.predict(2)))
+        await run.until(lambda: run.service.admission.images == 2)
+        response = await run.predict(3)
+        assert (response.status_code, error_of(response.content)) == (503, "overloaded")
+        assert int(response.headers["retry-after"]) >= 1
+        engine.release(2)
+        assert [answer.status_code for answer in await asyncio.gather(*held)] == [200, 200]
+        assert answered(run) == [1, 2]
+
+
+async def test_images_of_one_body_are_counted_before_they_are_decoded(tmp_path: Path) -> None:
+    engine = FakeEngine(max_batch_size=1)
+    async with running(tmp_path, engine, max_queue_size=2, max_images=2) as run:
+        engine.hold()
+        held = asyncio.create_task(run.predict(1))
+        await run.until(lambda: run.service.admission.images == 1)
+        junk = base64.b64encode(b"junk").decode()  # would be 400 if it were decoded first
+        response = await run.client.post("/predict", json={"images": [junk, junk]})
+        assert error_of(response.content) == "overloaded"
+        engine.release()
+        assert (await held).status_code == 200
+
+
+async def test_bytes_in_the_house_are_bounded(tmp_path: Path) -> None:
+    async with running(tmp_path, max_queue_bytes=10_000, max_body_bytes=10_000) as run:
+        _, writer = await run.connect()
+        writer.write(request_head(8_001) + bytes(8_000))
+        await run.until(lambda: run.service.admission.bytes == 8_000)
+        response = await run.client.post("/predict", content=bytes(3_000), headers=IMAGE)
+        assert error_of(response.content) == "overloaded"
+        reader, other = await run.connect()
+        other.write(request_head(None, "Transfer-Encoding: chunked") + b"bb8\r\n" + bytes(3000))
+        assert error_of((await read_answer(reader))[2]) == "overloaded"
+        writer.close()
+        await run.until(lambda: run.service.admission.bytes == 0)
+        assert (await run.predict()).status_code == 200
+
+
+async def test_a_body_that_finds_no_room_is_refused_before_it_is_sent(tmp_path: Path) -> None:
+    async with running(tmp_path, max_queue_bytes=10_000, max_body_bytes=10_000) as run:
+        _, writer = await run.connect()
+        writer.write(request_head(8_001) + bytes(8_000))
+        await run.until(lambda: run.service.admission.bytes == 8_000)
+        for announced, sent, expected in ((2_001, 0, "overloaded"), (2_000, 2_000, "not_an_image")):
+            reader, other = await run.connect()
+            other.write(request_head(announced) + bytes(sent))
+            _, _, body = await read_answer(reader)
+            assert error_of(body) == expected
+
+
+async def test_slow_senders_do_not_keep_others_out(tmp_path: Path) -> None:
+    async with running(tmp_path, max_queue_size=1, max_images=1) as run:
+        reader, writer = await run.connect()
+        body = png(1)
+        writer.write(request_head(len(body)) + body[:20])
+        await run.until(lambda: run.in_flight == 1)
+        assert (await run.predict(2)).status_code == 200
+        writer.write(body[20:])
+        assert (await read_answer(reader))[0] == 200
+
+
+async def test_bodies_that_are_announced_and_do_not_come_keep_nobody_out(tmp_path: Path) -> None:
+    async with running(tmp_path, max_queue_bytes=10_000, max_body_bytes=10_000) as run:
+        for _ in range(8):
+            _, writer = await run.connect()
+            writer.write(request_head(9_000) + b"a")
+        await run.until(lambda: run.service.admission.bytes == 8)
+        assert (await run.predict()).status_code == 200
+
+
+# Deadlines
+
+
+async def test_a_image_whose_deadline_passes_in_the_queue_is_not_run(tmp_path: Path) -> None:
+    engine = FakeEngine(max_batch_size=1)
+    async with running(tmp_path, engine) as run:
+        first = await run.hold_first()
+        response = await run.client.post("/predict", content=png(2), headers=IMAGE | {"x-request-timeout-ms": "30"})
+        assert (response.status_code, error_of(response.content)) == (504, "deadline_exceeded")
+        assert not first.done()
+        engine.release()
+        assert (await first).status_code == 200
+        assert answered(run) == [1]
+        assert await run.metric("perceiver_deadline_misses_total") == 1
+
+
+async def test_the_setting_bounds_what_a_client_asks_for(tmp_path: Path) -> None:
+    engine = FakeEngine(max_batch_size=1)
+    async with running(tmp_path, engine, request_timeout_ms=500) as run:
+        first = await run.hold_first()
+        headers = IMAGE | {"x-request-timeout-ms": "9999999999"}
+        assert (await run.client.post("/predict", content=png(2), headers=headers)).status_code == 504
+        engine.release()
+        assert (await first).status_code == 200
+
+
+async def test_a_deadline_that_passes_while_no_decoding_thread_is_free(tmp_path: Path) -> None:
+    body = encode(pixels(40, 40), "BMP")
+    async with running(tmp_path, decode_threads=1, inline_decode_bytes=0) as run:
+        await run.service.decoder._free.acquire()
+        headers = IMAGE | {"x-request-timeout-ms": "50"}
+        response = await run.client.post("/predict", content=body, headers=headers)
+        assert error_of(response.content) == "deadline_exceeded"
+        run.service.decoder._free.release()
+        assert answered(run) == []
+        assert (await run.predict()).status_code == 200
+
+
+async def test_decoding_takes_no_more_threads_than_it_may(tmp_path: Path) -> None:
+    body = encode(pixels(600, 600), "PNG")
+    async with running(tmp_path, decode_threads=2, inline_decode_bytes=0) as run:
+        posts = (run.client.post("/predict", content=body, headers=IMAGE) for _ in range(24))
+        answers = await asyncio.gather(*posts)
+        assert {answer.status_code for answer in answers} == {200}
+        names = {thread.name for thread in threading.enumerate() if thread.name.startswith("decode_")}
+        assert names == {"decode_0", "decode_1"}
+
+
+# Clients that leave
+
+
+async def test_a_client_that_leaves_takes_its_queued_image_along(tmp_path: Path) -> None:
+    engine = FakeEngine(max_batch_size=1)
+    async with running(tmp_path, engine) as run:
+        first = await run.hold_first()
+        _, writer = await run.connect()
+        writer.write(request_head(len(png(2))) + png(2))
+        await run.until(lambda: run.service.queue_length == 1)
+        writer.close()
+        await run.until(lambda: run.in_flight == 1)
+        engine.release(2)
+        assert (await first).status_code == 200
+        assert (await run.predict(3)).status_code == 200
+        assert answered(run) == [1, 3]
+        assert await run.metric("perceiver_cancellations_total") == 1
+        assert await run.metric('perceiver_requests_total{code="499",route="/predict"}') == 1
+
+
+async def test_a_client_that_leaves_while_its_image_runs_harms_nobody(tmp_path: Path) -> None:
+    engine = FakeEngine(max_batch_size=2)
+    async with running(tmp_path, engine) as run:
+        engine.hold()
+        _, writer = await run.connect()
+        writer.write(request_head(len(png(1))) + png(1))
+        await run.until(lambda: engine.batches == [[1]])
+        writer.close()
+        await run.until(lambda: run.in_flight == 0)
+        engine.release(2)
+        assert (await run.predict(2)).status_code == 200
+
+
+async def test_a_client_that_leaves_while_it_sends(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        _, writer = await run.connect()
+        writer.write(request_head(1000) + b"abc")
+        await run.until(lambda: run.in_flight == 1)
+        writer.close()
+        await run.until(lambda: run.in_flight == 0)
+        assert run.service.admission.bytes == 0
+        assert answered(run) == []
+
+
+async def test_what_a_client_sends_after_its_request_waits_for_the_answer(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        request = request_head(len(png(1))) + png(1)
+        writer.write(request * 3)
+        assert [(await read_answer(reader))[0] for _ in range(3)] == [200] * 3

@@ -1,0 +1,104 @@
+"""Everything at once: a storm, and streams that must not starve each other."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Awaitable
+
+import pytest
+
+from service.batching.batcher import Prediction
+from tests.fakes import FakeEngine, image
+from tests.service.batchers import Notes, Start, holding, submitted
+
+
+async def test_observers_hear_of_every_image_once(start: Start) -> None:
+    notes = Notes()
+    engine, batcher, first = await holding(start, observer=notes)
+    tasks = await submitted(batcher, *range(1, 6))
+    engine.let_go()
+    await asyncio.gather(first, *tasks)
+    assert notes.batches == [1, 4, 1]
+    assert len(notes.waits) == 6
+    assert not notes.drops
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_in_a_storm_everything_ends_exactly_once_and_with_its_own_answer(start: Start, seed: int) -> None:
+    """Singles and large requests, cancelled at any time, late, on engines that fail now and then."""
+    chance = random.Random(seed)
+    notes = Notes()
+    engines = [FakeEngine(max_batch_size=size, delay=0.0005) for size in (1, 3, 8)]
+    for engine in engines:
+        engine.fail = lambda batch: RuntimeError("unlucky") if chance.random() < 0.05 else None
+    batcher = start(*engines, observer=notes, max_failures=1000)
+    loop = asyncio.get_running_loop()
+    ends: Counter[str] = Counter()
+    sent = 0
+
+    async def client() -> None:
+        nonlocal sent
+        for _ in range(20):
+            await asyncio.sleep(chance.random() * 0.004)
+            wanted = [chance.randrange(65536) for _ in range(chance.choice([1, 1, 1, 2, 20]))]
+            sent += len(wanted)
+            deadline = chance.choice([None, loop.time() + chance.random() * 0.02])
+            request = asyncio.create_task(batcher.submit_many([image(n) for n in wanted], deadline=deadline))
+            if chance.random() < 0.2:
+                loop.call_later(chance.random() * 0.01, request.cancel)
+            (outcome,) = await asyncio.gather(request, return_exceptions=True)
+            ends[type(outcome).__name__] += 1
+            if not isinstance(outcome, BaseException):
+                assert [int(prediction.logits[0]) for prediction in outcome] == wanted
+
+    await asyncio.gather(*(client() for _ in range(25)))
+    await batcher.drain()
+    assert ends.total() == 500
+    assert set(ends) == {"list", "CancelledError", "DeadlineExceeded", "InferenceFailed"}
+    ran = sum(notes.batches) + sum(notes.failed_batches)
+    assert (
+        ran
+        == sum(len(batch) for engine in engines for batch in engine.batches)
+        == len(notes.waits) + sum(notes.failed_batches)
+    )
+    assert ran + notes.drops.total() <= sent  # the rest belongs to requests that had failed already
+    assert batcher.queue_length == 0
+    assert not batcher.failed.is_set()
+
+
+async def test_nobody_starves_under_a_stream_of_large_requests(start: Start) -> None:
+    engine = FakeEngine(max_batch_size=8)
+    batcher = start(engine)
+    stop = False
+
+    async def flood() -> None:
+        while not stop:
+            await batcher.submit_many([image(1)] * 64)
+
+    floods = [asyncio.create_task(flood()) for _ in range(3)]
+    for _ in range(50):
+        before = len(engine.batches)
+        await batcher.submit(image(2))
+        # At most the batch that runs, half a batch for each of the three, and its own.
+        assert len(engine.batches) - before <= 4
+    stop = True
+    await asyncio.gather(*floods)
+
+
+async def test_large_requests_do_not_starve_under_a_stream_of_small_ones(start: Start) -> None:
+    engine = FakeEngine(max_batch_size=8)
+    batcher = start(engine)
+    stop = False
+
+    async def flood() -> None:
+        while not stop:
+            await batcher.submit(image(1))
+
+    floods = [asyncio.create_task(flood()) for _ in range(32)]
+    large: Awaitable[list[Prediction]] = batcher.submit_many([image(2)] * 64)
+    before = len(engine.batches)
+    await large
+    # 32 small ones and half a batch of the large one in each turn: 16 turns of five batches.
+    assert len(engine.batches) - before <= 16 * 5 + 2
+    stop = True
+    await asyncio.gather(*floods)

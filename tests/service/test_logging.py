@@ -1,0 +1,81 @@
+"""Log records as lines and as JSON."""
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+from service.logging import configure
+from service.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging() -> Iterator[None]:
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.captureWarnings(False)
+    for name in ("PIL", "python_multipart", "uvicorn"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(Settings(log_format="json"))
+    logging.getLogger("service.x").info("said %s", "this", extra={"request_id": "abc", "milliseconds": 1.5})
+    try:
+        raise ValueError("why")
+    except ValueError:
+        logging.getLogger("service.x").exception("failed")
+    first, second = map(json.loads, capsys.readouterr().err.splitlines())
+    assert first.pop("time").endswith("Z")
+    assert first == {
+        "level": "info",
+        "logger": "service.x",
+        "message": "said this",
+        "request_id": "abc",
+        "milliseconds": 1.5,
+    }
+    assert "ValueError: why" in second["exception"]
+
+
+def test_plain(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(Settings())
+    logging.getLogger("service.x").warning("said this", extra={"request_id": "abc"})
+    line = capsys.readouterr().err
+    assert line.endswith("WARNING  said this request_id=abc\n")
+
+
+def test_the_level_is_obeyed_and_libraries_stay_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(Settings(log_level="debug"))
+    for name in ("PIL.TiffImagePlugin", "python_multipart.multipart", "uvicorn.error"):
+        logging.getLogger(name).debug("pieces of a body")
+    logging.getLogger("uvicorn.error").warning("Invalid HTTP request received.")
+    logging.getLogger("service.x").debug("mine")
+    assert capsys.readouterr().err.count("\n") == 1
+    configure(Settings(log_level="error"))
+    logging.getLogger("service.x").warning("no")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_a_client_has_sent_wrong_does_not_fill_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        configure(Settings(log_level="debug"))
+        logging.getLogger("PIL.TiffImagePlugin").error("More samples per pixel than can be decoded: 9")
+        logging.getLogger("python_multipart.multipart").warning("Found invalid character 9 in header at 9")
+        warnings.warn_explicit("Corrupt EXIF data", UserWarning, "TiffImagePlugin.py", 9, "PIL.TiffImagePlugin")
+        assert capsys.readouterr().err == ""
+        warnings.warn_explicit("of our own", UserWarning, "decoding.py", 9, "service.decoding.decoder", registry={})
+        assert "of our own" in capsys.readouterr().err
+
+
+def test_nothing_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(Settings())
+    logging.getLogger("service.x").error("x")
+    sys.stdout.flush()
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,142 @@
+"""Augmentation as batched tensor code on the device that holds the pictures.
+
+Everything random is drawn first (`draw`, `draw_mix`), from torch's global CPU generator, and applied after: the draws
+of a batch can then be cut into the shares of several processes, and a seeded step always sees the same pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from training.config import TrainConfig
+from training.data.trivial_augment import OPERATIONS
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of B pictures.
+
+    Attributes:
+        flip: bool [B].
+        shift: int64 [B, 2], rows and columns, pixels.
+        zoom: float32 [B, 2], height and width; above 1 shows more than the picture, below 1 less.
+        operation: int64 [B], of `training.data.trivial_augment.OPERATIONS`.
+        strength: float32 [B], -1..1, of the operation.
+    """
+
+    flip: Tensor
+    shift: Tensor
+    zoom: Tensor
+    operation: Tensor
+    strength: Tensor
+
+    def share(self, part: slice, device: torch.device) -> Draws:
+        """The draws of some of the pictures, on ``device``."""
+        return Draws(*(getattr(self, f.name)[part].to(device, non_blocking=True) for f in fields(self)))
+
+
+def draw(config: TrainConfig, count: int) -> Draws:
+    """Draw for ``count`` pictures what ``config`` asks for."""
+    flip = torch.rand(count) < (0.5 if config.flip else 0.0)
+    shift = torch.randint(-config.crop_padding, config.crop_padding + 1, (count, 2))
+    zoom = 1 + (torch.rand(count, 2) * 2 - 1) * config.zoom
+    operation, strength = torch.zeros(count, dtype=torch.int64), torch.zeros(count)
+    # Drawn only where it is used: runs without it keep their sequence.
+    if config.trivial_augment:
+        operation = torch.randint(len(OPERATIONS), (count,))
+        strength = (torch.rand(count) * 2 - 1) * config.trivial_augment
+    return Draws(flip, shift, zoom, operation, strength)
+
+
+def flip_and_shift(images: Tensor, draws: Draws) -> Tensor:
+    """Mirror and move pictures in one gather; what moves in is the picture reflected at its edge.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        draws: of the same B; shifts are smaller than H and W.
+
+    Returns:
+        uint8 [B, H, W, 3]: row i shows row ``i + shift`` of the picture, columns likewise, mirrored after the move.
+    """
+    height, width = images.shape[1:3]
+    rows = reflect(torch.arange(height, device=images.device) + draws.shift[:, :1], height)
+    columns = reflect(torch.arange(width, device=images.device) + draws.shift[:, 1:], width)
+    columns = torch.where(draws.flip[:, None], columns.flip(1), columns)
+    batch = torch.arange(len(images), device=images.device)
+    return images[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def reflect(index: Tensor, size: int) -> Tensor:
+    """Fold indices at most ``size - 1`` outside 0..size-1 back in, without repeating the edge."""
+    index = index.abs()
+    return torch.where(index >= size, 2 * (size - 1) - index, index)
+
+
+def zoom(pixels: Tensor, draws: Draws) -> Tensor:
+    """Zoom height and width independently about the centre, bilinear, edges reflected (Keras' ``RandomZoom``).
+
+    Args:
+        pixels: float [B, 3, H, W].
+        draws: of the same B.
+    """
+    theta = pixels.new_zeros(len(pixels), 2, 3)
+    theta[:, 0, 0] = draws.zoom[:, 1]
+    theta[:, 1, 1] = draws.zoom[:, 0]
+    # A matrix product, which autocast would round to eight bits: up to a fifth of a pixel of 64.
+    with torch.autocast(pixels.device.type, enabled=False):
+        grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def draw_mix(config: TrainConfig, size: int) -> Tensor | None:
+    """Draw mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) for one batch, or nothing.
+
+    Args:
+        config: alphas of the two and how often a batch is mixed; where both are on, each gets half of these batches.
+        size: height and width of the pixels that will be mixed.
+
+    Returns:
+        float32 [size, size], the neighbour's share in each pixel: one number for mixup, a box of ones for CutMix. A
+        tensor and no number, since `torch.compile` would compile anew for every number.
+    """
+    methods = [(alpha, cut) for alpha, cut in ((config.mixup, False), (config.cutmix, True)) if alpha > 0]
+    if not methods or torch.rand(()).item() >= config.mix_probability:
+        return None
+    alpha, cut = methods[int(torch.randint(len(methods), ()).item())]
+    own_share = torch.distributions.Beta(alpha, alpha).sample().item()
+    if not cut:
+        return torch.full((size, size), 1 - own_share)
+    side = (1 - own_share) ** 0.5
+    top, left = (torch.rand(2) * (1 - side)).tolist()
+    weight = torch.zeros(size, size)
+    weight[round(top * size) : round((top + side) * size), round(left * size) : round((left + side) * size)] = 1
+    return weight
+
+
+def mix(pixels: Tensor, weight: Tensor) -> Tensor:
+    """Mix each picture with the one before it in the batch (of this process, where there are several).
+
+    Args:
+        pixels: float [B, 3, H, W].
+        weight: float [H, W], the neighbour's share, of which the mean is its share in the target.
+    """
+    return pixels.lerp(pixels.roll(1, 0), weight.to(pixels.dtype))
+
+
+def mixed_cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None, smoothing: float) -> Tensor:
+    """Mean cross-entropy of pictures mixed by ``weight``, the targets mixed in the same shares.
+
+    Args:
+        logits: float [B, K].
+        labels: int64 [B].
+        weight: what `mix` took; None where nothing was mixed.
+        smoothing: label smoothing.
+    """
+    own = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    if weight is None:
+        return own
+    return own.lerp(F.cross_entropy(logits, labels.roll(1, 0), label_smoothing=smoothing), weight.mean())

@@ -1,0 +1,91 @@
+"""What every source of pictures becomes: uint8 tensors, labels, and their names.
+
+Shape letters: N pictures, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+CIFAR100 = "cifar100"
+
+
+class DataError(Exception):
+    """The data cannot be used: one sentence with the path, what is wrong and what would be right."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Pictures with their labels.
+
+    images: uint8 [N, H, W, 3], RGB, 0..255.
+    labels: int64 [N], indices into ``DataSet.labels``.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> Split:
+        """Return the same split on ``device``."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def batches(self, size: int) -> Iterator[Split]:
+        """The split in parts of at most ``size`` pictures, in order."""
+        for images, labels in zip(self.images.split(size), self.labels.split(size), strict=True):
+            yield Split(images, labels)
+
+    def digest(self) -> str:
+        """SHA-256 of all pictures and labels, in their order."""
+        sha256 = hashlib.sha256(self.images.contiguous().numpy().data)
+        sha256.update(self.labels.contiguous().numpy().data)
+        return sha256.hexdigest()
+
+    def digests(self) -> list[bytes]:
+        """A digest of each picture, whatever its label."""
+        pictures = self.images.contiguous().numpy()
+        return [hashlib.blake2b(picture.data, digest_size=16).digest() for picture in pictures]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Training, validation and test pictures of one size over one list of labels.
+
+    name: short name, `CIFAR100` or that of the image folder.
+    labels: class names; the position is the class index.
+    test: None where the source has no test pictures.
+    superclasses: index of the superclass of each class, None where the source has none.
+    superclass_names: the superclasses' names, None where the source has none.
+    class_folders: folders of which each folder is a class, or would be; none where the source is no image folder.
+    own_val: whether the source itself tells the validation pictures from the training pictures.
+    passed_over: files there, and in the other splits, that were not taken for pictures.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    train: Split
+    val: Split
+    test: Split | None
+    superclasses: tuple[int, ...] | None = None
+    superclass_names: tuple[str, ...] | None = None
+    class_folders: tuple[Path, ...] = ()
+    own_val: bool = False
+    passed_over: tuple[Path, ...] = ()
+
+    def digest(self) -> str:
+        """SHA-256 of what a run learns and chooses from: training and validation pictures and labels."""
+        return hashlib.sha256((self.train.digest() + self.val.digest()).encode()).hexdigest()
+
+    def copies(self) -> dict[str, int]:
+        """How many pictures of "val" and of "test" are training pictures as well, pixel for pixel; none: left out."""
+        trained = set(self.train.digests())
+        others = {"val": self.val} | ({} if self.test is None else {"test": self.test})
+        found = {name: sum(digest in trained for digest in split.digests()) for name, split in others.items()}
+        return {name: count for name, count in found.items() if count}
