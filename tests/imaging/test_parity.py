@@ -20,7 +20,7 @@ GOOD, BAD = good_files(), bad_files()
 
 @pytest.fixture
 async def decoder() -> Decoder:
-    return Decoder(Settings(), threads=1)
+    return Decoder(Settings(decode_threads=1))
 
 
 @pytest.mark.parametrize("name", GOOD)

@@ -20,7 +20,7 @@ async def test_a_image_of_many_scans_leaves_the_event_loop() -> None:
     data = encode(ARRAY, "JPEG", progressive=True)
     scan = data[data.rindex(b"\xff\xda") : -2]
     many = data[:-2] + scan * 80 + data[-2:]
-    decoder = Decoder(Settings(), threads=1)
+    decoder = Decoder(Settings(decode_threads=1))
     assert decoder.decode_here([Upload(data)], METADATA) is not None
     assert decoder.decode_here([Upload(many)], METADATA) is None
     decoder.close()
@@ -28,7 +28,7 @@ async def test_a_image_of_many_scans_leaves_the_event_loop() -> None:
 
 @pytest.mark.parametrize("name", all_files(ARRAY))
 async def test_only_jpeg_and_png_are_decoded_on_the_event_loop(name: str) -> None:
-    decoder = Decoder(Settings(), threads=1)
+    decoder = Decoder(Settings(decode_threads=1))
     data = all_files(ARRAY)[name]
     decoded = decoder.decode_here([Upload(data)], METADATA)
     assert (decoded is not None) is name.startswith(("JPEG", "PNG"))
@@ -38,13 +38,13 @@ async def test_only_jpeg_and_png_are_decoded_on_the_event_loop(name: str) -> Non
 
 
 async def test_limits_hold() -> None:
-    decoder = Decoder(Settings(max_pixels=1000), threads=1)
+    decoder = Decoder(Settings(max_pixels=1000, decode_threads=1))
     uploads = [Upload(encode(ARRAY, "JPEG"))]
     assert decoder.decode_here(uploads, METADATA) is None
     with pytest.raises(TooManyPixels):
         await decoder.decode(uploads, METADATA, deadline=1e9)
     decoder.close()
-    decoder = Decoder(Settings(), threads=1)
+    decoder = Decoder(Settings(decode_threads=1))
     (decoded,) = decoder.decode_here(uploads, METADATA) or ()
     np.testing.assert_array_equal(decoded, decode_image(uploads[0].data, size=SIZE, max_pixels=10_000))
     decoder.close()
