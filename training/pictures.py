@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from imaging.decoder import decode_image
 from imaging.errors import ImageError
-from training.dataset import DataError
+from training.data.dataset import DataError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 MAX_PIXELS = 180_000_000  # of one file, which takes up to 16 bytes a pixel while it is decoded

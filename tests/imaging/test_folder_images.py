@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from training.dataset import DataError
 
 from imaging.resize import resize_images
 from training import pictures
+from training.data.dataset import DataError
 from training.pictures import read_picture, read_pictures
 
 PATTERN = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)

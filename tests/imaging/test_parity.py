@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training.dataset import DataError
 
 from service.api.payload import Upload
 from service.decoding.decoder import Decoder
@@ -13,6 +12,7 @@ from service.settings import Settings
 from tests.fakes import tiny_metadata
 from tests.imaging.hand_made import bad_files, good_files
 from training import pictures
+from training.data.dataset import DataError
 from training.pictures import read_picture
 
 GOOD, BAD = good_files(), bad_files()

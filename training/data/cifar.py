@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from imaging.resize import resize_images
-from training.dataset import CIFAR100, DataError, DataSet, Split
+from training.data.dataset import CIFAR100, DataError, DataSet, Split
 
 FOLDER = "cifar-100-python"
 MEMBERS = ("meta", "test", "train")
