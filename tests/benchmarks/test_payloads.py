@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from service.bodies import parse_body
+from service.api.payload import parse_body
 
 from benchmarks.common import BenchmarkError
 from benchmarks.payloads import Form, build_requests, generate_images, natural_image, read_images
