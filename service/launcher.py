@@ -60,7 +60,7 @@ def tls_problem(settings: Settings) -> str | None:
     """Return why the TLS files can't be used; None where they can, or where there are none."""
     service = Service(settings)
     try:
-        configuration(PerceiverApp(service), service, None).load()
+        configuration(PerceiverApp(service)).load()
     except OSError as error:  # ssl.SSLError is one
         files = f"{settings.tls_cert} and {settings.tls_key}"
         return f"the TLS files {files} can't be used: {error}; they must be PEM, with no pass phrase"
@@ -82,9 +82,7 @@ def make_server(settings: Settings) -> Server:
     """Return the server of one process, which does not listen yet."""
     # A second series for each counter and histogram, which nobody queries.
     disable_created_metrics()  # type: ignore[no-untyped-call]
-    service = Service(settings)
-    app = PerceiverApp(service)
-    return Server(configuration(app, service, app.entry.quick))
+    return Server(configuration(PerceiverApp(Service(settings))))
 
 
 def serve(server: Server, sockets: list[socket.socket]) -> int:

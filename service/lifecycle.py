@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 from service.batching.admission import Admission
 from service.decoding.decoder import Decoder
@@ -13,6 +13,14 @@ from service.repository.versions import open_engines
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+
+class InFlight(Protocol):
+    """A request that has no response yet."""
+
+    def fail(self, error: Exception) -> None:
+        """Respond with an error."""
+
 
 Status = Literal["ready", "loading", "draining", "failed"]
 STOP_SECONDS: Final = 3.0  # for what runs to end, after what was accepted has been answered or cut off
@@ -28,7 +36,7 @@ class Service:
     Attributes:
         leaving: set when the process was told to stop: probes say so, and a connection ends with its next response.
         draining: set after that, when nothing new is accepted any more; what was accepted finishes.
-        in_flight: requests to /predict that are being answered.
+        in_flight: requests for inference that have no response yet.
     """
 
     def __init__(self, settings: Settings, *, open_engines: OpenEngines = open_engines) -> None:
@@ -38,7 +46,7 @@ class Service:
         self.decoder = Decoder(settings)
         self.leaving = False
         self.draining = False
-        self.in_flight = 0
+        self.in_flight: set[InFlight] = set()
         self.store = ModelStore(
             settings.model_dir,
             engine_options(settings),
@@ -80,8 +88,10 @@ class Service:
             logger.warning("the model does not come to an end within %g s and is left as it is", STOP_SECONDS)
         self.decoder.close()
 
-    def cut_off(self) -> None:
-        """Answer everything that waits for a model with Draining."""
+    def abort(self) -> None:
+        """Respond with Draining to every request in flight; what is queued is not run."""
+        for request in list(self.in_flight):
+            request.fail(Draining())
         self.store.cut_off()
 
     @property

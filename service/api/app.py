@@ -10,10 +10,12 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from service.api.asgi import Entry
-from service.api.middleware import RequireKey, error_answer
+from service.api.asgi import Asgi
+from service.api.keys import RequireKey
 from service.api.paths import PREDICT
 from service.api.predict import PredictEndpoint
+from service.api.request_log import RequestLog
+from service.api.response import error_response
 from service.api.routes import create_router
 from service.api.schemas import SECURITY, SECURITY_SCHEMES, predict_operation, predict_schemas
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
@@ -26,14 +28,15 @@ ROUTER_ERRORS: dict[int, type[ServiceError]] = {404: NotFound, 405: MethodNotAll
 
 
 class PerceiverApp(FastAPI):
-    """FastAPI with the layers of this service around it, and with a short way to `/predict`.
+    """FastAPI for all routes but `/predict`, whose path its router knows for the methods that it does not take.
 
-    FastAPI's own layers and routing cost as much CPU a request as the decoding of a small image, and do nothing for
-    a plain ASGI endpoint. Its router still knows the path, for the methods that it does not take.
+    Attributes:
+        predict: answers POST /predict; the server gives it small requests without ASGI.
     """
 
     def __init__(self, service: Service) -> None:
-        self.predict = PredictEndpoint(service)
+        log = RequestLog(service)
+        self.predict = PredictEndpoint(service, log)
         super().__init__(
             title="Perceiver image classifier",
             description=DESCRIPTION,
@@ -51,13 +54,12 @@ class PerceiverApp(FastAPI):
         settings = service.settings
         keys, admin_keys = settings.client_keys(), settings.administrator_keys()  # files are read once
         self._asks_clients, self._asks_administrators = bool(keys), bool(admin_keys)
-        #: Every route, without the layers that a request passes where it arrives.
-        self.routes_alone = RequireKey(super().__call__, keys, admin_keys)
-        self.entry = Entry(service, self.predict, self.routes_alone)
+        routes = RequireKey(super().__call__, keys, admin_keys)
+        self._asgi = Asgi(settings, self.predict, routes, log)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection's request, or the lifespan."""
-        await self.entry(scope, receive, send)
+        await self._asgi(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
         """Return the OpenAPI document."""
@@ -100,8 +102,9 @@ async def answer_error(request: Request, exception: Exception) -> Response:
     else:
         error = ServiceError()
     request.app.state.service.metrics.rejected(error.code)
-    own, body = error_answer(error, request.state.request_id)
-    return Response(body, error.status, headers | {name.decode(): value.decode() for name, value in own})
+    response = error_response(error, request.state.request_id)
+    headers |= {name.decode(): value.decode() for name, value in response.headers}
+    return Response(response.body, response.status, headers)
 
 
 def package_version() -> str:

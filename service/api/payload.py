@@ -1,14 +1,11 @@
 """Request bodies to image files: multipart/form-data, JSON with base64, or the bare bytes of one file.
 
-Only here are bodies read, so only here do their limits stand: bytes are counted while they arrive, images while the
-body is parsed. A URL in a body is never fetched.
+Images are counted while the body is parsed. A URL in a body is never fetched.
 """
 
 import re
 from binascii import a2b_base64
 from codecs import BOM_UTF8
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
@@ -17,9 +14,9 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from imaging.formats import is_image
+from service.decoding.upload import Upload, which
 from service.errors import (
     BodyTooLarge,
-    ClientDisconnected,
     InvalidBase64,
     InvalidForm,
     InvalidJson,
@@ -28,51 +25,12 @@ from service.errors import (
     UnsupportedMediaType,
 )
 
-FAULT: Final = "perceiver.fault"  # in a message of type http.disconnect: the client is there, and this is wrong
 FORM: Final = "multipart/form-data"
 JSON: Final = "application/json"
 BLANKS: Final = b" \t\r\n\f\v"
 # RFC 5987
 EXTENDED_NAME: Final = re.compile(rb";\s*filename\*=\"?(utf-8|iso-8859-1)'[^';]{0,40}'([^\";]*)", re.IGNORECASE)
 SPARE_STRINGS: Final = 1000  # in JSON, beside the images; where there are more, no object is made of them
-
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-
-
-@dataclass(slots=True)  # not frozen: that costs a microsecond
-class Upload:
-    """One image file as it was sent, and the name its sender gave it."""
-
-    data: bytes
-    filename: str | None = None
-
-
-async def read_body(receive: Receive, *, max_bytes: int, grew: Callable[[int], None]) -> bytes:
-    """Read a whole request body; the time it may take is the connection's affair, see `service.server.timeouts`.
-
-    Args:
-        receive: the ASGI channel.
-        max_bytes: largest body that is admitted.
-        grew: told the size of each chunk as it comes; may raise to refuse more.
-
-    Raises:
-        BodyTooLarge: at the chunk that exceeds `max_bytes`.
-        ClientDisconnected: the client left before the end.
-        ServiceError: what is wrong with the body as far as HTTP is concerned: it is too slow, or broken.
-    """
-    chunks: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise message.get(FAULT) or ClientDisconnected()
-        chunk: bytes = message.get("body", b"")
-        size += len(chunk)
-        check_size(size, max_bytes)
-        grew(len(chunk))
-        chunks.append(chunk)
-        if not message.get("more_body", False):
-            return chunk if len(chunks) == 1 else b"".join(chunks)
 
 
 def check_size(size: int, max_bytes: int) -> None:
@@ -125,15 +83,6 @@ def parse_body(content_type: str, body: bytes, *, max_images: int) -> list[Uploa
         if not upload.data:
             raise NoImage(f"{which(uploads, index)}The image is empty: it has 0 bytes.")
     return uploads
-
-
-def which(uploads: Sequence[Upload], index: int) -> str:
-    """Return what stands before a sentence about one of several images; "" where there is but one."""
-    if len(uploads) == 1:
-        return ""
-    filename = uploads[index].filename
-    name = f" ({filename[:80]!r})" if filename else ""
-    return f"Image {index + 1} of {len(uploads)}{name}: "
 
 
 class JsonBody(msgspec.Struct, forbid_unknown_fields=True):

@@ -1,4 +1,4 @@
-"""Where bodies are parsed and images decoded: small ones on the event loop, large ones in a bounded pool of threads.
+"""Where images are decoded: small ones on the event loop, large ones in a bounded pool of threads.
 
 Handing a small image to a thread costs more CPU than decoding it; decoding a large one on the event loop would make
 every other request wait.
@@ -21,7 +21,7 @@ from imaging.errors import ImageError
 from imaging.fast_jpeg import decode_exact_jpeg
 from imaging.formats import is_cheap, read_header
 from imaging.structure.header import Header
-from service.api.payload import Upload, parse_body, which
+from service.decoding.upload import Upload, which
 from service.engine.cpus import usable_cpus
 from service.engine.metadata import ModelMetadata
 from service.engine.thread import report
@@ -50,7 +50,7 @@ Pixels = NDArray[np.uint8]
 
 
 class Decoder:
-    """Parses and decodes for all requests. Belongs to one event loop."""
+    """Decodes for all requests. Belongs to one event loop."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -60,18 +60,11 @@ class Decoder:
         # Waiting is done here and not in the executor's queue: what is cancelled while it waits frees its memory.
         self._free = asyncio.Semaphore(threads)
 
-    def parse_here(self, content_type: str, body: bytes) -> list[Upload] | None:
-        """Take the image files out of a body, see `bodies.parse_body`; None where it is too large for this thread."""
-        if len(body) <= self.settings.inline_decode_bytes or content_type.startswith("image/"):
-            return parse_body(content_type, body, max_images=self.settings.max_images)
-        return None
+    def is_small(self, body: bytes) -> bool:
+        """Whether a body is parsed on the event loop."""
+        return len(body) <= self.settings.inline_decode_bytes
 
-    async def parse(self, content_type: str, body: bytes, deadline: float) -> list[Upload]:
-        """Do the same in a thread. DeadlineExceeded where none is free in time."""
-        most = self.settings.max_images
-        return await self._in_thread(lambda _: parse_body(content_type, body, max_images=most), deadline)
-
-    def decode_here(self, uploads: Sequence[Upload], metadata: ModelMetadata) -> list[Pixels] | None:
+    def decode_inline(self, uploads: Sequence[Upload], metadata: ModelMetadata) -> list[Pixels] | None:
         """Decode every image of a request to uint8 [H, W, 3] at the model's input size.
 
         Returns:
@@ -95,10 +88,10 @@ class Decoder:
         """Do the same in a thread.
 
         Raises:
-            ServiceError: as `decode_here`.
+            ServiceError: as `decode_inline`.
             DeadlineExceeded: no thread was free before the deadline, on the clock of `loop.time()`.
         """
-        return await self._in_thread(partial(decode_all, uploads, metadata, self.settings), deadline)
+        return await self.in_thread(partial(decode_all, uploads, metadata, self.settings), deadline)
 
     def _is_small(self, uploads: Sequence[Upload]) -> bool:
         """Whether a request may be decoded on the event loop, as far as its files' bytes tell."""
@@ -121,7 +114,7 @@ class Decoder:
         """Let the threads end."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _in_thread(self, function: Callable[[Event], T], deadline: float) -> T:
+    async def in_thread(self, function: Callable[[Event], T], deadline: float) -> T:
         """Call a function with an event that says when nobody waits for it any more."""
         loop = asyncio.get_running_loop()
         abandoned = Event()

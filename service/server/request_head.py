@@ -49,7 +49,7 @@ def too_large() -> HeadersTooLarge:
     return HeadersTooLarge(f"The headers are larger than {MAX_HEADER_BYTES} bytes, or more than {MAX_HEADER_LINES}.")
 
 
-def request_scope(connection: HttpToolsProtocol) -> dict[str, Any]:
+def request_scope(connection: HttpToolsProtocol, headers: list[tuple[bytes, bytes]]) -> dict[str, Any]:
     """Return the ASGI scope of the request whose head a connection has just read, as uvicorn makes it.
 
     Raises:
@@ -66,7 +66,7 @@ def request_scope(connection: HttpToolsProtocol) -> dict[str, Any]:
         "client": connection.client,
         "scheme": connection.scheme,
         "root_path": connection.root_path,
-        "headers": connection.headers,
+        "headers": headers,
         "state": connection.app_state.copy(),
         "method": connection.parser.get_method().decode("ascii"),
         "path": unquote(path) if "%" in path else path,

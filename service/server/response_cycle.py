@@ -1,30 +1,46 @@
-"""One request and its answer on a connection: uvicorn's, but an ordinary answer goes out in one write."""
+"""What a connection has of the request that it is at: uvicorn's cycle for ASGI, and one that needs no task."""
 
-import re
-from typing import Any, Final
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Final
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
-from service.api.payload import FAULT
+from service.api.predict import FAULT
+from service.api.request import InferenceRequest
+from service.api.response import Response
 from service.errors import ServiceError
 
-NO_BODY: Final = frozenset({204, 304})
-CONTROL: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # line ends excepted, which are counted
+if TYPE_CHECKING:
+    from service.server.protocol import HttpProtocol
+
+CLOSE: Final = b"connection: close\r\n"
 
 
-class Cycle(RequestResponseCycle):
-    """Keeps the head of an answer until its body comes, and sends an ordinary answer by a short way.
+def response_bytes(response: Response, default_headers: Iterable[tuple[bytes, bytes]], *, closes: bool) -> bytes:
+    """Return a whole response as it goes over the wire."""
+    lines = b"".join([b"%b: %b\r\n" % header for header in (*default_headers, *response.headers)])
+    return b"%b%b%b\r\n%b" % (STATUS_LINE[response.status], lines, CLOSE if closes else b"", response.body)
 
-    uvicorn looks at each header three times and writes head and body apart, and uvloop makes a system call of each
-    write: of a small answer, that is the most expensive part. Ordinary is an answer of known length in one piece on a
-    connection that stays open. All else goes uvicorn's way.
+
+class AsgiCycle(RequestResponseCycle):
+    """uvicorn's, for a connection that may close in the midst of a body.
+
+    Attributes:
+        is_given_up: whether the rest of the body is not waited for.
+        closes_late: whether the connection is to be closed, but not before the body has come.
     """
 
-    _start: Any = None  # the message that begins the answer, until its body comes
+    connection: "HttpProtocol | None" = None
+    is_given_up = False
+    closes_late = False
+    _fault: ServiceError | None = None  # why the body is given up, until the application has it
 
-    is_given_up = False  # whether the rest of the body is not waited for
-    _fault: ServiceError | None = None  # why, until it is told
-    closes_late = False  # whether the connection is to be closed, but not before the body has come
+    async def run_asgi(self, app: Any) -> None:
+        """Run the application."""
+        try:
+            await super().run_asgi(app)
+        finally:
+            self.connection = None  # which holds this: a cycle of references
 
     async def receive(self) -> Any:
         """Return an ASGI message; of a body that is late or broken, one that says so."""
@@ -35,9 +51,9 @@ class Cycle(RequestResponseCycle):
         return {"type": "http.disconnect", FAULT: fault}
 
     def give_up(self, fault: ServiceError) -> None:
-        """Tell the application what is wrong with the body, so that it answers, and counts, as with any other error.
+        """Tell the application what is wrong with the body, so that it responds, and counts, as with any other error.
 
-        It is the last answer on its connection: what is left of the body may still come, and is no request.
+        Its response is the last on the connection: what is left of the body may still come, and is no request.
         """
         self.is_given_up = True
         self._fault = fault
@@ -46,57 +62,83 @@ class Cycle(RequestResponseCycle):
 
     async def send(self, message: Any) -> None:
         """Take an ASGI message."""
-        if not self.response_started:
-            if message["type"] != "http.response.start":
-                raise RuntimeError(f"an answer begins with http.response.start, not with {message['type']}")
-            self._start = message
-            self.response_started = True
-            if self.waiting_for_100_continue and self.more_body:
-                # Nobody has asked for the body: the next request of a client that leaves it out is none of it.
+        if message["type"] == "http.response.start":
+            # The next request of a client whose body nobody has asked for is none of that body.
+            closes = self.connection is not None and self.connection.closes
+            if closes or (self.waiting_for_100_continue and self.more_body):
                 self.keep_alive = False
-            return
-        start, self._start = self._start, None
-        if start is not None:
-            if self.flow.write_paused and not self.disconnected:
-                await self.flow.drain()
-            answer = None if message.get("more_body", False) else self._ordinary(start, message.get("body", b""))
-            if answer is not None:
-                self._finish(answer)
-                return
-            self.response_started = False
-            await super().send(start)
-        if self.more_body and not (self.keep_alive or message.get("more_body", False)):
-            # Closed with a body unread, the connection would be reset, and the client might never see this answer.
+        elif self.more_body and not (self.keep_alive or message.get("more_body", False)):
+            # Closed with a body unread, the connection would be reset, and the client might never see this response.
             self.keep_alive = self.closes_late = True
         await super().send(message)
 
-    def _ordinary(self, start: Any, body: bytes) -> bytes | None:
-        """Return head and body as they go over the wire; None for an answer that is not ordinary."""
-        if not self.keep_alive or self.scope["method"] == "HEAD" or start["status"] in NO_BODY:
-            return None
-        length = None
-        lines = [STATUS_LINE[start["status"]]]
-        for name, value in (*self.default_headers, *start["headers"]):
-            if name == b"content-length":
-                length = value
-            elif name == b"connection" or name == b"transfer-encoding":
-                return None
-            lines.append(b"%b: %b\r\n" % (name, value))
-        head = b"".join(lines)
-        if (
-            length != b"%d" % len(body)
-            or CONTROL.search(head)
-            or not head.count(b"\n") == head.count(b"\r") == len(lines)
-        ):
-            return None  # an error, which uvicorn raises
-        return b"%b\r\n%b" % (head, body)
 
-    def _finish(self, answer: bytes) -> None:
-        self.waiting_for_100_continue = False
-        if self.disconnected or self.transport.is_closing():
-            self.disconnected = True  # or uvicorn would log that the answer is not complete
-            return
-        self.transport.write(answer)
+class DirectCycle:
+    """A request that the connection drives itself; it stands where uvicorn keeps its cycle.
+
+    Attributes:
+        request: what is driven; None once it has its response.
+        closes_late: as in `AsgiCycle`.
+    """
+
+    __slots__ = (
+        "_connection", "closes_late", "disconnected", "is_given_up", "keep_alive", "more_body", "request",
+        "response_complete",
+    )  # fmt: skip
+
+    def __init__(self, connection: "HttpProtocol", *, keep_alive: bool) -> None:
+        self._connection: HttpProtocol | None = connection
+        self.request: InferenceRequest | None = None
+        self.keep_alive = keep_alive
+        self.more_body = True
+        self.disconnected = self.is_given_up = self.response_complete = self.closes_late = False
+
+    @property
+    def response_started(self) -> bool:
+        """Whether anything of the response was sent: it goes out in one write."""
+        return self.response_complete
+
+    def add_body(self, body: bytes) -> None:
+        """Give the request a piece of its body."""
+        if self.request is not None:
+            self.request.receive(body)
+
+    def end_body(self) -> None:
+        """Run the request."""
+        self.more_body = False
+        if self.request is not None:
+            self.request.run()
+
+    def give_up(self, fault: ServiceError) -> None:
+        """Respond to a request whose body is late or broken; its response is the last on the connection."""
+        self.is_given_up = True
+        self.keep_alive = False
+        if self.request is not None:
+            self.request.fail(fault)
+
+    def respond(self, response: Response | None) -> None:
+        """Send the response, unless the client has left."""
+        connection, self._connection = self._connection, None  # which may hold this: a cycle of references
+        self.request = None
         self.response_complete = True
-        self.message_event.set()
-        self.on_response()
+        if response is None or connection is None or connection.transport.is_closing():
+            return
+        closes = connection.closes or not self.keep_alive
+        default_headers = connection.server_state.default_headers
+        connection.transport.write(response_bytes(response, default_headers, closes=closes))
+        self.closes_late = closes and self.more_body  # as in `AsgiCycle.send`
+        if closes and not self.more_body:
+            connection.transport.close()
+        connection.on_response_complete()
+
+    # What uvicorn asks of a cycle when the connection is lost
+
+    @property
+    def message_event(self) -> "DirectCycle":
+        """Itself, for `set`."""
+        return self
+
+    def set(self) -> None:
+        """Cancel the request if the client has left."""
+        if self.disconnected and self.request is not None:
+            self.request.cancel()

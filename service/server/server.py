@@ -17,13 +17,12 @@ from functools import partial
 from types import FrameType
 
 import uvicorn
-from starlette.types import ASGIApp
 from uvicorn.config import STARTUP_FAILURE
 
-from service.api.quick import Quick
+from service.api.app import PerceiverApp
 from service.lifecycle import Service
-from service.server.connections import BoundedConfig, ConnectionClock, Listener
-from service.server.protocol import BoundedProtocol
+from service.server.connections import ConnectionClock, Listener, ServerConfig
+from service.server.protocol import HttpProtocol
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ class Server(uvicorn.Server):
         was_ready: whether the service was ready before.
     """
 
-    def __init__(self, config: BoundedConfig) -> None:
+    def __init__(self, config: ServerConfig) -> None:
         super().__init__(config)
         self.service: Service = config.service
         self.management_sockets: list[socket.socket] = []
@@ -63,7 +62,7 @@ class Server(uvicorn.Server):
             self._drain_after_leaving()
 
     def _drain_after_leaving(self) -> None:
-        log_drain(self.service.in_flight)
+        log_drain(len(self.service.in_flight))
         self.drain(self.service.settings.drain_timeout_s)
 
     def drain(self, seconds: float) -> None:
@@ -71,11 +70,9 @@ class Server(uvicorn.Server):
         self.service.draining = True
         self._drain_until = time.monotonic() + seconds
 
-    def _cut_off(self) -> None:
-        """Have what was not finished in time answered, while there still are connections to do it on."""
-        self.service.cut_off()
-        for task in self.server_state.tasks:
-            task.cancel()  # which becomes Draining in `service.api.middleware.Observe`
+    def _abort(self) -> None:
+        """Respond to what was not finished in time, while there still are connections to do it on."""
+        self.service.abort()
 
     def report_failure(self) -> None:
         """Log why the service can't go on."""
@@ -115,10 +112,10 @@ class Server(uvicorn.Server):
             ssl_shutdown_timeout=None if tls is None else settings.write_timeout_s,
         )
 
-    def _connection(self, listener: Listener) -> BoundedProtocol:
-        assert isinstance(self.config, BoundedConfig)
+    def _connection(self, listener: Listener) -> HttpProtocol:
+        assert isinstance(self.config, ServerConfig)
         state = {**self.lifespan.state, "is_management": listener.is_management}
-        protocol = BoundedProtocol(self.config, self.server_state, state)
+        protocol = HttpProtocol(self.config, self.server_state, state)
         protocol.listener = listener
         return protocol
 
@@ -126,7 +123,7 @@ class Server(uvicorn.Server):
         """Look ten times a second whether it is time to end."""
         if await super().on_tick(counter):
             if self.force_exit:
-                self.service.cut_off()
+                self.service.abort()
             return True
         if self.service.failure:
             self.report_failure()
@@ -142,9 +139,9 @@ class Server(uvicorn.Server):
             return False
         left = self._drain_until - time.monotonic()
         if left <= 0:
-            self._cut_off()
+            self._abort()
         self.config.timeout_graceful_shutdown = max(1, math.ceil(left))
-        return self.service.in_flight == 0 or left <= 0
+        return not self.service.in_flight or left <= 0
 
 
 def leave(service: Service) -> float:
@@ -177,14 +174,15 @@ def log_addresses(sockets: Iterable[socket.socket], settings: Settings, what: st
         logger.info("%s %s://%s:%d", what, scheme, f"[{host}]" if ":" in host else host, port)
 
 
-def configuration(app: ASGIApp, service: Service, quick: Quick | None) -> BoundedConfig:
+def configuration(app: PerceiverApp) -> ServerConfig:
     """Return uvicorn's configuration."""
+    service: Service = app.state.service
     settings = service.settings
-    config = BoundedConfig(
+    config = ServerConfig(
         app,
         host=settings.host,
         port=settings.port,
-        http=BoundedProtocol,
+        http=HttpProtocol,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -197,6 +195,6 @@ def configuration(app: ASGIApp, service: Service, quick: Quick | None) -> Bounde
         ssl_keyfile_password="none",  # noqa: S106 - for a key that has one: OpenSSL would ask for it on the terminal
     )
     config.service = service
-    config.quick = quick
+    config.predict = app.predict
     config.clock = ConnectionClock()
     return config

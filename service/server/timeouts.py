@@ -6,22 +6,25 @@ connection for ever.
 
 import asyncio
 import math
-from typing import Any, Final
+from typing import Any, Final, cast
+from uuid import uuid4
 
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from service.api.response import error_response
 from service.errors import BodyTimeout, HeadersTimeout, ServiceError
-from service.server.connections import BoundedConfig, last_answer
-from service.server.response_cycle import Cycle
+from service.server.connections import ServerConfig
+from service.server.response_cycle import AsgiCycle, DirectCycle, response_bytes
 
-# After an answer that came before the end of the body (413, 503), the rest is read and thrown away for this long, so
+Cycle = AsgiCycle | DirectCycle
+# After a response that came before the end of the body (413, 503), the rest is read and thrown away for this long, so
 # that the client reads the answer and not a connection reset.
 LINGER_SECONDS: Final = 2.0
 
 
-class PatientProtocol(HttpToolsProtocol):
+class TimedProtocol(HttpToolsProtocol):
     """One connection, which a `ConnectionClock` watches.
 
     Attributes:
@@ -36,12 +39,14 @@ class PatientProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        assert isinstance(config, BoundedConfig)
+        assert isinstance(config, ServerConfig)
         self.service = config.service
         self.due = math.inf
         self._is_idle = False  # between an answer and the next request's first byte
         self._in_head = False
-        self._is_deaf = False  # whether what still comes is thrown away: nobody knows what it is
+        self._is_deaf = False  # whether what still comes is dropped: nobody knows what it is
+        self._is_dropping = False  # whether a request has come before the response to another
+        self._last_error: ServiceError | None = None  # what is said behind the response that is still to come
 
     def pause_writing(self) -> None:
         """Give the client its time to read."""
@@ -66,13 +71,14 @@ class PatientProtocol(HttpToolsProtocol):
             is_sent = not self.transport.get_write_buffer_size()
             self.due = self.loop.time() + (LINGER_SECONDS if is_sent else self.service.settings.write_timeout_s)
 
-    # Answers that no application gives
+    # Responses that no application gives
 
     def refuse(self, error: ServiceError) -> None:
-        """Answer with an error and close the connection."""
+        """Respond with an error, under a request id of its own, and close the connection."""
         if self.transport.is_closing():
             return
-        self.transport.write(last_answer(error, self.server_state.default_headers))
+        response = error_response(error, uuid4().hex)
+        self.transport.write(response_bytes(response, self.server_state.default_headers, closes=True))
         self.close()
         self.service.metrics.rejected(error.code)
 
@@ -82,25 +88,27 @@ class PatientProtocol(HttpToolsProtocol):
         self.due = self.loop.time() + LINGER_SECONDS
 
     def end(self, error: ServiceError) -> None:
-        """Answer with an error, and read no more.
+        """Read no more, and respond with an error.
 
-        The application answers whose request it is. Where this would be taken for the answer to an earlier request, or
-        for a second one, nobody does, and the connection is closed.
+        A request whose body is broken gets it as its response. Behind a whole request that is being answered it is a
+        response of its own. Where a response has begun, it would be taken for the rest of that: the connection closes.
         """
+        self._is_deaf = True
         cycle = self.cycle
-        if self._is_working() or (cycle is not None and cycle.more_body and cycle.response_started):
-            self.close()
-        elif isinstance(cycle, Cycle) and cycle.more_body:
-            self._is_deaf = True
-            cycle.give_up(error)
-            self._set_due()
-        else:
+        if self._is_working():
+            self._last_error = error
+        elif cycle is None or not cycle.more_body:
             self.refuse(error)
+        elif cycle.response_started:
+            self.close()
+        else:
+            cast("Cycle", cycle).give_up(error)
+            self._set_due()
 
     def _is_working(self) -> bool:
         """Whether it is the service's turn: a whole request is here and not answered."""
         cycle = self.cycle
-        return bool(self.pipeline) or (cycle is not None and not (cycle.more_body or cycle.response_complete))
+        return cycle is not None and not (cycle.more_body or cycle.response_complete)
 
     def _in_time(self) -> None:
         """Stop the clock: the client has done what it had to; an answer that it does not read still has its limit."""
@@ -110,7 +118,7 @@ class PatientProtocol(HttpToolsProtocol):
     def _set_due(self) -> None:
         """Give the client its time for what it has to do next. Called where that changes, not at each byte."""
         settings, cycle = self.service.settings, self.cycle
-        if isinstance(cycle, Cycle) and cycle.is_given_up:
+        if cycle is not None and cast("Cycle", cycle).is_given_up:
             seconds = LINGER_SECONDS
         elif self.transport.is_closing() or self.flow.write_paused:
             seconds = settings.write_timeout_s
@@ -131,8 +139,8 @@ class PatientProtocol(HttpToolsProtocol):
             self.transport.abort()
         elif self._in_head:
             self.refuse(HeadersTimeout())
-        elif isinstance(self.cycle, Cycle) and not (self.cycle.response_started or self.cycle.is_given_up):
-            self.cycle.give_up(BodyTimeout())
+        elif self.cycle is not None and not (self.cycle.response_started or cast("Cycle", self.cycle).is_given_up):
+            cast("Cycle", self.cycle).give_up(BodyTimeout())
             self._set_due()
         else:
             self.close()

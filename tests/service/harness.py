@@ -25,8 +25,6 @@ from service.settings import Settings
 from tests.fakes import FakeEngine, image
 from tests.imaging.files import encode
 
-QUICK = True  # whether there is the short way of ordinary requests
-
 
 @dataclass
 class Running:
@@ -42,7 +40,7 @@ class Running:
     @property
     def in_flight(self) -> int:
         """Requests to /predict that are being answered."""
-        return self.service.in_flight
+        return len(self.service.in_flight)
 
     @property
     def connections(self) -> int:
@@ -163,7 +161,7 @@ async def serving(app: PerceiverApp) -> AsyncIterator[tuple[Server, int]]:
 
     What `Server.serve` does beside this, its main loop and its slow and careful end, is tested on real processes.
     """
-    config = configuration(app, app.state.service, app.entry.quick if QUICK else None)
+    config = configuration(app)
     config.load()
     server = Server(config)
     server.lifespan = config.lifespan_class(config)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from service import errors
-from service.api.middleware import error_answer
-from service.api.predict import MAX_DIGITS, read_options
+from service.api.options import MAX_DIGITS, read_options
+from service.api.response import error_response
 from service.errors import ServiceError
 
 
@@ -57,5 +57,5 @@ def test_a_message_of_its_own_replaces_the_default() -> None:
 
 @pytest.mark.parametrize(("seconds", "sent"), [(0.2, b"1"), (1.0, b"1"), (1.2, b"2"), (59.5, b"60")])
 def test_who_comes_again_after_retry_after_does_not_come_too_early(seconds: float, sent: bytes) -> None:
-    headers, _ = error_answer(errors.Overloaded(retry_after=seconds), "an-id")
-    assert dict(headers)[b"retry-after"] == sent
+    response = error_response(errors.Overloaded(retry_after=seconds), "an-id")
+    assert dict(response.headers)[b"retry-after"] == sent

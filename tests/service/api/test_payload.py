@@ -4,19 +4,16 @@ import base64
 import json
 import tracemalloc
 from codecs import BOM_UTF8
-from collections.abc import Iterable
 
 import pytest
 
-from service.api.payload import Upload, parse_body, read_body
+from service.api.payload import parse_body
+from service.decoding.upload import Upload
 from service.errors import (
-    BodyTooLarge,
-    ClientDisconnected,
     InvalidBase64,
     InvalidForm,
     InvalidJson,
     NoImage,
-    Overloaded,
     TooManyImages,
     UnsupportedMediaType,
 )
@@ -291,49 +288,3 @@ def test_too_many_in_json_are_refused_before_any_is_decoded() -> None:
 def test_as_many_in_json_as_are_allowed_are_not_taken_for_too_many_strings(images: int) -> None:
     body = json.dumps({"images": [TEXT] * images}).encode()
     assert parse("application/json", body, max_images=images) == [Upload(DATA)] * images
-
-
-# Reading
-
-
-class Channel:
-    """An ASGI receive channel with prepared messages; counts how many were taken."""
-
-    def __init__(self, chunks: Iterable[bytes | None]) -> None:
-        self.chunks = list(chunks)
-        self.taken = 0
-
-    async def __call__(self) -> dict[str, object]:
-        chunk = self.chunks[self.taken]
-        self.taken += 1
-        if chunk is None:
-            return {"type": "http.disconnect"}
-        return {"type": "http.request", "body": chunk, "more_body": self.taken < len(self.chunks)}
-
-
-async def test_a_body_is_put_together() -> None:
-    grown: list[int] = []
-    assert await read_body(Channel([b"ab", b"", b"cde"]), max_bytes=5, grew=grown.append) == b"abcde"
-    assert grown == [2, 0, 3]
-
-
-async def test_a_body_that_is_too_large_is_not_read_to_its_end() -> None:
-    channel = Channel([b"abc"] * 10)
-    with pytest.raises(BodyTooLarge, match="5 bytes"):
-        await read_body(channel, max_bytes=5, grew=lambda size: None)
-    assert channel.taken == 2
-
-
-async def test_no_room_ends_the_reading() -> None:
-    def full(size: int) -> None:
-        raise Overloaded
-
-    channel = Channel([b"abc"] * 10)
-    with pytest.raises(Overloaded):
-        await read_body(channel, max_bytes=500, grew=full)
-    assert channel.taken == 1
-
-
-async def test_a_client_that_leaves_is_noticed() -> None:
-    with pytest.raises(ClientDisconnected):
-        await read_body(Channel([b"abc", None]), max_bytes=500, grew=lambda size: None)

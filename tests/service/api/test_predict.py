@@ -4,21 +4,19 @@ import asyncio
 import base64
 import struct
 import threading
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from imaging.fast_jpeg import MAX_SCANS, SCAN
-from service.api import predict
-from service.api.payload import Upload
-from service.api.predict import PATIENCE, DisconnectGuard, server_timing
+from service.api.prediction_writer import server_timing
 from service.api.schemas import PredictResponse
 from service.batching.logits import Outputs
 from service.batching.queue import Prediction
 from service.decoding import decoder as decoder_module
 from service.decoding.decoder import Decoder, decode_all
+from service.decoding.upload import Upload
 from service.errors import DeadlineExceeded, InferenceFailed, TooManyPixels
 from service.settings import Settings
 from tests.fakes import HEIGHT, WIDTH, FakeEngine, tiny_metadata
@@ -114,21 +112,21 @@ async def test_small_images_with_many_pixels_leave_the_event_loop(tmp_path: Path
 
 
 async def test_a_small_jpeg_of_many_scans_leaves_the_event_loop() -> None:
-    decoder = Decoder(Settings(inline_decode_pixels=MAX_SCANS * HEIGHT * WIDTH), 1)
+    decoder = Decoder(Settings(inline_decode_pixels=MAX_SCANS * HEIGHT * WIDTH, decode_threads=1))
     jpeg = encode(SMALL, "JPEG", progressive=True)
     many = [Upload(jpeg + SCAN * (MAX_SCANS + more - jpeg.count(SCAN))) for more in (0, 1)]
-    assert decoder.decode_here(many[:1], tiny_metadata()) is not None
-    assert decoder.decode_here(many[1:], tiny_metadata()) is None
+    assert decoder.decode_inline(many[:1], tiny_metadata()) is not None
+    assert decoder.decode_inline(many[1:], tiny_metadata()) is None
     decoder.close()
 
 
 async def test_many_small_jpegs_leave_the_event_loop() -> None:
     decoder = Decoder(Settings(inline_decode_pixels=2 * HEIGHT * WIDTH, decode_threads=1))
     jpegs = [Upload(encode(SMALL, "JPEG"))] * 3
-    images = decoder.decode_here(jpegs[:2], tiny_metadata())
+    images = decoder.decode_inline(jpegs[:2], tiny_metadata())
     assert images is not None
     assert [image.shape for image in images] == [(HEIGHT, WIDTH, 3)] * 2
-    assert decoder.decode_here(jpegs, tiny_metadata()) is None
+    assert decoder.decode_inline(jpegs, tiny_metadata()) is None
     decoder.close()
 
 
@@ -155,8 +153,8 @@ async def test_the_pixels_of_a_request_are_bounded_wherever_it_is_decoded() -> N
     pixels = HEIGHT * WIDTH
     decoder = Decoder(Settings(max_pixels=pixels, max_request_pixels=2 * pixels, decode_threads=1))
     pngs = [Upload(encode(SMALL, "PNG"))] * 3
-    assert decoder.decode_here(pngs[:2], tiny_metadata()) is not None
-    assert decoder.decode_here(pngs, tiny_metadata()) is None
+    assert decoder.decode_inline(pngs[:2], tiny_metadata()) is not None
+    assert decoder.decode_inline(pngs, tiny_metadata()) is None
     with pytest.raises(TooManyPixels):
         await decoder.decode(pngs, tiny_metadata(), asyncio.get_running_loop().time() + 60)
     decoder.close()
@@ -306,38 +304,3 @@ async def test_what_the_service_is_to_blame_for_is_logged_with_the_id_of_the_req
     told = [record for record in caplog.records if getattr(record, "request_id", None)]
     assert [record.getMessage() for record in told] == [f"request mine-1: {InferenceFailed.default}"]
     assert told[0].request_id == "mine-1"  # type: ignore[attr-defined]
-
-
-async def test_a_client_is_watched_only_when_its_answer_takes_its_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begun: list[DisconnectGuard] = []
-    begin = DisconnectGuard.begin
-    monkeypatch.setattr(DisconnectGuard, "begin", lambda guard: (begun.append(guard), begin(guard)))
-    engine = FakeEngine()
-    async with running(tmp_path, engine) as run:
-        app = run.server.config.app  # type: ignore[union-attr]
-        guards = app.predict._guards  # type: ignore[union-attr]
-
-        async def ask() -> int:
-            async def pieces() -> AsyncIterator[bytes]:  # without a length, it goes the long way
-                yield png(1)
-
-            response = await run.client.post("/predict", content=pieces(), headers={"content-type": "image/png"})
-            return response.status_code
-
-        assert await ask() == 200
-        assert not guards._since
-        await asyncio.sleep(2 * PATIENCE)
-        assert begun == []
-        engine.hold()
-        monkeypatch.setattr(predict, "PATIENCE", 1000.0)
-        answer = asyncio.create_task(ask())
-        await run.until(lambda: len(engine.batches) == 2)
-        await asyncio.sleep(2 * PATIENCE)
-        assert begun == []
-        monkeypatch.setattr(predict, "PATIENCE", 0.0)
-        await run.until(lambda: len(begun) == 1)
-        assert not guards._since
-        engine.release()
-        assert await answer == 200

@@ -181,11 +181,3 @@ async def test_a_client_that_leaves_while_it_sends(tmp_path: Path) -> None:
         await run.until(lambda: run.in_flight == 0)
         assert run.service.admission.bytes == 0
         assert answered(run) == []
-
-
-async def test_what_a_client_sends_after_its_request_waits_for_the_answer(tmp_path: Path) -> None:
-    async with running(tmp_path) as run:
-        reader, writer = await run.connect()
-        request = request_head(len(png(1))) + png(1)
-        writer.write(request * 3)
-        assert [(await read_answer(reader))[0] for _ in range(3)] == [200] * 3

@@ -1,4 +1,4 @@
-"""The short way of an ordinary request, held against the long one. Whole requests in one write, over bare sockets."""
+"""A request has one life, whether its connection drives it or ASGI. Over bare sockets."""
 
 import asyncio
 import json
@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from service.api.predict import PredictEndpoint
-from service.api.quick import QuickAnswer
+from service.api.request import InferenceRequest
 from tests.fakes import FakeEngine
 from tests.imaging.files import encode, pixels
-from tests.service import harness
 from tests.service.harness import Running, error_of, png, read_answer, request_head, running
 
 FORM = b"--x\r\nContent-Disposition: form-data; name=file; filename=a.png\r\n\r\n%b\r\n--x--\r\n"
-LARGE = encode(pixels(300, 300), "PNG")  # more pixels than the event loop decodes
+LARGE = encode(pixels(300, 300), "PNG")  # more bytes than the event loop decodes
+MANY = encode(np.zeros((300, 300, 3), np.uint8), "PNG")  # more pixels
 
 
 def request(body: bytes, *headers: str, kind: str = "image/png", target: str = "/predict") -> bytes:
@@ -24,23 +24,22 @@ def request(body: bytes, *headers: str, kind: str = "image/png", target: str = "
 
 
 @pytest.fixture
-def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which way each request to /predict went, in the order in which they began."""
+def drivers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Who drives each request to /predict, in the order in which they began."""
     taken: list[str] = []
-    begin, call = QuickAnswer.begin, PredictEndpoint.__call__
+    direct, call = PredictEndpoint.direct, PredictEndpoint.__call__
 
-    def begin_noted(answer: QuickAnswer, *arguments: object) -> bool:
-        taken.append("short")
-        if not begin(answer, *arguments):  # type: ignore[arg-type]
-            taken.pop()
-            return False
-        return True
+    def direct_noted(endpoint: PredictEndpoint, *arguments: object) -> InferenceRequest | None:
+        request = direct(endpoint, *arguments)  # type: ignore[arg-type]
+        if request is not None:
+            taken.append("connection")
+        return request
 
     async def call_noted(endpoint: PredictEndpoint, *arguments: object) -> None:
-        taken.append("long")
+        taken.append("asgi")
         await call(endpoint, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(QuickAnswer, "begin", begin_noted)
+    monkeypatch.setattr(PredictEndpoint, "direct", direct_noted)
     monkeypatch.setattr(PredictEndpoint, "__call__", call_noted)
     return taken
 
@@ -86,95 +85,93 @@ REQUESTS = {
     "to be closed": request(png(3), "Connection: close"),
     "old": request(png(3)).replace(b"HTTP/1.1", b"HTTP/1.0"),
     "expected": request(png(3), "Expect: 100-continue"),
+    "from a page": request(png(3), "Origin: https://example.org"),
 }
 
 
-ORDINARY = ["raw", "no type", "form", "json", "top 2", "an id", "too many classes", "junk", "nothing", "truncated"]
-ORDINARY += ["unknown type"]
+BY_ASGI = ["too large", "large", "escaped path", "absolute target", "fragment", "expected", "from a page"]
 COUNTS = re.compile(r"perceiver_(requests_total|rejections_total|\w+_seconds_count|images_total|admitted)")
 
 
-async def answers_to_all(folder: Path, ways: list[str]) -> tuple[dict[str, object], dict[str, str], list[str]]:
-    """The answers to `REQUESTS`, which way each went, and what was counted."""
+async def answers_to_all(folder: Path, drivers: list[str]) -> tuple[dict[str, object], dict[str, str], list[str]]:
+    """The answers to `REQUESTS`, who drove each, and what was counted."""
     answers: dict[str, object] = {}
-    went: dict[str, str] = {}
-    async with running(folder, max_body_bytes=8000, inline_decode_pixels=10_000, max_queue_bytes=10_000) as run:
+    driven: dict[str, str] = {}
+    limits = {"max_body_bytes": 8000, "inline_decode_bytes": 5000, "inline_decode_pixels": 10_000}
+    async with running(folder, **limits, max_queue_bytes=10_000) as run:
         for name, data in REQUESTS.items():
-            ways.clear()
+            drivers.clear()
             answers[name] = comparable(await ask(run, data))
-            went[name] = ways[0]
+            driven[name] = drivers[0]
         exposition = (await run.client.get("/metrics")).text.splitlines()
-    return answers, went, [line for line in exposition if COUNTS.match(line)]
+    return answers, driven, [line for line in exposition if COUNTS.match(line)]
 
 
-async def test_both_ways_give_the_same_answers_and_counts(
-    tmp_path: Path, ways: list[str], monkeypatch: pytest.MonkeyPatch
+async def test_both_drivers_give_the_same_answers_and_counts(
+    tmp_path: Path, drivers: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers, went, counts = await answers_to_all(tmp_path / "short", ways)
-    monkeypatch.setattr(harness, "QUICK", False)
-    expected, long, expected_counts = await answers_to_all(tmp_path / "long", ways)
+    answers, driven, counts = await answers_to_all(tmp_path / "direct", drivers)
+    monkeypatch.setattr(PredictEndpoint, "direct", lambda *arguments: None)
+    expected, all_asgi, expected_counts = await answers_to_all(tmp_path / "asgi", drivers)
     for name in REQUESTS:
         assert answers[name] == expected[name], name
     assert counts == expected_counts
-    assert [name for name in went if went[name] == "short"] == ORDINARY
-    assert set(long.values()) == {"long"}
+    assert [name for name in driven if driven[name] == "asgi"] == BY_ASGI
+    assert set(all_asgi.values()) == {"asgi"}
     assert {answer[0] for answer in expected.values()} >= {200, 400, 413, 415}  # type: ignore[index]
 
 
-async def test_a_request_in_two_writes_goes_the_long_way(tmp_path: Path, ways: list[str]) -> None:
+@pytest.mark.parametrize("first", [10, 80, -10])
+async def test_how_a_request_is_split_into_packets_does_not_choose_its_driver(
+    tmp_path: Path, drivers: list[str], first: int
+) -> None:
     async with running(tmp_path) as run:
         reader, writer = await run.connect()
-        writer.write(request(png(3))[:-10])
-        await run.until(lambda: run.in_flight == 1)
-        writer.write(png(3)[-10:])
-        assert (await read_answer(reader))[0] == 200
-        writer.write(request(png(3)))
-        assert (await read_answer(reader))[0] == 200
-        assert ways == ["long", "short"]
-
-
-async def test_who_does_not_read_goes_the_long_way_which_waits_for_him(tmp_path: Path, ways: list[str]) -> None:
-    async with running(tmp_path) as run:
-        reader, writer = await run.connect()
-        writer.write(request(png(3)))
-        assert (await read_answer(reader))[0] == 200
-        (connection,) = run.server.server_state.connections
-        connection.pause_writing()  # as when more of its answers lie here than should
-        writer.write(request(png(3)))
-        await run.until(lambda: ways == ["short", "long"])
-        connection.resume_writing()
-        assert (await read_answer(reader))[0] == 200
-
-
-async def test_requests_behind_one_that_went_the_short_way_wait_for_it(tmp_path: Path, ways: list[str]) -> None:
-    engine = FakeEngine()
-    async with running(tmp_path, engine) as run:
-        engine.hold()
-        reader, writer = await run.connect()
-        writer.write(b"".join(request(png(number)) for number in (1, 2, 3)))
-        await run.until(lambda: engine.batches == [[1]])
+        whole = request(png(3))
+        writer.write(whole[:first])
         await asyncio.sleep(0.02)
-        assert run.in_flight == 1
-        engine.let_go()
-        assert [(await read_answer(reader))[0] for _ in range(3)] == [200] * 3
-        assert engine.batches == [[1], [2], [3]]
-        assert ways == ["short", "long", "long"]
+        writer.write(whole[first:])
+        assert (await read_answer(reader))[0] == 200
+        writer.write(whole)
+        assert (await read_answer(reader))[0] == 200
+        assert drivers == ["connection", "connection"]
 
 
-async def test_an_error_of_the_first_does_not_take_the_place_of_those_behind(tmp_path: Path) -> None:
-    engine = FakeEngine()
-    async with running(tmp_path, engine) as run:
-        engine.fail = lambda numbers: RuntimeError("no") if 1 in numbers else None
-        engine.hold()
+@pytest.mark.parametrize("setting", [{"access_log": True}, {"cors_origins": ("https://example.org",)}])
+async def test_nor_do_the_access_log_and_cors(
+    tmp_path: Path, drivers: list[str], setting: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "service.access")
+    async with running(tmp_path, **setting) as run:
+        assert (await ask(run, request(png(1))))[0] == 200
+        page = await ask(run, request(png(1), "Origin: https://example.org"))
+        assert (page[0], page[1].get("access-control-allow-origin")) == (
+            200,
+            "https://example.org" if "cors_origins" in setting else None,
+        )
+        assert drivers == ["connection", "asgi"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "service.access"]
+    assert lines == (["POST /predict 200"] * 2 if "access_log" in setting else [])
+
+
+@pytest.mark.parametrize("size", [1000, 1001], ids=["connection", "asgi"])
+async def test_an_error_of_the_head_does_not_wait_for_the_body(tmp_path: Path, size: int) -> None:
+    async with running(tmp_path, inline_decode_bytes=1000) as run:
         reader, writer = await run.connect()
-        writer.write(request(png(1), "X-Request-Id: first") + request(png(2), "X-Request-Id: second"))
-        await run.until(lambda: engine.batches == [[1]])
-        engine.let_go()
-        first, second = await read_answer(reader), await read_answer(reader)
-        assert (first[0], first[1]["x-request-id"], error_of(first[2])) == (500, "first", "inference_failed")
-        assert (second[0], second[1]["x-request-id"]) == (200, "second")
-        assert await run.metric('perceiver_requests_total{code="500",route="/predict"}') == 1
-        assert await run.metric("perceiver_request_seconds_count") == 2
+        writer.write(request_head(size, target="/predict?top_k=0"))
+        status, headers, body = await read_answer(reader)
+        assert (status, error_of(body), headers.get("connection")) == (400, "invalid_top_k", None)
+        writer.write(bytes(size))  # which is dropped
+        await asyncio.sleep(0.02)
+        writer.write(request(png(1)))
+        assert (await read_answer(reader))[0] == 200
+
+
+async def test_a_large_image_of_a_small_file_is_decoded_elsewhere(tmp_path: Path, drivers: list[str]) -> None:
+    async with running(tmp_path, inline_decode_pixels=10_000) as run:
+        assert (await ask(run, request(MANY)))[0] == 200
+        assert drivers == ["connection"]
+        assert run.service.decoder._threads._threads
 
 
 async def test_an_answer_that_is_no_number_is_an_error(tmp_path: Path) -> None:
@@ -189,14 +186,13 @@ async def test_an_answer_that_is_no_number_is_an_error(tmp_path: Path) -> None:
         assert (run.in_flight, run.service.admission.images) == (0, 0)
 
 
-async def test_who_leaves_is_not_run_and_counted(tmp_path: Path, ways: list[str]) -> None:
+async def test_who_leaves_is_not_run_and_counted(tmp_path: Path) -> None:
     engine = FakeEngine()
     async with running(tmp_path, engine) as run:
         first = await run.hold_first()
         _, writer = await run.connect()
         writer.write(request(png(2)))
         await run.until(lambda: run.service.queue_length == 1)
-        assert ways[-1] == "short"
         writer.close()
         await run.until(lambda: run.service.admission.images == 1)
         assert run.in_flight == 1
@@ -254,12 +250,3 @@ async def test_a_connection_that_is_told_to_end_ends_with_its_answer(tmp_path: P
         status, headers, _ = await read_answer(reader)
         assert (status, headers["connection"]) == (200, "close")
         assert await reader.read() == b""
-
-
-@pytest.mark.parametrize("setting", [{"access_log": True}, {"cors_origins": ("https://example.org",)}])
-async def test_what_looks_at_every_request_sees_all_of_them(
-    tmp_path: Path, ways: list[str], setting: dict[str, object]
-) -> None:
-    async with running(tmp_path, **setting) as run:
-        assert (await ask(run, request(png(1))))[0] == 200
-        assert ways == ["long"]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from service.api.response import AnswerWriter
+from service.api.prediction_writer import PredictionWriter
 from service.api.schemas import PredictResponse
 from service.batching.logits import MANY_CLASSES, Outputs
 from service.batching.queue import Prediction
@@ -20,7 +20,7 @@ def predictions_of(logits: np.ndarray) -> list[Prediction]:
 
 
 def write(logits: np.ndarray, filenames: list[str | None], top_k: int) -> PredictResponse:
-    content = AnswerWriter(METADATA, 7).write(predictions_of(logits), filenames, top_k)
+    content = PredictionWriter(METADATA, 7).write(predictions_of(logits), filenames, top_k)
     return PredictResponse.model_validate_json(content)
 
 
@@ -79,5 +79,7 @@ def test_what_is_no_number_is_no_answer(value: float) -> None:
     logits[1, 3] = value
     with pytest.raises(InferenceFailed, match="not a number"):
         write(logits, [None, None], 1)
-    other = AnswerWriter(METADATA, 7).write(predictions_of(logits)[:1], [None], 1)  # another request of the same batch
+    other = PredictionWriter(METADATA, 7).write(
+        predictions_of(logits)[:1], [None], 1
+    )  # another request of the same batch
     assert PredictResponse.model_validate_json(other).predictions[0].top[0].index == 0

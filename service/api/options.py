@@ -1,0 +1,92 @@
+"""What the head of a request to `/predict` asks for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+from urllib.parse import parse_qsl
+
+from service.errors import BadRequest, InvalidTimeout, InvalidTopK, UnsupportedEncoding
+
+DEFAULT_TOP_K: Final = 5
+MAX_QUERY_BYTES: Final = 1000
+MAX_DIGITS: Final = 10  # of a number in a header or query; more are no sensible number, and slow to convert
+
+
+@dataclass(slots=True)  # not frozen: that costs a microsecond a field
+class RequestOptions:
+    """What the head of a request asks for.
+
+    Attributes:
+        content_length: bytes; None where the length is not announced.
+        timeout: seconds from the body's last byte.
+        top_k: None where the default is wanted.
+    """
+
+    content_type: str
+    content_length: int | None
+    timeout: float
+    top_k: int | None
+
+
+def read_options(lines: Sequence[tuple[bytes, bytes]], query: bytes, max_timeout_ms: int) -> RequestOptions:
+    """Read the headers and the query string of a request; of a header that is given twice, the last.
+
+    Content-Encoding is the exception: each names one more coding of the body.
+
+    Raises:
+        InvalidTimeout, InvalidTopK: not an integer, or below 1.
+        BadRequest: an unknown query parameter, which may be a misspelt one.
+        UnsupportedEncoding: the body is compressed.
+    """
+    headers = dict(lines)
+    if b"content-encoding" in headers:
+        codings = b",".join([value.lower() for name, value in lines if name == b"content-encoding"]).split(b",")
+        if any(coding.strip() not in (b"", b"identity") for coding in codings):  # a list may have empty places
+            raise UnsupportedEncoding()
+    length = headers.get(b"content-length")
+    timeout_ms = max_timeout_ms
+    if (asked := headers.get(b"x-request-timeout-ms")) is not None:
+        timeout_ms = min(max_timeout_ms, positive(asked.decode("latin-1"), InvalidTimeout()))
+    return RequestOptions(
+        content_type=headers.get(b"content-type", b"").decode("latin-1"),
+        # HTTP allows any number of leading zeros, and the parser has bounded the rest; int() takes 4,300 digits alone.
+        content_length=None if length is None else int(length.lstrip(b"0") or b"0"),
+        timeout=timeout_ms / 1000,
+        top_k=read_top_k(query) if query else None,
+    )
+
+
+def read_top_k(query: bytes) -> int | None:
+    """Read the one parameter that there is."""
+    if len(query) > MAX_QUERY_BYTES:
+        raise InvalidTopK(f"The query is longer than {MAX_QUERY_BYTES} bytes; there is one parameter, top_k.")
+    return _read_top_k(query)
+
+
+@lru_cache(maxsize=128)  # a client sends the same query each time, and errors are not kept
+def _read_top_k(query: bytes) -> int | None:
+    top_k = None
+    for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
+        if name != "top_k":
+            raise BadRequest(f"There is no query parameter {name[:40]!r}; there is top_k.")
+        if top_k is not None:
+            raise InvalidTopK("top_k is given twice.")
+        top_k = positive(value, InvalidTopK())
+    return top_k
+
+
+def positive(text: str, otherwise: BadRequest) -> int:
+    """Read an integer of at least 1, or raise."""
+    if not (text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS and int(text) >= 1):
+        raise otherwise
+    return int(text)
+
+
+def checked_top_k(top_k: int | None, classes: int) -> int:
+    """Return how many classes to name; the default is 5, or all of fewer."""
+    if top_k is None:
+        return min(DEFAULT_TOP_K, classes)
+    if top_k > classes:
+        raise InvalidTopK(f"top_k is {top_k}, and this model has {classes} classes.")
+    return top_k

@@ -1,0 +1,59 @@
+"""Predictions to the JSON of `PredictResponse`, by hand: it is on the path of every image.
+
+`tests/service/api/test_prediction_writer.py` holds the bytes against the pydantic model.
+"""
+
+import json
+from collections.abc import Sequence
+
+from service.batching.queue import Prediction
+from service.engine.metadata import ModelMetadata
+
+
+class PredictionWriter:
+    """Writes the predictions of one model version; what all of them share is encoded once.
+
+    Attributes:
+        classes: the number of labels.
+    """
+
+    def __init__(self, metadata: ModelMetadata, version: int) -> None:
+        self.classes = len(metadata.labels)
+        self._head = f'{{"model":{json.dumps(metadata.name)},"version":{version},"predictions":['
+        self._entries = [
+            f'{{"label":{json.dumps(label)},"index":{index},"probability":'
+            for index, label in enumerate(metadata.labels)
+        ]
+
+    def write(self, predictions: Sequence[Prediction], filenames: Sequence[str | None], top_k: int) -> bytes:
+        """Top k and JSON.
+
+        Args:
+            predictions: N.
+            filenames: N names or None.
+            top_k: 1 to C; of equal probabilities the lower index comes first.
+
+        Raises:
+            InferenceFailed: a logit is not a number, so that no answer would be one.
+        """
+        images = [
+            self._image(name, *prediction.outputs.top(prediction.row, top_k))
+            for name, prediction in zip(filenames, predictions, strict=True)
+        ]
+        return f"{self._head}{','.join(images)}]}}".encode()
+
+    def _image(self, filename: str | None, classes: list[int], probabilities: list[float]) -> str:
+        entries = self._entries
+        top = "},".join([f"{entries[index]}{value:.6f}" for index, value in zip(classes, probabilities, strict=True)])
+        name = "null" if filename is None else json.dumps(filename)
+        return f'{{"filename":{name},"top":[{top}}}]}}'
+
+
+def server_timing(predictions: Sequence[Prediction], decode: float, total: float) -> bytes:
+    """Return the Server-Timing header, from seconds; of several images the longest."""
+    queue = max([prediction.queue_seconds for prediction in predictions])
+    inference = max([prediction.inference_seconds for prediction in predictions])
+    return (
+        f"decode;dur={decode * 1000:.3f}, queue;dur={queue * 1000:.3f}, "
+        f"inference;dur={inference * 1000:.3f}, total;dur={total * 1000:.3f}"
+    ).encode()

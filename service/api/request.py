@@ -1,0 +1,215 @@
+"""One request for inference, from its head to its response.
+
+Its life has one order: head checked, admitted, body read, decoded, queued, answered. A connection's callbacks drive it
+where the body is small, and an ASGI task where it is large or chunked; both call `start`, `receive` and `run`.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from service.api.keys import check_key
+from service.api.options import RequestOptions, checked_top_k, read_options
+from service.api.paths import PREDICT
+from service.api.payload import check_content_type, check_size, parse_body
+from service.api.prediction_writer import PredictionWriter, server_timing
+from service.api.response import Headers, Response, error_response, json_response
+from service.batching.admission import Ticket
+from service.batching.queue import Prediction
+from service.decoding.upload import Upload
+from service.errors import ClientDisconnected, Overloaded
+from service.repository.versions import LiveModel
+
+if TYPE_CHECKING:
+    from service.api.predict import PredictEndpoint
+
+Respond = Callable[[Response | None], None]
+
+
+class InferenceRequest:
+    """One request, as the batcher's `Outcome` and as one of the requests in flight.
+
+    Args:
+        endpoint: what all requests share.
+        headers: of the head, names in lower case.
+        query: of the URL, without its question mark.
+        respond: called exactly once; with None where the client has left.
+    """
+
+    __slots__ = (
+        "_began", "_chunks", "_decode_seconds", "_endpoint", "_filenames", "_headers", "_is_cancelled", "_is_done",
+        "_live", "_options", "_query", "_received", "_request_id", "_respond", "_service", "_size", "_task", "_ticket",
+        "_top_k", "_until", "_writer",
+    )  # fmt: skip
+
+    _options: RequestOptions
+    _writer: PredictionWriter
+    _filenames: Sequence[str | None]
+
+    def __init__(self, endpoint: "PredictEndpoint", headers: Headers, query: bytes, respond: Respond) -> None:
+        self._began = perf_counter()
+        self._endpoint = endpoint
+        self._service = service = endpoint.service
+        self._headers = headers
+        self._query = query
+        self._respond = respond
+        self._request_id = endpoint.log.request_id(headers)
+        self._ticket: Ticket = service.admission.admit(images=0)
+        self._live: LiveModel | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self._is_done = self._is_cancelled = False
+
+    # The life, driven by a connection or by ASGI
+
+    def start(self) -> None:
+        """Check the head, before a large body is sent for nothing. A refused request has its response at once."""
+        self._service.in_flight.add(self)
+        self._do(self._check_head)
+
+    def receive(self, chunk: bytes) -> None:
+        """Admit a piece of the body. What comes behind the response is dropped."""
+        self._do(partial(self._admit, chunk))
+
+    def run(self) -> None:
+        """Decode the body, which is whole now, and queue its images."""
+        self._do(self._decode)
+
+    def _do(self, step: Callable[[], None]) -> None:
+        if self._is_done:
+            return
+        try:
+            step()
+        except Exception as error:
+            self.fail(error)
+
+    def _check_head(self) -> None:
+        endpoint, service, settings = self._endpoint, self._service, self._service.settings
+        if endpoint.keys:
+            check_key(self._headers, endpoint.keys)
+        service.check_ready()
+        self._options = options = read_options(self._headers, self._query, settings.request_timeout_ms)
+        check_content_type(options.content_type)
+        if options.top_k is not None:
+            checked_top_k(options.top_k, endpoint.writer_of(service.lease()).classes)
+        announced = options.content_length or 0
+        check_size(announced, settings.max_body_bytes)
+        if service.admission.is_full(size=announced):
+            raise Overloaded(retry_after=service.admission.retry_after(announced))
+
+    def _admit(self, chunk: bytes) -> None:
+        # Only bytes that have come are counted: who announces much and sends nothing must not keep others out.
+        self._size += len(chunk)
+        check_size(self._size, self._service.settings.max_body_bytes)
+        self._ticket.add(bytes=len(chunk))
+        self._chunks.append(chunk)
+
+    def _decode(self) -> None:
+        self._received = perf_counter()
+        self._until = asyncio.get_running_loop().time() + self._options.timeout
+        # One model from here to the response, so that input size, labels and version belong together. Its classes may
+        # be fewer than those of the one that the head was checked against.
+        self._live = live = self._service.lease().__enter__()
+        self._writer = self._endpoint.writer_of(live)
+        self._top_k = checked_top_k(self._options.top_k, self._writer.classes)
+        chunks, self._chunks = self._chunks, []
+        body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        decoder, uploads, images = self._service.decoder, None, None
+        if self._service.decoder.is_small(body) or self._options.content_type.startswith("image/"):
+            uploads = self._parse(body)
+            self._ticket.add(images=len(uploads))
+            images = decoder.decode_inline(uploads, live.metadata)
+        if uploads is not None and images is not None:
+            self._queue(uploads, images)
+        else:
+            self._task = asyncio.get_running_loop().create_task(self._decode_elsewhere(live, body, uploads))
+
+    async def _decode_elsewhere(self, live: LiveModel, body: bytes, uploads: list[Upload] | None) -> None:
+        """Parse and decode what would hold up the event loop."""
+        decoder = self._service.decoder
+        try:
+            if uploads is None:
+                uploads = await decoder.in_thread(lambda _: self._parse(body), self._until)
+                self._ticket.add(images=len(uploads))
+            images = await decoder.decode(uploads, live.metadata, self._until)
+            self._queue(uploads, images)
+        except Exception as error:
+            self.fail(error)
+
+    def _parse(self, body: bytes) -> list[Upload]:
+        return parse_body(self._options.content_type, body, max_images=self._service.settings.max_images)
+
+    def _queue(self, uploads: Sequence[Upload], images: Sequence[Any]) -> None:
+        assert self._live is not None
+        self._task = None
+        self._decode_seconds = perf_counter() - self._received
+        self._filenames = [upload.filename for upload in uploads]
+        self._live.batcher.post([image.data for image in images], self, self._until)
+        self._service.metrics.decoded(self._decode_seconds)
+
+    # The batcher's Outcome
+
+    def done(self) -> bool:
+        """Whether it has its response, or nobody waits for one."""
+        return self._is_done
+
+    def cancelled(self) -> bool:
+        """Whether its client has left."""
+        return self._is_cancelled
+
+    def set_result(self, result: list[Prediction], /) -> None:
+        """Respond with predictions, one an image."""
+        try:
+            body = self._writer.write(result, self._filenames, self._top_k)
+        except Exception as error:  # a logit is not a number
+            self.fail(error)
+            return
+        response = json_response(200, body, self._request_id)
+        timing = server_timing(result, self._decode_seconds, perf_counter() - self._began)
+        response.headers.append((b"server-timing", timing))
+        self._finish(200, response)
+
+    def set_exception(self, exception: Exception, /) -> None:
+        """Respond with an error."""
+        self.fail(exception)
+
+    # Its end
+
+    def fail(self, error: Exception) -> None:
+        """Respond with an error, unless there is a response already."""
+        if self._is_done:
+            return
+        public = self._endpoint.log.public_error(error, self._request_id)
+        self._finish(public.status, error_response(public, self._request_id))
+
+    def cancel(self) -> None:
+        """Drop the request of a client that has left: what is queued is not run."""
+        if self._is_done:
+            return
+        self._is_cancelled = True
+        self._endpoint.log.public_error(ClientDisconnected(), self._request_id)
+        self._finish(ClientDisconnected.status, None)
+
+    def _finish(self, status: int, response: Response | None) -> None:
+        """Release what the request holds, record it, and respond."""
+        self._is_done = True
+        self._chunks = []
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+        if self._live is not None:
+            self._live.__exit__()
+            self._live = None
+        self._ticket.__exit__(None, None, None)
+        self._service.in_flight.discard(self)
+        self._endpoint.log.finished("POST", PREDICT, status, perf_counter() - self._began, self._request_id)
+        respond: Respond = self._respond
+        self._respond = _ignore  # it may hold this: a cycle that only a collection would free
+        respond(response)
+
+
+def _ignore(response: Response | None) -> None:
+    """Respond to nobody."""
