@@ -1,10 +1,9 @@
 """One export: translate the model, run its gates, write the next version of the model folder."""
 
-import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import nn
 
 from export.card.model_card import write_card
 from export.errors import ExportError, GateError
+from export.exported import ExportedModel, metrics_json
 from export.golden import make_golden
 from export.graph.fold import fold
 from export.graph.to_onnx import serialize, to_onnx
@@ -82,31 +82,6 @@ class Options:
     untimed: bool = False
     other_classes: bool = False
     even_if_worse: bool = False
-
-
-@dataclass(frozen=True)
-class ExportedModel:
-    """A version in memory that passed its gates.
-
-    Attributes:
-        content: of the float32 file.
-        golden: golden images.
-        metadata: of the float32 file.
-        flops: operations for one image, by name of the form.
-        comparisons: result of the parity check.
-        variants: that passed their gates.
-        leakage: whether validation images may have trained an earlier run that led to this one.
-        duplicates: images of each split that are training images as well, by split.
-    """
-
-    content: bytes
-    golden: Golden
-    metadata: ModelMetadata
-    flops: list[tuple[str, int]]
-    comparisons: list[Comparison]
-    variants: list[Variant]
-    leakage: bool
-    duplicates: Mapping[str, int]
 
 
 def make_metadata(source: Source, name: str) -> ModelMetadata:
@@ -257,20 +232,6 @@ def build(source: Source, options: Options) -> ExportedModel:
     return ExportedModel(content, golden, metadata, flops, comparisons, variants, leakage, duplicates)
 
 
-def metrics_json(source: Source, exported: ExportedModel) -> str:
-    """Return the content of `metrics.json`: the run's report and epochs, operations, and the gates' results."""
-    content = {
-        "report": source.report.model_dump(mode="json") if source.report else None,
-        "epochs": source.epochs,
-        "operations_per_picture": dict(exported.flops),
-        "verification": [asdict(comparison) for comparison in exported.comparisons],
-        "variants": {
-            variant.precision: variant.metadata.model_dump(mode="json")["gate"] for variant in exported.variants
-        },
-    }
-    return json.dumps(content, indent=2) + "\n"
-
-
 def write_version(folder: Path, source: Source, exported: ExportedModel) -> None:
     """Write the files of a version.
 
@@ -287,16 +248,7 @@ def write_version(folder: Path, source: Source, exported: ExportedModel) -> None
         shutil.copyfile(source.checkpoint, folder / CHECKPOINT_FILE)
         if digest(folder / CHECKPOINT_FILE) != source.checkpoint_sha256:
             raise ExportError(f"{source.checkpoint}: was changed during the export, as by a run; export again.")
-    card = write_card(
-        source,
-        exported.metadata,
-        exported.flops,
-        exported.comparisons,
-        exported.variants,
-        leakage=exported.leakage,
-        duplicates=exported.duplicates,
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(write_card(source, exported), encoding="utf-8")
     (folder / METRICS_FILE).write_text(metrics_json(source, exported), encoding="utf-8")
     for path in source.plots:
         shutil.copyfile(path, folder / path.name)

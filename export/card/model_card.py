@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from export.card.error_analysis import error_analysis
 from export.card.markdown import bullet, code, image, literal, paragraph, table
 from export.card.training_record import training_record
+from export.exported import ExportedModel
 from export.parity import Comparison, summary
 from export.quantization.gate import describe
 from export.quantization.variants import Variant
@@ -57,11 +58,7 @@ def evaluation(source: Source) -> str:
 def training_data(source: Source, metadata: ModelMetadata, *, leakage: bool, duplicates: Mapping[str, int]) -> str:
     """Return which images trained, validated and tested the model; empty for random weights.
 
-    Args:
-        source: the run.
-        metadata: of the model.
-        leakage: whether validation images may have trained an earlier run that led to this one.
-        duplicates: images of each split that are training images as well, by split.
+    Leakage and duplicates as in `ExportedModel`.
     """
     if source.checkpoint is None:
         return ""
@@ -174,36 +171,18 @@ def variant_files(variants: Sequence[Variant]) -> str:
     return "## Variants\n\n" + paragraph(text) + "\n\n" + "\n".join(lines)
 
 
-def write_card(
-    source: Source,
-    metadata: ModelMetadata,
-    flops: Sequence[tuple[str, int]],
-    comparisons: Sequence[Comparison],
-    variants: Sequence[Variant],
-    *,
-    leakage: bool,
-    duplicates: Mapping[str, int],
-) -> str:
-    """Return the card as Markdown.
-
-    Args:
-        source: the run.
-        metadata: of the float32 file.
-        flops: operations for one image, by name of the form; the last form is the one that serves.
-        comparisons: result of the parity check.
-        variants: files beside the float32 one.
-        leakage: see `training_data`.
-        duplicates: see `training_data`.
-    """
+def write_card(source: Source, exported: ExportedModel) -> str:
+    """Return the card as Markdown."""
+    metadata, flops = exported.metadata, exported.flops
     parts = [
         title(source, metadata, flops[-1][1]),
         evaluation(source),
         input_output(source, metadata),
-        training_data(source, metadata, leakage=leakage, duplicates=duplicates),
+        training_data(source, metadata, leakage=exported.leakage, duplicates=exported.duplicates),
         limitations(source, metadata),
         error_analysis(source),
         training_record(source, metadata),
-        verification(flops, comparisons),
-        variant_files(variants),
+        verification(flops, exported.comparisons),
+        variant_files(exported.variants),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
