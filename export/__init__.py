@@ -1,3 +1,3 @@
-"""Export: a trained run becomes a model folder that the service can serve, behind a gate that proves it is the same."""
+"""Export: a trained run becomes a version of a model folder, behind gates that compare it with the trained model."""
 
-import service  # noqa: F401 - before onnxruntime, which it keeps from telling its maker
+import service  # noqa: F401 - before onnxruntime, whose telemetry it turns off

@@ -1,10 +1,9 @@
-"""One export from source to version folder: translate, pass the gate, write."""
+"""One export: translate the model, run its gates, write the next version of the model folder."""
 
-import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,8 @@ from torch import nn
 
 from export.card.model_card import write_card
 from export.errors import ExportError, GateError
-from export.golden import data_path, has_changed, load_data, noise_golden, real_golden
+from export.exported import ExportedModel, metrics_json
+from export.golden import make_golden
 from export.graph.fold import fold
 from export.graph.to_onnx import serialize, to_onnx
 from export.graph.trained import Images, Logits, TrainedModel, cached_reference, count_flops
@@ -30,11 +30,11 @@ from export.parity import (
     summary,
     warm_engine,
 )
-from export.promotion import check_successor, check_writable
+from export.promotion import check_out, check_promotion
 from export.publish import new_version
-from export.quantization.gate import EvalSet
+from export.quantization.gate import validation_set
 from export.quantization.variants import Base, Variant, VariantPrecision, build_variants
-from export.source import METRICS_FILE, Source
+from export.source import METRICS_FILE, Source, data_path, has_changed, load_data
 from export.triton import write_triton_config
 from service.engine.metadata import (
     MODEL_FILE,
@@ -55,21 +55,20 @@ from training.transfer import flatterers
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line decides.
+    """The settings of an export, as on the command line.
 
     Attributes:
         out: the model folder.
-        name: of the model; None: the folder's.
-        data: where the data set is; None: where it was while training.
-        golden: number of golden pictures.
-        max_batch: largest batch of the gate.
-        plain: keep the form that was trained.
-        variants: precisions that are tried beside float32.
-        variants_asked: whether somebody named them.
+        name: of the model; None: that of the folder.
+        data: path of the data set; None: that in training.
+        golden: number of golden images.
+        max_batch: largest batch of the parity check, in images.
+        plain: export the trained form, not the folded one.
+        variants: precisions to try beside float32.
+        variants_asked: whether the user named them.
         untimed: write a variant although its speed can't be measured here.
-        other_classes: write to a model folder whose newest version has other classes.
-        even_if_worse: write to a model folder whose newest version was right more often, on the same pictures, or may
-            have been, where this model's run has not ended.
+        other_classes: see `check_promotion`.
+        even_if_worse: see `check_promotion`.
     """
 
     out: Path
@@ -85,63 +84,37 @@ class Options:
     even_if_worse: bool = False
 
 
-@dataclass(frozen=True)
-class Exported:
-    """A version in memory, past its gate.
-
-    Attributes:
-        flattered: whether pictures that validated the run may have trained one that led to it.
-        copies: validation and test pictures that are training pictures as well, see `DataSet.copies`.
-    """
-
-    model: bytes
-    golden: Golden
-    metadata: ModelMetadata
-    operations: list[tuple[str, int]]
-    comparisons: list[Comparison]
-    variants: list[Variant]
-    flattered: bool
-    copies: Mapping[str, int]
-
-
 def make_metadata(source: Source, name: str) -> ModelMetadata:
-    """Gather what the service must know."""
-    size = source.run.model.input_size
-    return ModelMetadata(
-        schema_version=1,
-        name=name,
-        labels=source.run.labels,
-        input_size=(size, size),
-        resize=ResizePolicy(),
-        dataset=source.run.dataset,
-        metrics=EvalMetrics(**source.metrics.model_dump()) if source.metrics else None,
-        preset=source.run.preset,
-        parameters=source.parameters,
-        precision="float32",
-        golden_tolerance=FLOAT32_TOLERANCE,
-        temperature=source.temperature,
-        provenance=Provenance(
-            git_commit=source.git_commit,
-            checkpoint_sha256=source.checkpoint_sha256,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions={"torch": torch.__version__, "onnx": version("onnx"), "onnxruntime": onnxruntime.__version__},
-        ),
-    )
-
-
-def make_golden(model: nn.Module, source: Source, data: DataSet | None, count: int) -> Golden:
-    """Real pictures, or noise for random weights.
+    """Return the metadata of the float32 file.
 
     Raises:
-        ExportError: a logit is no number.
+        ExportError: a value breaks the contract, such as an empty name.
     """
     size = source.run.model.input_size
     try:
-        return noise_golden(model, (size, size), count) if data is None else real_golden(model, data.val, count)
-    except ArtifactError as error:
-        raise ExportError(
-            f"{source.checkpoint}: gives logits that are no numbers ({error}); export another checkpoint of the run."
-        ) from error
+        return ModelMetadata(
+            schema_version=1,
+            name=name,
+            labels=source.run.labels,
+            input_size=(size, size),
+            resize=ResizePolicy(),
+            dataset=source.run.dataset,
+            metrics=EvalMetrics(**source.metrics.model_dump()) if source.metrics else None,
+            preset=source.run.preset,
+            parameters=source.parameters,
+            precision="float32",
+            golden_tolerance=FLOAT32_TOLERANCE,
+            temperature=source.temperature,
+            provenance=Provenance(
+                git_commit=source.git_commit,
+                checkpoint_sha256=source.checkpoint_sha256,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                versions={"torch": torch.__version__, "onnx": version("onnx"), "onnxruntime": onnxruntime.__version__},
+            ),
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ExportError(f"the model's metadata are not valid: {first['loc'][0]}: {first['msg']}.") from error
 
 
 def make_variants(
@@ -152,29 +125,26 @@ def make_variants(
     golden: Golden,
     options: Options,
 ) -> list[Variant]:
-    """Build the wanted variants that pass their gates; random weights are calibrated with the golden noise."""
+    """Build the wanted variants that pass their gates; random weights are calibrated on the golden noise."""
     if not options.variants:
         return []
-    eval_set = None
-    if data is not None:
-        images = data.val.images.numpy()
-        eval_set = EvalSet("val", images, data.val.labels.numpy(), reference(images))
+    eval_set = None if data is None else validation_set(data, reference)
     calibration = golden.images if data is None else data.train.images.numpy()
     base = Base(graph, metadata, reference, golden, calibration, eval_set, options.max_batch, options.untimed)
     return build_variants(base, options.variants)
 
 
-def pass_gate(
-    model: bytes, reference: Callable[[Images], Logits], golden: Golden, options: Options
+def check_parity(
+    content: bytes, reference: Callable[[Images], Logits], golden: Golden, options: Options
 ) -> list[Comparison]:
-    """Run the file as the service will, on the CPU, and hold it against torch; prints the table.
+    """Run the file as the service does, on the CPU, and compare it with torch; prints the table.
 
     Raises:
-        GateError: it answers otherwise.
+        GateError: the logits differ.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / MODEL_FILE
-        path.write_bytes(model)
+        path.write_bytes(content)
         with warm_engine(path, "cpu", options.max_batch) as engine:
             comparisons = compare_with_torch(engine, reference, golden, FLOAT32_TOLERANCE)
     print(TABLE_HEAD, *comparisons, summary(comparisons), sep="\n")
@@ -185,37 +155,37 @@ def pass_gate(
             raise
         raise GateError(
             f"{error} Where training/model.py was changed, export/graph/fold.py has to follow; --plain exports the "
-            "form that was trained, without that algebra."
+            "trained form, without that algebra."
         ) from error
     return comparisons
 
 
-def without_what_others_would_judge(source: Source, data: DataSet | None, options: Options) -> Options:
-    """Leave out the variants, and say so, where the data are no longer those of the run.
+def drop_variants_if_changed(source: Source, data: DataSet | None, options: Options) -> Options:
+    """Drop the variants, with a warning, if the data differ from the run's.
 
-    A validation picture may be one that it was trained on then, and says too much good of a variant.
+    Validation images may then be training images of the run, which makes the accuracy of a variant look too good.
 
     Raises:
-        ExportError: the variants were asked for by name.
+        ExportError: the user named the variants.
     """
     if data is None or not has_changed(source, data):
         return options
-    changed = "the data set has other pictures than the run was trained on"
+    changed = "the data set has other images than in training"
     if options.variants and options.variants_asked:
         raise ExportError(
-            f"{changed}, so it can't judge {' and '.join(options.variants)}: restore it or name a copy by --data, or "
-            "export float32 alone by --variants with nothing after it."
+            f"{changed}, so it can't judge {' and '.join(options.variants)}: restore it, name a copy by --data, or "
+            "export float32 alone by --variants without values."
         )
-    without = f", and judges no {' and no '.join(options.variants)} file" if options.variants else ""
-    print(f"note: {changed}; the golden pictures are taken from it as it is{without}.")
+    dropped = f", and no {' or '.join(options.variants)} file is tried" if options.variants else ""
+    print(f"warning: {changed}; the golden images are taken from it{dropped}.")
     return replace(options, variants=())
 
 
 def folded(trained: TrainedModel, image: torch.Tensor) -> nn.Module:
-    """Rewrite the trained form by exact algebra.
+    """Fold the trained form.
 
     Args:
-        trained: the form that was trained.
+        trained: the trained form.
         image: uint8 [1, H, W, 3], any.
 
     Raises:
@@ -223,91 +193,64 @@ def folded(trained: TrainedModel, image: torch.Tensor) -> nn.Module:
     """
     try:
         form = fold(trained)
-        form(image)  # what was folded without a word may not fit together
+        form(image)  # parts that were folded without an error may not fit together
         return form
-    except Exception as error:  # it takes the model apart, and of one that was changed any part may be missing
+    except Exception as error:  # of any type: any part of a changed model may be missing
         raise ExportError(
             f"export/graph/fold.py does not know this model ({type(error).__name__}: {error}); it has to follow a "
-            "change of training/model.py. --plain exports the form that was trained, without its algebra."
+            "change of training/model.py. --plain exports the trained form, without its algebra."
         ) from error
 
 
-def build(source: Source, options: Options) -> Exported:
-    """Translate a source and pass the gate; nothing is written.
+def build(source: Source, options: Options) -> ExportedModel:
+    """Translate a model and run its gates; writes nothing.
 
     Raises:
-        ExportError: what stood in the way; GateError where the result is not the trained function.
+        ExportError: the model can't be exported; GateError if the result differs from the trained model.
     """
     trained = TrainedModel(source.preprocess, source.model, source.temperature).eval()
     data = None if source.checkpoint is None else load_data(source, options.data)
-    options = without_what_others_would_judge(source, data, options)
+    options = drop_variants_if_changed(source, data, options)
     golden = make_golden(trained, source, data, options.golden)
-    try:
-        metadata = make_metadata(source, options.out.resolve().name if options.name is None else options.name)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ExportError(f"the model can't be described: {first['loc'][0]}: {first['msg']}.") from error
+    metadata = make_metadata(source, options.out.resolve().name if options.name is None else options.name)
     image = torch.zeros(1, *metadata.input_size, 3, dtype=torch.uint8)
     forms: list[tuple[str, nn.Module]] = [("as trained", trained)]
     if not options.plain:
         forms.append(("folded", folded(trained, image)))
-    operations = [(name, count_flops(form, image)) for name, form in forms]
-    print("GFLOP a picture: " + ", ".join(f"{name} {count / 1e9:.3f}" for name, count in operations))
+    flops = [(name, count_flops(form, image)) for name, form in forms]
+    print("GFLOP an image: " + ", ".join(f"{name} {count / 1e9:.3f}" for name, count in flops))
     graph = to_onnx(forms[-1][1], metadata.input_size)
-    model = serialize(graph, to_props(metadata))
+    content = serialize(graph, to_props(metadata))
     reference = cached_reference(trained)
     try:
-        comparisons = pass_gate(model, reference, golden, options)
+        comparisons = check_parity(content, reference, golden, options)
         variants = make_variants(graph, metadata, reference, data, golden, options)
     except (ArtifactError, EngineError) as error:
         raise ExportError(f"the service's engine can't run the exported model: {error}") from error
-    flattered = data is not None and bool(flatterers(source.run, data_path(source, options.data), own_val=data.own_val))
-    copies = {} if data is None or has_changed(source, data) else data.copies()
-    return Exported(model, golden, metadata, operations, comparisons, variants, flattered, copies)
+    leakage = data is not None and bool(flatterers(source.run, data_path(source, options.data), own_val=data.own_val))
+    duplicates = {} if data is None or has_changed(source, data) else data.copies()
+    return ExportedModel(content, golden, metadata, flops, comparisons, variants, leakage, duplicates)
 
 
-def metrics_json(source: Source, exported: Exported) -> str:
-    """Return what `metrics.json` holds: the run's report and epochs, the operations, the gates' results."""
-    content = {
-        "report": source.report.model_dump(mode="json") if source.report else None,
-        "epochs": source.lines,
-        "operations_per_picture": dict(exported.operations),
-        "verification": [asdict(comparison) for comparison in exported.comparisons],
-        "variants": {
-            variant.precision: variant.metadata.model_dump(mode="json")["gate"] for variant in exported.variants
-        },
-    }
-    return json.dumps(content, indent=2) + "\n"
-
-
-def fill(folder: Path, source: Source, exported: Exported) -> None:
+def write_version(folder: Path, source: Source, exported: ExportedModel) -> None:
     """Write the files of a version.
 
     Raises:
-        ExportError: the checkpoint is no longer there, or no longer the one that was exported.
+        ExportError: the checkpoint was removed or replaced since it was read.
     """
-    (folder / MODEL_FILE).write_bytes(exported.model)
+    (folder / MODEL_FILE).write_bytes(exported.content)
     for variant in exported.variants:
         (folder / MODEL_FILES[variant.precision]).write_bytes(variant.content)
     save_golden(folder / GOLDEN_FILE, exported.golden)
     if source.checkpoint is not None:
         if not source.checkpoint.is_file():
-            raise ExportError(f"{source.checkpoint}: has gone since the export began; nothing was written.")
+            raise ExportError(f"{source.checkpoint}: was removed during the export; nothing was written.")
         shutil.copyfile(source.checkpoint, folder / CHECKPOINT_FILE)
         if digest(folder / CHECKPOINT_FILE) != source.checkpoint_sha256:
-            raise ExportError(f"{source.checkpoint}: has changed since the export began, as by a run; export again.")
-    card = write_card(
-        source,
-        exported.metadata,
-        exported.operations,
-        exported.comparisons,
-        exported.variants,
-        flattered=exported.flattered,
-        copies=exported.copies,
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+            raise ExportError(f"{source.checkpoint}: was changed during the export, as by a run; export again.")
+    (folder / "README.md").write_text(write_card(source, exported), encoding="utf-8")
     (folder / METRICS_FILE).write_text(metrics_json(source, exported), encoding="utf-8")
-    for path in source.pictures:
+    for path in source.plots:
         shutil.copyfile(path, folder / path.name)
 
 
@@ -317,18 +260,18 @@ def export(source: Source, options: Options) -> Path:
     Raises:
         ExportError: nothing was written.
     """
-    check_writable(options.out)
+    check_out(options.out)
     allowed = {"other_classes": options.other_classes, "even_if_worse": options.even_if_worse}
-    check_successor(options.out, source, **allowed)
+    check_promotion(options.out, source, **allowed)
     exported = build(source, options)
     try:
         with new_version(options.out) as (number, folder):
-            check_successor(options.out, source, **allowed)  # again, of what another export may have written meanwhile
-            fill(folder, source, exported)
+            check_promotion(options.out, source, **allowed)  # another export may have written a version meanwhile
+            write_version(folder, source, exported)
     except ArtifactError as error:
         raise ExportError(str(error)) from error
     except OSError as error:
         raise ExportError(f"{options.out}: can't be written to ({error.strerror}); name another --out.") from error
-    if (complaint := write_triton_config(options.out, exported.metadata)) is not None:
-        print(complaint)
+    if (warning := write_triton_config(options.out, exported.metadata)) is not None:
+        print(f"warning: {warning}")
     return options.out / str(number)

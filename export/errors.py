@@ -1,7 +1,7 @@
-"""The errors of this package: one sentence each, that says what was wrong and what would be right.
+"""The errors of this package; each message says what was wrong and what would be right.
 
 ExportError       nothing was exported (exit status 2)
-`-- GateError     the exported model does not answer as the trained one does (exit status 1)
+`-- GateError     the exported model differs from the trained one (exit status 1)
 """
 
 
@@ -12,6 +12,6 @@ class ExportError(Exception):
 
 
 class GateError(ExportError):
-    """The gate refused: the difference is above the tolerance, or labels differ."""
+    """A gate refuses: a difference is above its tolerance, or labels differ."""
 
     exit_status = 1

@@ -1,9 +1,8 @@
-"""Golden pictures: real ones, from the validation split, with the logits that torch gives for them in float32.
+"""Golden images: validation images with torch's logits in float32.
 
-Shape letters: K golden pictures, H and W the input size in pixels, C classes.
+Shape letters: K golden images, H and W the input size in pixels, C classes.
 """
 
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -13,74 +12,42 @@ from torch import nn
 from export.errors import ExportError
 from export.graph.trained import reference_logits
 from export.source import Source
+from service.engine.metadata import ArtifactError
 from service.repository.folder import Golden
-from training.data import cifar
-from training.data.dataset import DataError, DataSet, Split
-from training.data.load import load_for
-
-DATA_FOLDER = Path("data")
+from training.data.dataset import DataSet
 
 T = TypeVar("T", bound=np.generic)
 
 
-def data_path(source: Source, path: Path | None) -> Path:
-    """Return where the data of a run are: where the user says, else where they were while training, else `data/`."""
-    return path or (Path(source.run.data) if source.run.data else DATA_FOLDER)
-
-
-def load_data(source: Source, path: Path | None) -> DataSet:
-    """Load the data set of the run.
-
-    Args:
-        source: what is exported.
-        path: where the data are; None: where they were while training, or CIFAR-100 in `data/`.
-
-    Raises:
-        ExportError: it is not there, or has other classes.
-    """
-    chosen = data_path(source, path)
-    wanted = "golden pictures are real validation pictures, so the data that the run was trained on is needed"
-    if path is None and not chosen.exists():
-        raise ExportError(f"{chosen}: does not exist; {wanted}: name its folder by --data.")
-    if source.run.data is None and cifar.find(chosen) is None:
-        raise ExportError(f"{chosen}: holds no {cifar.FOLDER}; {wanted}: name its folder by --data.")
-    try:
-        loaded = load_for(source.run, chosen)
-    except DataError as error:
-        raise ExportError(f"{error} ({wanted}.)") from error
-    if loaded.labels != source.run.labels:
-        raise ExportError(
-            f"{chosen}: has other classes than the run was trained on; name the run's own data by --data."
-        )
-    return loaded
-
-
-def has_changed(source: Source, loaded: DataSet) -> bool:
-    """Tell whether the data are others than the run was trained on, or are divided otherwise; False if unknown."""
-    return source.run.pictures_sha256 not in (None, loaded.digest())
-
-
-def real_golden(model: nn.Module, split: Split, count: int) -> Golden:
-    """Take `count` pictures, evenly spread over a split; no more than there are.
-
-    Args:
-        model: the training form.
-        split: the validation pictures.
-        count: K.
-    """
-    images = spread(split.images.numpy(), count)
-    return Golden(images, spread(split.labels.numpy(), count), reference_logits(model, images))
-
-
 def spread(values: NDArray[T], count: int) -> NDArray[T]:
-    """Take up to `count` of [N, ...], evenly spread."""
+    """Return up to `count` evenly spaced rows of [N, ...]."""
     index = np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(np.int64)
     chosen: NDArray[T] = values[index]
     return chosen
 
 
-def noise_golden(model: nn.Module, input_size: tuple[int, int], count: int) -> Golden:
-    """Make `count` pictures of seeded noise for a model of random weights; the labels are those that torch gives."""
-    images = np.random.default_rng(0).integers(0, 256, (count, *input_size, 3), dtype=np.uint8)
+def make_golden(model: nn.Module, source: Source, data: DataSet | None, count: int) -> Golden:
+    """Take evenly spaced validation images, or seeded noise for random weights.
+
+    Args:
+        model: the trained model; for noise, its own labels count as true.
+        source: what is exported.
+        data: data set of the run; None for random weights.
+        count: K; fewer if the validation split has fewer.
+
+    Raises:
+        ExportError: a logit is not finite.
+    """
+    if data is None:
+        shape = (count, source.run.model.input_size, source.run.model.input_size, 3)
+        images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    else:
+        images = spread(data.val.images.numpy(), count)
     logits = reference_logits(model, images)
-    return Golden(images, logits.argmax(axis=1), logits)
+    labels = logits.argmax(axis=1) if data is None else spread(data.val.labels.numpy(), count)
+    try:
+        return Golden(images, labels, logits)
+    except ArtifactError as error:
+        raise ExportError(
+            f"{source.checkpoint}: gives logits that are not finite ({error}); export another checkpoint of the run."
+        ) from error

@@ -1,6 +1,6 @@
-"""The gate: the model that will serve, run by the service's own engine, against torch in float32.
+"""Parity: the logits of the model that will serve, run by the service's own engine, against torch in float32.
 
-Shape letters: N pictures of a batch, H and W the input size in pixels, C classes.
+Shape letters: N images of a batch, H and W the input size in pixels, C classes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,21 +15,23 @@ from export.graph.trained import Images, Logits
 from service.engine.onnx_engine import Engine, OnnxEngine, ProviderChoice
 from service.repository.folder import GOLDEN_FILE, Golden
 
-# Rounding in float32 moves the logits of the reference model by 4e-6; anything above this is another function.
+# Rounding in float32 changes the logits of the reference preset by 4e-6; a larger difference is another function.
 FLOAT32_TOLERANCE = 1e-3
 NOISE_SEED = 0
+
+TABLE_HEAD = f"{'images':<16} {'n':>6} {'largest difference':>20} {'labels differ':>15}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far the engine's logits of some pictures are from the expected ones.
+    """The difference between the engine's logits and the expected ones.
 
     Attributes:
-        name: of the pictures.
+        name: of the images.
         n: how many.
         max_abs_difference: largest absolute difference of a logit.
-        labels_differ: pictures whose most likely class differs, where the expected logits leave no doubt about it
-            (the best leads by more than the tolerance).
+        labels_differ: images whose most likely class differs, not counting those whose two largest expected logits are
+            within the tolerance of each other.
         tolerance: largest difference allowed.
     """
 
@@ -41,7 +43,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing differs; a difference that is no number fails."""
+        """Whether differences are within the tolerance; NaN is not."""
         return self.max_abs_difference <= self.tolerance and self.labels_differ == 0
 
     def __str__(self) -> str:
@@ -49,11 +51,8 @@ class Comparison:
         return f"{self.name:<16} {self.n:>6} {self.max_abs_difference:>20.2e} {self.labels_differ:>15}{verdict}"
 
 
-TABLE_HEAD = f"{'pictures':<16} {'n':>6} {'largest difference':>20} {'labels differ':>15}"
-
-
 def compare(name: str, expected: Logits, actual: Logits, tolerance: float) -> Comparison:
-    """Hold float32 [N, C] against float32 [N, C]."""
+    """Compare float32 [N, C] with float32 [N, C]."""
     top2 = np.sort(expected, axis=1)[:, -2:]
     clear = top2[:, 1] - top2[:, 0] > tolerance
     differ = expected.argmax(axis=1) != actual.argmax(axis=1)
@@ -62,7 +61,7 @@ def compare(name: str, expected: Logits, actual: Logits, tolerance: float) -> Co
 
 
 def edge_batches(input_size: tuple[int, int], max_batch: int) -> Iterator[tuple[str, Images]]:
-    """Black, white and noise, in batches of 1, 2, 3 and the largest."""
+    """Yield black, white and noise images, uint8 [N, H, W, 3], in batches of 1, 2, 3 and `max_batch`."""
     rng = np.random.default_rng(NOISE_SEED)
     for size in sorted({1, 2, 3, max_batch}):
         if size > max_batch:
@@ -75,12 +74,12 @@ def edge_batches(input_size: tuple[int, int], max_batch: int) -> Iterator[tuple[
 
 @contextmanager
 def warm_engine(path: Path, provider: ProviderChoice, max_batch: int) -> Iterator[OnnxEngine]:
-    """Open a file as the service does, with its warm-up: there a GPU's graphs are captured, or found to be impossible.
+    """Open a file as the service does, with its warm-up, which captures a GPU's graphs or finds that it can't.
 
     Args:
         path: the .onnx file.
         provider: where it runs.
-        max_batch: largest batch in pictures.
+        max_batch: largest batch, in images.
 
     Raises:
         EngineError: as `OnnxEngine`.
@@ -91,29 +90,36 @@ def warm_engine(path: Path, provider: ProviderChoice, max_batch: int) -> Iterato
 
 
 def run_all(engine: Engine, images: Images) -> Logits:
-    """Run uint8 [N, H, W, 3] of any N in batches as large as the engine takes; float32 [N, C]."""
+    """Run uint8 [N, H, W, 3] of any N in batches as large as the engine allows; returns float32 [N, C]."""
     step = engine.max_batch_size
     return np.concatenate([engine.run(images[start : start + step]) for start in range(0, len(images), step)])
 
 
 def compare_golden(engine: Engine, golden: Golden, tolerance: float) -> Comparison:
-    """Hold the engine against the golden logits."""
-    wanted = ((*engine.metadata.input_size, 3), len(engine.metadata.labels))
-    if (golden.images.shape[1:], golden.logits.shape[1]) != wanted:
-        raise ExportError(f"{GOLDEN_FILE} holds pictures of another size, or logits of other classes, than the model.")
+    """Compare the engine with the golden logits.
+
+    Raises:
+        ExportError: the golden images have another size, or their logits other classes.
+    """
+    expected = ((*engine.metadata.input_size, 3), len(engine.metadata.labels))
+    if (golden.images.shape[1:], golden.logits.shape[1]) != expected:
+        raise ExportError(f"{GOLDEN_FILE} holds images of another size, or logits of other classes, than the model.")
     return compare("golden", golden.logits, run_all(engine, golden.images), tolerance)
 
 
 def compare_with_torch(
     engine: Engine, reference: Callable[[Images], Logits], golden: Golden, tolerance: float
 ) -> list[Comparison]:
-    """Hold the engine against torch, on golden pictures and edge batches.
+    """Compare the engine with torch, on golden images and edge batches.
 
     Args:
         engine: what will serve.
-        reference: torch in float32, in the form that was trained.
-        golden: pictures and torch's logits for them.
+        reference: torch in float32: uint8 [N, H, W, 3] -> float32 [N, C].
+        golden: golden images and torch's logits for them.
         tolerance: largest absolute difference allowed.
+
+    Raises:
+        ExportError: as `compare_golden`.
     """
     comparisons = [compare_golden(engine, golden, tolerance)]
     for name, images in edge_batches(engine.metadata.input_size, engine.max_batch_size):
@@ -122,7 +128,7 @@ def compare_with_torch(
 
 
 def compare_with_itself(engine: Engine, tolerance: float) -> list[Comparison]:
-    """Hold each edge batch against its pictures one by one: no picture may change another's answer."""
+    """Compare each edge batch with its images one by one: the logits of an image must not depend on its batch."""
     comparisons = []
     for name, images in edge_batches(engine.metadata.input_size, engine.max_batch_size):
         alone = np.concatenate([engine.run(images[i : i + 1]) for i in range(len(images))])
@@ -131,26 +137,26 @@ def compare_with_itself(engine: Engine, tolerance: float) -> list[Comparison]:
 
 
 def max_difference(comparisons: Sequence[Comparison]) -> float:
-    """Return the largest difference of a logit; not a number where one isn't."""
+    """Return the largest difference of a logit; NaN if one is."""
     return max((c.max_abs_difference for c in comparisons), key=lambda value: (np.isnan(value), value))
 
 
 def summary(comparisons: Sequence[Comparison]) -> str:
-    """One sentence: the largest difference and how many labels differ."""
-    labels, pictures = sum(c.labels_differ for c in comparisons), sum(c.n for c in comparisons)
-    return f"largest difference {max_difference(comparisons):.2e}, {labels} of {pictures} labels differ"
+    """Return one clause: the largest difference and how many labels differ."""
+    labels, images = sum(c.labels_differ for c in comparisons), sum(c.n for c in comparisons)
+    return f"largest difference {max_difference(comparisons):.2e}, {labels} of {images} labels differ"
 
 
 def require(comparisons: Sequence[Comparison]) -> None:
-    """Refuse unless all passed.
+    """Require that all comparisons passed.
 
     Raises:
-        GateError: names the pictures that did not.
+        GateError: names those that did not.
     """
     failed = [c.name for c in comparisons if not c.passed]
     if failed:
         tolerance = comparisons[0].tolerance
         raise GateError(
-            f"the gate refuses this model on {', '.join(failed)}: {summary(comparisons)}, "
-            f"where {tolerance:.0e} and no label are allowed."
+            f"the gate refuses this model on {', '.join(failed)}: {summary(comparisons)}; "
+            f"allowed are {tolerance:.0e} and no label."
         )

@@ -1,4 +1,4 @@
-"""What stands in a model folder before a version is written to it, and whether the version may come after that."""
+"""Promotion: whether a new version may follow the newest one of a model folder."""
 
 import os
 from contextlib import suppress
@@ -12,57 +12,56 @@ from service.repository.folder import list_versions
 
 
 def newest_metadata(folder: Path) -> ModelMetadata | None:
-    """Return what the newest version that can be read says of itself, None where there is none."""
+    """Return the metadata of the newest readable version; None where there is none."""
     for newest in reversed(list_versions(folder)):
         with suppress(ArtifactError, EngineError):
             return read_metadata(newest.path / MODEL_FILE)
     return None
 
 
-def check_successor(out: Path, source: Source, *, other_classes: bool, even_if_worse: bool) -> None:
-    """Refuse a model of other classes than the folder's newest version, or one that is right less often.
+def check_promotion(out: Path, source: Source, *, other_classes: bool, even_if_worse: bool) -> None:
+    """Refuse a model with other classes than the folder's newest version, or with a lower top-1 on the same images.
 
-    A service that watches the folder would serve it seconds later, in that version's place.
+    A service that watches the folder would replace that version within seconds.
 
     Args:
         out: the model folder.
         source: the model.
-        other_classes: let other classes pass.
-        even_if_worse: let a model pass that is right less often, or may be.
+        other_classes: allow other classes.
+        even_if_worse: allow a lower top-1, or an unknown one.
 
     Raises:
-        ExportError: says how to do it all the same.
+        ExportError: says how to allow it.
     """
-    served = newest_metadata(out)
-    if served is None:
+    newest = newest_metadata(out)
+    if newest is None:
         return
-    if served.labels != source.run.labels:
+    if newest.labels != source.run.labels:
         if other_classes:
             return
         raise ExportError(
-            f"{out}: its newest version has not the classes of this model, which would be served in its place; "
-            "name another --out, or say --other-classes."
+            f"{out}: its newest version has other classes than this model, which would be served in its place; "
+            "name another --out, or pass --other-classes."
         )
-    theirs, mine = served.metrics, source.metrics
-    if even_if_worse or theirs is None or served.dataset != source.run.dataset:
+    served, own = newest.metrics, source.metrics
+    if even_if_worse or served is None or newest.dataset != source.run.dataset:
         return
-    comparable = mine is not None and (theirs.split, theirs.n) == (mine.split, mine.n)
+    comparable = own is not None and (served.split, served.n) == (own.split, own.n)
     if not comparable and source.report is None:
         raise ExportError(
-            f"{out}: its newest version is right on {theirs.top1:.2%} of the {theirs.split} pictures, and of "
-            "this model, which would be served in its place, nobody knows: its run has not ended with a report. Go on "
-            "with it by `python -m training --resume`, name another --out, or say --even-if-worse."
+            f"{out}: its newest version has a top-1 of {served.top1:.2%} on {served.split} images. That of this model, "
+            "which would be served in its place, is unknown: its run has not ended with a report. Continue the run by "
+            "`python -m training --resume`, name another --out, or pass --even-if-worse."
         )
-    if comparable and mine is not None and mine.top1 < theirs.top1:
+    if comparable and own is not None and own.top1 < served.top1:
         raise ExportError(
-            f"{out}: its newest version is right on {theirs.top1:.2%} of the {theirs.split} pictures and this "
-            f"model, which would be served in its place, on {mine.top1:.2%}; name another --out, or say "
-            "--even-if-worse."
+            f"{out}: its newest version has a top-1 of {served.top1:.2%} on {served.split} images and this model, "
+            f"which would be served in its place, of {own.top1:.2%}; name another --out, or pass --even-if-worse."
         )
 
 
-def check_writable(out: Path) -> None:
-    """Find out before the work, and not after it, that nothing can be written below `out`, or would not be served.
+def check_out(out: Path) -> None:
+    """Check before the work that a version can be written below `out`, and would be served.
 
     Raises:
         ExportError: it can't.
@@ -71,4 +70,4 @@ def check_writable(out: Path) -> None:
         raise ExportError(f"{out}: is one version of a model; name the folder of its versions, --out {out.parent}.")
     existing = next(path for path in (out, *out.resolve().parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        raise ExportError(f"{out}: {existing} is no folder that can be written to; name another --out.")
+        raise ExportError(f"{out}: {existing} is not a writable folder; name another --out.")

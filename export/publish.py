@@ -1,4 +1,4 @@
-"""Writing a version of a model folder: whole or not at all, and one at a time."""
+"""Writing a version of a model folder: atomically, and one at a time."""
 
 import os
 import re
@@ -15,35 +15,36 @@ from training.file_lock import locked
 
 @contextmanager
 def new_version(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Write the next version of `folder` so that no reader ever sees a part of it, not even after a power cut.
+    """Write the next version of `folder` atomically, also across a power cut.
 
-    Yields the next version's number and a temporary sibling folder to write into; it is renamed to
-    `folder/<number>` when the body succeeds and removed when the body raises. Who else wants to write a version
-    waits meanwhile, so what the body finds in the folder is what its version comes after. What a killed process left
-    is removed.
+    Other writers wait meanwhile. What a killed writer left is removed.
+
+    Yields:
+        The version's number, and a temporary sibling folder to write into. It is renamed to `folder/<number>` when the
+        body succeeds and removed when it raises.
 
     Raises:
-        ArtifactError: somebody took the number without waiting; an existing version is never overwritten.
+        ArtifactError: a writer that does not wait took the number; an existing version is never overwritten.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, wait=True) as alone:
-        for entry in folder.iterdir() if alone else ():
+    with locked(folder, wait=True) as exclusive:
+        for entry in folder.iterdir() if exclusive else ():
             if re.fullmatch(r"\.\d+-export-\w+", entry.name):
                 shutil.rmtree(entry, ignore_errors=True)
         number = max((version.number for version in list_versions(folder)), default=0) + 1
         temporary = Path(tempfile.mkdtemp(prefix=f".{number}-export-", dir=folder))
         try:
             yield number, temporary
-            temporary.chmod(0o755)  # mkdtemp's 0o700 would hide the version from a service of another user
+            temporary.chmod(0o755)  # mkdtemp's 0o700 would hide it from a service of another user
             for path in (*temporary.rglob("*"), temporary):
-                _to_disk(path)
+                _fsync(path)
             _publish(temporary, folder / str(number))
-            _to_disk(folder)
+            _fsync(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _to_disk(path: Path) -> None:
+def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -52,10 +53,10 @@ def _to_disk(path: Path) -> None:
 
 
 def _publish(temporary: Path, target: Path) -> None:
-    """Rename; the system refuses where the target is a folder with something in it, so no check can come too early."""
+    """Rename; the system refuses a target that is not empty, so that two writers can't race."""
     try:
         temporary.rename(target)
     except OSError as error:
         if not target.exists():
             raise
-        raise ArtifactError(f"{target}: this version exists already and is never overwritten") from error
+        raise ArtifactError(f"{target}: this version exists already, and a version is never overwritten") from error

@@ -1,4 +1,4 @@
-"""What is exported: a checkpoint with its report, or a preset with random weights."""
+"""What is exported: a checkpoint with its report and data set, or a preset with random weights."""
 
 import json
 from dataclasses import dataclass
@@ -11,6 +11,9 @@ from pydantic import ValidationError
 from export.errors import ExportError
 from training.checkpoint import CheckpointError, RunConfig, digest, git_commit, load_model
 from training.config import PRESETS
+from training.data import cifar
+from training.data.dataset import DataError, DataSet
+from training.data.load import load_for
 from training.evaluate import Metrics
 from training.metrics_log import MACHINE, Line, read_lines
 from training.model import Perceiver, count_parameters
@@ -21,11 +24,18 @@ from training.transfer import find
 
 RANDOM_CLASSES = 100
 METRICS_FILE = "metrics.json"  # of a version folder
+DATA_FOLDER = Path("data")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What trained some epochs: a kind of device ("cpu", or a GPU's name), processes, CPU threads of each."""
+    """What trained some epochs.
+
+    Attributes:
+        device: "cpu", or a GPU's name.
+        processes: of the training.
+        threads: CPU threads of each process.
+    """
 
     device: str
     processes: int
@@ -38,21 +48,21 @@ class Machine:
 
 @dataclass(frozen=True)
 class Source:
-    """A model to export, and all that is known about it.
+    """A model to export, with its run.
 
     Attributes:
         model: in evaluation mode, float32, on the CPU.
-        preprocess: what brings pictures to the model.
+        preprocess: stored pixels to the model's input.
         run: configuration of model and recipe.
-        temperature: what the logits are divided by.
-        report: None where the run has none that belongs to these weights.
-        metrics: of the test pictures, else of the validation pictures; None for random weights.
+        temperature: divisor of the logits.
+        report: of these weights; None where the run has none.
+        metrics: on test images, else on validation images; None for random weights.
         checkpoint: the file; None for random weights.
-        checkpoint_sha256: of the file; of nothing but zeros for random weights.
-        git_commit: of the source tree that trained, None where it is not known.
-        epoch: after how many epochs the weights were taken.
-        lines: of `metrics.jsonl`, an epoch each; none where it can't be read.
-        notes: sentences that the user should read.
+        checkpoint_sha256: of the file; zeros for random weights.
+        git_commit: of the source tree that trained; None where unknown.
+        epoch: after which the weights were saved.
+        epochs: of `metrics.jsonl`; empty where it can't be read.
+        warnings: sentences for the user.
     """
 
     model: Perceiver
@@ -65,12 +75,12 @@ class Source:
     checkpoint_sha256: str
     git_commit: str | None
     epoch: int
-    lines: tuple[Line, ...] = ()
-    notes: tuple[str, ...] = ()
+    epochs: tuple[Line, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
-    def pictures(self) -> list[Path]:
-        """What was drawn of the run; of the report's pictures only those of these weights."""
+    def plots(self) -> list[Path]:
+        """The run's plots; those of the report only if it is of these weights."""
         if self.checkpoint is None:
             return []
         names = [CURVES, *(PLOTS if self.report else ())]
@@ -78,24 +88,27 @@ class Source:
 
     @property
     def training_seconds(self) -> float | None:
-        """Of all epochs' steps, None where some epoch does not say."""
-        seconds = [line["seconds"] for line in self.lines if "seconds" in line]
-        return sum(seconds) if len(seconds) == len(self.lines) >= max(self.epoch, 1) else None
+        """Duration of all epochs' steps; None if an epoch does not record it."""
+        seconds = [epoch["seconds"] for epoch in self.epochs if "seconds" in epoch]
+        return sum(seconds) if len(seconds) == len(self.epochs) >= max(self.epoch, 1) else None
 
     @property
     def machines(self) -> list[Machine]:
-        """What trained it, in order of time, as far as the epochs tell."""
-        told = [line for line in self.lines if all(name in line for name in MACHINE)]
-        return list(dict.fromkeys(Machine(*(line[name] for name in MACHINE)) for line in told))
+        """The machines that the epochs name, in order of time."""
+        named = [epoch for epoch in self.epochs if all(name in epoch for name in MACHINE)]
+        return list(dict.fromkeys(Machine(*(epoch[name] for name in MACHINE)) for epoch in named))
 
     @property
     def parameters(self) -> int:
-        """Trained parameters."""
+        """Number of trained parameters."""
         return count_parameters(self.model)
 
 
 def load_source(path: Path) -> Source:
-    """Read one checkpoint with what stands beside it: the `best` of a run's folder, or that of a model folder.
+    """Read a checkpoint and the report and metrics beside it.
+
+    Args:
+        path: a run's folder, a model or version folder, or a .safetensors file.
 
     Raises:
         ExportError: there is no checkpoint, it is damaged, or the report can't be read.
@@ -104,12 +117,12 @@ def load_source(path: Path) -> Source:
         raise ExportError(f"{path}: does not exist; name the folder of a run, or a .safetensors file in it.")
     try:
         checkpoint = find(path)
-        # Before it is read, so that `export.build` sees if a run that goes on replaces it meanwhile.
+        # Before reading, so that `export.build` notices if a run in progress replaces the file.
         sha256 = digest(checkpoint) if checkpoint.is_file() else ""
         model, preprocess, header = load_model(checkpoint)
     except CheckpointError as error:
         raise ExportError(str(error)) from error
-    report, notes = read_report(checkpoint.parent, sha256)
+    report, warnings = read_report(checkpoint.parent, sha256)
     return Source(
         model=model,
         preprocess=preprocess,
@@ -121,28 +134,36 @@ def load_source(path: Path) -> Source:
         checkpoint_sha256=sha256,
         git_commit=header.git_commit,
         epoch=header.epoch,
-        lines=epochs_of(checkpoint.parent),
-        notes=notes,
+        epochs=read_epochs(checkpoint.parent),
+        warnings=warnings,
     )
 
 
 def read_report(folder: Path, sha256: str) -> tuple[Report | None, tuple[str, ...]]:
-    """Read the report if it is about the checkpoint of this digest, and say in a sentence where it is not used.
+    """Read a run's report file, or the report in a version's `metrics.json`.
 
-    A run has it in a file of its own, a version folder in its `metrics.json`.
+    Args:
+        folder: of the run or version.
+        sha256: of the checkpoint.
+
+    Returns:
+        The report, or None and a warning where there is none for this checkpoint.
 
     Raises:
-        ExportError: the file is no report.
+        ExportError: the file is not a report.
     """
-    without = "the model gets no temperature and no test figures"
-    of_run, of_version = folder / REPORT_FILE, folder / METRICS_FILE
-    path = of_run if of_run.is_file() else of_version
-    try:
-        text = of_run.read_text(encoding="utf-8") if of_run.is_file() else exported_report(of_version)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ExportError(f"{path}: can't be read ({error}); restore or remove it.") from error
-    if text is None:
-        return None, (f"{folder} holds no report, so {without}.",)
+    consequence = "the model gets no temperature and no test metrics"
+    path = folder / REPORT_FILE
+    if path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ExportError(f"{path}: can't be read ({error}); restore or remove it.") from error
+    else:
+        path, exported = folder / METRICS_FILE, read_exported(folder, "report")
+        if not exported:
+            return None, (f"{folder} holds no report, so {consequence}.",)
+        text = json.dumps(exported)
     try:
         report = Report.model_validate_json(text)
     except ValidationError as error:
@@ -152,41 +173,35 @@ def read_report(folder: Path, sha256: str) -> tuple[Report | None, tuple[str, ..
             f"{path}: is not a report of this project ({where}: {first['msg']}); restore or remove it."
         ) from error
     if report.checkpoint_sha256 != sha256:
-        return None, (f"{path} is about another checkpoint than this one, so {without}.",)
+        return None, (f"{path} is about another checkpoint than this one, so {consequence}.",)
     return report, ()
 
 
-def exported_report(path: Path) -> str | None:
-    """Return the report in the `metrics.json` of a version folder as JSON; None where there is none."""
-    report = exported_part(path, "report")
-    return json.dumps(report) if report else None
-
-
-def exported_part(path: Path, key: str) -> Any:
-    """Return a part of the `metrics.json` of a version folder; None where there is none."""
+def read_exported(folder: Path, key: str) -> Any:
+    """Return a part of a version's `metrics.json`; None if it can't be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))[key]
+        return json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def epochs_of(folder: Path) -> tuple[Line, ...]:
-    """Read `metrics.jsonl`, or what a version folder has of it; nothing where it is damaged: only the card uses it."""
+def read_epochs(folder: Path) -> tuple[Line, ...]:
+    """Read the epochs of a run, or those in a version's `metrics.json`; empty if damaged: only the card needs them."""
     try:
-        lines = read_lines(folder) or exported_part(folder / METRICS_FILE, "epochs") or []
+        epochs = read_lines(folder) or read_exported(folder, "epochs") or []
     except ValueError:
         return ()
-    return tuple(lines) if all("epoch" in line for line in lines) else ()
+    return tuple(epochs) if all("epoch" in epoch for epoch in epochs) else ()
 
 
 def random_source(preset: str, seed: int = 0) -> Source:
-    """Make a preset's model with random weights, for measurements of speed.
+    """Build a preset's model with random weights, to measure speed.
 
     Raises:
         ExportError: there is no such preset.
     """
     if preset not in PRESETS:
-        raise ExportError(f"--random {preset}: there is no such preset; there are {', '.join(PRESETS)}.")
+        raise ExportError(f"--random {preset}: there is no such preset; choose one of {', '.join(PRESETS)}.")
     config = PRESETS[preset].model.model_copy(update={"num_classes": RANDOM_CLASSES})
     labels = tuple(f"class {index}" for index in range(RANDOM_CLASSES))
     run = RunConfig(preset=preset, data=None, dataset="none", labels=labels, model=config, train=PRESETS[preset].train)
@@ -204,5 +219,40 @@ def random_source(preset: str, seed: int = 0) -> Source:
         checkpoint_sha256="0" * 64,
         git_commit=git_commit(),
         epoch=0,
-        notes=("random weights: for measurements of speed, not for answers.",),
+        warnings=("random weights: to measure speed, not to classify.",),
     )
+
+
+def data_path(source: Source, path: Path | None) -> Path:
+    """Return the path of the run's data set: `path`, else the path in training, else `data/`."""
+    return path or (Path(source.run.data) if source.run.data else DATA_FOLDER)
+
+
+def load_data(source: Source, path: Path | None) -> DataSet:
+    """Load the data set of the run.
+
+    Args:
+        source: what is exported.
+        path: of the data; None: the path in training, or CIFAR-100 in `data/`.
+
+    Raises:
+        ExportError: it is missing, or has other classes.
+    """
+    folder = data_path(source, path)
+    reason = "golden images are validation images, so the run's data set is needed"
+    if path is None and not folder.exists():
+        raise ExportError(f"{folder}: does not exist; {reason}: name its folder by --data.")
+    if source.run.data is None and cifar.find(folder) is None:
+        raise ExportError(f"{folder}: holds no {cifar.FOLDER}; {reason}: name its folder by --data.")
+    try:
+        loaded = load_for(source.run, folder)
+    except DataError as error:
+        raise ExportError(f"{error} ({reason}.)") from error
+    if loaded.labels != source.run.labels:
+        raise ExportError(f"{folder}: has other classes than the run; name the run's own data by --data.")
+    return loaded
+
+
+def has_changed(source: Source, loaded: DataSet) -> bool:
+    """Return whether the data or their split differ from the run's; False if unknown."""
+    return source.run.pictures_sha256 not in (None, loaded.digest())

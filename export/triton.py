@@ -1,6 +1,6 @@
-"""`config.pbtxt`: what Triton must be told of a model folder, written from the metadata beside the versions.
+"""`config.pbtxt`: Triton's configuration of a model folder, written from the metadata.
 
-Triton would derive names, types and shapes from the file by itself, but not that batches may be formed. See
+Triton derives names, types and shapes from the model file, but not that it may batch requests. See
 https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/user_guide/model_configuration.html
 """
 
@@ -11,15 +11,12 @@ from service.engine.metadata import INPUT_NAME, OUTPUT_NAME, ModelMetadata
 CONFIG_FILE = "config.pbtxt"
 MAX_BATCH_SIZE = 32
 PREFERRED_BATCH_SIZES = (8, 16, 32)
-MARK = "# Written by `python -m export` from the metadata of the model"  # of every version of this file
-FIRST_LINE = f"{MARK}; without this line it is left as it is."
+MARKER = "# Written by `python -m export` from the metadata of the model"  # all releases write it
+FIRST_LINE = f"{MARKER}; without this line it is left as it is."
 
 
 def triton_config(metadata: ModelMetadata) -> str:
-    """Return the text of the file; its dimensions are without the batch.
-
-    The name is left out: Triton takes the folder's, and refuses any other.
-    """
+    """Return the text of the file. It has no name, since Triton accepts only that of the folder."""
     height, width = metadata.input_size
     preferred = ", ".join(map(str, PREFERRED_BATCH_SIZES))
     return f"""{FIRST_LINE}
@@ -37,19 +34,15 @@ instance_group [ {{ count: 1 kind: KIND_AUTO }} ]
 
 
 def write_triton_config(folder: Path, metadata: ModelMetadata) -> str | None:
-    """Write the file into a model folder, for the version that was written last; no reader ever sees a part of it.
-
-    A file that somebody has made their own, by taking its first line away, stays.
+    """Write the file into a model folder atomically. A file without the marker is a user's own and stays.
 
     Returns:
-        None, or a sentence that says why nothing was written: the version is there all the same.
+        A warning if it was not written; the version is valid without it.
     """
     path, temporary = folder / CONFIG_FILE, folder / f".{CONFIG_FILE}"
     try:
-        if path.exists() and not path.read_bytes().startswith(MARK.encode()):
-            return (
-                f"{path}: left as it is, since its first line is not that of this command; compare it with the model."
-            )
+        if path.exists() and not path.read_bytes().startswith(MARKER.encode()):
+            return f"{path}: not changed, since its first line is not that of this command; compare it with the model."
         temporary.write_text(triton_config(metadata), encoding="utf-8")
         temporary.replace(path)
     except OSError as error:

@@ -1,11 +1,10 @@
-"""`--verify`: the gates of a version that was written before, run again on this machine."""
+"""`--verify`: run the gates of an existing version again, on this machine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from export.errors import ExportError, GateError
-from export.golden import has_changed, load_data
 from export.graph.trained import Images, Logits, TrainedModel, cached_reference
 from export.parity import (
     FLOAT32_TOLERANCE,
@@ -16,9 +15,9 @@ from export.parity import (
     require,
     warm_engine,
 )
-from export.quantization.gate import TIMED_BATCHES, EvalSet, refusal, run_gate
+from export.quantization.gate import TIMED_BATCHES, EvalSet, refusal, run_gate, validation_set
 from export.quantization.variants import PROVIDERS
-from export.source import Source, load_source
+from export.source import Source, has_changed, load_data, load_source
 from service.engine.metadata import (
     MODEL_FILE,
     MODEL_FILES,
@@ -41,27 +40,27 @@ from service.repository.folder import CHECKPOINT_FILE, GOLDEN_FILE, Golden, list
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a file.
+    """The result for one file.
 
     Attributes:
         path: of the file.
         provider: where it ran.
-        comparisons: of logits; none where the file was not run.
-        gate: of a variant; None for float32, and where it could not be run.
-        notes: what was not run, and why.
+        comparisons: of logits; empty if the file was not run.
+        gate: of a variant; None for float32, or if it could not be run.
+        warnings: what was not run, and why.
     """
 
     path: Path
     provider: Provider
     comparisons: list[Comparison]
     gate: VariantGate | None
-    notes: list[str]
+    warnings: list[str]
 
     def require(self) -> None:
-        """Refuse what did not pass.
+        """Require that everything that ran passed.
 
         Raises:
-            GateError: says what.
+            GateError: says what did not.
         """
         if self.comparisons:
             require(self.comparisons)
@@ -71,28 +70,52 @@ class Result:
 
 @dataclass(frozen=True)
 class Version:
-    """A version folder and what its gates need; `torch` and `eval_set` are None where they can't be had.
+    """A version folder and what its gates need.
 
     Attributes:
         path: the folder.
-        golden: pictures and torch's logits for them.
-        torch: the training form in float32: uint8 [N, H, W, 3] -> float32 [N, C].
-        eval_set: of the gates of variants.
-        why: a sentence on what is missing.
+        golden: golden images.
+        reference: torch in float32: uint8 [N, H, W, 3] -> float32 [N, C]; None without a checkpoint.
+        eval_set: of the variants' gates; None if not available.
+        warnings: what is not available, and why.
     """
 
     path: Path
     golden: Golden
-    torch: Callable[[Images], Logits] | None
+    reference: Callable[[Images], Logits] | None
     eval_set: EvalSet | None
-    why: list[str]
+    warnings: list[str]
+
+
+def verify(folder: Path, choice: ProviderChoice, max_batch: int, data: Path | None) -> list[Result]:
+    """Run all gates that can be run on this machine.
+
+    Args:
+        folder: a version folder, or a model folder, of which the highest version is taken.
+        choice: where to run.
+        max_batch: largest batch, in images.
+        data: path of the data set, for the variants' gates; None: that in training.
+
+    Raises:
+        ExportError: there is no model, or it can't be loaded or run there.
+    """
+    path = version_folder(folder)
+    present: list[Precision] = [precision for precision, name in MODEL_FILES.items() if (path / name).is_file()]
+    try:
+        provider = resolve_provider(choice)
+        golden = load_golden(path / GOLDEN_FILE)
+        files = {path / MODEL_FILES[precision]: read_metadata(path / MODEL_FILES[precision]) for precision in present}
+        version = _load(path, golden, files, data, has_variants=present != ["float32"])
+        return [_verify_file(version, precision, provider, max_batch) for precision in present]
+    except (ArtifactError, EngineError) as error:
+        raise ExportError(str(error)) from error
 
 
 def version_folder(folder: Path) -> Path:
-    """Return a version folder: this one, or the highest version of a model folder.
+    """Return `folder` if it is a version, else the highest version in it.
 
     Raises:
-        ExportError: it is neither.
+        ExportError: it is neither a version folder nor a model folder.
     """
     if any((folder / name).is_file() for name in MODEL_FILES.values()):
         return folder
@@ -104,42 +127,16 @@ def version_folder(folder: Path) -> Path:
     return versions[-1].path
 
 
-def verify(folder: Path, choice: ProviderChoice, max_batch: int, data: Path | None) -> list[Result]:
-    """Run all gates again that can be run on this machine.
-
-    Args:
-        folder: a version folder, or a model folder, of which the highest version is taken.
-        choice: where to run.
-        max_batch: largest batch in pictures.
-        data: the data set, for the gates of variants; None: where it was while training.
+def _check_metadata(path: Path, metadata: ModelMetadata, source: Source) -> None:
+    """Compare a file's metadata with the checkpoint beside it.
 
     Raises:
-        ExportError: there is no model, it can't be loaded, or can't run there.
-    """
-    path = version_folder(folder)
-    present: list[Precision] = [precision for precision, name in MODEL_FILES.items() if (path / name).is_file()]
-    try:
-        provider = resolve_provider(choice)
-        golden = load_golden(path / GOLDEN_FILE)
-        described = {
-            path / MODEL_FILES[precision]: read_metadata(path / MODEL_FILES[precision]) for precision in present
-        }
-        version = _load(path, golden, described, data, wants_pictures=present != ["float32"])
-        return [_verify_file(version, precision, provider, max_batch) for precision in present]
-    except (ArtifactError, EngineError) as error:
-        raise ExportError(str(error)) from error
-
-
-def _check_described(path: Path, metadata: ModelMetadata, source: Source) -> None:
-    """Refuse a file that says of itself what the checkpoint beside it does not.
-
-    Raises:
-        ExportError: it is of another checkpoint; GateError: labels, or what decides answers, are others.
+        ExportError: the file is of another checkpoint; GateError: its metadata differ.
     """
     if source.checkpoint_sha256 != metadata.provenance.checkpoint_sha256:
         raise ExportError(f"{path}: by its SHA-256 the model was exported from another checkpoint.")
     size = source.run.model.input_size
-    true: dict[str, object] = {
+    expected: dict[str, object] = {
         "labels": source.run.labels,
         "input_size": (size, size),
         "dataset": source.run.dataset,
@@ -148,38 +145,39 @@ def _check_described(path: Path, metadata: ModelMetadata, source: Source) -> Non
         "temperature": source.temperature if source.report else metadata.temperature,
         "metrics": EvalMetrics(**source.metrics.model_dump()) if source.report and source.metrics else metadata.metrics,
     }
-    wrong = [name for name, value in true.items() if getattr(metadata, name) != value]
+    wrong = [name for name, value in expected.items() if getattr(metadata, name) != value]
     if wrong:
         raise GateError(f"{path}: its metadata has another {' and another '.join(wrong)} than {CHECKPOINT_FILE}.")
 
 
 def _load(
-    path: Path, golden: Golden, described: dict[Path, ModelMetadata], data: Path | None, *, wants_pictures: bool
+    path: Path, golden: Golden, files: Mapping[Path, ModelMetadata], data: Path | None, *, has_variants: bool
 ) -> Version:
     checkpoint = path / CHECKPOINT_FILE
     if not checkpoint.is_file():
-        why = f"there is no {CHECKPOINT_FILE} in the folder, so nothing was held against torch but the golden pictures"
-        return Version(path, golden, None, None, [why])
+        warning = (
+            f"there is no {CHECKPOINT_FILE} in the folder, so nothing but the golden images was compared with torch"
+        )
+        return Version(path, golden, None, None, [warning])
     source = load_source(checkpoint)
-    for file, metadata in described.items():
-        _check_described(file, metadata, source)
-    temperature = next(iter(described.values())).temperature
-    torch = cached_reference(TrainedModel(source.preprocess, source.model, temperature).eval())
-    if not wants_pictures:
-        return Version(path, golden, torch, None, [])
+    for file, metadata in files.items():
+        _check_metadata(file, metadata, source)
+    temperature = next(iter(files.values())).temperature
+    reference = cached_reference(TrainedModel(source.preprocess, source.model, temperature).eval())
+    if not has_variants:
+        return Version(path, golden, reference, None, [])
     try:
         loaded = load_data(source, data)
         if has_changed(source, loaded):
             raise ExportError(
-                "the data set has other pictures than the run was trained on, which would say too much good of a "
-                "variant: restore it, or name a copy by --data"
+                "the data set has other images than in training, which makes a variant look too good: restore it, or "
+                "name a copy by --data"
             )
     except ExportError as error:
-        if data is not None:
-            raise  # who names the data wants the labels compared
-        return Version(path, golden, torch, None, [f"labels were not compared: {error}"])
-    images = loaded.val.images.numpy()
-    return Version(path, golden, torch, EvalSet("val", images, loaded.val.labels.numpy(), torch(images)), [])
+        if data is not None:  # a user who names the data wants the labels compared
+            raise
+        return Version(path, golden, reference, None, [f"labels were not compared: {error}"])
+    return Version(path, golden, reference, validation_set(loaded, reference), [])
 
 
 def _verify_file(version: Version, precision: Precision, provider: Provider, max_batch: int) -> Result:
@@ -190,20 +188,20 @@ def _verify_file(version: Version, precision: Precision, provider: Provider, max
     with warm_engine(path, provider, largest) as engine:
         comparisons = _compare(engine, version, precision)
         if precision == "float32" or version.eval_set is None:
-            return Result(path, provider, comparisons, None, version.why)
+            return Result(path, provider, comparisons, None, version.warnings)
         timed = (version.path / MODEL_FILE).is_file() and provider == PROVIDERS[precision]
-        notes = [] if timed else [f"its speed was not measured: this file is for {PROVIDERS[precision]}"]
+        warnings = [] if timed else [f"its speed was not measured: this file is for {PROVIDERS[precision]}"]
         gate = run_gate(version.path / MODEL_FILE, engine, version.eval_set, timed)
-        return Result(path, provider, comparisons, gate, notes)
+        return Result(path, provider, comparisons, gate, warnings)
 
 
 def _compare(engine: OnnxEngine, version: Version, precision: Precision) -> list[Comparison]:
-    """Golden pictures and edge batches: against torch where it is at hand, and against themselves one by one.
+    """Compare golden images and edge batches with torch if available, and edge batches with their images one by one.
 
-    A variant's tolerance is twice what its export saw; float32 has none of its own.
+    A variant's tolerance is twice the difference at export; float32 has a fixed one, whatever its metadata say.
     """
     tolerance = FLOAT32_TOLERANCE if precision == "float32" else engine.metadata.golden_tolerance
     alone = compare_with_itself(engine, tolerance)
-    if version.torch is not None:
-        return [*compare_with_torch(engine, version.torch, version.golden, tolerance), *alone]
+    if version.reference is not None:
+        return [*compare_with_torch(engine, version.reference, version.golden, tolerance), *alone]
     return [compare_golden(engine, version.golden, tolerance), *alone]

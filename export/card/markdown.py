@@ -1,21 +1,21 @@
-"""Pieces of Markdown that the model card is made of."""
+"""Markdown elements of the model card."""
 
 import re
 import textwrap
 from collections.abc import Sequence
 
 WIDTH = 116
-# What Markdown, or HTML in it, may take for more than text; an underscore within a word it does not.
+# What Markdown, or HTML in it, may interpret; an underscore within a word is plain text.
 MARKUP = re.compile(r"[\\`*<>\[\]|~$#&]|(?<!\w)_|_(?!\w)")
 
 
 def literal(name: str) -> str:
-    """Return a name that somebody else gave as text that shows it as it is; most names are this already."""
+    """Return a user's name as text, with markup escaped."""
     return MARKUP.sub(r"\\\g<0>", " ".join(name.split()))
 
 
 def code(name: str) -> str:
-    """Return a name that somebody else gave as code."""
+    """Return a user's name as inline code."""
     name = " ".join(name.split())
     fence = "`" * (1 + max(map(len, re.findall("`+", name)), default=0))
     space = " " if "`" in name else ""
@@ -40,8 +40,8 @@ def bullet(text: str) -> str:
     )
 
 
-def picture(caption: str, file: str) -> str:
-    """Return a picture that lies beside the card."""
+def image(caption: str, file: str) -> str:
+    """Return an image that lies beside the card."""
     return f"![{caption}]({file})"
 
 

@@ -1,10 +1,11 @@
-"""The model card: README.md of a version folder, written from metadata, report and the gate's result."""
+"""The model card, written from metadata, report and the gates' results."""
 
 from collections.abc import Mapping, Sequence
 
-from export.card.error_analysis import failures
-from export.card.markdown import bullet, code, literal, paragraph, picture, table
-from export.card.training_record import making
+from export.card.error_analysis import error_analysis
+from export.card.markdown import bullet, code, image, literal, paragraph, table
+from export.card.training_record import training_record
+from export.exported import ExportedModel
 from export.parity import Comparison, summary
 from export.quantization.gate import describe
 from export.quantization.variants import Variant
@@ -16,20 +17,20 @@ from training.report_schema import CURVES, PLOTS
 SPLIT_NAMES = {"val": "validation"}
 
 
-def title(source: Source, metadata: ModelMetadata, operations: int) -> str:
+def title(source: Source, metadata: ModelMetadata, flops: int) -> str:
     """Return the name, and what the model is in one sentence."""
-    task = f"tells {len(metadata.labels)} classes of {literal(metadata.dataset)} apart"
+    task = f"classifies images into the {len(metadata.labels)} classes of {literal(metadata.dataset)}"
     if source.checkpoint is None:
-        task = "has random weights: for measurements of speed, not for answers"
+        task = "has random weights: to measure speed, not to classify"
     return (
         f"# {literal(metadata.name)}\n\n"
         f"A Perceiver (Jaegle et al. 2021) that {task}.\n"
-        f"Preset `{metadata.preset}`, {metadata.parameters:,} parameters, {operations / 1e9:.3g} GFLOP a picture."
+        f"Preset `{metadata.preset}`, {metadata.parameters:,} parameters, {flops / 1e9:.3g} GFLOP an image."
     )
 
 
-def figures(source: Source) -> str:
-    """Describe what was measured, before and after calibration; nothing for random weights."""
+def evaluation(source: Source) -> str:
+    """Return the metrics before and after calibration; empty for random weights."""
     report = source.report
     rows = [("validation, at the end of the epoch", source.metrics)]
     if report is not None:
@@ -44,166 +45,144 @@ def figures(source: Source) -> str:
     ]
     if not cells:
         return ""
-    words = (
+    text = (
         f"Loss in nats; ECE: expected calibration error, 15 bins. Temperature {source.temperature:.4f}, in the graph."
     )
     if len(source.run.labels) <= 5:
-        words += (
-            f" Of {len(source.run.labels)} classes the right one is always among the first five: top-5 says nothing."
-        )
-    parts = ["## Figures", table(("pictures", "n", "top-1", "top-5", "loss", "ECE"), cells), words]
+        text += f" With {len(source.run.labels)} classes top-5 is always 100 %."
     captions = {CURVES: "learning curves", "reliability.png": PLOTS["reliability.png"]}
-    parts += [picture(captions[path.name], path.name) for path in source.pictures if path.name in captions]
-    return "\n\n".join(parts)
+    plots = [image(captions[path.name], path.name) for path in source.plots if path.name in captions]
+    return "\n\n".join(["## Evaluation", table(("images", "n", "top-1", "top-5", "loss", "ECE"), cells), text, *plots])
 
 
-def data(source: Source, metadata: ModelMetadata, *, flattered: bool, copies: Mapping[str, int]) -> str:
-    """Say what it was trained, chosen and tested on; nothing for random weights."""
+def training_data(source: Source, metadata: ModelMetadata, *, leakage: bool, duplicates: Mapping[str, int]) -> str:
+    """Return which images trained, validated and tested the model; empty for random weights.
+
+    Leakage and duplicates as in `ExportedModel`.
+    """
     if source.checkpoint is None:
         return ""
-    words = f"The pictures of {code(metadata.dataset)}"
+    text = f"The images of {code(metadata.dataset)}"
     if metadata.dataset == CIFAR100:
-        words = (
-            "CIFAR-100 (Krizhevsky 2009), fine labels: photographs of 32 x 32 pixels found on the web, of 100 classes "
-            "in 20 superclasses, as many of each. A tenth of its test pictures have near-duplicates among the training "
-            "pictures (Barz and Denzler 2020), for every model that is measured on it"
+        text = (
+            "CIFAR-100 (Krizhevsky 2009), fine labels: photographs of 32 x 32 pixels found on the web, in equal "
+            "numbers of 100 classes in 20 superclasses. A tenth of its test images have near-duplicates among the "
+            "training images (Barz and Denzler 2020), for every model that is measured on it"
         )
     report = source.report
     if report is not None and report.training_pictures is not None:
-        words += f". {report.training_pictures:,} trained it, {report.val.n:,} others chose checkpoint and temperature"
-        words += (
-            f", {report.test.n:,} more were read once to test it" if report.test else ", and there were none to test it"
+        tested = f"{report.test.n:,} more were read once to test it" if report.test else "there were none to test it"
+        text += (
+            f". {report.training_pictures:,} trained it, {report.val.n:,} others chose checkpoint and temperature, and "
+            f"{tested}"
         )
-    if copies:
-        counts = " and ".join(f"{count:,} of {SPLIT_NAMES.get(name, name)}" for name, count in copies.items())
-        words += f". Copies of training pictures, pixel for pixel, are among these: {counts}, which flatter the figures"
-    words += f". {nothing_else(source, flattered=flattered)}"
-    return f"## Data\n\n{paragraph(words)}"
+    if duplicates:
+        counts = " and ".join(f"{count:,} of {SPLIT_NAMES.get(name, name)}" for name, count in duplicates.items())
+        text += f". Some images are exact copies of training images, which makes the metrics too good: {counts}"
+    return f"## Training data\n\n{paragraph(f'{text}. {other_data(source, leakage=leakage)}')}"
 
 
-def nothing_else(source: Source, *, flattered: bool) -> str:
-    """Say whether other pictures had a part in it.
-
-    Args:
-        source: the run.
-        flattered: whether pictures that validate now may have trained one of the runs that led to it.
-    """
-    mine = (source.run.dataset, source.run.labels)
+def other_data(source: Source, *, leakage: bool) -> str:
+    """Return which other data sets had a part in the weights, and whether validation images leaked."""
+    own = (source.run.dataset, source.run.labels)
     runs = [*(origin.run for origin in source.run.ancestry()), source.run]
-    others = dict.fromkeys(code(run.dataset) for run in runs if (run.dataset, run.labels) != mine)
-    words = "Nothing else was used: no other pictures, and no weights that others have trained."
+    others = dict.fromkeys(code(run.dataset) for run in runs if (run.dataset, run.labels) != own)
+    text = "Nothing else was used: no other images, and no pretrained weights."
     if others:
-        began = "It began with weights" if all(run.teacher is None for run in runs) else "It goes back to models"
-        words = f"{began} that had been trained on {' and '.join(others)}."
-    if flattered:
-        words += (
-            " The data changed between its runs, or were divided otherwise: some of the pictures that chose checkpoint "
-            "and temperature may have trained an earlier one, so that figures on them flatter."
+        relation = (
+            "Training started from weights" if all(run.teacher is None for run in runs) else "It goes back to models"
         )
-    return words
+        text = f"{relation} trained on {' and '.join(others)}."
+    if leakage:
+        text += (
+            " The data or their split changed between its runs: some of the images that chose checkpoint and "
+            "temperature may have trained an earlier run, which makes the metrics on them too good."
+        )
+    return text
 
 
-def contract(source: Source, metadata: ModelMetadata) -> str:
-    """Describe input and output, and what becomes of a picture of another size."""
+def input_output(source: Source, metadata: ModelMetadata) -> str:
+    """Return the graph's input and output, and how images of other sizes are resized."""
     height, width = metadata.input_size
     views = ""
     if source.run.model.test_time_flip:
-        views = " They are the mean of those of the picture and of its mirror image."
-    brought = {"center": "is cropped to its largest centred region of that shape", "none": "is stretched to that shape"}
+        views = " They are the mean over the image and its mirror image."
+    crop = {"center": "is cropped to its largest centred region of that shape", "none": "is stretched to that shape"}
     logits = (
-        f"`logits`: float32 `[batch, {len(metadata.labels)}]`; their softmax is the probabilities.{views} The labels "
-        "stand in the file's metadata."
+        f"`logits`: float32 `[batch, {len(metadata.labels)}]`; their softmax is the probabilities.{views} The file's "
+        "metadata has the labels."
     )
     return f"""## Input and output
 
 - `images`: uint8 `[batch, {height}, {width}, 3]`, RGB, 0..255. Normalisation and resize are inside the graph.
 {bullet(logits)}
-- A picture that is not {width} x {height} {brought[metadata.resize.crop]}
+- An image that is not {width} x {height} {crop[metadata.resize.crop]}
   and resized ({metadata.resize.filter}, antialiased) by the service."""
 
 
-def limits(source: Source, metadata: ModelMetadata) -> str:
-    """Say what the model is not for; nothing for random weights, which are for no picture at all."""
+def limitations(source: Source, metadata: ModelMetadata) -> str:
+    """Return what the model is not for; empty for random weights."""
     if source.checkpoint is None:
         return ""
     height, width = metadata.input_size
-    sure = "the probabilities are calibrated on pictures like those it was trained on, and on no others."
-    if source.report is None:  # nor was a temperature fitted
-        sure = "the probabilities are not calibrated on any pictures, since the run has no report."
+    calibration = "probabilities are calibrated on images like those of its training, and on no others."
+    if source.report is None:
+        calibration = "probabilities are not calibrated, since the run has no report."
     lines = [
-        f"It knows the {len(metadata.labels)} classes of {literal(metadata.dataset)} and nothing else. A picture of "
-        f"anything else gets one of these labels too, and may get it with confidence: {sure}",
-        f"It sees {width} x {height} pixels. What can't be told apart at that size, it can't tell apart.",
-        "It names one class for the whole picture. It doesn't find where the object is, and doesn't count.",
-        "It shows how a Perceiver is trained and served. Nobody has examined it for fairness or safety: let it decide "
-        "nothing about people, and nothing that can hurt anyone.",
+        f"It knows the {len(metadata.labels)} classes of {literal(metadata.dataset)} and nothing else. An image of "
+        f"anything else gets one of these labels too, and may get it with confidence: {calibration}",
+        f"It sees {width} x {height} pixels, and can't distinguish what looks the same at that size.",
+        "It predicts one class for the whole image. It does not locate or count objects.",
+        "It shows how a Perceiver is trained and served. Nobody has examined it for fairness or safety: do not let it "
+        "decide anything about people, or anything that can hurt someone.",
     ]
     if metadata.metrics is not None:
         share, split = f"{1 - metadata.metrics.top1:.1%}", metadata.metrics.split
-        lines.insert(0, f"Its first answer is wrong for {share} of the {SPLIT_NAMES.get(split, split)} pictures.")
-    return "## What it is not for\n\n" + "\n".join(map(bullet, lines))
+        lines.insert(0, f"Its predicted class is wrong for {share} of the {SPLIT_NAMES.get(split, split)} images.")
+    return "## Limitations\n\n" + "\n".join(map(bullet, lines))
 
 
-def verification(operations: Sequence[tuple[str, int]], comparisons: Sequence[Comparison]) -> str:
-    """Tell the gate's result and the operations of each form."""
-    counts = ", ".join(f"{count / 1e9:.3g} {name}" for name, count in operations)
+def verification(flops: Sequence[tuple[str, int]], comparisons: Sequence[Comparison]) -> str:
+    """Return the result of the parity check and the operations of each form."""
+    counts = ", ".join(f"{count / 1e9:.3g} {name}" for name, count in flops)
     rows = [(c.name, str(c.n), f"{c.max_abs_difference:.1e}", str(c.labels_differ)) for c in comparisons]
     return f"""## Verification
 
 The file, run by the service's own engine, against torch in float32: {summary(comparisons)}.
-GFLOP a picture: {counts}. Verify it again on any machine by `python -m export --verify FOLDER`.
+GFLOP an image: {counts}. Verify it again on any machine by `python -m export --verify FOLDER`.
 
-{table(("pictures", "n", "largest difference", "labels differ"), rows)}"""
+{table(("images", "n", "largest difference", "labels differ"), rows)}"""
 
 
-def faster_files(variants: Sequence[Variant]) -> str:
-    """Describe the files beside model.onnx; nothing where there are none."""
+def variant_files(variants: Sequence[Variant]) -> str:
+    """Return the files beside model.onnx; empty where there are none."""
     if not variants:
         return ""
     lines = []
     for variant in variants:
         gate = variant.metadata.gate
         result = "random weights: no gate" if gate is None else describe(gate)
-        lines.append(
-            bullet(f"`{MODEL_FILES[variant.precision]}`, {variant.precision}: {variant.description}; {result}.")
-        )
-    words = (
-        "The service takes the fastest file for where it runs; its setting `--precision float32` takes `model.onnx`, "
-        "whose labels are torch's. A variant's labels may differ from those by what stands here."
+        file = MODEL_FILES[variant.precision]
+        lines.append(bullet(f"`{file}`, {variant.precision}: {variant.description}; {result}."))
+    text = (
+        "The service takes the fastest file for its device; its setting `--precision float32` takes `model.onnx`, "
+        "whose labels are torch's. A variant's labels may differ from those by the share given here."
     )
-    return "## Faster files\n\n" + paragraph(words) + "\n\n" + "\n".join(lines)
+    return "## Variants\n\n" + paragraph(text) + "\n\n" + "\n".join(lines)
 
 
-def write_card(
-    source: Source,
-    metadata: ModelMetadata,
-    operations: Sequence[tuple[str, int]],
-    comparisons: Sequence[Comparison],
-    variants: Sequence[Variant],
-    *,
-    flattered: bool,
-    copies: Mapping[str, int],
-) -> str:
-    """Write the card.
-
-    Args:
-        source: the run.
-        metadata: as attached to the model.
-        operations: operations a picture, by name of the form; the last is the one that serves.
-        comparisons: result of the gate.
-        variants: files beside the float32 one.
-        flattered: whether pictures that validated it may have trained one of the runs that led to it.
-        copies: validation and test pictures that trained it as well, by split.
-    """
+def write_card(source: Source, exported: ExportedModel) -> str:
+    """Return the card as Markdown."""
+    metadata, flops = exported.metadata, exported.flops
     parts = [
-        title(source, metadata, operations[-1][1]),
-        figures(source),
-        contract(source, metadata),
-        data(source, metadata, flattered=flattered, copies=copies),
-        limits(source, metadata),
-        failures(source),
-        making(source, metadata),
-        verification(operations, comparisons),
-        faster_files(variants),
+        title(source, metadata, flops[-1][1]),
+        evaluation(source),
+        input_output(source, metadata),
+        training_data(source, metadata, leakage=exported.leakage, duplicates=exported.duplicates),
+        limitations(source, metadata),
+        error_analysis(source),
+        training_record(source, metadata),
+        verification(flops, exported.comparisons),
+        variant_files(exported.variants),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -1,4 +1,4 @@
-"""The card's section on how a model was made, and what it takes to make it again."""
+"""The card's section on how the model was trained, and how to train it again."""
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,145 +15,139 @@ from training.config import PRESETS
 from training.data.dataset import CIFAR100
 from training.metrics_log import MACHINE
 
-BEGINNING = "runs/beginning"
+STAGE_FOLDER = "runs/stage"
 FIRST_EPOCHS = (1, 2, 5)
 
 
-def non_defaults(config: BaseModel) -> dict[str, Any]:
-    """Return the fields of a configuration that are not at their default."""
+def changed_fields(config: BaseModel, base: BaseModel | None = None) -> dict[str, Any]:
+    """Return the fields of a configuration that differ from another, or from their defaults."""
     fields = type(config).model_fields
-    return {name: value for name, value in config if value != fields[name].default}
-
-
-def changed_fields(config: BaseModel, base: BaseModel) -> dict[str, Any]:
-    """Return the fields of a configuration that differ from another."""
-    return {name: value for name, value in config if value != getattr(base, name)}
+    return {name: value for name, value in config if value != (getattr(base, name) if base else fields[name].default)}
 
 
 def training_commands(source: Source) -> Iterator[str]:
-    """Yield the commands that train the model again, those of what it began with or learned from first."""
+    """Yield the commands that train the model again, those of its initial weights and teachers first."""
     machines = source.machines
-    launcher, words = "python", []
+    launcher, flags = "python", []
     if len(machines) == 1 and machines[0].processes > 1:
         launcher = f"torchrun --standalone --nproc-per-node {machines[0].processes}"
         if machines[0].device == "cpu":
-            words.append(f"--threads {machines[0].threads}")
+            flags.append(f"--threads {machines[0].threads}")
     folders: dict[str, str] = {}
     for number, origin in enumerate(source.run.ancestry(), 1):
-        folder = f"{BEGINNING}-{number}"
-        yield training_command("python", origin.run, [f"--out {folder}", *beginnings(origin.run, folders)])
+        folder = f"{STAGE_FOLDER}-{number}"
+        yield training_command("python", origin.run, [f"--out {folder}", *origin_flags(origin.run, folders)])
         folders[origin.checkpoint_sha256] = folder
-    yield training_command(launcher, source.run, [*words, *beginnings(source.run, folders)])
+    yield training_command(launcher, source.run, [*flags, *origin_flags(source.run, folders)])
 
 
-def beginnings(run: RunConfig, folders: Mapping[str, str]) -> list[str]:
-    """Return the flags that name what a run began with and what taught it.
+def origin_flags(run: RunConfig, folders: Mapping[str, str]) -> list[str]:
+    """Return the flags that name a run's initial weights and its teacher.
 
     Args:
         run: that of the command.
-        folders: of the runs before it, by SHA-256 of their checkpoint.
+        folders: of earlier runs, by SHA-256 of their checkpoint.
     """
     flags = (("--init", run.init), ("--teacher", run.teacher))
     return [f"{flag} {folders[origin.checkpoint_sha256]}" for flag, origin in flags if origin is not None]
 
 
-def training_command(launcher: str, run: RunConfig, more: Sequence[str]) -> str:
-    """Return the command of one run: preset, every flag that differs from it, and more."""
-    words = [launcher, "-m training", f"--preset {run.preset}", *more]
-    if run.data and run.dataset != CIFAR100:  # which is downloaded where none is named
-        # Where it was on the trainer's machine is nobody else's matter.
-        words.append(f"--data {shlex.quote(f'DATA/{run.dataset}')}")
+def training_command(launcher: str, run: RunConfig, flags: Sequence[str]) -> str:
+    """Return the command of one run: preset, `flags`, and every setting that differs from the preset."""
+    parts = [launcher, "-m training", f"--preset {run.preset}", *flags]
+    if run.data and run.dataset != CIFAR100:  # CIFAR-100 is downloaded; a path of the trainer's machine is private
+        parts.append(f"--data {shlex.quote(f'DATA/{run.dataset}')}")
     preset = PRESETS.get(run.preset)
     changes = (changed_fields(run.model, preset.model) | changed_fields(run.train, preset.train)) if preset else {}
-    changes.pop("num_classes", None)  # the data decide it
-    if run.dataset != CIFAR100:  # of few pictures the preset's is halved, unless it is given
+    changes.pop("num_classes", None)  # follows from the data
+    if run.dataset != CIFAR100:  # on a small data set the preset's is halved, unless the flag is given
         changes["batch_size"] = run.train.batch_size
-    return " ".join([*words, *(flag_with(name, value) for name, value in changes.items())])
+    return " ".join([*parts, *(flag_with(name, value) for name, value in changes.items())])
 
 
-def origin(source: Source) -> str:
-    """Tell the epoch of the weights, how long the whole run took on what, and what it began with."""
-    epochs = len(source.lines)
+def describe_run(source: Source) -> str:
+    """Return the epoch of the weights, the duration and machine of the run, its initial weights and its teacher."""
+    epochs = len(source.epochs)
     of_all = f" of {epochs}" if epochs >= source.epoch else ""
-    words = f"The weights of epoch {source.epoch}{of_all}."
+    text = f"The weights of epoch {source.epoch}{of_all}."
     if source.training_seconds is not None:
-        words += f" All {epochs} epochs took {duration(source.training_seconds)} of training{place(source)}."
+        text += f" All {epochs} epochs took {duration(source.training_seconds)} of training{on_machines(source)}."
     if (init := source.run.init) is not None:
-        words += (
-            f" They began with the weights that epoch {init.epoch} of another run left ({identity(init)}), which the "
-            "commands before the last train."
+        text += (
+            f" Training started from the weights of epoch {init.epoch} of another run ({describe_origin(init)}), which "
+            "the commands before the last train."
         )
     if (teacher := source.run.taught_by) is not None:
-        words += f" Of the targets {source.run.train.distillation:.0%} were "
+        text += f" Of the targets {source.run.train.distillation:.0%} were "
         if source.run.teacher is None:
-            words += "that model's own answers (knowledge distillation)."
+            text += "the outputs of that model (knowledge distillation)."
         else:
-            words += (
-                f"another model's answers (knowledge distillation): of epoch {teacher.epoch} of a run that the "
-                f"commands before the last train as well ({identity(teacher)})."
+            text += (
+                f"the outputs of another model (knowledge distillation): of epoch {teacher.epoch} of a run that the "
+                f"commands before the last train as well ({describe_origin(teacher)})."
             )
-    return words
+    return text
 
 
-def identity(origin: Origin) -> str:
-    """Return the words that tell one checkpoint from all others."""
+def describe_origin(origin: Origin) -> str:
+    """Return what identifies a checkpoint."""
     return (
         f"preset `{origin.run.preset}` on {code(origin.run.dataset)}, commit `{origin.git_commit or 'unknown'}`, "
         f"checkpoint's SHA-256 `{origin.checkpoint_sha256}`"
     )
 
 
-def place(source: Source) -> str:
-    """Return " on " what trained it, and how many epochs tell that where not all do; nothing where none does."""
+def on_machines(source: Source) -> str:
+    """Return " on " and the machines; empty where no epoch names one."""
     machines = " and then ".join(map(str, source.machines))
-    silent = sum(not all(name in line for name in MACHINE) for line in source.lines)
+    unnamed = sum(not all(name in epoch for name in MACHINE) for epoch in source.epochs)
     if not machines:
         return ""
-    return f" on {machines}" + (f" ({silent} of the epochs do not tell on what)" if silent else "")
+    return f" on {machines}" + (f" ({unnamed} of the epochs do not name a machine)" if unnamed else "")
 
 
 def first_epochs(source: Source) -> str:
-    """Tell the beginning of the recorded curve, which the command must follow; nothing where it is not known."""
+    """Return the start of the learning curve, to compare a new run with; empty where it is not known."""
     names = ("train_loss", "val_loss", "val_top1", "val_top5")
-    chosen = [line for line in source.lines if line["epoch"] in FIRST_EPOCHS and all(name in line for name in names)]
-    if not chosen:
-        return ""
     rows = [
         (
-            f"{line['epoch']}",
-            f"{line['train_loss']:.3f}",
-            f"{line['val_loss']:.3f}",
-            f"{line['val_top1']:.1%}",
-            f"{line['val_top5']:.1%}",
+            f"{epoch['epoch']}",
+            f"{epoch['train_loss']:.3f}",
+            f"{epoch['val_loss']:.3f}",
+            f"{epoch['val_top1']:.1%}",
+            f"{epoch['val_top5']:.1%}",
         )
-        for line in chosen
+        for epoch in source.epochs
+        if epoch["epoch"] in FIRST_EPOCHS and all(name in epoch for name in names)
     ]
-    words = paragraph(
-        "Its first epochs were these, by validation pictures; a new run should come close to them, and gives them bit "
-        "for bit only on the same device with as many processes and threads. `metrics.json` has every epoch."
+    if not rows:
+        return ""
+    text = paragraph(
+        "These were its first epochs, on validation images. A new run comes close to them; it repeats them bit for bit "
+        "only on the same device with as many processes and threads. `metrics.json` has every epoch."
     )
-    return f"{words}\n\n{table(('epoch', 'training loss', 'validation loss', 'top-1', 'top-5'), rows)}\n"
+    return f"{text}\n\n{table(('epoch', 'training loss', 'validation loss', 'top-1', 'top-5'), rows)}\n"
 
 
-def making(source: Source, metadata: ModelMetadata) -> str:
-    """Say where the weights come from and what it takes to make them again."""
+def training_record(source: Source, metadata: ModelMetadata) -> str:
+    """Return the section."""
     commands = [f"python -m export --random {metadata.preset}"]
-    words = "Random weights:"
+    text = "Random weights:"
     if source.checkpoint is not None:
         commands = list(training_commands(source))
-        words = f"{paragraph(origin(source))} Train it again by:"
+        text = f"{paragraph(describe_run(source))} Train it again by:"
     settings = [
-        bullet(f"{name}: {', '.join(f'{key} {value}' for key, value in non_defaults(config).items())}.")
+        bullet(f"{name}: {', '.join(f'{key} {value}' for key, value in changed_fields(config).items())}.")
         for name, config in (("Model", source.run.model), ("Recipe", source.run.train))
     ]
     versions = ", ".join(f"{name} {version}" for name, version in metadata.provenance.versions.items())
-    beginning = first_epochs(source)
+    curve = first_epochs(source)
     return "\n".join(
         [
-            f"## How it was made\n\n{words}\n",
+            f"## Training record\n\n{text}\n",
             *(f"    {command}" for command in commands),
             "",
-            *([beginning] if beginning else []),
+            *([curve] if curve else []),
             *settings,
             f"- Trained by the source tree of commit `{source.git_commit or 'unknown'}`.",
             f"- Checkpoint's SHA-256: `{metadata.provenance.checkpoint_sha256}`.",

@@ -4,7 +4,7 @@ Shape letters: N images, H and W the input size in pixels, C classes.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from export.graph.trained import Images, Logits
 from export.parity import run_all, warm_engine
 from service.engine.metadata import VariantGate
 from service.engine.onnx_engine import Engine, OnnxEngine
+from training.data.dataset import DataSet
 
 MIN_LABELS_EQUAL = 0.995  # share of labels that are torch's in float32
 MIN_IMAGES = 500  # with fewer, 99.5 % can't be told from 99 %
@@ -40,6 +41,12 @@ class EvalSet:
     images: Images
     labels: NDArray[np.int64]
     logits: Logits
+
+
+def validation_set(data: DataSet, reference: Callable[[Images], Logits]) -> EvalSet:
+    """Return the validation images of a data set with reference logits."""
+    images = data.val.images.numpy()
+    return EvalSet("val", images, data.val.labels.numpy(), reference(images))
 
 
 def top1(logits: Logits, labels: NDArray[np.int64]) -> float:

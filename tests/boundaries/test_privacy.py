@@ -35,7 +35,7 @@ def traces(tmp_path: Path, first: str, **environment: str) -> list[str]:
     return [str(path) for path in home.rglob("*") if "onnxruntime" in path.name]
 
 
-@pytest.mark.parametrize("first", ["service", "export.graph.to_onnx"])
+@pytest.mark.parametrize("first", ["service", "export.graph.to_onnx", "export.quantization.int8"])
 def test_onnxruntime_keeps_no_record_for_its_maker(tmp_path: Path, first: str) -> None:
     assert traces(tmp_path, first) == []
 

@@ -112,7 +112,7 @@ def test_a_folder_of_images_becomes_a_served_model_by_three_commands(tmp_path: P
     assert {entry["label"] for entry in top} == LABELS
     assert sum(entry["probability"] for entry in top) == pytest.approx(1, abs=1e-4)
     card = (tmp_path / "models" / "five-things" / "1" / "README.md").read_text()
-    assert "tells 5 classes of five-things apart" in card
+    assert "classifies images into the 5 classes of five-things" in card
     assert "--data DATA/five-things --epochs 3 --batch-size 32" in card
     # Trained on from the shipped model, it knows them after an epoch.
     output = run(in_this_environment(train_on, tmp_path, "--epochs 1 --threads 1 --device cpu", "runs"))

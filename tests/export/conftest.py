@@ -55,7 +55,7 @@ def perturb(model: nn.Module) -> None:
             parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
-def write_pictures(folder: Path, count: int = 5) -> Path:
+def write_images(folder: Path, count: int = 5) -> Path:
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for label in LABELS:
@@ -80,7 +80,7 @@ def epoch_line(epoch: int) -> Line:
 
 
 def write_run(folder: Path, data: Path | None, model_config: ModelConfig = TINY, temperature: float = 1.25) -> Path:
-    """A run's folder: best checkpoint, report, metrics, pictures."""
+    """Write a run's folder: best checkpoint, report, metrics, plots."""
     folder.mkdir()
     torch.manual_seed(0)
     model = Perceiver(model_config)
@@ -126,13 +126,13 @@ def write_run(folder: Path, data: Path | None, model_config: ModelConfig = TINY,
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
-    return write_run(tmp_path_factory.mktemp("runs") / "run", pictures)
+def run(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "run", image_folder)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What the user gets wrong is answered in a sentence, and nothing is written."""
+"""User errors are answered in one sentence, and nothing is written."""
 
 import errno
 import json
@@ -12,7 +12,7 @@ import torch
 
 from export import build
 from export.__main__ import main
-from export.card.model_card import figures
+from export.card.model_card import evaluation
 from export.source import load_source
 from service.repository.folder import list_versions
 from tests.export.conftest import LABELS, write_run
@@ -76,18 +76,18 @@ def test_a_report_of_another_checkpoint_gives_no_temperature(copy: Path) -> None
     report = json.loads((copy / "report.json").read_text())
     (copy / "report.json").write_text(json.dumps(report | {"checkpoint_sha256": "0" * 64}))
     source = load_source(copy)
-    assert "about another checkpoint" in source.notes[0]
+    assert "about another checkpoint" in source.warnings[0]
     assert source.temperature == 1.0
     assert source.metrics is not None
     assert source.metrics.split == "val"
-    assert "Temperature 1.0000" in figures(source)
-    assert "test" not in figures(source)
+    assert "Temperature 1.0000" in evaluation(source)
+    assert "test" not in evaluation(source)
 
 
 def test_a_run_without_a_report_says_so(copy: Path) -> None:
     (copy / "report.json").unlink()
     source = load_source(copy)
-    assert "holds no report, so the model gets no temperature and no test figures" in source.notes[0]
+    assert "holds no report, so the model gets no temperature and no test metrics" in source.warnings[0]
     assert source.temperature == 1.0
 
 
@@ -96,7 +96,7 @@ def test_data_that_have_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "name its folder by --data" in fails([str(run), "--out", str(tmp_path / "out")], capsys)
 
 
-def test_no_download_for_golden_pictures(
+def test_no_download_for_golden_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -104,8 +104,10 @@ def test_no_download_for_golden_pictures(
     assert "name its folder by --data" in fails([str(run), "--out", str(tmp_path / "out")], capsys)
 
 
-def test_data_of_other_classes(copy: Path, tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    others = Path(shutil.copytree(pictures, tmp_path / "others"))
+def test_data_of_other_classes(
+    copy: Path, tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = Path(shutil.copytree(image_folder, tmp_path / "others"))
     for split in ("train", "val"):
         (others / split / LABELS[0]).rename(others / split / "zebra")
     arguments = [str(copy), "--out", str(tmp_path / "out"), "--data", str(others)]
@@ -118,15 +120,13 @@ def test_a_folder_whose_model_has_other_classes(copy: Path, tmp_path: Path, caps
     (served.parent / "2").mkdir()  # which can't be served
     arguments = [str(copy), "--out", str(served.parent), "--golden", "2", "--max-batch", "2", "--variants"]
     error = fails(arguments, capsys)
-    assert "its newest version has not the classes of this model" in error
-    assert "name another --out, or say --other-classes" in error
+    assert "its newest version has other classes than this model" in error
+    assert "name another --out, or pass --other-classes" in error
     assert main([*arguments, "--other-classes"]) == 0
     assert main(arguments) == 0  # the newest version has them now
 
 
-def test_a_folder_whose_model_is_right_more_often(
-    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_whose_model_has_a_higher_top1(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The service that watches it would answer worse seconds later."""
     out = tmp_path / "served"
     arguments = [str(copy), "--out", str(out), "--golden", "2", "--max-batch", "2", "--variants"]
@@ -141,38 +141,36 @@ def test_a_folder_whose_model_is_right_more_often(
     assert main(reporting(top1=0.4)) == 0
     assert main(reporting(top1=0.4)) == 0  # as good
     error = fails(reporting(top1=0.39), capsys)
-    assert "its newest version is right on 40.00% of the test pictures and this model, which would be served" in error
-    assert "on 39.00%; name another --out, or say --even-if-worse." in error
+    assert "its newest version has a top-1 of 40.00% on test images and this model, which would be served" in error
+    assert "of 39.00%; name another --out, or pass --even-if-worse." in error
     assert len(list_versions(out)) == 2
-    assert main(reporting(n=31)) == 0  # other pictures, which say nothing
+    assert main(reporting(n=31)) == 0  # other images: not comparable
     assert main(reporting(n=30)) == 0
     assert fails(reporting(top1=0.38, n=30), capsys)
     assert main([*arguments, "--even-if-worse"]) == 0
     (copy / "report.json").unlink()
     error = fails(arguments, capsys)
-    assert "its newest version is right on 38.00% of the test pictures, and of this model" in error
-    assert "its run has not ended with a report. Go on with it by `python -m training --resume`" in error
+    assert "its newest version has a top-1 of 38.00% on test images. That of this model" in error
+    assert "its run has not ended with a report. Continue the run by `python -m training --resume`" in error
     assert main([*arguments, "--even-if-worse"]) == 0  # of which the validation figures are known
     assert main(arguments) == 0
 
 
 def test_data_that_have_changed_since_the_run(
-    copy: Path, tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+    copy: Path, tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is a validation picture now may have been trained on: fit for golden pictures, not for a variant's gate."""
+    """A validation image may be a training image of the run: good as a golden image, not for a variant's gate."""
     arguments = [str(copy), "--out", str(tmp_path / "out"), "--golden", "2", "--max-batch", "2"]
     tensors, header = checkpoint.load(copy / "best.safetensors")
     run = header.run.model_copy(update={"pictures_sha256": "0" * 64})
     checkpoint.save(copy / "best.safetensors", tensors, header.model_copy(update={"run": run}))
     (copy / "report.json").unlink()
-    assert "other pictures than the run was trained on, so it can't judge int8" in fails(
-        [*arguments, "--variants", "int8"], capsys
-    )
-    for more, judged in ((["--variants"], ""), ([], ", and judges no int8 file")):
+    assert "other images than in training, so it can't judge int8" in fails([*arguments, "--variants", "int8"], capsys)
+    for more, judged in ((["--variants"], ""), ([], ", and no int8 file is tried")):
         assert main([*arguments, *more]) == 0
         told = capsys.readouterr().out
-        assert "note: the data set has other pictures than the run was trained on; the golden pictures" in told
-        assert f"from it as it is{judged}." in told
+        assert "warning: the data set has other images than in training; the golden images" in told
+        assert f"are taken from it{judged}." in told
         assert "int8: not written" not in told
 
 
@@ -194,13 +192,13 @@ def test_ctrl_c_is_no_traceback(
 
 def test_a_preset_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = fails(["--random", "huge", "--out", str(tmp_path / "out")], capsys)
-    assert f"there are {', '.join(PRESETS)}." in error
+    assert f"choose one of {', '.join(PRESETS)}." in error
 
 
 def test_a_folder_that_can_not_be_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     arguments = [str(run), "--out", str(tmp_path / "file" / "out"), "--golden", "2", "--max-batch", "2"]
-    assert "is no folder that can be written to" in fails(arguments, capsys)
+    assert "is not a writable folder" in fails(arguments, capsys)
 
 
 @pytest.mark.parametrize(
@@ -249,13 +247,16 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["run", "--out", "x", "--provider", "cuda"], "--provider would change nothing with RUN; leave"),
-        (["--random", "compact", "--out", "x", "--data", "y"], "--data would change nothing with --random; leave"),
-        (["--verify", "x", "--variants", "--even-if-worse"], "--variants, --even-if-worse would change nothing with"),
-        (["--verify", "x", "--golden", "64"], "--golden would change nothing with --verify; leave out"),
+        (["run", "--out", "x", "--provider", "cuda"], "RUN does not take --provider; leave"),
+        (["--random", "compact", "--out", "x", "--data", "y"], "--random does not take --data; leave"),
+        (
+            ["--verify", "x", "--variants", "--even-if-worse"],
+            "--verify does not take --variants, --even-if-worse; leave",
+        ),
+        (["--verify", "x", "--golden", "64"], "--verify does not take --golden; leave"),
     ],
 )
-def test_flags_that_would_change_nothing(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_without_effect_are_refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
@@ -276,7 +277,7 @@ def test_a_checkpoint_that_a_run_replaces_meanwhile(
     error = fails(
         [str(copy), "--out", str(tmp_path / "out"), "--golden", "2", "--max-batch", "2", "--variants"], capsys
     )
-    assert "has changed since the export began" in error
+    assert "was changed during the export" in error
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -292,19 +293,19 @@ def test_a_run_that_is_removed_meanwhile(
     original = build.to_onnx
     monkeypatch.setattr(build, "to_onnx", to_onnx)
     arguments = [str(copy), "--out", str(tmp_path / "out"), "--golden", "2", "--max-batch", "2", "--variants"]
-    assert f"{copy / 'best.safetensors'}: has gone since the export began" in fails(arguments, capsys)
+    assert f"{copy / 'best.safetensors'}: was removed during the export" in fails(arguments, capsys)
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_weights_that_are_no_numbers(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_that_are_not_finite(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors, header = checkpoint.load(copy / "best.safetensors")
     tensors["model.latents"][0, 0] = torch.nan
     checkpoint.save(copy / "best.safetensors", tensors, header)
     error = fails([str(copy), "--out", str(tmp_path / "out"), "--variants"], capsys)
-    assert f"{copy / 'best.safetensors'}: gives logits that are no numbers" in error
+    assert f"{copy / 'best.safetensors'}: gives logits that are not finite" in error
 
 
-def test_what_another_export_writes_meanwhile_is_compared_with_too(
+def test_a_version_that_another_export_writes_meanwhile_is_compared_too(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Both began when the folder was empty, and the worse one ends last."""
@@ -323,5 +324,5 @@ def test_what_another_export_writes_meanwhile_is_compared_with_too(
 
     original = build.build
     monkeypatch.setattr(build, "build", build_slowly)
-    assert "its newest version is right on 90.00% of the test pictures" in fails([str(copy), *arguments], capsys)
+    assert "its newest version has a top-1 of 90.00% on test images" in fails([str(copy), *arguments], capsys)
     assert [version.number for version in list_versions(out)] == [1]

@@ -1,4 +1,4 @@
-"""The whole way from a run's folder to a version that the service's engine runs, and every way it is refused."""
+"""From a run's folder to a version that the service's engine runs, and each way it is refused."""
 
 import json
 import shutil
@@ -12,9 +12,8 @@ import torch
 
 from export import build
 from export.__main__ import main
-from export.golden import load_data
 from export.graph.trained import TrainedModel
-from export.source import load_source
+from export.source import load_data, load_source
 from service.engine.metadata import from_props
 from service.engine.onnx_engine import OnnxEngine
 from service.repository.folder import list_versions, load_golden
@@ -79,29 +78,29 @@ def test_the_engine_gives_the_checkpoints_calibrated_logits(exported: Path, run:
     np.testing.assert_allclose(open_engine(exported).run(images), expected, atol=1e-5)
 
 
-def test_golden_pictures_are_of_the_validation_split(exported: Path, pictures: Path) -> None:
+def test_golden_images_are_of_the_validation_split(exported: Path, image_folder: Path) -> None:
     golden = load_golden(exported / "golden.npz")
-    split = load(pictures, input_size=SIZE).val
+    split = load(image_folder, input_size=SIZE).val
     known = {image.numpy().tobytes(): int(label) for image, label in zip(split.images, split.labels, strict=True)}
     assert [known[image.tobytes()] for image in golden.images] == golden.labels.tolist()
     assert set(golden.labels.tolist()) == set(range(len(LABELS)))
     check_golden(open_engine(exported), golden)
 
 
-def test_the_data_are_divided_as_the_run_divided_them(run: Path, pictures: Path) -> None:
-    """Else golden pictures and a variant's gate would be of pictures that were trained on."""
+def test_the_data_are_divided_as_the_run_divided_them(run: Path, image_folder: Path) -> None:
+    """Otherwise golden images and a variant's gate would use training images."""
     source = load_source(run)
     train = source.run.train.model_copy(update={"validation_fraction": 0.4})
-    whole = pictures / "train"  # no val/ in it: five pictures of each class
+    whole = image_folder / "train"  # no val/ in it: five images of each class
     loaded = load_data(replace(source, run=source.run.model_copy(update={"train": train})), whole)
     assert (len(loaded.train), len(loaded.val)) == (3 * len(LABELS), 2 * len(LABELS))
     assert loaded.digest() == load(whole, input_size=SIZE, validation_fraction=0.4).digest()
 
 
 def test_data_that_changed_between_runs_are_told_from_data_that_are_only_divided_otherwise(
-    run: Path, pictures: Path, tmp_path: Path
+    run: Path, image_folder: Path, tmp_path: Path
 ) -> None:
-    whole = Path(shutil.copytree(pictures / "train", tmp_path / "whole"))
+    whole = Path(shutil.copytree(image_folder / "train", tmp_path / "whole"))
     first = load_source(run).run.model_copy(
         update={"pictures_sha256": load(whole, input_size=SIZE, validation_fraction=0.4).digest()}
     )
@@ -125,27 +124,27 @@ def test_data_that_changed_between_runs_are_told_from_data_that_are_only_divided
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 17])
-def test_any_batch_gives_what_its_pictures_give_alone(exported: Path, batch: int) -> None:
+def test_logits_do_not_depend_on_the_batch(exported: Path, batch: int) -> None:
     engine = open_engine(exported, 17)
     images = np.random.default_rng(batch).integers(0, 256, (batch, SIZE, SIZE, 3), dtype=np.uint8)
     alone = np.concatenate([engine.run(image[None]) for image in images])
     np.testing.assert_allclose(engine.run(images), alone, atol=1e-5)
 
 
-def test_the_card_tells_what_a_user_must_know(exported: Path) -> None:
+def test_the_card_says_what_a_user_must_know(exported: Path) -> None:
     card = (exported / "README.md").read_text()
     for words in (
         "4 classes of things",
-        "43.21%",  # top-1 on the test pictures
+        "43.21%",  # top-1 on the test images
         "epochs 7, mixup 0.5",
         "The weights of epoch 2 of 3.",
         "15 min (900 s) of training on cpu, 2 processes of 1 thread.",
         "torchrun --standalone --nproc-per-node 2 -m training --preset compact --threads 1 --data DATA/things",
         "| 2 | 2.000 | 1.500 | 20.0% | 40.0% |",  # the second epoch
-        "40 trained it, 20 others chose checkpoint and temperature, 30 more were read once",
-        "70.0% of the pictures the first answer is at least of the right",
+        "40 trained it, 20 others chose checkpoint and temperature, and 30 more were read once",
+        "70.0% of the images the predicted class is at least of the right",
         "| good | 20 | 50.0% | 90.0% | 80.0% |",
-        "bear is taken for cup (25% of the bear pictures)",
+        "bear as cup (25% of the bear images)",
         "is 60.0% on average, against 60.0% on the test pictures",
         "| noise | 10 | 30.0% | 15.0% | |",
         "uint8 `[batch, 8, 8, 3]`",
@@ -158,8 +157,10 @@ def test_the_card_tells_what_a_user_must_know(exported: Path) -> None:
         assert f"]({name})\n" in card
 
 
-def test_the_card_tells_of_copies_that_flatter(run: Path, pictures: Path, tmp_path: Path, exported: Path) -> None:
-    mixed = Path(shutil.copytree(pictures, tmp_path / "mixed"))
+def test_the_card_mentions_copies_of_training_images(
+    run: Path, image_folder: Path, tmp_path: Path, exported: Path
+) -> None:
+    mixed = Path(shutil.copytree(image_folder, tmp_path / "mixed"))
     shutil.copytree(mixed / "train", mixed / "test")
     shutil.copyfile(mixed / "train" / LABELS[0] / "0.png", mixed / "val" / LABELS[1] / "0.png")
     flags = ["--golden", "2", "--max-batch", "1", "--variants", "--data", str(mixed)]
@@ -168,10 +169,10 @@ def test_the_card_tells_of_copies_that_flatter(run: Path, pictures: Path, tmp_pa
         " ".join((folder / "README.md").read_text().split()) for folder in (tmp_path / "out" / "1", exported)
     )
     assert (
-        "Copies of training pictures, pixel for pixel, are among these: 1 of validation and 20 of test, which flatter "
-        "the figures. Nothing else was used" in card
+        "Some images are exact copies of training images, which makes the metrics too good: 1 of validation and 20 of "
+        "test. Nothing else was used" in card
     )
-    assert "Copies of training pictures" not in other
+    assert "exact copies of training images" not in other
 
 
 def test_metrics_json_holds_report_and_verification(exported: Path, run: Path) -> None:
@@ -200,7 +201,7 @@ def test_a_second_export_is_the_same_but_for_the_time_and_leaves_the_first_alone
     assert (second / "golden.npz").read_bytes() == (exported / "golden.npz").read_bytes()
 
 
-def test_the_file_tells_nothing_of_the_machine_that_made_it(exported: Path) -> None:
+def test_the_file_holds_no_path_of_the_machine(exported: Path) -> None:
     content = (exported / "model.onnx").read_bytes()
     assert str(Path(build.__file__).parents[1]).encode() not in content
     assert b"site-packages" not in content
@@ -236,18 +237,18 @@ def test_the_gate_refuses_another_function_and_nothing_is_written(
     assert main([str(run), "--out", str(tmp_path / "out"), "--golden", "2", "--max-batch", "2"]) == 1
     said = capsys.readouterr().err
     assert "largest difference 2.00e-03" in said
-    assert "export/graph/fold.py has to follow; --plain exports the form that was trained" in said
+    assert "export/graph/fold.py has to follow; --plain exports the trained form" in said
     assert files_below(tmp_path) == []
     assert main([str(run), "--out", str(tmp_path / "out"), "--golden", "2", "--max-batch", "2", "--plain"]) == 0
 
 
 @pytest.mark.parametrize("form", [[], ["--plain"]], ids=["folded", "plain"])
-def test_a_model_that_flips_is_exported_and_verified(form: list[str], pictures: Path, tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", pictures, TINY.model_copy(update={"test_time_flip": True}))
+def test_a_model_that_flips_is_exported_and_verified(form: list[str], image_folder: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", image_folder, TINY.model_copy(update={"test_time_flip": True}))
     assert main([str(run), "--out", str(tmp_path / "out"), "--golden", "2", "--max-batch", "3", *form]) == 0
     assert main(["--verify", str(tmp_path / "out"), "--provider", "cpu", "--max-batch", "3"]) == 0
     card = " ".join((tmp_path / "out" / "1" / "README.md").read_text().split())
-    assert "probabilities. They are the mean of those of the picture and of its mirror image. The labels" in card
+    assert "probabilities. They are the mean over the image and its mirror image. The file's metadata" in card
     images = np.random.default_rng(0).integers(0, 256, (2, SIZE, SIZE, 3), dtype=np.uint8)
     engine = open_engine(tmp_path / "out" / "1")
     mirrored = engine.run(np.ascontiguousarray(images[:, :, ::-1]))
@@ -263,9 +264,9 @@ def test_random_weights_need_no_data_and_say_so(
     assert "random weights" in capsys.readouterr().out
     card = (tmp_path / "x" / "1" / "README.md").read_text()
     assert "random weights" in card
-    assert "## Figures" not in card
+    assert "## Evaluation" not in card
     assert open_engine(tmp_path / "x" / "1").metadata.metrics is None
 
 
 def test_an_exported_version_keeps_the_epochs(exported: Path, run: Path) -> None:
-    assert load_source(exported).lines == load_source(run).lines != ()
+    assert load_source(exported).epochs == load_source(run).epochs != ()

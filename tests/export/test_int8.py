@@ -106,8 +106,8 @@ def test_inputs_of_layers_are_collected(model: ModelProto) -> None:
 def test_of_each_batch_as_many_rows_are_kept_evenly_spread(
     model: ModelProto, monkeypatch: pytest.MonkeyPatch, rows_wanted: int, kept: int
 ) -> None:
-    """Of batches of 16, 16 and 8 pictures; of a batch one row at least."""
-    head = find_layers(model)[-1]  # whose input has a row a picture
+    """Of batches of 16, 16 and 8 images; of a batch one row at least."""
+    head = find_layers(model)[-1]  # whose input has one row an image
     images = noise(40)
     (whole,) = collect_inputs(model, [head], images).values()
     monkeypatch.setattr("export.quantization.int8.CALIBRATION_ROWS", rows_wanted)
@@ -155,10 +155,10 @@ def test_logits_stay_close(model: ModelProto, quantized: dict[str, QuantizedLaye
 
 
 @pytest.mark.parametrize("batch", [2, 7, 33])
-def test_a_picture_gets_the_same_answer_alone_and_in_any_batch(
+def test_an_image_gets_the_same_logits_alone_and_in_any_batch(
     model: ModelProto, quantized: dict[str, QuantizedLayer], batch: int
 ) -> None:
-    """Also beside pictures that are far brighter: dynamic quantisation fails here."""
+    """Also beside far brighter images, where dynamic quantization fails."""
     session = open_session(replace_layers(model, quantized))
     images = noise(batch, batch) // 8
     images[-1] = 255

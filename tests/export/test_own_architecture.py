@@ -18,7 +18,7 @@ def assert_plain_alone_passes(copy: Path, tmp_path: Path, capsys: pytest.Capture
     arguments = [str(copy), "--out", str(tmp_path / "out"), "--golden", "2", "--max-batch", "2", "--variants"]
     error = fails(arguments, capsys)
     assert "export/graph/fold.py does not know this model (" in error
-    assert "--plain exports the form that was trained" in error
+    assert "--plain exports the trained form" in error
     assert main([*arguments, "--plain"]) == 0
 
 

@@ -107,7 +107,7 @@ def test_a_file_that_somebody_changed_is_left_as_it_is(tmp_path: Path) -> None:
     path.write_text(own)
     complaint = write_triton_config(tmp_path, tiny_metadata(labels=("a", "b")))
     assert complaint is not None
-    assert f"{path}: left as it is" in complaint
+    assert f"{path}: not changed" in complaint
     assert path.read_text() == own
 
 

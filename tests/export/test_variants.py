@@ -10,10 +10,9 @@ import pytest
 
 from export import verify
 from export.__main__ import main
-from export.golden import load_data
 from export.quantization import gate, sensitivity
 from export.quantization.gate import describe, measure_speedup, refusal
-from export.source import load_source
+from export.source import load_data, load_source
 from service.engine.metadata import VariantGate
 from service.engine.onnx_engine import EngineError, OnnxEngine, read_metadata
 from tests.export.conftest import SIZE
@@ -26,7 +25,7 @@ FAST = ((1, 1.1), (4, 1.5))
 
 
 @pytest.fixture(autouse=True)
-def few_pictures_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_images_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "MIN_IMAGES", 20)
 
 
@@ -76,7 +75,7 @@ def export(run: Path, out: Path, *arguments: str) -> int:
 
 @pytest.fixture(scope="module")
 def version(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A version with int8 and an unmeasured float16; labels flip easily on 20 pictures of noise."""
+    """A version with int8 and an unmeasured float16; labels flip easily on 20 images of noise."""
     out = tmp_path_factory.mktemp("models") / "things"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sensitivity, "FLIP_RATES", (0.05, 0.01))
@@ -100,7 +99,7 @@ def test_variants_lie_beside_the_float32_file_with_their_gates(version: Path) ->
     assert gates["int8"]["labels_equal"] == int8.gate.labels_equal
 
 
-def test_the_card_tells_of_them(version: Path) -> None:
+def test_the_card_describes_them(version: Path) -> None:
     card = " ".join((version / "README.md").read_text().split())
     assert "`model.int8.onnx`, int8:" in card
     assert "1.10 at batch 1, 1.50 at batch 4" in card
@@ -168,14 +167,14 @@ def test_verify_says_what_it_could_not_run(
     assert "gone: does not exist" in capsys.readouterr().err
     monkeypatch.setattr(verify, "has_changed", lambda source, data: True)
     assert main(arguments) == 0
-    assert "labels were not compared: the data set has other pictures" in capsys.readouterr().out
+    assert "labels were not compared: the data set has other images" in capsys.readouterr().out
     monkeypatch.undo()
     monkeypatch.setattr(verify, "load_data", lambda source, data: load_data(source, tmp_path / "gone"))
     assert main(arguments) == 0
     assert "labels were not compared" in capsys.readouterr().out
     (tmp_path / "1" / "checkpoint.safetensors").unlink()
     assert main(arguments) == 0
-    assert "nothing was held against torch but the golden pictures" in capsys.readouterr().out
+    assert "nothing but the golden images was compared with torch" in capsys.readouterr().out
 
 
 def test_a_version_folder_can_be_exported_again(version: Path, run: Path) -> None:
@@ -206,7 +205,7 @@ def test_what_does_not_pass_is_not_written(
     assert not (tmp_path / "out" / "1" / "model.int8.onnx").exists()
 
 
-def test_what_can_not_be_timed_is_not_written_unless_it_is_asked_for(
+def test_a_variant_that_can_not_be_timed_is_not_written(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("service.engine.session.why_no_cuda", lambda device_id=0: "there is none")
@@ -215,20 +214,20 @@ def test_what_can_not_be_timed_is_not_written_unless_it_is_asked_for(
     assert not (tmp_path / "out" / "1" / "model.fp16.onnx").exists()
 
 
-def test_what_is_not_tried_is_told(
+def test_a_variant_that_is_not_tried_gives_a_warning(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("service.engine.session.why_no_cuda", lambda device_id=0: "there is none")
     assert export(run, tmp_path / "out") == 0
-    assert "note: model.fp16.onnx is not tried: its speed is measured on CUDA" in capsys.readouterr().out
+    assert "warning: model.fp16.onnx is not tried: its speed is measured on CUDA" in capsys.readouterr().out
     assert export(run, tmp_path / "none", "--variants") == 0
     assert "is not tried" not in capsys.readouterr().out
 
 
-def test_who_wants_what_can_not_be_timed_need_not_name_it(
+def test_untimed_variants_need_not_be_named(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("service.session.why_no_cuda", lambda device_id=0: "there is none")
+    monkeypatch.setattr("service.engine.session.why_no_cuda", lambda device_id=0: "there is none")
     monkeypatch.setattr(gate, "measure_speedup", lambda base, variant, batches: FAST)
     assert export(run, tmp_path / "out", "--untimed") == 0
     told = capsys.readouterr().out

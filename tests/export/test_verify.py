@@ -1,4 +1,4 @@
-"""`--verify` believes nothing that a version says of itself, and the gates' own arithmetic."""
+"""`--verify` trusts nothing that a version says of itself; and the gates' own arithmetic."""
 
 import math
 import shutil
@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from export import build
 from export.__main__ import main
 from export.errors import GateError
-from export.golden import load_data, noise_golden
+from export.golden import make_golden
 from export.graph.trained import TrainedModel, cached_reference, reference_logits
 from export.parity import (
     FLOAT32_TOLERANCE,
@@ -29,7 +29,7 @@ from export.parity import (
 from export.quantization import gate, variants
 from export.quantization.gate import EvalSet, evaluate
 from export.quantization.variants import TOLERANCE_FACTOR, Base, build_variant
-from export.source import load_source
+from export.source import load_data, load_source
 from export.verify import Version, _verify_file
 from service.engine.metadata import EvalMetrics, ModelMetadata, from_props, to_props
 from service.engine.onnx_engine import OnnxEngine, read_metadata
@@ -90,7 +90,7 @@ def test_metadata_that_the_checkpoint_contradicts(
     assert f"its metadata has another {field} than checkpoint.safetensors." in capsys.readouterr().err
 
 
-def test_a_file_grants_itself_no_tolerance(version: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_can_not_set_its_own_tolerance(version: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(version / "model.onnx", lambda held: held.model_copy(update={"golden_tolerance": 1e3}), negated=True)
     assert verify(version) == 1
     assert "the gate refuses this model on golden, black x 1" in capsys.readouterr().err
@@ -106,17 +106,17 @@ def test_a_checkpoint_of_another_model(version: Path, capsys: pytest.CaptureFixt
 
 def test_a_file_for_cpus_is_not_run_elsewhere(version: Path) -> None:
     source = load_source(version)
-    golden = noise_golden(TrainedModel(source.preprocess, source.model, 1.0).eval(), (SIZE, SIZE), 2)
+    golden = make_golden(TrainedModel(source.preprocess, source.model).eval(), source, None, 2)
     result = _verify_file(Version(version, golden, None, None, []), "int8", "cuda", 2)
     assert (result.comparisons, result.gate) == ([], None)
-    assert result.notes == ["this file is for CPUs, and was not run: use --provider cpu"]
+    assert result.warnings == ["this file is for CPUs, and was not run: use --provider cpu"]
 
 
 # --- comparing
 
 
 class Formula:
-    """An engine that is a function of its pictures."""
+    """An engine that is a function of its images."""
 
     def __init__(self, formula: Callable[[Images], Logits], max_batch_size: int = 4) -> None:
         self.formula, self.max_batch_size, self.metadata = formula, max_batch_size, tiny_metadata()
@@ -131,7 +131,7 @@ def brightness(images: Images) -> Logits:
     return np.stack([images.mean(axis=(1, 2, 3)), np.full(len(images), 100.0)], axis=1).astype(np.float32)
 
 
-def test_a_picture_must_not_change_anothers_answer() -> None:
+def test_an_image_must_not_change_the_logits_of_another() -> None:
     alone = compare_with_itself(Formula(brightness), 1e-3)  # type: ignore[arg-type]
     assert [c.name for c in alone if not c.passed] == []
     together = Formula(lambda images: brightness(images) + np.float32(0.002) * len(images))
@@ -151,7 +151,7 @@ def test_edge_batches_are_black_white_and_noise_up_to_the_largest() -> None:
     assert [name for name, _ in edge_batches((4, 6), 2)][-1] == "noise x 2"
 
 
-def test_a_label_that_differs_and_what_is_no_number_fail() -> None:
+def test_a_label_that_differs_and_nan_fail() -> None:
     sure = np.array([[0.0, 1.0], [1.0, 0.0]], np.float32)
     assert compare("x", sure, sure, 0.5).passed
     assert compare("x", sure, sure[::-1].copy(), 0.5).labels_differ == 2
@@ -178,7 +178,7 @@ def test_torch_runs_once_for_equal_images() -> None:
     assert runs == [len(images) for images in batches]
 
 
-def test_logits_of_many_pictures_come_in_their_order() -> None:
+def test_reference_logits_keep_the_order_of_the_images() -> None:
     images = np.arange(230, dtype=np.uint8).repeat(12).reshape(230, 2, 2, 3)
 
     class First(torch.nn.Module):
@@ -195,18 +195,18 @@ def test_logits_of_many_pictures_come_in_their_order() -> None:
 def test_a_gate_counts_equal_labels_and_right_ones() -> None:
     images = np.zeros((10, 4, 6, 3), np.uint8)
     images[:, 0, 0, 0] = np.arange(10)
-    logits = np.eye(10, 5, dtype=np.float32)  # the first five pictures are of their own class, the others of class 0
+    logits = np.eye(10, 5, dtype=np.float32)  # the first five images are of their own class, the others of class 0
     labels = np.array([0, 1, 2, 3, 0, 0, 0, 1, 1, 1])
 
-    def answers(pictures: Images) -> Logits:
-        found = logits[pictures[:, 0, 0, 0]].copy()
-        found[pictures[:, 0, 0, 0] == 3] = [1, 0, 0, 0, 0]  # the one label that differs, right in float32
+    def answers(images: Images) -> Logits:
+        found = logits[images[:, 0, 0, 0]].copy()
+        found[images[:, 0, 0, 0] == 3] = [1, 0, 0, 0, 0]  # the one label that differs, right in float32
         return found
 
     gate = evaluate(Formula(answers), EvalSet("val", images, labels, logits), ((1, 1.5),))  # type: ignore[arg-type]
     assert (gate.n, gate.split, gate.provider, gate.speed) == (10, "val", "cpu", ((1, 1.5),))
     assert (gate.labels_equal, gate.top1, gate.top1_float32) == (0.9, 0.5, 0.6)
-    broken = Formula(lambda pictures: np.where(pictures[:, :1, 0, 0] == 9, np.float32(math.nan), answers(pictures)))
+    broken = Formula(lambda images: np.where(images[:, :1, 0, 0] == 9, np.float32(math.nan), answers(images)))
     with pytest.raises(GateError, match="some of its logits of val images are not finite"):
         evaluate(broken, EvalSet("val", images, labels, logits), None)  # type: ignore[arg-type]
 
@@ -219,8 +219,8 @@ def captured(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Base
     return bases[0]
 
 
-def test_scales_are_chosen_by_training_pictures_and_judged_by_others(
-    run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_scales_are_chosen_by_training_images_and_judged_by_others(
+    run: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = captured(run, tmp_path, monkeypatch)
     source = load_source(run)
@@ -235,7 +235,7 @@ def test_scales_are_chosen_by_training_pictures_and_judged_by_others(
         np.testing.assert_array_equal(base.calibration, base.eval_set.images)
 
 
-def test_a_variants_tolerance_holds_for_all_pictures_and_it_is_timed_at_the_sizes_that_serve(
+def test_a_variants_tolerance_covers_all_images_and_it_is_timed_at_the_sizes_that_serve(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed: list[object] = []
@@ -277,11 +277,13 @@ def test_a_variant_that_gives_no_numbers_is_not_written_even_of_random_weights(
     assert "spoilt: refused: some of its logits are not finite." in capsys.readouterr().out
 
 
-def test_the_card_says_where_pictures_may_have_trained_an_earlier_run(
+def test_the_card_says_where_validation_images_may_have_leaked(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for flatters in (False, True):
         monkeypatch.setattr(build, "flatterers", lambda *args, found=flatters, **kwargs: ["a run"] * found)
         out = tmp_path / str(flatters)
         assert main([str(run), "--out", str(out), *ARGUMENTS]) == 0
-        assert ("figures on them flatter" in " ".join((out / "1" / "README.md").read_text().split())) == flatters
+        assert (
+            "makes the metrics on them too good" in " ".join((out / "1" / "README.md").read_text().split())
+        ) == flatters
