@@ -1,10 +1,10 @@
-"""Pictures a second of a training step, and the fraction of the machine's matrix-product rate that it reaches.
+"""Images a second of a training step, and the fraction of the machine's matrix-product rate that it reaches.
 
     python -m benchmarks.training_speed compact reference --seconds 20
     torchrun --standalone --nproc-per-node 2 -m benchmarks.training_speed compact --threads 1
 
 A step is a real one of `training.train`: augmentation, forward, backward, optimiser, with the preset's recipe, on noise
-pictures of the right size. Operations are counted by torch's FlopCounterMode, forward and backward, two a multiply-add.
+images of the right size. Operations are counted by torch's FlopCounterMode, forward and backward, two a multiply-add.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_speed", description=__doc__)
     parser.add_argument("presets", nargs="*", default=list(PRESETS), help=f"of {', '.join(PRESETS)} (default: all)")
     parser.add_argument("--seconds", type=float, default=20, help="time for each preset after warm-up (default: 20)")
-    parser.add_argument("--batch-size", type=int, help="pictures a step (default: the preset's)")
+    parser.add_argument("--batch-size", type=int, help="images a step (default: the preset's)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's choice)")
     parser.add_argument("--precision", choices=get_args(Precision), help="default: the preset's")
@@ -58,7 +58,7 @@ def main() -> int:
         for name in args.presets:
             rows.append(measure(name, args, world))
             if world.is_main:  # the next may take minutes, or fail
-                print(f"{name}: {rows[-1]['pictures/s, median']:.4g} pictures a second", flush=True)
+                print(f"{name}: {rows[-1]['pictures/s, median']:.4g} images a second", flush=True)
         if world.is_main:
             report(rows, about, args.csv)
     finally:

@@ -15,7 +15,7 @@ from training.evaluate import Metrics
 from training.metrics_log import MACHINE, Line, read_lines
 from training.model import Perceiver, count_parameters
 from training.preprocessing import Preprocess
-from training.report_schema import CURVES, PICTURES, Report
+from training.report_schema import CURVES, PLOTS, Report
 from training.report_schema import FILE as REPORT_FILE
 from training.transfer import find
 
@@ -73,7 +73,7 @@ class Source:
         """What was drawn of the run; of the report's pictures only those of these weights."""
         if self.checkpoint is None:
             return []
-        names = [CURVES, *(PICTURES if self.report else ())]
+        names = [CURVES, *(PLOTS if self.report else ())]
         return [path for path in map(self.checkpoint.with_name, names) if path.is_file()]
 
     @property

@@ -20,7 +20,7 @@
     ├── BodyTooLarge                 413  body_too_large
     ├── TooManyPixels                413  too_many_pixels
     ├── ImageTooCostly               413  image_too_costly
-    ├── TooManyImages                413  too_many_images
+    ├── TooManyImages              413  too_many_images
     ├── UnsupportedFormat            415  unsupported_format
     ├── UnsupportedMediaType         415  unsupported_media_type
     ├── UnsupportedEncoding          415  unsupported_encoding

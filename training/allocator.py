@@ -22,7 +22,7 @@ def keep_freed_memory() -> bool:
     """Let the process keep what it frees, up to 2 GiB at the heap's end, and take large blocks from the heap as well.
 
     By default glibc maps every block above 32 MiB at most anew and gives it back when it is freed; the kernel then
-    zeroes each of its pages at their first touch. Activations are such blocks: a step of 128 pictures had 160,000 page
+    zeroes each of its pages at their first touch. Activations are such blocks: a step of 128 images had 160,000 page
     faults, and takes 0.7 of the time without them (docs/experiments/training-speed.md). The highest use of memory
     stays what it was.
 

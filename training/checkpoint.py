@@ -61,7 +61,7 @@ class RunConfig(BaseModel):
     superclass_names: tuple[str, ...] | None = None
     model: ModelConfig
     train: TrainConfig
-    pictures_sha256: str | None = Field(None, description="of training and validation pictures and labels")
+    pictures_sha256: str | None = Field(None, description="of training and validation images and labels")
     init: Origin | None = Field(None, description="whose weights it begins with; None: it begins at random")
     teacher: Origin | None = Field(None, description="whose answers are part of its targets, where not those of `init`")
 
@@ -74,7 +74,7 @@ class RunConfig(BaseModel):
     def draw_seed(self) -> int:
         """Seed of order, augmentation and dropout, 0..2**32 - 1: that of the recipe, mixed with the digest of ``init``.
 
-        A run that begins with another's weights would else see the same augmented pictures in the same order again.
+        A run that begins with another's weights would else see the same augmented images in the same order again.
         """
         if self.init is None:
             return self.train.seed

@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training",
         usage=USAGE,
-        description="Train a Perceiver on CIFAR-100 or on a folder of your own pictures.",
+        description="Train a Perceiver on CIFAR-100 or on a folder of your own images.",
         epilog=EPILOG,
         allow_abbrev=False,
     )
@@ -93,7 +93,7 @@ def _add_run(group: Any) -> None:
         "--data",
         type=Path,
         metavar="DIR",
-        help="folder with cifar-100-python/, or with a folder of pictures for each class (optionally below train/, "
+        help="folder with cifar-100-python/, or with a folder of images for each class (optionally below train/, "
         "val/, test/); without it CIFAR-100 is downloaded to data/ once",
     )
     group.add_argument("--out", type=Path, metavar="RUN", help="folder of the run (default: runs/<preset>-<data set>)")

@@ -3,7 +3,7 @@
 Every number of a run stands in one of two frozen pydantic models, which check it, print it as JSON into the run's
 folder and read it back. Letters used for shapes everywhere in this package:
 
-    B pictures in a batch     H, W height and width of the input     M tokens       N latents
+    B images in a batch     H, W height and width of the input     M tokens       N latents
     C channels (``dim``)      T channels of a token (``token_dim``)  K classes
 """
 
@@ -24,8 +24,8 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     num_classes: int = Field(100, ge=2, description="classes to tell apart")
-    input_size: int = Field(32, ge=1, description="height and width of the input picture, pixels")
-    image_size: int = Field(32, ge=1, description="size the picture is resized to before the patches are cut, pixels")
+    input_size: int = Field(32, ge=1, description="height and width of the input image, pixels")
+    image_size: int = Field(32, ge=1, description="size the image is resized to before the patches are cut, pixels")
     patch_size: int = Field(4, ge=1, description="distance between patches, pixels")
     patch_overlap: int = Field(0, ge=0, description="pixels that a patch reaches into its neighbours on each side")
 
@@ -44,7 +44,7 @@ class ModelConfig(BaseModel):
     fourier_bands: int = Field(8, ge=1, description="frequencies per axis of the Fourier position features")
     latent_init: Literal["normal", "grid"] = Field(
         "normal",
-        description="normal: random latents; grid: each latent starts with its attention on one region of the picture",
+        description="normal: random latents; grid: each latent starts with its attention on one region of the image",
     )
     latent_std: float = Field(0.05, gt=0, description="standard deviation of the initial latents")
 
@@ -87,7 +87,7 @@ class ModelConfig(BaseModel):
     )
     test_time_flip: bool = Field(
         False,
-        description="evaluation and export answer with the mean of two logits, of the picture and of its mirror image: "
+        description="evaluation and export answer with the mean of two logits, of the image and of its mirror image: "
         "twice the cost; training has one",
     )
 
@@ -96,7 +96,7 @@ class ModelConfig(BaseModel):
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}: "
-                "patches must tile the picture"
+                "patches must tile the image"
             )
         if round(self.ffn_ratio * self.dim) < 1:
             raise ValueError(f"ffn_ratio {self.ffn_ratio} of dim {self.dim} is no hidden channel: it needs one")
@@ -123,7 +123,7 @@ class ModelConfig(BaseModel):
 
     @property
     def grid(self) -> int:
-        """Patches along one side of the picture."""
+        """Patches along one side of the image."""
         return self.image_size // self.patch_size
 
     @property
@@ -133,7 +133,7 @@ class ModelConfig(BaseModel):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of a picture, M."""
+        """Tokens of an image, M."""
         return self.grid**2
 
 
@@ -142,8 +142,8 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    epochs: int = Field(50, ge=1, description="passes over the training pictures, at most")
-    batch_size: int = Field(64, ge=1, description="pictures a step, over all processes")
+    epochs: int = Field(50, ge=1, description="passes over the training images, at most")
+    batch_size: int = Field(64, ge=1, description="images a step, over all processes")
     seed: int = Field(
         0,
         ge=0,
@@ -151,7 +151,7 @@ class TrainConfig(BaseModel):
         description="seed of weights, order and augmentation (with --init: of the checkpoint as well)",
     )
     validation_fraction: float = Field(
-        0.1, gt=0, lt=1, description="share of the training pictures that validates, where the data has no val/"
+        0.1, gt=0, lt=1, description="share of the training images that validates, where the data has no val/"
     )
 
     optimizer: Literal["lamb", "adamw", "muon"] = Field("lamb", description="muon: matrices by Muon, the rest by AdamW")
@@ -182,8 +182,8 @@ class TrainConfig(BaseModel):
         0.0,
         ge=0,
         le=1,
-        description="strength of TrivialAugment, one operation a picture; 1: the paper's; 0: off. What moves in is the "
-        "picture mirrored at its edge, whatever --flip says",
+        description="strength of TrivialAugment, one operation an image; 1: the paper's; 0: off. What moves in is the "
+        "image mirrored at its edge, whatever --flip says",
     )
     mixup: float = Field(0.0, ge=0, description="alpha of mixup's Beta distribution; 0: off")
     cutmix: float = Field(0.0, ge=0, description="alpha of CutMix's Beta distribution; 0: off")
@@ -223,7 +223,7 @@ class Preset(BaseModel):
     def _check(self) -> Self:
         if self.train.crop_padding >= self.model.input_size:
             raise ValueError(
-                f"crop_padding {self.train.crop_padding} moves pictures of {self.model.input_size} pixels out of "
+                f"crop_padding {self.train.crop_padding} moves images of {self.model.input_size} pixels out of "
                 f"sight: at most {self.model.input_size - 1}"
             )
         return self

@@ -1,4 +1,4 @@
-"""Knowledge distillation: what a model that has been trained says of a picture becomes part of the targets."""
+"""Knowledge distillation: what a model that has been trained says of an image becomes part of the targets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Teacher(nn.Module):
     """A model that is asked and never trained, with its own preprocessing. It begins with random weights.
 
     It answers of the pixels as they are, as its student does in training: with ``test_time_flip`` it would be asked
-    twice, and a run on two cores take a quarter longer, though its pictures come mirrored at random anyway.
+    twice, and a run on two cores take a quarter longer, though its images come mirrored at random anyway.
 
     Args:
         origin: tells its architecture.
@@ -51,14 +51,14 @@ class Teacher(nn.Module):
 
 
 def check_teacher(run: RunConfig) -> None:
-    """Raise CheckpointError unless the teacher of a run, where it has one, can be asked about the run's pictures."""
+    """Raise CheckpointError unless the teacher of a run, where it has one, can be asked about the run's images."""
     if run.taught_by is None:
         return
     theirs = run.taught_by.run
     flag = "--init" if run.teacher is None else "--teacher"
     if theirs.labels != run.labels:
         raise CheckpointError(
-            f"--distillation {run.train.distillation} needs answers in the classes of these pictures, and the model of "
+            f"--distillation {run.train.distillation} needs answers in the classes of these images, and the model of "
             f"{flag} tells {len(theirs.labels)} others: name one of these classes by --teacher, or leave it out."
         )
     if theirs.model.image_size != run.model.image_size:
@@ -74,12 +74,12 @@ def distilled(loss: Tensor, logits: Tensor, teacher: Tensor, share: float, tempe
     Args:
         loss: of the labels, float [].
         logits: float [B, K].
-        teacher: its logits of the same pictures, float [B, K].
+        teacher: its logits of the same images, float [B, K].
         share: of the teacher's part, 0..1.
         temperature: divides both logits in the teacher's part, of which the square weighs the gradients up again.
 
     Returns:
-        float []: mean over the pictures of the loss and of the Kullback-Leibler divergence (nats) from the teacher's
+        float []: mean over the images of the loss and of the Kullback-Leibler divergence (nats) from the teacher's
         answers, which is 0 where the two agree.
     """
     answers = (teacher / temperature).softmax(dim=1)

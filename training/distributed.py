@@ -20,7 +20,7 @@ from training.allocator import keep_freed_memory
 
 T = TypeVar("T")
 
-# Rank 0 may download or read a large folder of pictures while the others wait, for which NCCL would have ten minutes.
+# Rank 0 may download or read a large folder of images while the others wait, for which NCCL would have ten minutes.
 PATIENCE = timedelta(hours=2)
 
 
@@ -47,7 +47,7 @@ class World:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
     def share(self, count: int) -> slice:
-        """This process's part of a batch of ``count`` pictures.
+        """This process's part of a batch of ``count`` images.
 
         Raises:
             ValueError: the processes can't have equal parts.
@@ -55,7 +55,7 @@ class World:
         part, rest = divmod(count, self.size)
         if rest:
             raise ValueError(
-                f"a batch of {count} pictures can't be shared by {self.size} processes: "
+                f"a batch of {count} images can't be shared by {self.size} processes: "
                 f"make --batch-size a multiple of {self.size}."
             )
         return slice(self.rank * part, (self.rank + 1) * part)

@@ -18,7 +18,7 @@ from training.data.dataset import Split
 from training.preprocessing import Preprocess
 
 CALIBRATION_BINS = 15
-PRIOR_DEVIATION = 0.5  # of a temperature's logarithm, before any picture is seen
+PRIOR_DEVIATION = 0.5  # of a temperature's logarithm, before any image is seen
 
 
 class Metrics(BaseModel):
@@ -27,7 +27,7 @@ class Metrics(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     split: str
-    n: int = Field(ge=1, description="pictures")
+    n: int = Field(ge=1, description="images")
     top1: float = Field(description="share whose most likely class is the label")
     top5: float = Field(description="share whose label is among the five most likely classes")
     loss: float = Field(description="mean cross-entropy, nats")
@@ -36,10 +36,10 @@ class Metrics(BaseModel):
 
 @dataclass(frozen=True)
 class ConfusedPair:
-    """Pictures of one class that were taken for another.
+    """Images of one class that were taken for another.
 
-    count: pictures of ``true`` that were predicted as ``predicted``.
-    share: ``count`` over all pictures of ``true``, 0..1.
+    count: images of ``true`` that were predicted as ``predicted``.
+    share: ``count`` over all images of ``true``, 0..1.
     """
 
     true: str
@@ -49,24 +49,24 @@ class ConfusedPair:
 
 
 class SuperclassMetrics(BaseModel):
-    """How good logits are on the pictures of one superclass; fractions between 0 and 1."""
+    """How good logits are on the images of one superclass; fractions between 0 and 1."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    n: int = Field(ge=1, description="pictures")
+    n: int = Field(ge=1, description="images")
     top1: float = Field(description="share whose most likely class is the label")
     top5: float = Field(description="share whose label is among the five most likely classes")
     superclass_top1: float = Field(description="share whose most likely class is of the right superclass")
 
 
 class Confidence(BaseModel):
-    """How sure a model is of its first answer on some pictures; fractions between 0 and 1."""
+    """How sure a model is of its first answer on some images; fractions between 0 and 1."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     pictures: str = Field(description="what they are")
-    n: int = Field(ge=1, description="pictures")
+    n: int = Field(ge=1, description="images")
     mean: float = Field(description="mean probability of the most likely class")
     above_half: float = Field(description="share whose most likely class has a probability above 0.5")
     top1: float | None = Field(description="share whose most likely class is the label; None where there is no label")
@@ -76,13 +76,13 @@ class Confidence(BaseModel):
 def predict_logits(
     model: nn.Module, preprocess: Preprocess, split: Split, batch_size: int = 128, autocast: torch.dtype | None = None
 ) -> Tensor:
-    """Logits of every picture, float32 [N, K], in order, on the split's device.
+    """Logits of every image, float32 [N, K], in order, on the split's device.
 
     Args:
         model: put into evaluation mode here, and back into the mode it was in.
         preprocess: to the model's input.
-        split: uint8 pictures.
-        batch_size: pictures at once.
+        split: uint8 images.
+        batch_size: images at once.
         autocast: type of the forward pass; None for float32.
     """
     was_training = model.training
@@ -98,7 +98,7 @@ def calibration_bins(logits: Tensor, labels: Tensor, bins: int = CALIBRATION_BIN
     """Reliability of the most likely class in equal bins of its probability (Guo et al. 2017).
 
     Returns:
-        float64 [bins, 3]: share of the pictures, mean confidence, accuracy; zeros where a bin is empty.
+        float64 [bins, 3]: share of the images, mean confidence, accuracy; zeros where a bin is empty.
     """
     confidence, predicted = logits.double().softmax(-1).max(-1)
     correct = (predicted == labels).double()
@@ -134,7 +134,7 @@ def measure(logits: Tensor, labels: Tensor, split: str) -> Metrics:
 def measure_superclasses(
     logits: Tensor, labels: Tensor, superclasses: Sequence[int], names: Sequence[str]
 ) -> list[SuperclassMetrics]:
-    """The figures of each superclass that has pictures, in the order of the names.
+    """The figures of each superclass that has images, in the order of the names.
 
     Args:
         logits: float32 [N, K].
@@ -157,17 +157,17 @@ def measure_superclasses(
     return result
 
 
-def measure_confidence(logits: Tensor, labels: Tensor | None, pictures: str) -> Confidence:
+def measure_confidence(logits: Tensor, labels: Tensor | None, kind: str) -> Confidence:
     """How sure calibrated logits are.
 
     Args:
         logits: float32 [N, K].
         labels: int64 [N]; None where no class is right.
-        pictures: what they are.
+        kind: what the images are.
     """
     confidence, predicted = logits.double().softmax(-1).max(-1)
     return Confidence(
-        pictures=pictures,
+        pictures=kind,
         n=len(logits),
         mean=confidence.mean().item(),
         above_half=(confidence > 0.5).double().mean().item(),
@@ -184,9 +184,9 @@ def most_confused(
     """
     # Of the pairs that there are: a matrix of all would have gigabytes of 10,000 classes.
     pairs = np.stack([np.asarray(targets), np.asarray(predictions)], axis=1)
-    pictures = np.bincount(pairs[:, 0], minlength=len(labels))
+    images = np.bincount(pairs[:, 0], minlength=len(labels))
     wrong, counts = np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0, return_counts=True)
-    shares = counts / pictures[wrong[:, 0]]
+    shares = counts / images[wrong[:, 0]]
     return [
         ConfusedPair(labels[wrong[i, 0]], labels[wrong[i, 1]], int(counts[i]), float(shares[i]))
         for i in np.argsort(-shares, kind="stable")[:limit]
@@ -198,12 +198,12 @@ def fit_temperature(logits: Tensor, labels: Tensor, largest: float = 10.0) -> fl
 
     Divides the logits (Guo et al. 2017, section 4.2). Chosen is the one of lowest `top_label_loss`, not, as there, of
     lowest cross-entropy: a network trained with label smoothing spreads probability over all classes, and what gives
-    cross-entropy that back makes its first answers too sure. Few pictures, all classified right or wrong, say nothing
+    cross-entropy that back makes its first answers too sure. Few images, all classified right or wrong, say nothing
     of a temperature: so its logarithm is taken to be normal about 0, of `PRIOR_DEVIATION`, beforehand. That moves the
-    temperature of 5,000 pictures by less than a thousandth.
+    temperature of 5,000 images by less than a thousandth.
 
     Args:
-        logits: float32 [N, K] of the validation pictures.
+        logits: float32 [N, K] of the validation images.
         labels: int64 [N].
         largest: bound of the temperature; the inverse is the other.
     """

@@ -1,4 +1,4 @@
-"""The Perceiver (Jaegle et al. 2021, arXiv:2103.03206): latents read the picture by cross-attention, then themselves.
+"""The Perceiver (Jaegle et al. 2021, arXiv:2103.03206): latents read the image by cross-attention, then themselves.
 
 One configurable model; see `training.config.ModelConfig` for the knobs and for the letters of the shapes.
 """
@@ -16,10 +16,10 @@ NORM_EPSILON = 1e-6
 
 
 class Tokens(nn.Module):
-    """Pictures to tokens: square patches, a dense layer, the position.
+    """Images to tokens: square patches, a dense layer, the position.
 
     A patch is flattened as (row, column, channel), patches stand in row-major order. With ``patch_overlap`` each patch
-    reaches into its neighbours, and into the mean colour (zero) around the picture.
+    reaches into its neighbours, and into the mean colour (zero) around the image.
     """
 
     fourier: Tensor
@@ -71,14 +71,14 @@ class FeedForward(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): while training, drop a residual branch for whole pictures."""
+    """Stochastic depth (Huang et al. 2016): while training, drop a residual branch for whole images."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
     def forward(self, branch: Tensor) -> Tensor:
-        """float [B, N, C] -> the same; each picture's branch is zero with probability ``rate``, scaled up otherwise."""
+        """float [B, N, C] -> the same; each image's branch is zero with probability ``rate``, scaled up otherwise."""
         if not self.training or self.rate == 0:
             return branch
         keep = torch.rand(len(branch), 1, 1, device=branch.device) >= self.rate
@@ -245,7 +245,7 @@ class Transformer(nn.ModuleList):
 
 
 class Perceiver(nn.Module):
-    """Normalised pictures to logits.
+    """Normalised images to logits.
 
     ``cross_attentions`` and ``transformers`` hold each set of weights once; which of them an iteration uses follows
     from ``config.sharing`` (`cross_attention_of`, `transformer_of`).
@@ -307,7 +307,7 @@ class Perceiver(nn.Module):
         """The latents that a training step keeps where ``latent_dropout`` leaves some out, int64 [kept]; None: all.
 
         As PatchDropout (Liu et al. 2022, arXiv:2208.07220) draws tokens of a vision transformer: less to compute, and
-        no latent can rely on another. One draw for all iterations and for all pictures of the step, or of this
+        no latent can rely on another. One draw for all iterations and for all images of the step, or of this
         process where several share them.
         """
         if not self.training or self.config.latent_dropout == 0:
@@ -317,7 +317,7 @@ class Perceiver(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised pixels, float [B, 3, image_size, image_size] -> logits, float [B, K].
 
-        With ``test_time_flip``, outside of training, the mean of the picture's and its mirror image's (Krizhevsky et
+        With ``test_time_flip``, outside of training, the mean of the image's and its mirror image's (Krizhevsky et
         al. 2012, section 4.1, average the answers to mirrored crops).
         """
         if self.training or not self.config.test_time_flip:

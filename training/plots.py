@@ -1,4 +1,4 @@
-"""Figures of a run, drawn without a display: learning curves, confusions, reliability, pictures of another kind."""
+"""Figures of a run, drawn without a display: learning curves, confusions, reliability, images of another kind."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _draw_accuracy(axes: Axes, columns: Mapping[str, Sequence[float]], best_by: 
     )
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    _style(axes, "Validation accuracy", "epoch", "share of the pictures")
+    _style(axes, "Validation accuracy", "epoch", "share of the images")
     # Clear of both curves: those of a run that began with trained weights have nothing below them.
     axes.legend(frameon=False, loc="lower left" if top5[0] > 0.6 else "upper left")
 
@@ -78,9 +78,9 @@ def save_curves(metrics: Sequence[Mapping[str, float]], path: Path, best_by: str
     epochs = columns["epoch"]
     figure = Figure(figsize=(11, 7.5), dpi=_DPI, layout="constrained")
     (loss, accuracy), (rate, speed) = figure.subplots(2, 2)
-    _line(loss, epochs, columns["train_loss"], "training objective, augmented pictures", GREY)
+    _line(loss, epochs, columns["train_loss"], "training objective, augmented images", GREY)
     _line(loss, epochs, columns["val_loss"], "validation, cross-entropy", BLUE)
-    _style(loss, "Loss", "epoch", "nats a picture")
+    _style(loss, "Loss", "epoch", "nats an image")
     loss.legend(frameon=False, loc="best")
     _draw_accuracy(accuracy, columns, best_by)
     _line(rate, epochs, columns["learning_rate"], "learning rate", ORANGE)
@@ -88,7 +88,7 @@ def save_curves(metrics: Sequence[Mapping[str, float]], path: Path, best_by: str
     _style(rate, "Learning rate", "epoch", "learning rate at the epoch's end")
     _line(speed, epochs, columns["pictures_per_second"], "speed", GREEN)
     speed.set_ylim(0, 1.1 * max(columns["pictures_per_second"]) or 1)
-    _style(speed, "Speed", "epoch", "training pictures a second")
+    _style(speed, "Speed", "epoch", "training images a second")
     for axes in (loss, accuracy, rate, speed):
         axes.set_xlim(0, 1.03 * max(epochs))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -109,7 +109,7 @@ def save_confusion(pairs: Sequence[ConfusedPair], path: Path) -> None:
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
     axes.set_xlim(0, 1.15 * max((pair.share for pair in pairs), default=1))
-    _style(axes, "Most confused: the class  →  what it was taken for", "share (and number) of the class's pictures", "")
+    _style(axes, "Most confused: the class  →  what it was taken for", "share (and number) of the class's images", "")
     axes.grid(visible=False, axis="y")
     figure.savefig(path)
 
@@ -117,7 +117,7 @@ def save_confusion(pairs: Sequence[ConfusedPair], path: Path) -> None:
 def save_reliability(before: ArrayLike, after: ArrayLike, path: Path) -> None:
     """Draw the reliability diagrams before and after temperature scaling into ``path`` (PNG), side by side.
 
-    before, after: float64 [bins, 3], share of the pictures, mean confidence and accuracy in equal bins of confidence,
+    before, after: float64 [bins, 3], share of the images, mean confidence and accuracy in equal bins of confidence,
         zeros where a bin is empty, as `training.evaluate.calibration_bins` returns them.
     """
     figure = Figure(figsize=(11, 6.4), dpi=_DPI, layout="constrained")
@@ -142,7 +142,7 @@ def _draw_reliability(top: Axes, bottom: Axes, bins: NDArray[np.float64], name: 
     top.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1.2, label="perfectly calibrated")
     _style(top, f"Reliability {name} temperature scaling: ECE {error:.2%}", "", "")
     bottom.bar(edges[:-1], share, width, align="edge", color=GREY, edgecolor="white")
-    _style(bottom, "Pictures", "confidence: probability of the most likely class", "")
+    _style(bottom, "Images", "confidence: probability of the most likely class", "")
     top.set_ylim(0, 1)
     for axis in (top.xaxis, top.yaxis, bottom.yaxis):
         axis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -150,9 +150,9 @@ def _draw_reliability(top: Axes, bottom: Axes, bins: NDArray[np.float64], name: 
 
 
 def save_answers(rows: Mapping[str, Sequence[tuple[NDArray[np.uint8], str]]], path: Path) -> None:
-    """Draw pictures, each with what the model answers below it, a row of each kind, into ``path`` (PNG).
+    """Draw images, each with what the model answers below it, a row of each kind, into ``path`` (PNG).
 
-    rows: for each kind, pictures (uint8 [H, W, 3]) and the words below them.
+    rows: for each kind, images (uint8 [H, W, 3]) and the words below them.
     """
     columns = max(map(len, rows.values()))
     figure = Figure(figsize=(1.6 * columns + 1.2, 1.75 * len(rows)), dpi=_DPI, layout="constrained")
@@ -161,7 +161,7 @@ def save_answers(rows: Mapping[str, Sequence[tuple[NDArray[np.uint8], str]]], pa
         axes.set_axis_off()
     for line, (kind, answers) in zip(grid, rows.items(), strict=True):
         line[0].text(-0.12, 0.5, kind, transform=line[0].transAxes, ha="right", va="center", fontweight="bold")
-        for axes, (picture, words) in zip(line, answers, strict=False):
-            axes.imshow(picture, interpolation="nearest")
+        for axes, (image, words) in zip(line, answers, strict=False):
+            axes.imshow(image, interpolation="nearest")
             axes.text(0.5, -0.06, words, transform=axes.transAxes, ha="center", va="top", fontsize=8, parse_math=False)
     figure.savefig(path)

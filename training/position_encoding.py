@@ -23,7 +23,7 @@ def fourier_features(grid: int, bands: int) -> Tensor:
 
 
 def grid_position_bias(heads: int, num_latents: int, grid: int) -> Tensor:
-    """Initial scores that give each latent a region of the picture and each head a wider view than the last.
+    """Initial scores that give each latent a region of the image and each head a wider view than the last.
 
     Returns:
         float32 [heads, num_latents, grid * grid]: minus squared distance over twice the head's variance, at least -8.

@@ -33,11 +33,11 @@ class Preprocess(nn.Module):
         self.register_buffer("variance", torch.tensor(variance, dtype=torch.float32))
 
     def fit(self, *splits: Tensor, chunk: int = 1 << 22) -> None:
-        """Take mean and variance from all pictures given, exactly (integer sums).
+        """Take mean and variance from all images given, exactly (integer sums).
 
         Args:
             splits: uint8 [B, H, W, 3] each.
-            chunk: pixels summed at once, at most, but one picture at least; each takes 48 bytes meanwhile.
+            chunk: pixels summed at once, at most, but one image at least; each takes 48 bytes meanwhile.
         """
         total = torch.zeros(3, dtype=torch.float64)
         squares = torch.zeros(3, dtype=torch.float64)

@@ -32,13 +32,13 @@ from training.out_of_distribution import ALTERED, COUNT, out_of_distribution
 from training.plots import save_answers, save_confusion, save_curves, save_reliability, shortened
 from training.report_schema import Report
 
-SPLITS = {"test": "test pictures", "val": "validation pictures"}
-DRAWN = 6  # pictures of each kind
+SPLITS = {"test": "test images", "val": "validation images"}
+DRAWN = 6  # images of each kind
 
 # What to think of a report's figures, by the split that they are of.
 NOTES = {
-    "test": "checkpoint and temperature were chosen by the validation pictures; the test pictures were read once",
-    "val": "no test pictures: the validation figures flatter, since checkpoint and temperature were chosen by them",
+    "test": "checkpoint and temperature were chosen by the validation images; the test images were read once",
+    "val": "no test images: the validation figures flatter, since checkpoint and temperature were chosen by them",
 }
 
 
@@ -53,7 +53,7 @@ def announce(folder: Path, events: SummaryWriter, best_by: str) -> None:
     save_curves(lines, folder / report_schema.CURVES, best_by)
     tqdm.write(
         f"epoch {line['epoch']:3d}  train loss {line['train_loss']:.4f}  val loss {line['val_loss']:.4f}  "
-        f"top-1 {line['val_top1']:.2%}  top-5 {line['val_top5']:.2%}  {line['pictures_per_second']:.0f} pictures/s"
+        f"top-1 {line['val_top1']:.2%}  top-5 {line['val_top5']:.2%}  {line['pictures_per_second']:.0f} images/s"
     )
     sys.stdout.flush()  # for whoever reads along in a log file
 
@@ -61,18 +61,18 @@ def announce(folder: Path, events: SummaryWriter, best_by: str) -> None:
 def write_report(
     folder: Path, train: Split, val: Split, test: Split | None, device: torch.device, batch_size: int
 ) -> Report:
-    """Measure ``best`` in float32 and write ``report.json`` and its pictures (`training.report_schema.PICTURES`).
+    """Measure ``best`` in float32 and write ``report.json`` and its images (`training.report_schema.PLOTS`).
 
-    The temperature is fitted to the validation pictures. The test pictures are read here, in one pass that all their
+    The temperature is fitted to the validation images. The test images are read here, in one pass that all their
     figures come from.
 
     Args:
         folder: of the run.
-        train: training pictures, which are only counted.
-        val: validation pictures.
-        test: test pictures; None where the data has none, so that the validation figures have to do.
+        train: training images, which are only counted.
+        val: validation images.
+        test: test images; None where the data has none, so that the validation figures have to do.
         device: to compute on.
-        batch_size: pictures at once.
+        batch_size: images at once.
     """
     path = folder / "best.safetensors"
     model, preprocess, header = checkpoint.load_model(path)
@@ -140,12 +140,12 @@ def draw_mistakes(
 def draw_strangers(
     folder: Path, labels: Sequence[str], val: Split, answer: Callable[[Split], Tensor]
 ) -> list[Confidence]:
-    """Ask about pictures out of distribution and draw some with the answers; returns how sure those were.
+    """Ask about images out of distribution and draw some with the answers; returns how sure those were.
 
     Args:
         folder: of the run.
         labels: names of the K classes.
-        val: validation pictures; an even choice of them is turned and cropped.
+        val: validation images; an even choice of them is turned and cropped.
         answer: calibrated logits, float32 [N, K] on the CPU.
     """
     chosen = torch.linspace(0, len(val) - 1, min(COUNT, len(val))).round().long()

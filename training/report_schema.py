@@ -7,12 +7,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from training.evaluate import Confidence, ConfusedPair, Metrics, SuperclassMetrics
 
 FILE = "report.json"
-# What is drawn of a run, and what each picture shows; all but the curves belong to the report.
+# What is drawn of a run, and what each image shows; all but the curves belong to the report.
 CURVES = "curves.png"
-PICTURES = {
+PLOTS = {
     "confusion.png": "the pairs of classes that are confused most",
     "reliability.png": "reliability before and after temperature scaling",
-    "out_of_distribution.png": "answers to pictures of nothing that it knows",
+    "out_of_distribution.png": "answers to images of nothing that it knows",
 }
 
 
@@ -20,7 +20,7 @@ class Report(BaseModel):
     """The figures of one checkpoint.
 
     ``val`` and ``test`` are at the temperature, what is called uncalibrated at temperature 1. Superclasses, confusions
-    and confidence are of the test pictures, or of the validation pictures where there are no test pictures.
+    and confidence are of the test images, or of the validation images where there are no test images.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,7 +30,7 @@ class Report(BaseModel):
     parameters: int
     training_pictures: int | None = None
     epoch: int = Field(description="the checkpoint's")
-    temperature: float = Field(gt=0, description="fitted to the validation pictures; logits are divided by it")
+    temperature: float = Field(gt=0, description="fitted to the validation images; logits are divided by it")
     checkpoint_sha256: str
     note: str = Field(description="what to think of the figures")
     val: Metrics

@@ -77,7 +77,7 @@ def start_or_complain(args: argparse.Namespace, preset: Preset | None, world: Wo
         return USER_ERROR
     except MemoryError as error:
         return complain(
-            f"too little memory for the data ({error}): use fewer pictures or a lower --input-size.", USER_ERROR
+            f"too little memory for the data ({error}): use fewer images or a lower --input-size.", USER_ERROR
         )
     except FloatingPointError as error:
         return complain(error, FAILED)
@@ -101,7 +101,7 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     with ExitStack() as held:
-        # Read once, and the same pictures and checkpoints for all, whatever is at their paths by then.
+        # Read once, and the same images and checkpoints for all, whatever is at their paths by then.
         run, data_set, folder = world.from_main(lambda: prepare(args, preset, world, held))
         with memory_explained(run.train, world.device, resumed=preset is None):
             trainer = Trainer(run, data_set, folder, world)
@@ -140,7 +140,7 @@ def resume_command(args: argparse.Namespace, run: RunConfig, world: World, folde
 
 
 def data_flag(args: argparse.Namespace, run: RunConfig) -> list[str]:
-    """``--data`` where the pictures are no longer where the run found them at its beginning."""
+    """``--data`` where the images are no longer where the run found them at its beginning."""
     return ["--data", str(args.data)] if args.data is not None and str(args.data) != run.data else []
 
 
@@ -198,16 +198,16 @@ def prepare(
     return run, data_set, folder
 
 
-def batch_for_few(batch_size: int, pictures: int, world: World) -> int:
-    """Halve a preset's batch until an epoch has `STEPS_OF_FEW` steps: of few pictures, one step an epoch learns little.
+def batch_for_few(batch_size: int, images: int, world: World) -> int:
+    """Halve a preset's batch until an epoch has `STEPS_OF_FEW` steps: of few images, one step an epoch learns little.
 
     Args:
         batch_size: the preset's.
-        pictures: how many there are to train on.
+        images: how many there are to train on.
         world: its processes share the batch.
     """
     while (
-        math.ceil(pictures / batch_size) < STEPS_OF_FEW
+        math.ceil(images / batch_size) < STEPS_OF_FEW
         and batch_size >= 2 * SMALLEST_BATCH
         and batch_size % (2 * world.size) == 0
     ):
@@ -244,7 +244,7 @@ def resumed(args: argparse.Namespace) -> tuple[RunConfig, DataSet]:
         )
     if run.pictures_sha256 not in (None, data_set.digest()):
         raise DataError(
-            f"the data now has other pictures than when {args.resume} began (or another Pillow decodes them "
+            f"the data now has other images than when {args.resume} began (or another Pillow decodes them "
             f"otherwise): restore it, or start a new run with --init {args.resume}."
         )
     return run, data_set
@@ -256,7 +256,7 @@ def describe(trainer: Trainer) -> str:
     size = run.model.input_size
     return (
         f"{run.preset}: {count_parameters(trainer.state.model):,} parameters, "
-        f"{run.dataset}: {len(trainer.train_split):,} training and {len(trainer.val_split):,} validation pictures "
+        f"{run.dataset}: {len(trainer.train_split):,} training and {len(trainer.val_split):,} validation images "
         f"of {len(run.labels)} classes, each of {size} x {size} pixels, {world.size} x {world.device.type}, "
         f"{trainer.steps_per_epoch} steps an epoch, run in {trainer.folder}"
     )
@@ -305,4 +305,4 @@ def memory_explained(train: TrainConfig, device: torch.device, *, resumed: bool)
             advice += ", or with --precision bfloat16"
         if resumed:
             advice = f"free some, or {advice} and --init this run"
-        raise ValueError(f"too little memory for a batch of {train.batch_size} pictures: {advice}.") from error
+        raise ValueError(f"too little memory for a batch of {train.batch_size} images: {advice}.") from error

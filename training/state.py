@@ -130,12 +130,12 @@ class TrainState:
         model = checkpoint.prefixed("model", self.evaluated.state_dict())
         return model | checkpoint.prefixed("preprocess", self.preprocess.state_dict())
 
-    def load_last(self, path: Path, pictures: int) -> None:
+    def load_last(self, path: Path, images: int) -> None:
         """Go back to what `save_last` wrote.
 
         Args:
             path: of the checkpoint.
-            pictures: how many there are to train on now.
+            images: how many there are to train on now.
 
         Raises:
             CheckpointError: it can't be read, or is not this run's.
@@ -148,11 +148,11 @@ class TrainState:
             )
         if "optimizers" not in header.state:
             raise CheckpointError(f"{path}: holds weights alone (as best does); to begin with them, use --init.")
-        # Older runs tell the number of their pictures alone.
-        began = header.state.get("pictures", pictures)
-        if self.run.pictures_sha256 is None and began != pictures:
+        # Older runs tell the number of their images alone.
+        began = header.state.get("pictures", images)
+        if self.run.pictures_sha256 is None and began != images:
             raise CheckpointError(
-                f"{path}: the run began with {began} training pictures, and now there are {pictures}; "
+                f"{path}: the run began with {began} training images, and now there are {images}; "
                 "restore the data, or start a new run."
             )
         self._load_weights(tensors, path)
@@ -182,15 +182,15 @@ def initial_state(run: RunConfig, train: Tensor, val: Tensor, device: torch.devi
 
     Args:
         run: configuration.
-        train: uint8 [B, H, W, 3], the training pictures.
-        val: uint8 [B, H, W, 3], the validation pictures.
+        train: uint8 [B, H, W, 3], the training images.
+        val: uint8 [B, H, W, 3], the validation images.
         device: to hold it.
     """
     checkpoint.git_commit()  # remembers it
     seed_step(run.train.seed)
     model = Perceiver(run.model)
     preprocess = Preprocess(run.model.image_size)
-    # As the Keras example does, which adapts to all 50,000 pictures before it holds the last tenth out.
+    # As the Keras example does, which adapts to all 50,000 images before it holds the last tenth out.
     preprocess.fit(train, val)
     model.to(device)
     teacher = Teacher(run.taught_by).to(device) if run.taught_by is not None else None

@@ -46,9 +46,9 @@ LONG_VALIDATION_SECONDS = 5.0
 
 
 def epoch_order(seed: int, epoch: int, count: int, batch_size: int) -> Tensor:
-    """The pictures of an epoch's batches, int64 [steps, batch_size].
+    """The images of an epoch's batches, int64 [steps, batch_size].
 
-    Every picture comes once; the last batch is filled up from the epoch's beginning, so that all have one size.
+    Every image comes once; the last batch is filled up from the epoch's beginning, so that all have one size.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(count, generator=generator)
@@ -57,7 +57,7 @@ def epoch_order(seed: int, epoch: int, count: int, batch_size: int) -> Tensor:
 
 
 class TrainStep(nn.Module):
-    """Pictures to loss: augment, preprocess, mix, forward, cross-entropy. What ``torch.compile`` compiles.
+    """Images to loss: augment, preprocess, mix, forward, cross-entropy. What ``torch.compile`` compiles.
 
     A teacher sees the same pixels: augmented, mixed and all (Beyer et al. 2022, section 3.1, "function matching").
     """
@@ -98,7 +98,7 @@ class Trainer:
         world: this process.
 
     Raises:
-        ValueError: the batch can't be shared by the processes, or the device has no room for the pictures.
+        ValueError: the batch can't be shared by the processes, or the device has no room for the images.
     """
 
     def __init__(self, run: RunConfig, data: DataSet, folder: Path, world: World) -> None:
@@ -108,7 +108,7 @@ class Trainer:
             self.train_split, self.val_split = data.train.to(world.device), data.val.to(world.device)
         except torch.OutOfMemoryError as error:
             raise ValueError(
-                "too little memory on the device for the pictures, which all lie there: use fewer, a lower "
+                "too little memory on the device for the images, which all lie there: use fewer, a lower "
                 "--input-size, or --device cpu."
             ) from error
         self.test_split = data.test
@@ -133,13 +133,13 @@ class Trainer:
 
     @property
     def evaluation_batch(self) -> int:
-        """Pictures at once where no gradients are needed, nor the activations that training keeps for them."""
+        """Images at once where no gradients are needed, nor the activations that training keeps for them."""
         return 2 * (self.share.stop - self.share.start)
 
     # ---- steps and epochs
 
     def one_step(self, indices: Tensor) -> None:
-        """Train on one batch of the whole world's pictures.
+        """Train on one batch of the whole world's images.
 
         Args:
             indices: int64 [batch_size] on the device, the same in every process.
@@ -189,12 +189,12 @@ class Trainer:
 
     def _progress(self, done: int) -> tqdm:
         """A bar for the epoch, of which ``done`` steps are done; sparing where nobody watches, as in a log file."""
-        pictures = self.config.batch_size
+        images = self.config.batch_size
         return tqdm(
             desc=f"epoch {self.state.epoch + 1}/{self.config.epochs}",
-            total=self.steps_per_epoch * pictures,
-            initial=done * pictures,
-            unit=" pictures",
+            total=self.steps_per_epoch * images,
+            initial=done * images,
+            unit=" images",
             unit_scale=True,
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
             leave=False,
@@ -257,7 +257,7 @@ class Trainer:
         return f"the {which} loss became {loss} in epoch {epoch}: lower --learning-rate, or set --clip-norm 1."
 
     def validate(self) -> Metrics | None:
-        """Figures of the evaluated weights on the validation pictures; None when a signal stops it before the end."""
+        """Figures of the evaluated weights on the validation images; None when a signal stops it before the end."""
         state, size = self.state, self.evaluation_batch
         start = time.perf_counter()
         logits: list[Tensor] = []
@@ -338,6 +338,6 @@ class Trainer:
         return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.state.epoch + 1)
 
     def report(self) -> Report:
-        """Measure the best weights, and the test pictures by them; see `training.report.write_report`."""
+        """Measure the best weights, and the test images by them; see `training.report.write_report`."""
         splits = (self.train_split, self.val_split, self.test_split)
         return write_report(self.folder, *splits, self.world.device, self.evaluation_batch)

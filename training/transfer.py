@@ -18,7 +18,7 @@ from training.config import ModelConfig
 from training.data.load import load_for
 from training.model import Perceiver
 
-Flatterer = Literal["share", "pictures"]
+Flatterer = Literal["share", "images"]
 
 # What a model may differ in from the one whose weights it takes. What else must hold of the patches' size in pixels, of
 # the latents' number and of the blocks, which may only be more, is checked apart.
@@ -123,27 +123,27 @@ def check_fits(path: Path, theirs: ModelConfig, mine: ModelConfig) -> None:
 
 
 def flatterer(run: RunConfig, theirs: RunConfig, path: Path | None, *, own_val: bool) -> Flatterer | None:
-    """Why pictures that validate a run may have trained another that it goes back to, as far as anybody knows.
+    """Why images that validate a run may have trained another that it goes back to, as far as anybody knows.
 
     Args:
-        run: whose pictures validate now.
+        run: whose images validate now.
         theirs: the other.
         path: of the run's data; they are read again where the other held out more of them, or had them at another size.
         own_val: whether the data tell themselves what validates.
 
     Returns:
-        "share" where the other held out fewer of the same pictures, "pictures" where those were others, None where
+        "share" where the other held out fewer of the same images, "images" where those were others, None where
         neither is so.
 
     Raises:
-        DataError: the pictures are gone meanwhile.
+        DataError: the images are gone meanwhile.
     """
     digests = (run.pictures_sha256, theirs.pictures_sha256)
     if digests[0] == digests[1] is not None:
         return None
     if run.labels != theirs.labels:
         # With a class more, others may be drawn for validation, of the old ones too.
-        return "pictures" if run.dataset == theirs.dataset and set(run.labels) & set(theirs.labels) else None
+        return "images" if run.dataset == theirs.dataset and set(run.labels) & set(theirs.labels) else None
     if run.train.validation_fraction > theirs.train.validation_fraction and not own_val:
         return "share"
     if None in digests:
@@ -152,19 +152,19 @@ def flatterer(run: RunConfig, theirs: RunConfig, path: Path | None, *, own_val: 
         theirs.model.input_size,
         theirs.train.validation_fraction,
     ):
-        return "pictures"
-    return None if load_for(theirs, path).digest() == theirs.pictures_sha256 else "pictures"
+        return "images"
+    return None if load_for(theirs, path).digest() == theirs.pictures_sha256 else "images"
 
 
 def flatterers(run: RunConfig, path: Path | None, *, own_val: bool) -> list[tuple[Flatterer, RunConfig]]:
     """The runs that led to a run and may have trained on what validates it, with why; see `flatterer`.
 
-    Of those that had the same pictures, divided the same way, only the first is looked at.
+    Of those that had the same images, divided the same way, only the first is looked at.
     """
     runs: dict[tuple[object, ...], RunConfig] = {}
     for theirs in (origin.run for origin in run.ancestry()):
-        pictures = (theirs.dataset, theirs.pictures_sha256, theirs.labels)
-        runs.setdefault((*pictures, theirs.model.input_size, theirs.train.validation_fraction), theirs)
+        images = (theirs.dataset, theirs.pictures_sha256, theirs.labels)
+        runs.setdefault((*images, theirs.model.input_size, theirs.train.validation_fraction), theirs)
     reasons = ((flatterer(run, theirs, path, own_val=own_val), theirs) for theirs in runs.values())
     return [(why, theirs) for why, theirs in reasons if why is not None]
 
@@ -172,7 +172,7 @@ def flatterers(run: RunConfig, path: Path | None, *, own_val: bool) -> list[tupl
 def begin_with(model: Perceiver, run: RunConfig, path: Path) -> None:
     """Copy a checkpoint's weights into a fresh model.
 
-    What belongs to positions in the picture is interpolated where the patches, or latents on a grid, stand closer or
+    What belongs to positions in the image is interpolated where the patches, or latents on a grid, stand closer or
     wider (bicubic, as Dosovitskiy et al. 2021, section 3.2, do). Blocks that the checkpoint lacks stand after its own
     in each iteration, and add nothing until they have learned to (zero output layers, as Goyal et al. 2017, section
     5.1, begin their residual blocks). The head stays fresh unless the labels are the same.
@@ -211,7 +211,7 @@ def begin_with(model: Perceiver, run: RunConfig, path: Path) -> None:
 
 @torch.no_grad()
 def resample(values: Tensor, new_count: int) -> Tensor:
-    """Values of square cells that tile the picture, float [..., count] -> float [..., new_count]; both are squares."""
+    """Values of square cells that tile the image, float [..., count] -> float [..., new_count]; both are squares."""
     count = values.shape[-1]
     if count == new_count:
         return values

@@ -20,12 +20,12 @@ def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterat
 
     Args:
         run: what is about to be trained.
-        data_set: its pictures.
+        data_set: its images.
         preset: what was asked for; None where a run is resumed.
     """
     if preset is not None and run.train.batch_size != preset.train.batch_size:
         yield (
-            f"{len(data_set.train)} training pictures are few: a step takes {run.train.batch_size} of them and not the "
+            f"{len(data_set.train)} training images are few: a step takes {run.train.batch_size} of them and not the "
             f"preset's {preset.train.batch_size}, so that an epoch has more steps (--batch-size decides otherwise)."
         )
     if data_set.passed_over:
@@ -35,13 +35,13 @@ def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterat
         count = len(data_set.passed_over)
         yield (
             f"{count} {'files are' if count > 1 else 'file is'} passed over ({shown}), the first is {first}: "
-            "pictures lie in their class's own folder, whose name begins with no dot, and end with "
+            "images lie in their class's own folder, whose name begins with no dot, and end with "
             f"{' '.join(sorted(SUFFIXES))}."
         )
     splits = [label for label in data_set.labels if label.lower() in (*SPLITS, *OTHER_NAMES)]
     if splits and len(data_set.class_folders) == 1:  # where train/ is told from val/ and test/ there is no doubt
         shown = " and ".join(printable(data_set.class_folders[0] / name) for name in splits)
-        yield f"{shown}: taken for a class of that name, since the pictures are not laid out as {LAYOUT}."
+        yield f"{shown}: taken for a class of that name, since the images are not laid out as {LAYOUT}."
     if preset is not None:
         yield from notes_on_validation(run, data_set)
         yield from notes_on_copies(data_set)
@@ -58,8 +58,8 @@ def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterat
 
 
 def notes_on_unseen(data_set: DataSet) -> Iterator[str]:
-    """Tell the classes that no picture validates, or tests."""
-    few = "put some into val/" if data_set.own_val else "a class needs two pictures"
+    """Tell the classes that no image validates, or tests."""
+    few = "put some into val/" if data_set.own_val else "a class needs two images"
     for name, split, wanted in (("validation", data_set.val, few), ("test", data_set.test, "put some into test/")):
         if split is None:
             continue
@@ -67,23 +67,23 @@ def notes_on_unseen(data_set: DataSet) -> Iterator[str]:
         unseen = [printable(label) for index, label in enumerate(data_set.labels) if index not in seen]
         if unseen:
             shown = ", ".join(unseen[:5]) + (f" and {len(unseen) - 5} more" if len(unseen) > 5 else "")
-            yield f"no {name} picture of {shown}: no figure tells how well that is known; {wanted}."
+            yield f"no {name} image of {shown}: no figure tells how well that is known; {wanted}."
 
 
 def notes_on_validation(run: RunConfig, data_set: DataSet) -> Iterator[str]:
-    """Tell where pictures that validate may have trained what the run begins with, learns from, or goes back to."""
+    """Tell where images that validate may have trained what the run begins with, learns from, or goes back to."""
     path = Path(run.data) if run.data else None
     found = flatterers(run, path, own_val=data_set.own_val)
-    if any(why == "pictures" for why, _ in found):
+    if any(why == "images" for why, _ in found):
         yield (
-            "the pictures are not those of the run that --init or --teacher names, or of one before it: where one "
+            "the images are not those of the run that --init or --teacher names, or of one before it: where one "
             "folder of them was divided anew, some that validate now have trained that run, and flatter this one. "
             "Folders train/ and val/ keep them apart."
         )
     shares = [theirs.train.validation_fraction for why, theirs in found if why == "share"]
     if shares:
         yield (
-            "of the pictures that validate now some have trained the run that --init or --teacher names, or one before "
+            "of the images that validate now some have trained the run that --init or --teacher names, or one before "
             f"it, and flatter this one: --validation-fraction {min(shares)} or less keeps them apart."
         )
 
@@ -95,7 +95,7 @@ def notes_on_copies(data_set: DataSet) -> Iterator[str]:
     for split, count in data_set.copies().items():
         among = f"{len(data_set.val)} validation" if split == "val" else f"{len(data_set.test or ())} test"
         yield (
-            f"{count} of the {among} pictures {'is a copy' if count == 1 else 'are copies'} of training pictures: the "
+            f"{count} of the {among} images {'is a copy' if count == 1 else 'are copies'} of training images: the "
             "figures on these flatter; take all but one of each out."
         )
 

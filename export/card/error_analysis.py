@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from export.card.markdown import literal, paragraph, picture, table
 from export.source import Source
 from training.evaluate import Confidence, SuperclassMetrics
-from training.report_schema import PICTURES
+from training.report_schema import PLOTS
 
 
 def failures(source: Source) -> str:
@@ -13,7 +13,7 @@ def failures(source: Source) -> str:
     report = source.report
     if report is None:
         return ""
-    drawn = {path.name: picture(PICTURES[path.name], path.name) for path in source.pictures if path.name in PICTURES}
+    drawn = {path.name: picture(PLOTS[path.name], path.name) for path in source.pictures if path.name in PLOTS}
     parts = [
         "## How it fails",
         by_superclass(report.superclasses),

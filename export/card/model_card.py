@@ -11,7 +11,7 @@ from export.quantization.variants import Variant
 from export.source import Source
 from service.engine.metadata import MODEL_FILES, ModelMetadata
 from training.data.dataset import CIFAR100
-from training.report_schema import CURVES, PICTURES
+from training.report_schema import CURVES, PLOTS
 
 SPLIT_NAMES = {"val": "validation"}
 
@@ -52,7 +52,7 @@ def figures(source: Source) -> str:
             f" Of {len(source.run.labels)} classes the right one is always among the first five: top-5 says nothing."
         )
     parts = ["## Figures", table(("pictures", "n", "top-1", "top-5", "loss", "ECE"), cells), words]
-    captions = {CURVES: "learning curves", "reliability.png": PICTURES["reliability.png"]}
+    captions = {CURVES: "learning curves", "reliability.png": PLOTS["reliability.png"]}
     parts += [picture(captions[path.name], path.name) for path in source.pictures if path.name in captions]
     return "\n\n".join(parts)
 

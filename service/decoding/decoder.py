@@ -38,6 +38,7 @@ from service.settings import Settings
 
 T = TypeVar("T")
 
+MAX_DECODE_THREADS: Final = 4  # where the settings name no number
 SERVICE_ERRORS: Final[dict[type[ImageError], type[ServiceError]]] = {
     image_errors.NotAnImage: NotAnImage,
     image_errors.UnsupportedFormat: UnsupportedFormat,
@@ -45,7 +46,6 @@ SERVICE_ERRORS: Final[dict[type[ImageError], type[ServiceError]]] = {
     image_errors.TooManyPixels: TooManyPixels,
     image_errors.ImageTooCostly: ImageTooCostly,
 }
-MAX_DECODE_THREADS: Final = 4  # where the settings name no number
 Pixels = NDArray[np.uint8]
 
 

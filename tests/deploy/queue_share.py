@@ -1,7 +1,7 @@
 """python -m tests.deploy.queue_share: how much of the queue is taken, and the latency, at several loads.
 
 The table of docs/kubernetes.md, by which a threshold is chosen. The model is tiny and runs on a stand-in device that
-takes 50 ms a batch of up to 32 images, so that the device is the limit and not the cores, as with a GPU.
+takes 100 ms a batch of up to 32 images, so that the device is the limit and not the cores, as with a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.chaos.slow_service import MODULE, VARIABLE
 from tests.end_to_end.process import on_model, started
 from tests.fakes import make_model_folder
 
-RUN_MS, MAX_BATCH_SIZE, MAX_QUEUE_SIZE = 50, 32, 512
+RUN_MS, MAX_BATCH_SIZE, MAX_QUEUE_SIZE = 100, 32, 512
 SETTLING_S = 3.0
 READING_S = 0.1
 
@@ -83,7 +83,9 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=20, help="that count, of each load")
-    parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.8, 0.9, 0.95, 1.05, 1.5], help="by capacity")
+    parser.add_argument(
+        "--loads", type=float, nargs="+", default=[0.5, 0.7, 0.8, 0.9, 0.95, 1, 1.1, 1.5], help="by capacity"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -105,8 +107,8 @@ def main() -> None:
             requests = build_requests(generate_pictures(64, 32, "jpeg", 0), "raw", host=address.netloc)
             seconds = SETTLING_S + args.seconds
             plan = Plan(address.hostname, address.port, requests, MAX_QUEUE_SIZE + 256, seconds=seconds)
-            # Two batches wait all the time: no more can be answered.
-            closed = replace(plan, connections=3 * MAX_BATCH_SIZE)
+            # The queue is full all the time: no more can be answered.
+            closed = replace(plan, connections=MAX_QUEUE_SIZE)
             capacity = rate_of_answers(run_load(closed, warmup_s=SETTLING_S))
             print(f"capacity: {capacity:.0f} images a second")
             print("| load | offered | answered | share | median ms | p99 ms | 503 | late by ms |")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import tomllib
 from collections.abc import Iterator
 from types import ModuleType
@@ -163,3 +164,16 @@ def test_every_variable_is_a_setting(helm: Helm, case: str):
     settings = {name.removeprefix("PERCEIVER_").lower() for name in names if name.startswith("PERCEIVER_")}
     assert {"model_dir", "drain_delay_s", "provider"} <= settings
     assert settings <= set(Settings.model_fields) | COMING
+
+
+def test_values_that_the_docs_name_are_there():
+    named = re.findall(r"`([a-z]\w+)\.([\w.]+)(?:: [^`]*)?`", (ROOT / "docs" / "kubernetes.md").read_text())
+    paths = [[first, *rest.split(".")] for first, rest in named if first in VALUES]
+    assert len(paths) > 20
+    for path in paths:
+        schema = SCHEMA
+        for name in path:
+            if "$ref" in schema:  # a type of Kubernetes
+                break
+            assert name in schema["properties"], ".".join(path)
+            schema = schema["properties"][name]

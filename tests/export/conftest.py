@@ -17,7 +17,7 @@ from training.evaluate import Confidence, ConfusedPair, Metrics, SuperclassMetri
 from training.metrics_log import Line, append_line
 from training.model import Perceiver, count_parameters
 from training.preprocessing import Preprocess
-from training.report_schema import CURVES, PICTURES, Report
+from training.report_schema import CURVES, PLOTS, Report
 
 LABELS = ("apple", "bear", "cup", "door")
 SIZE = 8
@@ -120,7 +120,7 @@ def write_run(folder: Path, data: Path | None, model_config: ModelConfig = TINY,
     (folder / "report.json").write_text(report.model_dump_json())
     for epoch in (1, 2, 3):
         append_line(folder, epoch_line(epoch))
-    for name in (CURVES, *PICTURES):
+    for name in (CURVES, *PLOTS):
         (folder / name).write_bytes(name.encode())
     return folder
 

@@ -23,7 +23,7 @@ from tests.export.conftest import LABELS, SIZE, TINY, write_run
 from training.checkpoint import Origin, RunConfig, load_model
 from training.config import PRESETS
 from training.data.load import load
-from training.report_schema import CURVES, PICTURES
+from training.report_schema import CURVES, PLOTS
 from training.transfer import flatterers
 
 
@@ -51,9 +51,9 @@ def test_a_version_holds_what_the_contract_says(exported: Path) -> None:
         "README.md",
         "metrics.json",
         CURVES,
-        *PICTURES,
+        *PLOTS,
     }
-    for name in (CURVES, *PICTURES):
+    for name in (CURVES, *PLOTS):
         assert (exported / name).read_bytes() == name.encode()
 
 
@@ -154,7 +154,7 @@ def test_the_card_tells_what_a_user_must_know(exported: Path) -> None:
         "0 of 39 labels differ",
     ):
         assert words in " ".join(card.split())
-    for name in (CURVES, *PICTURES):
+    for name in (CURVES, *PLOTS):
         assert f"]({name})\n" in card
 
 

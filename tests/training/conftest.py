@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.training.commands import RECIPE
-from tests.training.tiny import write_pictures
+from tests.training.tiny import write_images
 from training.__main__ import main
 
 
@@ -37,14 +37,14 @@ def without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of tiny pictures of three classes; copy it before changing anything."""
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
+def image_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of tiny images of three classes; copy it before changing anything."""
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory, image_dir: Path) -> Path:
     """A run that nobody disturbed; copy it as well."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    assert main([*RECIPE, "--data", str(pictures), "--out", str(run)]) == 0
+    assert main([*RECIPE, "--data", str(image_dir), "--out", str(run)]) == 0
     return run

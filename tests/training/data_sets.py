@@ -1,4 +1,4 @@
-"""Small data sets, fabricated: CIFAR-100 as Python 2 wrote it, and folders of pictures."""
+"""Small data sets, fabricated: CIFAR-100 as Python 2 wrote it, and folders of images."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def python2_pickle(content: object) -> bytes:
 
 
 def cifar_split(count: int, seed: int) -> dict[str, object]:
-    """``count`` pictures of four classes, of which 0 and 2 are of superclass 1 and the others of superclass 0."""
+    """``count`` images of four classes, of which 0 and 2 are of superclass 1 and the others of superclass 0."""
     fine = [index % 4 for index in range(count)]
     return {
         "batch_label": "a batch",
         "fine_labels": fine,
         "coarse_labels": [1 - label % 2 for label in fine],
         "data": np.random.default_rng(seed).integers(0, 256, (count, 3072), dtype=np.uint8),
-        "filenames": [f"picture_{index}.png" for index in range(count)],
+        "filenames": [f"image_{index}.png" for index in range(count)],
     }
 
 
@@ -74,16 +74,16 @@ def write_cifar(folder: Path, dump: Callable[[object], bytes] = python2_pickle) 
     return folder
 
 
-def write_picture(path: Path, colour: tuple[int, int, int] = (10, 20, 30), size: tuple[int, int] = (8, 8)) -> None:
+def write_image(path: Path, colour: tuple[int, int, int] = (10, 20, 30), size: tuple[int, int] = (8, 8)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)
 
 
 def write_folder(path: Path, counts: dict[str, int]) -> Path:
-    """``counts[name]`` pictures of each class, each of a grey of its own."""
+    """``counts[name]`` images of each class, each of a grey of its own."""
     for label, (name, count) in enumerate(counts.items()):
         for index in range(count):
-            write_picture(path / name / f"{index:03d}.png", (100 * label + index,) * 3)
+            write_image(path / name / f"{index:03d}.png", (100 * label + index,) * 3)
     return path
 
 

@@ -1,7 +1,7 @@
 """The published Perceiver example once more, in NumPy and float64, written from its description and from no other code.
 
-It is slow and literal on purpose: one picture feature after the other as the text names them, no batching tricks, no
-framework. Shape letters: B pictures, P pixels a side, M tokens, N latents, C channels, H heads, D channels of a head.
+It is slow and literal on purpose: one image feature after the other as the text names them, no batching tricks, no
+framework. Shape letters: B images, P pixels a side, M tokens, N latents, C channels, H heads, D channels of a head.
 
 Parameters are a flat dictionary. Dense layers are ``<name>.kernel`` [in, out] and ``<name>.bias`` [out]; layer norms
 are ``<name>.scale`` and ``<name>.offset`` [C]. Columns of the heads' kernels stand head by head: (H, D) flattened.

@@ -64,7 +64,7 @@ BAD_FLAGS = {
     "out of range": (["--batch-size", "0"], "--batch-size 0: Input should be greater than or equal to 1."),
     "not finite": (["--learning-rate", "inf"], "--learning-rate inf: Input should be a finite number."),
     "patches": (["--image-size", "30"], "image_size 30 is no multiple of patch_size 4"),
-    "crop": (["--crop-padding", "32"], "crop_padding 32 moves pictures of 32 pixels out of sight: at most 31"),
+    "crop": (["--crop-padding", "32"], "crop_padding 32 moves images of 32 pixels out of sight: at most 31"),
     "distillation without a teacher": (["--distillation", "0.5"], "name one with --teacher, or with --init."),
     "a temperature of nothing": (
         ["--distillation-temperature", "4"],
@@ -112,7 +112,7 @@ BAD_FLAGS = {
         ["--num-blocks", "0", "--drop-path", "0.1"],
         "--drop-path 0.1 changes nothing with --num-blocks 0.",
     ),
-    "pictures that would be shrunk": (
+    "images that would be shrunk": (
         ["--input-size", "64"],
         "--input-size 64 would be shrunk again, without filtering, to --image-size 32, which the patches are cut from",
     ),

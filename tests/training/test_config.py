@@ -63,8 +63,8 @@ def test_what_does_not_fit_is_refused(
         kind.model_validate(fields)
 
 
-def test_a_crop_moves_no_picture_out_of_sight() -> None:
+def test_a_crop_moves_no_image_out_of_sight() -> None:
     model = ModelConfig(input_size=8, image_size=8)
     assert Preset(model=model, train=TrainConfig(crop_padding=7)).train.crop_padding == 7
-    with pytest.raises(ValidationError, match="crop_padding 8 moves pictures of 8 pixels out of sight: at most 7"):
+    with pytest.raises(ValidationError, match="crop_padding 8 moves images of 8 pixels out of sight: at most 7"):
         Preset(model=model, train=TrainConfig(crop_padding=8))

@@ -98,7 +98,7 @@ def test_the_teacher_sees_the_pixels_that_the_model_sees(tmp_path: Path) -> None
         trainer.one_step(indices)
     assert len(seen["model"]) == 2
     for mine, theirs in zip(seen["model"], seen["teacher"], strict=True):
-        # Both took mean and variance from the same pictures.
+        # Both took mean and variance from the same images.
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
         plain = trainer.state.preprocess(trainer.train_split.images[:8])
         assert not torch.allclose(mine, plain)
@@ -154,7 +154,7 @@ def test_what_is_exported_holds_no_teacher(tmp_path: Path) -> None:
 def test_a_teacher_of_other_classes_or_other_pixels_is_refused(tmp_path: Path) -> None:
     run, _ = taught(tmp_path)
     check_teacher(run)
-    wants = r"--distillation 0\.5 needs answers in the classes of these pictures, and the model of "
+    wants = r"--distillation 0\.5 needs answers in the classes of these images, and the model of "
     others = {"labels": ("ant", "bee", "dog")}
     with pytest.raises(CheckpointError, match=wants + "--init tells"):
         check_teacher(run.model_copy(update=others))
@@ -213,10 +213,10 @@ def test_a_teacher_of_its_own_depth_and_patches_teaches(tmp_path: Path) -> None:
 
 
 def test_the_command_asks_the_model_of_init_or_of_teacher_and_wants_one(
-    tmp_path: Path, whole: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, whole: Path, image_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    common = [*RECIPE, "--data", str(pictures), "--out", str(run), "--epochs=2"]
+    common = [*RECIPE, "--data", str(image_dir), "--out", str(run), "--epochs=2"]
     flags = [*common, "--distillation=0.5"]
     for wrong, complaint in (
         (flags, "--distillation 0.5 takes its targets from another model: name one with --teacher, or with --init."),

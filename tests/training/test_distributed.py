@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training import two_processes
-from tests.training.tiny import ALONE, write_pictures
+from tests.training.tiny import ALONE, write_images
 from training import checkpoint, distributed
 from training.__main__ import main
 from training.distributed import World, join
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder that the two processes wrote, and what they said on stderr."""
     folder = tmp_path_factory.mktemp("pair")
-    write_pictures(folder / "pictures")
+    write_images(folder / "images")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     with subprocess.Popen(
         [*torchrun, "-m", "tests.training.two_processes", str(folder)],
@@ -102,7 +102,7 @@ def test_the_first_says_what_is_wrong_and_the_other_follows(pair: tuple[Path, st
     errors = [line for line in stderr.splitlines() if "error: " in line]
     assert len(errors) == 2
     assert "nowhere: does not exist" in errors[0]
-    assert "a batch of 9 pictures can't be shared by 2 processes: make --batch-size a multiple of 2." in errors[1]
+    assert "a batch of 9 images can't be shared by 2 processes: make --batch-size a multiple of 2." in errors[1]
     assert "Traceback" not in stderr
 
 
@@ -156,7 +156,7 @@ def test_with_nccl_who_fails_ends_at_once_and_says_why(
 def test_shares_are_equal_and_leave_nothing_out() -> None:
     parts = [World(rank, 4, torch.device("cpu")).share(12) for rank in range(4)]
     assert [index for part in parts for index in range(12)[part]] == list(range(12))
-    with pytest.raises(ValueError, match="a batch of 10 pictures can't be shared by 4 processes"):
+    with pytest.raises(ValueError, match="a batch of 10 images can't be shared by 4 processes"):
         World(0, 4, torch.device("cpu")).share(10)
 
 

@@ -22,7 +22,7 @@ RECIPE: dict[str, Any] = {"crop_padding": 2, "zoom": 0.2, "trivial_augment": 0.5
 
 
 class Recorder:
-    """Of each step: its pictures, the changes of them, the mix, and a number as dropout would draw it."""
+    """Of each step: its images, the changes of them, the mix, and a number as dropout would draw it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps: list[dict[str, Tensor]] = []
@@ -66,7 +66,7 @@ def assert_same(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) ->
 
 
 def assert_all_differ(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> None:
-    """No kind of draw is the same over the run, nor any step's pictures and shifts."""
+    """No kind of draw is the same over the run, nor any step's images and shifts."""
     for name in one[0]:
         mine, theirs = (torch.stack([step[name] for step in steps]) for steps in (one, other))
         assert not torch.equal(mine, theirs), name

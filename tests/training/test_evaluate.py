@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.training.tiny import MODEL, pictures
+from tests.training.tiny import MODEL, make_split
 from training.config import ModelConfig
 from training.evaluate import (
     ConfusedPair,
@@ -52,7 +52,7 @@ def test_loss_by_hand() -> None:
 
 
 def test_calibration_error_by_hand() -> None:
-    # Four pictures with confidence 0.9, of which three are right: too confident. One with 0.5, right: too little.
+    # Four images with confidence 0.9, of which three are right: too confident. One with 0.5, right: too little.
     logits = logits_of(*[[0.9, 0.05, 0.05]] * 4, [0.25, 0.5, 0.25])
     labels = torch.tensor([0, 0, 0, 1, 1])
     assert measure(logits, labels, "val").ece == pytest.approx(4 / 5 * 0.15 + 1 / 5 * 0.5, rel=1e-6)
@@ -113,7 +113,7 @@ def test_a_temperature_has_bounds(right: bool) -> None:
     assert fit_temperature(logits, labels, largest=4) == pytest.approx(1 / 4 if right else 4, rel=0.05)
 
 
-def test_few_pictures_move_the_temperature_little() -> None:
+def test_few_images_move_the_temperature_little() -> None:
     logits = torch.tensor([[3.0, 0.0], [0.0, 2.0]])
     assert 0.8 < fit_temperature(logits, torch.tensor([0, 1])) < 1
     assert 1 < fit_temperature(logits, torch.tensor([1, 0])) < 3
@@ -124,7 +124,7 @@ def test_few_pictures_move_the_temperature_little() -> None:
 def test_logits_come_in_order_whatever_the_batch_size() -> None:
     model = Perceiver(ModelConfig.model_validate(MODEL | {"ffn_dropout": 0.5}))
     preprocess = Preprocess(8)
-    split = pictures(10, 0)
+    split = make_split(10, 0)
     expected = model.eval()(preprocess(split.images)).detach()
     for batch_size in (1, 4, 10, 100):
         logits = predict_logits(model.train(), preprocess, split, batch_size)
@@ -145,7 +145,7 @@ def test_autocast_is_used_where_asked_for() -> None:
             return logits
 
     for autocast in (None, torch.bfloat16):
-        predict_logits(Spy(), Preprocess(8), pictures(2, 0), 2, autocast)
+        predict_logits(Spy(), Preprocess(8), make_split(2, 0), 2, autocast)
     assert seen == [torch.float32, torch.bfloat16]
 
 

@@ -1,4 +1,4 @@
-"""A preset on a handful of pictures: what becomes of its batch, and what the user is told."""
+"""A preset on a handful of images: what becomes of its batch, and what the user is told."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.data_sets import write_folder, write_picture
+from tests.training.data_sets import write_folder, write_image
 from tests.training.tiny import FLAGS
 from training import checkpoint
 from training.__main__ import main
@@ -19,7 +19,7 @@ from training.run import batch_for_few
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "pictures", "processes", "expected"),
+    ("batch_size", "images", "processes", "expected"),
     [
         (256, 45_000, 2, 256),
         (256, 769, 1, 256),  # four steps, the last filled up
@@ -31,23 +31,23 @@ from training.run import batch_for_few
         (9, 2, 1, 9),
     ],
 )
-def test_the_batch_of_few_pictures(batch_size: int, pictures: int, processes: int, expected: int) -> None:
-    assert batch_for_few(batch_size, pictures, World(0, processes, torch.device("cpu"))) == expected
+def test_the_batch_of_few_images(batch_size: int, images: int, processes: int, expected: int) -> None:
+    assert batch_for_few(batch_size, images, World(0, processes, torch.device("cpu"))) == expected
 
 
 @pytest.mark.usefixtures("without_curves")
-def test_few_pictures_are_told_and_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # A class of two pictures, and one of one, which cannot be validated; warm-up as long as the run.
+def test_few_images_are_told_and_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # A class of two images, and one of one, which cannot be validated; warm-up as long as the run.
     data = write_folder(tmp_path / "data", {"ant": 6, "bee": 2, "cow": 1})
     for name in ("a.heic", "b.heic", os.fsdecode(b"c\xe9.txt")):
         (data / "ant" / name).write_text("")
     flags = [*FLAGS, "--epochs=1", "--threads=1", "--device=cpu", "--data", str(data)]
     assert main([*flags, "--out", str(tmp_path / "run")]) == 0
     output = capsys.readouterr().out
-    assert "note: 7 training pictures are few: a step takes 8 of them and not the preset's 256" in output
-    unseen = "note: no validation picture of cow: no figure tells how well that is known; a class needs two pictures."
+    assert "note: 7 training images are few: a step takes 8 of them and not the preset's 256" in output
+    unseen = "note: no validation image of cow: no figure tells how well that is known; a class needs two images."
     assert unseen in output
-    assert f"note: 3 files are passed over (2 .heic, 1 .txt), the first is {data}/ant/a.heic: pictures lie in" in output
+    assert f"note: 3 files are passed over (2 .heic, 1 .txt), the first is {data}/ant/a.heic: images lie in" in output
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["batch_size"] == 8
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert (report["val"]["n"], report["training_pictures"], report["test"]) == (2, 7, None)
@@ -60,12 +60,12 @@ def test_few_pictures_are_told_and_trained_on(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.usefixtures("without_curves")
 def test_a_class_that_looks_like_a_split_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Test pictures without labels beside folders of classes, say."""
+    """Test images without labels beside folders of classes, say."""
     data = write_folder(tmp_path / "data", {"ant": 6, "bee": 6, "test": 3})
     flags = [*FLAGS, "--epochs=1", "--threads=1", "--device=cpu", "--max-steps=1"]
     assert main([*flags, "--data", str(data), "--out", str(tmp_path / "run")]) == 3
     said = capsys.readouterr().out
-    assert f"note: {data}/test: taken for a class of that name, since the pictures are not laid out as DIR/" in said
+    assert f"note: {data}/test: taken for a class of that name, since the images are not laid out as DIR/" in said
     for name in ("ant", "bee", "test"):  # here there is no doubt
         (data / "train").mkdir(exist_ok=True)
         (data / name).rename(data / "train" / name)
@@ -80,8 +80,8 @@ def test_splits_that_lack_a_class_are_told(tmp_path: Path, capsys: pytest.Captur
     flags = [*FLAGS, "--epochs=1", "--threads=1", "--device=cpu", "--max-steps=1"]
     assert main([*flags, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]) == 3
     said = capsys.readouterr().out
-    assert "note: no validation picture of bee: no figure tells how well that is known; put some into val/." in said
-    assert "note: no test picture of ant: no figure tells how well that is known; put some into test/." in said
+    assert "note: no validation image of bee: no figure tells how well that is known; put some into val/." in said
+    assert "note: no test image of ant: no figure tells how well that is known; put some into test/." in said
 
 
 @pytest.mark.usefixtures("without_curves")
@@ -91,15 +91,15 @@ def test_copies_of_training_pictures_are_told(tmp_path: Path, capsys: pytest.Cap
     for split, first in (("train", 0), ("val", 50), ("test", 80)):
         for label, name in enumerate(("ant", "bee")):
             for index in range(3):
-                write_picture(data / split / name / f"{index}.png", (first + 10 * label + index,) * 3)
+                write_image(data / split / name / f"{index}.png", (first + 10 * label + index,) * 3)
     flags = [*FLAGS, "--epochs=2", "--threads=1", "--device=cpu", "--data", str(data), "--max-steps=1"]
     shutil.copyfile(data / "train" / "ant" / "0.png", data / "train" / "ant" / "again.png")
     assert main([*flags, "--out", str(tmp_path / "apart")]) == 3
     assert "flatter" not in capsys.readouterr().out
-    write_picture(data / "val" / "bee" / "copy.bmp", (1, 1, 1))
+    write_image(data / "val" / "bee" / "copy.bmp", (1, 1, 1))
     for index in range(2):
         (data / "test" / "ant" / f"link{index}.png").symlink_to(data / "train" / "ant" / f"{index}.png")
     assert main([*flags, "--out", str(tmp_path / "mixed")]) == 3
     told = capsys.readouterr().out
-    assert "note: 1 of the 7 validation pictures is a copy of training pictures: the figures" in told
-    assert "note: 2 of the 8 test pictures are copies of training pictures: the figures" in told
+    assert "note: 1 of the 7 validation images is a copy of training images: the figures" in told
+    assert "note: 2 of the 8 test images are copies of training images: the figures" in told

@@ -1,4 +1,4 @@
-"""The mean over a picture and its mirror image, as it is evaluated and not as it is trained."""
+"""The mean over an image and its mirror image, as it is evaluated and not as it is trained."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def pixels() -> Tensor:
 
 
 @torch.no_grad()
-def test_evaluation_is_the_mean_of_a_picture_and_its_mirror_image(
+def test_evaluation_is_the_mean_of_a_image_and_its_mirror_image(
     model: Perceiver, once: Perceiver, pixels: Tensor
 ) -> None:
-    # Each picture by itself, its columns written from right to left one by one.
+    # Each image by itself, its columns written from right to left one by one.
     mirrored = torch.stack([pixels[..., 7 - column] for column in range(8)], dim=-1)
     expected = torch.cat([(once(pixels[i : i + 1]) + once(mirrored[i : i + 1])) / 2 for i in range(5)])
     torch.testing.assert_close(model.eval()(pixels), expected)
@@ -47,10 +47,10 @@ def test_evaluation_is_the_mean_of_a_picture_and_its_mirror_image(
 
 
 @torch.no_grad()
-def test_a_mirrored_picture_has_the_same_logits(model: Perceiver, pixels: Tensor) -> None:
+def test_a_mirrored_image_has_the_same_logits(model: Perceiver, pixels: Tensor) -> None:
     torch.testing.assert_close(model.eval()(pixels.flip(3)), model.eval()(pixels))
 
 
 @torch.no_grad()
-def test_training_sees_a_picture_once(model: Perceiver, once: Perceiver, pixels: Tensor) -> None:
+def test_training_sees_a_image_once(model: Perceiver, once: Perceiver, pixels: Tensor) -> None:
     assert torch.equal(model.train()(pixels), once(pixels))

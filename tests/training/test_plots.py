@@ -46,10 +46,10 @@ def rows(epochs: int) -> list[dict[str, float]]:
     ]
 
 
-def assert_picture(path: Path) -> None:
-    with Image.open(path) as picture:
-        assert picture.format == "PNG"
-        colours = picture.convert("RGB").getcolors(1 << 20)
+def assert_image(path: Path) -> None:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        colours = image.convert("RGB").getcolors(1 << 20)
     assert colours is not None
     assert len(colours) > 10
 
@@ -57,7 +57,7 @@ def assert_picture(path: Path) -> None:
 @pytest.mark.parametrize("epochs", [1, 3, 80])
 def test_curves_show_every_epoch(tmp_path: Path, figures: list[Figure], epochs: int) -> None:
     save_curves(rows(epochs), tmp_path / "curves.png", "top1")
-    assert_picture(tmp_path / "curves.png")
+    assert_image(tmp_path / "curves.png")
     panels = {axes.get_title(loc="left"): axes for axes in figures[0].axes}
     assert list(panels) == ["Loss", "Validation accuracy", "Learning rate", "Speed"]
     lines = panels["Loss"].get_lines()
@@ -102,7 +102,7 @@ def test_no_curves_without_an_epoch(tmp_path: Path) -> None:
 def test_confusion_has_a_bar_for_each_pair(tmp_path: Path, figures: list[Figure], count: int) -> None:
     pairs = [ConfusedPair(f"oak_tree {i}", "maple_tree", 20 - i, (20 - i) / 100) for i in range(count)]
     save_confusion(pairs, tmp_path / "confusion.png")
-    assert_picture(tmp_path / "confusion.png")
+    assert_image(tmp_path / "confusion.png")
     (axes,) = figures[0].axes
     assert [bar.get_width() for bar in axes.patches] == [pair.share for pair in pairs]
     assert [text.get_text() for text in axes.get_yticklabels()] == [f"{p.true}  →  {p.predicted}" for p in pairs]
@@ -114,7 +114,7 @@ def test_reliability_shows_the_bins_before_and_after(tmp_path: Path, figures: li
     labels = torch.randint(10, (500,), generator=generator)
     both = [calibration_bins(logits / temperature, labels) for temperature in (1, 3)]
     save_reliability(*both, tmp_path / "reliability.png")
-    assert_picture(tmp_path / "reliability.png")
+    assert_image(tmp_path / "reliability.png")
     top, bottom = figures[0].axes[:2], figures[0].axes[2:]
     for column, (name, bins) in enumerate(zip(("before", "after"), both, strict=True)):
         filled = bins[:, 0] > 0
@@ -127,15 +127,15 @@ def test_reliability_shows_the_bins_before_and_after(tmp_path: Path, figures: li
         assert f"{error:.2%}" in title
 
 
-def test_answers_stand_below_their_pictures(tmp_path: Path, figures: list[Figure]) -> None:
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
-    rows = {"noise": [(pictures[0], "ant 90%"), (pictures[1], "bee 40%")], "text": [(pictures[2], "cat 50%")]}
+def test_answers_stand_below_their_images(tmp_path: Path, figures: list[Figure]) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    rows = {"noise": [(images[0], "ant 90%"), (images[1], "bee 40%")], "text": [(images[2], "cat 50%")]}
     save_answers(rows, tmp_path / "answers.png")
-    assert_picture(tmp_path / "answers.png")
+    assert_image(tmp_path / "answers.png")
     shown = [(axes.images[0].get_array(), axes.texts[-1].get_text()) for axes in figures[0].axes if axes.images]
     assert [words for _, words in shown] == ["ant 90%", "bee 40%", "cat 50%"]
-    for (image, _), picture in zip(shown, pictures, strict=True):
-        np.testing.assert_array_equal(image, picture)
+    for (image, _), image in zip(shown, images, strict=True):
+        np.testing.assert_array_equal(image, image)
     assert [figures[0].axes[i].texts[0].get_text() for i in (0, 2)] == ["noise", "text"]
 
 
@@ -148,8 +148,8 @@ def test_drawing_needs_no_display() -> None:
 def test_names_with_dollar_signs_are_no_formulas(tmp_path: Path) -> None:
     save_confusion([ConfusedPair("price_$_low", "price_$_high", 3, 0.25)], tmp_path / "confusion.png")
     save_answers({"noise": [(np.zeros((8, 8, 3), np.uint8), "$a_$ 50%")]}, tmp_path / "answers.png")
-    assert_picture(tmp_path / "confusion.png")
-    assert_picture(tmp_path / "answers.png")
+    assert_image(tmp_path / "confusion.png")
+    assert_image(tmp_path / "answers.png")
 
 
 def test_long_names_leave_room_for_what_is_drawn(tmp_path: Path, figures: list[Figure]) -> None:

@@ -62,12 +62,12 @@ def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch, native: boo
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.usefixtures("without_curves")
 def test_a_run_says_and_keeps_the_precision_that_it_began_with(
-    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], native: bool
+    tmp_path: Path, image_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], native: bool
 ) -> None:
     fake_cpu(monkeypatch, *(["avx512_bf16"] if native else []))
     run = tmp_path / "run"
     taken = "bfloat16" if native else "float32"
-    assert main([*RECIPE, "--data", str(pictures), "--out", str(run), "--max-steps=1"]) == 3
+    assert main([*RECIPE, "--data", str(image_dir), "--out", str(run), "--max-steps=1"]) == 3
     does = "computes" if native else "does not compute"
     assert f"\nprecision {taken}, since the cpu device {does} in bfloat16\n" in capsys.readouterr().out
     assert json.loads((run / "config.json").read_text())["train"]["precision"] == taken
@@ -80,9 +80,9 @@ def test_a_run_says_and_keeps_the_precision_that_it_began_with(
 
 
 def test_asked_for_where_it_is_emulated_bfloat16_is_said_to_be_slow(
-    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, image_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake_cpu(monkeypatch)
-    flags = ["--data", str(pictures), "--out", str(tmp_path / "run"), "--max-steps=1", "--precision=bfloat16"]
+    flags = ["--data", str(image_dir), "--out", str(tmp_path / "run"), "--max-steps=1", "--precision=bfloat16"]
     assert main([*RECIPE, *flags]) == 3
     assert "\nprecision bfloat16, as asked for; the device emulates it" in capsys.readouterr().out

@@ -82,7 +82,7 @@ class Pair:
         return self.model.to(dtype)(self.preprocess.to(dtype)(images)).double().numpy()
 
 
-def random_pictures(count: int, size: int) -> Tensor:
+def random_images(count: int, size: int) -> Tensor:
     return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8)
 
 
@@ -100,7 +100,7 @@ def assert_agree(actual: np.ndarray, expected: np.ndarray, tolerance: float) -> 
 def test_small_models_agree(changes: dict[str, int]) -> None:
     config = small(**changes)
     pair = Pair(config)
-    images = random_pictures(3, config.input_size)
+    images = random_images(3, config.input_size)
     expected = reference.forward(pair.params, images.numpy(), pair.shape)
     assert_agree(pair.logits(images, torch.float64), expected, 1e-5)
     assert_agree(pair.logits(images, torch.float32), expected, 1e-4)
@@ -109,7 +109,7 @@ def test_small_models_agree(changes: dict[str, int]) -> None:
 def test_the_preset_at_its_full_size_agrees() -> None:
     torch.set_num_threads(2)
     pair = Pair(REFERENCE)
-    images = random_pictures(1, 32)
+    images = random_images(1, 32)
     expected = reference.forward(pair.params, images.numpy(), pair.shape)
     assert_agree(pair.logits(images, torch.float64), expected, 1e-5)
     assert_agree(pair.logits(images, torch.float32), expected, 1e-4)
@@ -118,7 +118,7 @@ def test_the_preset_at_its_full_size_agrees() -> None:
 def test_every_parameter_matters() -> None:
     """The comparison above would see a change in any single parameter array."""
     pair = Pair(small())
-    images = random_pictures(3, 6).numpy()
+    images = random_images(3, 6).numpy()
     before = reference.forward(pair.params, images, pair.shape)
     # A constant added to all scores of a row is nothing to softmax: the keys' biases cancel, exactly.
     cancelling = {name for name in pair.params if name.endswith("key.bias")}
@@ -143,14 +143,14 @@ def test_preprocessing_agrees(size: int, target: int) -> None:
     preprocess = Preprocess(target).double()
     preprocess.mean.copy_(torch.from_numpy(params["input.mean"]))
     preprocess.variance.copy_(torch.from_numpy(params["input.variance"]))
-    images = random_pictures(3, size)
+    images = random_images(3, size)
     actual = preprocess(images).permute(0, 2, 3, 1).numpy()
     expected = reference.resize(reference.normalise(params, images.numpy()), target)
     assert_agree(actual, expected, 1e-12)
 
 
-def test_mean_and_variance_are_those_of_all_pictures() -> None:
-    images = random_pictures(50, 6) // torch.tensor([1, 2, 3], dtype=torch.uint8)
+def test_mean_and_variance_are_those_of_all_images() -> None:
+    images = random_images(50, 6) // torch.tensor([1, 2, 3], dtype=torch.uint8)
     preprocess = Preprocess(6)
     preprocess.fit(images, chunk=7)
     pixels = images.numpy().astype(np.float64).reshape(-1, 3)
@@ -172,7 +172,7 @@ def test_patches_are_row_major_and_flattened_as_row_column_channel() -> None:
 @torch.no_grad()
 def test_tokens_agree() -> None:
     pair = Pair(small())
-    images = random_pictures(3, 6)
+    images = random_images(3, 6)
     expected = reference.tokens(pair.params, pair.shape, images.numpy())
     assert_agree(pair.model.tokens(pair.preprocess(images)).numpy(), expected, 1e-10)
 

@@ -15,7 +15,7 @@ from training import checkpoint
 from training.data.dataset import Split
 from training.evaluate import predict_logits
 from training.metrics_log import append_line, forget_lines_after, read_lines
-from training.report_schema import PICTURES, Report
+from training.report_schema import PLOTS, Report
 from training.train import Trainer
 
 
@@ -27,7 +27,7 @@ def finished(folder: Path, test: int | None) -> Trainer:
 
 
 @pytest.mark.usefixtures("without_curves")
-def test_the_report_measures_the_best_checkpoint_on_the_test_pictures(tmp_path: Path) -> None:
+def test_the_report_measures_the_best_checkpoint_on_the_test_images(tmp_path: Path) -> None:
     trainer = finished(tmp_path, test=9)
     report = trainer.report()
     assert Report.model_validate_json((tmp_path / "report.json").read_text()) == report
@@ -47,19 +47,19 @@ def test_the_report_measures_the_best_checkpoint_on_the_test_pictures(tmp_path: 
     assert header.val is not None
     assert report.val_uncalibrated.top1 == header.val.top1
     assert report.val.loss <= report.val_uncalibrated.loss
-    assert "test pictures were read once" in report.note
+    assert "test images were read once" in report.note
 
 
 @pytest.mark.usefixtures("without_curves")
-def test_without_test_pictures_the_validation_figures_do_and_it_says_so(tmp_path: Path) -> None:
+def test_without_test_images_the_validation_figures_do_and_it_says_so(tmp_path: Path) -> None:
     report = finished(tmp_path, test=None).report()
     assert report.test is None
     assert report.test_uncalibrated is None
     assert report.val.n == 12
-    assert "no test pictures: the validation figures flatter" in report.note
-    for name in PICTURES:
-        with Image.open(tmp_path / name) as picture:
-            assert picture.format == "PNG"
+    assert "no test images: the validation figures flatter" in report.note
+    for name in PLOTS:
+        with Image.open(tmp_path / name) as image:
+            assert image.format == "PNG"
 
 
 @pytest.mark.usefixtures("without_curves")
@@ -74,7 +74,7 @@ def test_the_report_lists_the_worst_confusions(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_curves")
-def test_the_test_pictures_are_read_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_test_images_are_read_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = finished(tmp_path, test=9)
     passes = []
 
@@ -109,7 +109,7 @@ def test_the_report_tells_how_sure_the_model_is_of_what_it_does_not_know(tmp_pat
     report = trainer.report()
     known, *strange = report.confidence
     assert report.test is not None
-    assert (known.pictures, known.n, known.top1) == ("test pictures", 9, report.test.top1)
+    assert (known.pictures, known.n, known.top1) == ("test images", 9, report.test.top1)
     assert [(each.pictures, each.n) for each in strange] == [
         ("noise", 64),
         ("one colour", 64),

@@ -110,7 +110,7 @@ def test_a_signal_stops_a_validation_before_its_end(tmp_path: Path, monkeypatch:
     with monkeypatch.context() as patched:
         patched.setattr("training.train.predict_logits", predict_and_stop)
         assert not stopped.fit()
-    assert seen == [stopped.evaluation_batch]  # of 40 pictures
+    assert seen == [stopped.evaluation_batch]  # of 40 images
     again = trainer_in(tmp_path / "stopped", run, val=40)
     again.resume()
     assert (again.state.epoch, again.state.step) == (1, 10)
@@ -152,11 +152,11 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> Non
         other.resume()
 
 
-def test_an_older_run_knows_its_pictures_by_their_number(tmp_path: Path) -> None:
+def test_an_older_run_knows_its_images_by_their_number(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path / "run", run_config())
     trainer.fit(max_steps=1)
     last = tmp_path / "run" / "last.safetensors"
     tensors, header = checkpoint.load(last)
     checkpoint.save(last, tensors, header.model_copy(update={"state": header.state | {"pictures": 41}}))
-    with pytest.raises(CheckpointError, match="began with 41 training pictures, and now there are 40"):
+    with pytest.raises(CheckpointError, match="began with 41 training images, and now there are 40"):
         trainer_in(tmp_path / "run", run_config()).resume()

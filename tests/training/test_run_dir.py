@@ -25,22 +25,22 @@ CONFIG = run_config().model_dump_json()
     ],
 )
 def test_nothing_that_somebody_has_is_overwritten(
-    tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str], files: dict[str, str], message: str
+    tmp_path: Path, image_dir: Path, capsys: pytest.CaptureFixture[str], files: dict[str, str], message: str
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
     for name, content in files.items():
         (run / name).write_text(content)
-    assert main([*RECIPE, "--data", str(pictures), "--out", str(run)]) == 2
+    assert main([*RECIPE, "--data", str(image_dir), "--out", str(run)]) == 2
     assert message in capsys.readouterr().err
     assert {path.name: path.read_text() for path in run.iterdir()} == files
 
 
-def test_a_run_without_a_checkpoint_begins_again_where_it_was(tmp_path: Path, pictures: Path) -> None:
+def test_a_run_without_a_checkpoint_begins_again_where_it_was(tmp_path: Path, image_dir: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text(CONFIG)
-    assert main([*RECIPE, "--data", str(pictures), "--out", str(run), "--max-steps=1"]) == 3
+    assert main([*RECIPE, "--data", str(image_dir), "--out", str(run), "--max-steps=1"]) == 3
     assert (run / "config.json").read_text() != CONFIG
 
 

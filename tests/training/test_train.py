@@ -1,4 +1,4 @@
-"""The loop: order of the pictures, repeatability, what an epoch trains, chooses and writes down."""
+"""The loop: order of the images, repeatability, what an epoch trains, chooses and writes down."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("without_curves")
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(40, 8), (41, 8), (47, 8), (3, 8), (1, 8), (8, 8), (9, 1), (5, 12)])
-def test_an_epoch_shows_every_picture_before_any_again(count: int, batch_size: int) -> None:
+def test_an_epoch_shows_every_image_before_any_again(count: int, batch_size: int) -> None:
     order = epoch_order(0, 3, count, batch_size)
     assert order.shape == (-(-count // batch_size), batch_size)
     flat = order.flatten()
@@ -123,7 +123,7 @@ def test_the_best_epoch_is_chosen_by_what_the_recipe_says(tmp_path: Path, best_b
 
 
 def test_the_training_loss_is_the_mean_of_the_epoch(tmp_path: Path) -> None:
-    # Weights that rest and pictures as they are: every epoch has the loss of all pictures.
+    # Weights that rest and images as they are: every epoch has the loss of all images.
     run = run_config(learning_rate=1e-12, weight_decay=0, flip=False)
     trainer = trainer_in(tmp_path / "run", run)
     with torch.no_grad():
@@ -209,7 +209,7 @@ def test_every_presets_recipe_trains(name: str, tmp_path: Path, without_curves: 
 
 
 def test_of_epochs_that_are_as_good_the_one_of_the_lowest_loss_is_kept(tmp_path: Path) -> None:
-    # Of a single picture most epochs are as good.
+    # Of a single image most epochs are as good.
     run = run_config(DROPOUT, optimizer="adamw", learning_rate=0.003, epochs=12, early_stop_patience=0)
     trainer = trainer_in(tmp_path / "run", run, val=1)
     for max_steps in (17, None):

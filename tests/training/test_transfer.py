@@ -209,36 +209,36 @@ def test_checkpoints_are_found_in_runs_and_model_folders(tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("without_curves")
-def test_what_a_user_should_know_of_another_grid_or_other_pictures_is_told(
-    tmp_path: Path, whole: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+def test_what_a_user_should_know_of_another_grid_or_other_images_is_told(
+    tmp_path: Path, whole: Path, image_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    grown = Path(shutil.copytree(pictures, tmp_path / "grown"))
-    (picture,) = (grown / "train" / "ant").glob("000.png")
+    grown = Path(shutil.copytree(image_dir, tmp_path / "grown"))
+    (image,) = (grown / "train" / "ant").glob("000.png")
     flags = [*RECIPE, "--epochs=1", "--init", str(whole)]
-    assert main([*flags, "--data", str(pictures), "--out", str(tmp_path / "same")]) == 0
+    assert main([*flags, "--data", str(image_dir), "--out", str(tmp_path / "same")]) == 0
     assert "note:" not in capsys.readouterr().out
-    shutil.copyfile(picture, picture.with_name("more.png"))
+    shutil.copyfile(image, image.with_name("more.png"))
     closer = ["--patch-size=2", "--patch-overlap=3", "--num-latents=16"]
     assert main([*flags, *closer, "--data", str(grown), "--out", str(tmp_path / "other")]) == 0
     told = capsys.readouterr().out
-    assert "note: the pictures are not those of the run that --init or --teacher names" in told
+    assert "note: the images are not those of the run that --init or --teacher names" in told
     assert "note: positions are interpolated from a grid of 2 x 2 patches to one of 4 x 4." in told
     assert "note: 16 latents are interpolated from a grid of 4." in told
 
 
 @pytest.mark.usefixtures("without_curves")
-def test_other_shares_of_the_same_pictures_are_told_only_where_they_mix(
+def test_other_shares_of_the_same_images_are_told_only_where_they_mix(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     write_folder(folder, {"cat": 20, "dog": 20})
     flags = [*RECIPE, "--epochs=1", "--data", str(folder)]
     assert main([*flags, "--validation-fraction=0.2", "--out", str(tmp_path / "first")]) == 0
-    assert "32 training and 8 validation pictures" in capsys.readouterr().out
+    assert "32 training and 8 validation images" in capsys.readouterr().out
     flags += ["--init", str(tmp_path / "first")]
     assert main([*flags, "--validation-fraction=0.1", "--out", str(tmp_path / "fewer")]) == 0
     told = capsys.readouterr().out
-    assert "36 training and 4 validation pictures" in told
+    assert "36 training and 4 validation images" in told
     assert "note:" not in told
     assert main([*flags, "--validation-fraction=0.3", "--out", str(tmp_path / "more")]) == 0
     assert "--validation-fraction 0.2 or less keeps them apart" in capsys.readouterr().out
@@ -249,11 +249,11 @@ def test_other_shares_of_the_same_pictures_are_told_only_where_they_mix(
     assert "--validation-fraction 0.2 or less keeps them apart" in capsys.readouterr().out
     write_folder(folder, {"cat": 21})
     assert main([*flags, "--validation-fraction=0.1", "--out", str(tmp_path / "others")]) == 0
-    assert "note: the pictures are not those of the run that --init or --teacher names" in capsys.readouterr().out
+    assert "note: the images are not those of the run that --init or --teacher names" in capsys.readouterr().out
     # A class that comes first in the alphabet: others of each class are drawn.
     write_folder(folder, {"ant": 20})
     assert main([*flags, "--validation-fraction=0.2", "--out", str(tmp_path / "wider")]) == 0
-    assert "note: the pictures are not those of the run that --init or --teacher names" in capsys.readouterr().out
+    assert "note: the images are not those of the run that --init or --teacher names" in capsys.readouterr().out
 
 
 def test_who_may_have_trained_on_what_validates_now(tmp_path: Path) -> None:
@@ -275,12 +275,12 @@ def test_who_may_have_trained_on_what_validates_now(tmp_path: Path) -> None:
     other = {"pictures_sha256": "2" * 64}
     unknown = {"pictures_sha256": None}
     assert why({}, {}) is None
-    assert why({}, dict(other)) == "pictures"
+    assert why({}, dict(other)) == "images"
     assert why({}, dict(unknown)) is None
     assert why({"fraction": 0.3}, dict(other)) == why({"fraction": 0.3}, dict(unknown)) == "share"
-    assert why({"fraction": 0.3}, {}) is None  # of so few pictures both shares are the same
+    assert why({"fraction": 0.3}, {}) is None  # of so few images both shares are the same
     assert why({"fraction": 0.3}, dict(unknown), own_val=True) is None
-    assert why({"labels": ("ant", "bee", "cat", "dog")}, dict(other)) == "pictures"
+    assert why({"labels": ("ant", "bee", "cat", "dog")}, dict(other)) == "images"
     assert why({"labels": ("x", "y")}, dict(other)) is None
     assert why({"labels": ("ant", "bee", "cat", "dog"), "dataset": "elsewhere"}, dict(other)) is None
     with pytest.raises(DataError, match="nowhere: does not exist"):
@@ -288,27 +288,27 @@ def test_who_may_have_trained_on_what_validates_now(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_curves")
-def test_a_share_is_kept_when_resuming_and_refused_beside_given_validation_pictures(
-    tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+def test_a_share_is_kept_when_resuming_and_refused_beside_given_validation_images(
+    tmp_path: Path, image_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, run = tmp_path / "pictures", tmp_path / "run"
+    folder, run = tmp_path / "images", tmp_path / "run"
     write_folder(folder, {"cat": 20, "dog": 20})
     flags = [*RECIPE, "--validation-fraction=0.3"]
     assert main([*flags, "--data", str(folder), "--out", str(run), "--max-steps=2"]) == 3
     capsys.readouterr()
     assert main(["--resume", str(run)]) == 0
-    assert "28 training and 12 validation pictures" in capsys.readouterr().out
-    assert main([*flags, "--data", str(pictures), "--out", str(tmp_path / "given")]) == 2
+    assert "28 training and 12 validation images" in capsys.readouterr().out
+    assert main([*flags, "--data", str(image_dir), "--out", str(tmp_path / "given")]) == 2
     complaint = capsys.readouterr().err
-    assert f"--validation-fraction 0.3 changes nothing: {pictures} has its own val/" in complaint
+    assert f"--validation-fraction 0.3 changes nothing: {image_dir} has its own val/" in complaint
     assert not (tmp_path / "given").exists()
 
 
 @pytest.mark.usefixtures("without_curves")
-def test_a_run_that_begins_with_another_goes_on_from_its_figures(tmp_path: Path, whole: Path, pictures: Path) -> None:
+def test_a_run_that_begins_with_another_goes_on_from_its_figures(tmp_path: Path, whole: Path, image_dir: Path) -> None:
     run = tmp_path / "run"
     flags = [*RECIPE, "--epochs=1", "--learning-rate=1e-9", "--adamw-learning-rate=1e-9", "--weight-decay=0"]
-    assert main([*flags, "--data", str(pictures), "--init", str(whole), "--out", str(run)]) == 0
+    assert main([*flags, "--data", str(image_dir), "--init", str(whole), "--out", str(run)]) == 0
     # Its first epoch has changed next to nothing, so it validates as the best epoch of the other did.
     header = checkpoint.load(whole / "best.safetensors")[1]
     assert header.val is not None
@@ -322,10 +322,10 @@ def test_a_run_that_begins_with_another_goes_on_from_its_figures(tmp_path: Path,
 
 
 def test_what_can_not_be_begun_with_is_told_before_anything_is_written(
-    tmp_path: Path, whole: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, whole: Path, image_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    flags = [*RECIPE, "--data", str(pictures), "--out", str(run)]
+    flags = [*RECIPE, "--data", str(image_dir), "--out", str(run)]
     assert main([*flags, "--init", str(whole), "--token-dim=32"]) == 2
     assert f"it could with --token-dim {MODEL['token_dim']}." in capsys.readouterr().err
     assert main([*flags, "--init", str(tmp_path / "nowhere")]) == 2

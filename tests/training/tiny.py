@@ -33,8 +33,8 @@ FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in MODEL.items() 
 DROPOUT = {"attention_dropout": 0.1, "ffn_dropout": 0.2, "logits_dropout": 0.1, "drop_path": 0.2, "latent_dropout": 0.5}
 
 
-def pictures(count: int, seed: int) -> Split:
-    """``count`` noisy pictures, the classes in turn, each class of a brightness that mostly tells it."""
+def make_split(count: int, seed: int) -> Split:
+    """``count`` noisy images, the classes in turn, each class of a brightness that mostly tells it."""
     generator = np.random.default_rng(seed)
     labels = np.arange(count) % len(LABELS)
     images = generator.normal(70 + 50 * labels[:, None, None, None], 40, (count, 8, 8, 3)).clip(0, 255)
@@ -45,9 +45,9 @@ def data_set(train: int = 40, val: int = 12, test: int | None = 9) -> DataSet:
     return DataSet(
         name="tiny",
         labels=LABELS,
-        train=pictures(train, 1),
-        val=pictures(val, 2),
-        test=None if test is None else pictures(test, 3),
+        train=make_split(train, 1),
+        val=make_split(val, 2),
+        test=None if test is None else make_split(test, 3),
     )
 
 
@@ -70,10 +70,10 @@ def with_teacher(run: RunConfig) -> RunConfig:
     return run.model_copy(update={"init": origin, "train": train})
 
 
-def write_pictures(folder: Path, train: int = 24, val: int = 9, test: int = 6) -> Path:
+def write_images(folder: Path, train: int = 24, val: int = 9, test: int = 6) -> Path:
     """The tiny data set as an image folder with splits."""
     for name, count, seed in (("train", train, 1), ("val", val, 2), ("test", test, 3)):
-        split = pictures(count, seed) if count else Split(torch.empty(0), torch.empty(0))
+        split = make_split(count, seed) if count else Split(torch.empty(0), torch.empty(0))
         for i, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
             path = folder / name / LABELS[int(label)] / f"{i:03d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -88,9 +88,9 @@ def commands(folder: Path, world: World) -> dict[str, object]:
         run.load_for = lambda preset, path: sys.exit("reads what the first has read already")
     flags = [*FLAGS, "--device=cpu", "--epochs=1", "--batch-size=8"]
     return {
-        "run": main([*flags, "--data", str(folder / "pictures"), "--out", str(folder / "run")]),
+        "run": main([*flags, "--data", str(folder / "images"), "--out", str(folder / "run")]),
         "no data": main([*flags, "--data", str(folder / "nowhere")]),
-        "odd batch": main([*flags, "--data", str(folder / "pictures"), "--batch-size=9"]),
+        "odd batch": main([*flags, "--data", str(folder / "images"), "--batch-size=9"]),
     }
 
 

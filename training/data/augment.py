@@ -1,7 +1,7 @@
-"""Augmentation as batched tensor code on the device that holds the pictures.
+"""Augmentation as batched tensor code on the device that holds the images.
 
 Everything random is drawn first (`draw`, `draw_mix`), from torch's global CPU generator, and applied after: the draws
-of a batch can then be cut into the shares of several processes, and a seeded step always sees the same pictures.
+of a batch can then be cut into the shares of several processes, and a seeded step always sees the same images.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from training.data.trivial_augment import OPERATIONS
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of B pictures.
+    """The random numbers of B images.
 
     Attributes:
         flip: bool [B].
         shift: int64 [B, 2], rows and columns, pixels.
-        zoom: float32 [B, 2], height and width; above 1 shows more than the picture, below 1 less.
+        zoom: float32 [B, 2], height and width; above 1 shows more than the image, below 1 less.
         operation: int64 [B], of `training.data.trivial_augment.OPERATIONS`.
         strength: float32 [B], -1..1, of the operation.
     """
@@ -35,12 +35,12 @@ class Draws:
     strength: Tensor
 
     def share(self, part: slice, device: torch.device) -> Draws:
-        """The draws of some of the pictures, on ``device``."""
+        """The draws of some of the images, on ``device``."""
         return Draws(*(getattr(self, f.name)[part].to(device, non_blocking=True) for f in fields(self)))
 
 
 def draw(config: TrainConfig, count: int) -> Draws:
-    """Draw for ``count`` pictures what ``config`` asks for."""
+    """Draw for ``count`` images what ``config`` asks for."""
     flip = torch.rand(count) < (0.5 if config.flip else 0.0)
     shift = torch.randint(-config.crop_padding, config.crop_padding + 1, (count, 2))
     zoom = 1 + (torch.rand(count, 2) * 2 - 1) * config.zoom
@@ -53,14 +53,14 @@ def draw(config: TrainConfig, count: int) -> Draws:
 
 
 def flip_and_shift(images: Tensor, draws: Draws) -> Tensor:
-    """Mirror and move pictures in one gather; what moves in is the picture reflected at its edge.
+    """Mirror and move images in one gather; what moves in is the image reflected at its edge.
 
     Args:
         images: uint8 [B, H, W, 3].
         draws: of the same B; shifts are smaller than H and W.
 
     Returns:
-        uint8 [B, H, W, 3]: row i shows row ``i + shift`` of the picture, columns likewise, mirrored after the move.
+        uint8 [B, H, W, 3]: row i shows row ``i + shift`` of the image, columns likewise, mirrored after the move.
     """
     height, width = images.shape[1:3]
     rows = reflect(torch.arange(height, device=images.device) + draws.shift[:, :1], height)
@@ -118,7 +118,7 @@ def draw_mix(config: TrainConfig, size: int) -> Tensor | None:
 
 
 def mix(pixels: Tensor, weight: Tensor) -> Tensor:
-    """Mix each picture with the one before it in the batch (of this process, where there are several).
+    """Mix each image with the one before it in the batch (of this process, where there are several).
 
     Args:
         pixels: float [B, 3, H, W].
@@ -128,7 +128,7 @@ def mix(pixels: Tensor, weight: Tensor) -> Tensor:
 
 
 def mixed_cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None, smoothing: float) -> Tensor:
-    """Mean cross-entropy of pictures mixed by ``weight``, the targets mixed in the same shares.
+    """Mean cross-entropy of images mixed by ``weight``, the targets mixed in the same shares.
 
     Args:
         logits: float [B, K].

@@ -90,7 +90,7 @@ def _class_indices(path: Path, content: Mapping[bytes, Any], key: bytes, count: 
     values = list(values) if isinstance(values, list | np.ndarray) else []
     if len(values) != count or not all(isinstance(v, int | np.integer) and 0 <= v < classes for v in values):
         raise DataError(
-            f"{path}: {key.decode()!r} must hold {count} numbers from 0 to {classes - 1}, one for each picture."
+            f"{path}: {key.decode()!r} must hold {count} numbers from 0 to {classes - 1}, one for each image."
         )
     return np.array(values, dtype=np.int64)
 
@@ -101,15 +101,15 @@ def _images(path: Path, content: Mapping[bytes, Any]) -> NDArray[np.uint8]:
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * SIDE * SIDE:
         raise DataError(f"{path}: 'data' must be an array of uint8 [N, {3 * SIDE * SIDE}], as in the official file.")
     if len(data) == 0:
-        raise DataError(f"{path}: holds no picture; the official file holds thousands.")
+        raise DataError(f"{path}: holds no image; the official file holds thousands.")
     return np.ascontiguousarray(data.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1))
 
 
 def _superclasses(path: Path, fine: NDArray[np.int64], coarse: NDArray[np.int64], classes: int) -> tuple[int, ...]:
-    """Return the superclass of each class, as the pictures' two labels tell it."""
+    """Return the superclass of each class, as the images' two labels tell it."""
     pairs = np.unique(np.stack([fine, coarse], axis=1), axis=0)
     if not np.array_equal(pairs[:, 0], np.arange(classes)):
-        raise DataError(f"{path}: every one of the {classes} classes must have pictures, all of one superclass.")
+        raise DataError(f"{path}: every one of the {classes} classes must have images, all of one superclass.")
     return tuple(int(index) for index in pairs[:, 1])
 
 
@@ -122,7 +122,7 @@ def find(path: Path) -> Path | None:
 
 
 def load(folder: Path, *, input_size: int, validation_fraction: float) -> DataSet:
-    """Read CIFAR-100 with its fine labels; validation is the *last* part of the training pictures.
+    """Read CIFAR-100 with its fine labels; validation is the *last* part of the training images.
 
     Raises DataError when a file is missing, damaged or not what the official archive holds.
     """

@@ -1,6 +1,6 @@
-"""What every source of pictures becomes: uint8 tensors, labels, and their names.
+"""What every source of images becomes: uint8 tensors, labels, and their names.
 
-Shape letters: N pictures, H rows, W columns.
+Shape letters: N images, H rows, W columns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class DataError(Exception):
 
 @dataclass(frozen=True)
 class Split:
-    """Pictures with their labels.
+    """Images with their labels.
 
     images: uint8 [N, H, W, 3], RGB, 0..255.
     labels: int64 [N], indices into ``DataSet.labels``.
@@ -38,34 +38,34 @@ class Split:
         return Split(self.images.to(device), self.labels.to(device))
 
     def batches(self, size: int) -> Iterator[Split]:
-        """The split in parts of at most ``size`` pictures, in order."""
+        """The split in parts of at most ``size`` images, in order."""
         for images, labels in zip(self.images.split(size), self.labels.split(size), strict=True):
             yield Split(images, labels)
 
     def digest(self) -> str:
-        """SHA-256 of all pictures and labels, in their order."""
+        """SHA-256 of all images and labels, in their order."""
         sha256 = hashlib.sha256(self.images.contiguous().numpy().data)
         sha256.update(self.labels.contiguous().numpy().data)
         return sha256.hexdigest()
 
     def digests(self) -> list[bytes]:
-        """A digest of each picture, whatever its label."""
-        pictures = self.images.contiguous().numpy()
-        return [hashlib.blake2b(picture.data, digest_size=16).digest() for picture in pictures]
+        """A digest of each image, whatever its label."""
+        images = self.images.contiguous().numpy()
+        return [hashlib.blake2b(image.data, digest_size=16).digest() for image in images]
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Training, validation and test pictures of one size over one list of labels.
+    """Training, validation and test images of one size over one list of labels.
 
     name: short name, `CIFAR100` or that of the image folder.
     labels: class names; the position is the class index.
-    test: None where the source has no test pictures.
+    test: None where the source has no test images.
     superclasses: index of the superclass of each class, None where the source has none.
     superclass_names: the superclasses' names, None where the source has none.
     class_folders: folders of which each folder is a class, or would be; none where the source is no image folder.
-    own_val: whether the source itself tells the validation pictures from the training pictures.
-    passed_over: files there, and in the other splits, that were not taken for pictures.
+    own_val: whether the source itself tells the validation images from the training images.
+    passed_over: files there, and in the other splits, that were not taken for images.
     """
 
     name: str
@@ -80,11 +80,11 @@ class DataSet:
     passed_over: tuple[Path, ...] = ()
 
     def digest(self) -> str:
-        """SHA-256 of what a run learns and chooses from: training and validation pictures and labels."""
+        """SHA-256 of what a run learns and chooses from: training and validation images and labels."""
         return hashlib.sha256((self.train.digest() + self.val.digest()).encode()).hexdigest()
 
     def copies(self) -> dict[str, int]:
-        """How many pictures of "val" and of "test" are training pictures as well, pixel for pixel; none: left out."""
+        """How many images of "val" and of "test" are training images as well, pixel for pixel; none: left out."""
         trained = set(self.train.digests())
         others = {"val": self.val} | ({} if self.test is None else {"test": self.test})
         found = {name: sum(digest in trained for digest in split.digests()) for name, split in others.items()}

@@ -71,7 +71,7 @@ def _receive_all(url: str, partial: Path) -> None:
             reason = str(getattr(error, "reason", error))
     raise DataError(
         f"{url}: cannot be downloaded ({reason}); run the same command again to go on where it stopped, or pass "
-        f"--data with a local folder that holds {FOLDER}/ or one folder of pictures for each class."
+        f"--data with a local folder that holds {FOLDER}/ or one folder of images for each class."
     )
 
 
@@ -143,7 +143,7 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise DataError(
             f"{folder}: cannot be written ({error.strerror}), so CIFAR-100 cannot be downloaded there; "
-            f"pass --data with a local folder that holds {FOLDER}/ or one folder of pictures for each class."
+            f"pass --data with a local folder that holds {FOLDER}/ or one folder of images for each class."
         ) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

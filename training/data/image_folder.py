@@ -15,7 +15,7 @@ from training.data.dataset import CIFAR100, DataError, DataSet, Split
 from training.data.image_files import SUFFIXES, read_images
 
 SPLITS = ("train", "val", "test")
-# What others call the folder `val`: passed over, its pictures would be lost and some of train/ held out in their place.
+# What others call the folder `val`: passed over, its images would be lost and some of train/ held out in their place.
 OTHER_NAMES = ("val", "valid", "validation", "dev")
 LAYOUT = "DIR/<class>/*.jpg, or DIR/train/<class>/*.jpg with val/ and test/ beside train/"
 
@@ -25,16 +25,16 @@ def _class_folders(path: Path) -> list[Path]:
     return sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
 
 
-def _pictures_of(folder: Path) -> list[Path]:
-    """Return the picture files of one class, by name; raises DataError when there are none."""
+def _images_of(folder: Path) -> list[Path]:
+    """Return the image files of one class, by name; raises DataError when there are none."""
     files = (child for child in folder.iterdir() if child.is_file() and not child.name.startswith("."))
-    pictures = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
-    if pictures:
-        return pictures
+    images = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
+    if images:
+        return images
     if _class_folders(folder):
-        raise DataError(f"{folder}: has folders where a class has pictures; lay the pictures out as {LAYOUT}.")
+        raise DataError(f"{folder}: has folders where a class has images; lay the images out as {LAYOUT}.")
     raise DataError(
-        f"{folder}: this class folder has no pictures; put some in ({' '.join(sorted(SUFFIXES))}) or remove it."
+        f"{folder}: this class folder has no images; put some in ({' '.join(sorted(SUFFIXES))}) or remove it."
     )
 
 
@@ -66,20 +66,20 @@ class _Listing:
 
 
 def _list_split(path: Path, labels: tuple[str, ...]) -> _Listing:
-    """List ``path/<class>/*``; raises DataError for a class without pictures or one that is not in ``labels``."""
+    """List ``path/<class>/*``; raises DataError for a class without images or one that is not in ``labels``."""
     folders = _class_folders(path)
     unknown = [folder.name for folder in folders if folder.name not in labels]
     if unknown:
         raise DataError(
-            f"{path}: has classes that the training pictures lack ({', '.join(unknown)}); "
-            "add training pictures of them or remove their folders."
+            f"{path}: has classes that the training images lack ({', '.join(unknown)}); "
+            "add training images of them or remove their folders."
         )
     if not folders:
         raise DataError(f"{path}: has no class folder; lay it out as {LAYOUT}, or remove it.")
-    pictures = [_pictures_of(folder) for folder in folders]
+    images = [_images_of(folder) for folder in folders]
     indices = [labels.index(folder.name) for folder in folders]
-    counts = [len(files) for files in pictures]
-    return _Listing([file for files in pictures for file in files], np.repeat(indices, counts).astype(np.int64))
+    counts = [len(files) for files in images]
+    return _Listing([file for files in images for file in files], np.repeat(indices, counts).astype(np.int64))
 
 
 def stratified_split(
@@ -87,8 +87,8 @@ def stratified_split(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Split indices 0..N-1 into (training, validation), both ascending, by class.
 
-    Of every class ``fraction`` of the pictures, and at least one where it has two, go to validation, and at least one
-    stays. The draw depends on the seed and on the class alone: pictures added to one class do not move the others'.
+    Of every class ``fraction`` of the images, and at least one where it has two, go to validation, and at least one
+    stays. The draw depends on the seed and on the class alone: images added to one class do not move the others'.
     """
     chosen = []
     for label in np.unique(labels):
@@ -104,8 +104,8 @@ def _hold_out(full: _Listing, path: Path, fraction: float, seed: int) -> tuple[_
     training, validation = stratified_split(full.labels, fraction, seed)
     if len(validation) == 0:
         raise DataError(
-            f"{path}: no class has two pictures, so none can be held out for validation; "
-            "add pictures or a folder val/ beside train/."
+            f"{path}: no class has two images, so none can be held out for validation; "
+            "add images or a folder val/ beside train/."
         )
     return full.at(training), full.at(validation)
 
@@ -113,12 +113,12 @@ def _hold_out(full: _Listing, path: Path, fraction: float, seed: int) -> tuple[_
 def _passed_over(path: Path, places: Sequence[Path], taken: set[Path]) -> list[Path]:
     """Return the files at and below ``path`` that are not in ``taken``, sorted.
 
-    Nothing that hides behind a dot, except the pictures of what would be a class without its dot.
+    Nothing that hides behind a dot, except the images of what would be a class without its dot.
 
     Args:
         path: of the data set.
         places: folders of which each folder is a class.
-        taken: the pictures of the data set.
+        taken: the images of the data set.
     """
     classes = [folder for place in places for folder in place.glob("*") if folder.is_dir()]
     links = [folder for folder in (*places, *classes) if folder.is_symlink()]  # which `rglob` does not enter
@@ -131,11 +131,11 @@ def _passed_over(path: Path, places: Sequence[Path], taken: set[Path]) -> list[P
 
 
 def load(path: Path, *, input_size: int, validation_fraction: float, seed: int = 0) -> DataSet:
-    """Read an image folder, every picture brought to ``input_size`` x ``input_size`` once.
+    """Read an image folder, every image brought to ``input_size`` x ``input_size`` once.
 
     Classes are the folders' names in order of the alphabet. Without ``val/`` a stratified, seeded part of the training
-    pictures becomes validation; without ``test/`` there is no test split. Raises DataError for what cannot be used;
-    all folders are looked through before the first picture is read.
+    images becomes validation; without ``test/`` there is no test split. Raises DataError for what cannot be used;
+    all folders are looked through before the first image is read.
     """
     # A class may itself be called "train" (of the railway kind): only a folder of folders is the split.
     has_splits = (path / "train").is_dir() and bool(_class_folders(path / "train"))
@@ -158,9 +158,9 @@ def load(path: Path, *, input_size: int, validation_fraction: float, seed: int =
     return DataSet(
         name=f"{name}-folder" if name == CIFAR100 else name,  # which it is not, as far as anybody knows
         labels=labels,
-        train=train.read(input_size, "training pictures"),
-        val=val.read(input_size, "validation pictures"),
-        test=test.read(input_size, "test pictures") if test is not None else None,
+        train=train.read(input_size, "training images"),
+        val=val.read(input_size, "validation images"),
+        test=test.read(input_size, "test images") if test is not None else None,
         class_folders=places,
         own_val=has_splits and (path / "val").is_dir(),
         passed_over=tuple(passed_over),

@@ -1,4 +1,4 @@
-"""From a path, or from nothing, to a data set: CIFAR-100 by download or from a folder, or the user's own pictures."""
+"""From a path, or from nothing, to a data set: CIFAR-100 by download or from a folder, or the user's own images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LAYOUTS = f"{cifar.FOLDER}/ (files meta, test and train), or {image_folder.LAYO
 
 
 def _check(path: Path) -> None:
-    """Raise DataError unless ``path`` is a folder that may hold folders of pictures."""
+    """Raise DataError unless ``path`` is a folder that may hold folders of images."""
     if not path.exists():
         raise DataError(f"{path}: does not exist; --data takes a folder laid out as {_LAYOUTS}.")
     if not path.is_dir():
@@ -24,7 +24,7 @@ def _check(path: Path) -> None:
         if len(missing) < len(cifar.MEMBERS) and not any(child.is_dir() for child in folder.iterdir()):
             raise DataError(f"{folder}: lacks {' and '.join(missing)}; unpack the whole {cifar.FOLDER} archive there.")
     if not any(child.is_dir() for child in path.iterdir()):
-        raise DataError(f"{path}: has no folders of pictures in it; --data takes a folder laid out as {_LAYOUTS}.")
+        raise DataError(f"{path}: has no folders of images in it; --data takes a folder laid out as {_LAYOUTS}.")
 
 
 def load(
@@ -34,14 +34,14 @@ def load(
     cache_dir: Path = Path("data"),
     validation_fraction: float = 0.1,
 ) -> DataSet:
-    """Load a data set with every picture as uint8 [input_size, input_size, 3].
+    """Load a data set with every image as uint8 [input_size, input_size, 3].
 
     path: None for CIFAR-100 (downloaded into ``cache_dir`` when it is not there), else a folder: the official
         ``cifar-100-python`` layout (itself or its parent), or an image folder (see ``training.data.image_folder``).
-    input_size: side in pixels; other pictures are centre-cropped to a square and resized (bicubic) once.
-    validation_fraction: share of the training pictures held out, in (0, 1): the last ones of CIFAR-100, a stratified
+    input_size: side in pixels; other images are centre-cropped to a square and resized (bicubic) once.
+    validation_fraction: share of the training images held out, in (0, 1): the last ones of CIFAR-100, a stratified
         draw of an image folder, the same in every run; ignored where the folder has its own ``val/``. Of the same
-        pictures, what a smaller share holds out is part of what a larger one does.
+        images, what a smaller share holds out is part of what a larger one does.
 
     Raises DataError, with a sentence for the user, when there is no usable data.
     """
@@ -61,5 +61,5 @@ def load(
 
 
 def load_for(run: Preset | RunConfig, path: Path | None) -> DataSet:
-    """Load a data set at the size of a run's pictures, divided as the run wants it; see `load`."""
+    """Load a data set at the size of a run's images, divided as the run wants it; see `load`."""
     return load(path, input_size=run.model.input_size, validation_fraction=run.train.validation_fraction)

@@ -1,10 +1,10 @@
-"""TrivialAugment (Müller and Hutter 2021): one operation a picture, drawn evenly, of a strength drawn evenly.
+"""TrivialAugment (Müller and Hutter 2021): one operation an image, drawn evenly, of a strength drawn evenly.
 
-Batched tensor code: every operation is computed for every picture and each keeps its own, so that no value leaves the
+Batched tensor code: every operation is computed for every image and each keeps its own, so that no value leaves the
 device and `torch.compile` sees one shape. Their ranges are those of the paper's wide space, on 8-bit levels; its
-``equalize`` is left out, and what moves in is the picture reflected at its edge, where the paper has black.
+``equalize`` is left out, and what moves in is the image reflected at its edge, where the paper has black.
 
-Shape letters: B pictures of H x W pixels.
+Shape letters: B images of H x W pixels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as Pillow
 
 
 def trivial_augment(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
-    """Change each picture by its operation.
+    """Change each image by its operation.
 
     Args:
         images: uint8 or float [B, H, W, 3], 0..255.
@@ -54,9 +54,9 @@ def trivial_augment(images: Tensor, operation: Tensor, strength: Tensor) -> Tens
 
 
 def _move(pixels: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
-    """Shear, translate or rotate those pictures that are to be; float [B, 3, H, W], bilinear, about the centre."""
+    """Shear, translate or rotate those images that are to be; float [B, 3, H, W], bilinear, about the centre."""
     height, width = pixels.shape[2:]
-    # The side is 2 in grid coordinates; a picture that moved by more would only come back as its own reflection.
+    # The side is 2 in grid coordinates; an image that moved by more would only come back as its own reflection.
     across, along = (2 * min(_TRANSLATE / side, 1) for side in (width, height))
     shear_x, shear_y, right, down, angle = (
         torch.where(operation == OPERATIONS.index(name), strength * most, 0.0)
@@ -81,7 +81,7 @@ def _at(number: Tensor) -> Tensor:
 
 
 def _blend_bases(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a picture is blended with, or pushed away from, in the order of `BLENDS`: black, grey, its mean, a blur."""
+    """What an image is blended with, or pushed away from, in the order of `BLENDS`: black, grey, its mean, a blur."""
     grey = sum(weight * pixels[:, i : i + 1] for i, weight in enumerate(_LUMA))
     assert isinstance(grey, Tensor)
     mean = grey.mean(dim=(1, 2, 3), keepdim=True)

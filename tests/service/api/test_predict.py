@@ -114,7 +114,7 @@ async def test_small_images_with_many_pixels_leave_the_event_loop(tmp_path: Path
 
 
 async def test_a_small_jpeg_of_many_scans_leaves_the_event_loop() -> None:
-    decoder = Decoder(Settings(inline_decode_pixels=MAX_SCANS * HEIGHT * WIDTH, decode_threads=1))
+    decoder = Decoder(Settings(inline_decode_pixels=MAX_SCANS * HEIGHT * WIDTH), 1)
     jpeg = encode(SMALL, "JPEG", progressive=True)
     many = [Upload(jpeg + SCAN * (MAX_SCANS + more - jpeg.count(SCAN))) for more in (0, 1)]
     assert decoder.decode_here(many[:1], tiny_metadata()) is not None

@@ -16,7 +16,7 @@ SIZE = ARRAY.shape[:2]
 METADATA = tiny_metadata(input_size=SIZE)
 
 
-async def test_a_picture_of_many_scans_leaves_the_event_loop() -> None:
+async def test_a_image_of_many_scans_leaves_the_event_loop() -> None:
     data = encode(ARRAY, "JPEG", progressive=True)
     scan = data[data.rindex(b"\xff\xda") : -2]
     many = data[:-2] + scan * 80 + data[-2:]

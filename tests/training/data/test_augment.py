@@ -1,4 +1,4 @@
-"""Augmentation against NumPy, picture by picture; what the draws are; mixed pictures and their targets."""
+"""Augmentation against NumPy, image by image; what the draws are; mixed images and their targets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training.state import seed_step
 CPU = torch.device("cpu")
 
 
-def random_pictures(count: int, height: int, width: int) -> Tensor:
+def random_images(count: int, height: int, width: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8, generator=generator)
 
@@ -37,12 +37,12 @@ def draws_of(count: int, **changes: Tensor) -> Draws:
 
 
 @pytest.mark.parametrize(("height", "width", "reach"), [(8, 8, 3), (8, 8, 7), (5, 9, 4), (1, 1, 0)])
-def test_flip_and_shift_are_a_crop_of_the_reflected_picture(height: int, width: int, reach: int) -> None:
+def test_flip_and_shift_are_a_crop_of_the_reflected_image(height: int, width: int, reach: int) -> None:
     shifts = [(row, column) for row in range(-reach, reach + 1) for column in range(-reach, reach + 1)] * 2
     flips = [index % 2 == 1 for index in range(len(shifts) // 2)] + [
         index % 2 == 0 for index in range(len(shifts) // 2)
     ]
-    images = random_pictures(len(shifts), height, width)
+    images = random_images(len(shifts), height, width)
     draws = draws_of(len(shifts), flip=torch.tensor(flips), shift=torch.tensor(shifts))
     moved = augment.flip_and_shift(images, draws)
     assert moved.dtype == torch.uint8
@@ -65,7 +65,7 @@ def keras_coordinate(coordinate: NDArray[np.float64], size: int) -> NDArray[np.f
 
 
 def keras_zoom(image: NDArray[np.float64], height_zoom: float, width_zoom: float) -> NDArray[np.float64]:
-    """Keras' RandomZoom of one picture [H, W, C]: its zoom matrix, then bilinear interpolation."""
+    """Keras' RandomZoom of one image [H, W, C]: its zoom matrix, then bilinear interpolation."""
     axes = []
     for size, factor in zip(image.shape[:2], (height_zoom, width_zoom), strict=True):
         offset = (size - 1) / 2 * (1 - factor)
@@ -117,7 +117,7 @@ def test_draws_cover_what_is_asked_for() -> None:
 
 def test_nothing_changes_when_all_is_off() -> None:
     draws = augment.draw(TrainConfig(flip=False, zoom=0, crop_padding=0), 6)
-    images = random_pictures(6, 8, 8)
+    images = random_images(6, 8, 8)
     assert torch.equal(augment.flip_and_shift(images, draws), images)
     pixels = torch.randn(6, 3, 8, 8)
     torch.testing.assert_close(augment.zoom(pixels, draws), pixels, atol=1e-5, rtol=0)
@@ -191,7 +191,7 @@ def test_batches_are_mixed_as_often_as_asked_for() -> None:
     assert sum(is_box(weight) for weight in both) / 400 == pytest.approx(0.5, abs=0.08)
 
 
-def test_cutmix_takes_the_box_from_the_picture_before() -> None:
+def test_cutmix_takes_the_box_from_the_image_before() -> None:
     pixels = torch.randn(4, 3, 16, 16)
     weight = torch.zeros(16, 16)
     weight[2:7, 9:16] = 1
@@ -212,7 +212,7 @@ def test_mixup_adds_the_shares() -> None:
 def test_the_loss_is_cross_entropy_with_mixed_targets(smoothing: float) -> None:
     logits, labels = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 3, 1, 1, 2])
     weight = torch.zeros(16, 16, dtype=torch.float64)
-    weight[:4, :8] = 1  # an eighth of the picture
+    weight[:4, :8] = 1  # an eighth of the image
     one_hot = np.eye(4)[labels]
     targets = 7 / 8 * one_hot + 1 / 8 * np.roll(one_hot, 1, axis=0)
     log_p = logits.log_softmax(-1).numpy()

@@ -1,4 +1,4 @@
-"""Folders of the user's own pictures: classes, splits, and what can be wrong with them."""
+"""Folders of the user's own images: classes, splits, and what can be wrong with them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.training.data_sets import first_pixels, write_folder, write_picture
+from tests.training.data_sets import first_pixels, write_folder, write_image
 from training.data import image_folder
 from training.data.dataset import DataError
 from training.data.image_folder import stratified_split
@@ -64,7 +64,7 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.JPEG", "a.jfif", "a.png", "a.PNG", "a.WebP", "a.bmp", "a.gif", "a.tif", "a.TIFF"])
 def test_formats_go_by_their_suffix_in_any_case(tmp_path: Path, name: str) -> None:
     write_folder(tmp_path / "train", {"cat": 2, "dog": 2})
-    write_picture(tmp_path / "test" / "cat" / name)
+    write_image(tmp_path / "test" / "cat" / name)
     assert len(load(tmp_path, input_size=8).test) == 1
 
 
@@ -73,14 +73,14 @@ def test_hidden_and_other_files_are_passed_over(tmp_path: Path) -> None:
     told = ("cat/deep/a.png", "cat/notes.txt", "readme.md")
     for name in (".git/config", "cat/.hidden.png", *told):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("no picture")
+        (tmp_path / name).write_text("no image")
     loaded = load(tmp_path, input_size=8)
     assert loaded.labels == ("cat", "dog")
     assert len(loaded.train) + len(loaded.val) == 4
     assert loaded.passed_over == tuple(tmp_path / name for name in told)
 
 
-def test_a_class_behind_a_dot_is_told_by_its_pictures(tmp_path: Path) -> None:
+def test_a_class_behind_a_dot_is_told_by_its_images(tmp_path: Path) -> None:
     write_folder(tmp_path, {"cat": 2, "dog": 2, ".22 calibre": 2, "cat/.thumbnails": 1})
     (tmp_path / ".22 calibre" / "notes.txt").write_text("")
     loaded = load(tmp_path, input_size=8)
@@ -128,23 +128,23 @@ def test_stratified_split_is_a_partition_with_each_class_in_proportion() -> None
     assert set(validation) <= set(grown)
 
 
-def test_stratified_split_leaves_a_picture_to_train_with() -> None:
+def test_stratified_split_leaves_a_image_to_train_with() -> None:
     training, validation = stratified_split(np.repeat([0, 1], [3, 2]), 0.99, seed=0)
     assert (len(training), len(validation)) == (2, 3)
 
 
-def test_a_class_without_pictures(tmp_path: Path) -> None:
+def test_a_class_without_images(tmp_path: Path) -> None:
     write_folder(tmp_path, {"cat": 2, "dog": 2})
     (tmp_path / "emu").mkdir()
     (tmp_path / "emu" / "emu.txt").write_text("an emu")
-    with pytest.raises(DataError, match=r"emu: this class folder has no pictures; put some in \(\.bmp .*\) or remove"):
+    with pytest.raises(DataError, match=r"emu: this class folder has no images; put some in \(\.bmp .*\) or remove"):
         load(tmp_path, input_size=8)
 
 
 def test_folders_one_level_too_deep(tmp_path: Path) -> None:
     write_folder(tmp_path / "animals" / "pets", {"cat": 2, "dog": 2})
     write_folder(tmp_path / "plants" / "trees", {"oak": 2})
-    with pytest.raises(DataError, match=r"animals: has folders where a class has pictures"):
+    with pytest.raises(DataError, match=r"animals: has folders where a class has images"):
         load(tmp_path, input_size=8)
 
 
@@ -161,7 +161,7 @@ def test_fewer_than_two_classes(tmp_path: Path, folder: str, found: str) -> None
 def test_classes_that_training_lacks(tmp_path: Path, split: str) -> None:
     write_folder(tmp_path / "train", {"cat": 2, "dog": 2})
     write_folder(tmp_path / split, {"cat": 1, "emu": 1, "yak": 1})
-    with pytest.raises(DataError, match=rf"{split}: has classes that the training pictures lack \(emu, yak\)"):
+    with pytest.raises(DataError, match=rf"{split}: has classes that the training images lack \(emu, yak\)"):
         load(tmp_path, input_size=8)
 
 
@@ -180,7 +180,7 @@ def test_its_name_is_the_folders_unless_that_is_another_data_sets(tmp_path: Path
 
 def test_nothing_to_hold_out(tmp_path: Path) -> None:
     write_folder(tmp_path, {"cat": 1, "dog": 1})
-    with pytest.raises(DataError, match="no class has two pictures, so none can be held out for validation"):
+    with pytest.raises(DataError, match="no class has two images, so none can be held out for validation"):
         load(tmp_path, input_size=8)
 
 
@@ -192,7 +192,7 @@ def test_nothing_to_hold_out(tmp_path: Path) -> None:
         (20_000, "The PNG image is truncated or damaged"),
     ],
 )
-def test_an_unreadable_picture_is_named(tmp_path: Path, kept: int, reason: str) -> None:
+def test_an_unreadable_image_is_named(tmp_path: Path, kept: int, reason: str) -> None:
     write_folder(tmp_path, {"cat": 20, "dog": 2})
     path = tmp_path / "cat" / "007.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (160, 160, 3), dtype=np.uint8)).save(path)
@@ -209,7 +209,7 @@ def test_what_the_service_would_not_take_is_not_trained_on_under_another_name(tm
         DataError, match=r"000\.png: this image cannot be read \(ICO is not supported; save the image as a JPEG"
     ):
         load(tmp_path, input_size=8)
-    # Two pictures in one JPEG, as phones write them.
+    # Two images in one JPEG, as phones write them.
     views = [Image.new("RGB", (16, 16), colour) for colour in ("teal", "red")]
     views[0].save(path, "MPO", save_all=True, append_images=views[1:])
     assert len(load(tmp_path, input_size=8).train) == 2

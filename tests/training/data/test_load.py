@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.data_sets import write_cifar, write_folder, write_picture
+from tests.training.data_sets import write_cifar, write_folder, write_image
 from training.data.cifar import FOLDER
 from training.data.dataset import DataError
 from training.data.load import load
@@ -24,8 +24,8 @@ def test_a_file_instead_of_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_neither_layout(tmp_path: Path) -> None:
-    write_picture(tmp_path / "a.png")
-    with pytest.raises(DataError, match=r"has no folders of pictures in it; --data takes a folder laid out as"):
+    write_image(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"has no folders of images in it; --data takes a folder laid out as"):
         load(tmp_path, input_size=8)
 
 
@@ -46,13 +46,13 @@ def test_an_incomplete_cifar_folder_is_told_from_an_image_folder(tmp_path: Path,
 
 @pytest.mark.parametrize("cifar", [True, False])
 def test_what_a_smaller_share_holds_out_is_part_of_what_a_larger_one_does(tmp_path: Path, cifar: bool) -> None:
-    # Else a run that begins with another's weights would validate on pictures that those have seen.
+    # Else a run that begins with another's weights would validate on images that those have seen.
     if cifar:
         write_cifar(tmp_path / FOLDER)
     else:
         write_folder(tmp_path, {"cat": 10, "dog": 10})
     few, many = (load(tmp_path, input_size=8, validation_fraction=fraction) for fraction in (0.2, 0.5))
-    held_out = [{picture.numpy().tobytes() for picture in loaded.val.images} for loaded in (few, many)]
+    held_out = [{image.numpy().tobytes() for image in loaded.val.images} for loaded in (few, many)]
     assert (len(held_out[0]), len(held_out[1])) == (4, 10)
     assert held_out[0] < held_out[1]
     for loaded in (few, many):
@@ -60,7 +60,7 @@ def test_what_a_smaller_share_holds_out_is_part_of_what_a_larger_one_does(tmp_pa
         assert not loaded.own_val
 
 
-def test_a_share_is_of_no_use_where_validation_pictures_are_given(tmp_path: Path) -> None:
+def test_a_share_is_of_no_use_where_validation_images_are_given(tmp_path: Path) -> None:
     for split, count in (("train", 10), ("val", 3)):
         write_folder(tmp_path / split, {"cat": count, "dog": count})
     for fraction in (0.2, 0.5):

@@ -1,4 +1,4 @@
-"""TrivialAugment against Pillow, picture by picture, and against what each movement means."""
+"""TrivialAugment against Pillow, image by image, and against what each movement means."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training.data import augment
 from training.data.trivial_augment import OPERATIONS, trivial_augment
 
 
-def smooth_pictures(count: int, height: int = 24, width: int = 32) -> Tensor:
+def smooth_images(count: int, height: int = 24, width: int = 32) -> Tensor:
     """uint8 [count, height, width, 3] without hard edges, of which interpolation makes much."""
     small = np.random.default_rng(0).integers(0, 256, (count, 5, 6, 3), dtype=np.uint8)
     large = [Image.fromarray(each).resize((width, height), Image.Resampling.BICUBIC) for each in small]
@@ -41,10 +41,10 @@ PILLOW: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 @pytest.mark.parametrize("strength", [-1.0, -0.4, 0.0, 0.7, 1.0])
 @pytest.mark.parametrize("name", PILLOW)
 def test_levels_change_as_pillow_changes_them(name: str, strength: float) -> None:
-    images = smooth_pictures(4)
+    images = smooth_images(4)
     found = apply(images, name, strength).numpy()
-    for picture, result in zip(images.numpy(), found, strict=True):
-        expected = np.asarray(PILLOW[name](Image.fromarray(picture), strength)).astype(float)
+    for image, result in zip(images.numpy(), found, strict=True):
+        expected = np.asarray(PILLOW[name](Image.fromarray(image), strength)).astype(float)
         inner = (slice(1, -1), slice(1, -1))  # Pillow does not blur the outermost pixels
         # Pillow rounds what is blended before it blends, and the threshold.
         level = 256 if name == "solarize" else 2.5
@@ -54,7 +54,7 @@ def test_levels_change_as_pillow_changes_them(name: str, strength: float) -> Non
 
 
 def test_the_identity_and_a_strength_of_nothing_change_nothing() -> None:
-    images = smooth_pictures(2)
+    images = smooth_images(2)
     assert torch.equal(apply(images, "identity", 0.9), images.float())
     for name in set(OPERATIONS) - {"autocontrast"}:
         torch.testing.assert_close(apply(images, name, 0.0), images.float(), atol=0.02, rtol=0)
@@ -66,15 +66,15 @@ def test_a_flat_channel_has_no_contrast_to_stretch() -> None:
 
 
 def test_translations_move_by_their_share_of_the_side() -> None:
-    images = smooth_pictures(2)
+    images = smooth_images(2)
     right = apply(images, "translate_x", 0.25)  # shows what lies 0.25 * 32 columns further
     torch.testing.assert_close(right[:, :, :24], images[:, :, 8:].float(), atol=0.01, rtol=0)
     down = apply(images, "translate_y", -0.25)
     torch.testing.assert_close(down[:, 6:], images[:, :18].float(), atol=0.01, rtol=0)
 
 
-def test_a_large_picture_moves_by_at_most_32_pixels() -> None:
-    images = smooth_pictures(2, 96, 128)
+def test_a_large_image_moves_by_at_most_32_pixels() -> None:
+    images = smooth_images(2, 96, 128)
     right = apply(images, "translate_x", 1.0)
     torch.testing.assert_close(right[:, :, :96], images[:, :, 32:].float(), atol=0.05, rtol=0)
     down = apply(images, "translate_y", -1.0)
@@ -82,7 +82,7 @@ def test_a_large_picture_moves_by_at_most_32_pixels() -> None:
 
 
 def test_a_quarter_turn() -> None:
-    images = smooth_pictures(2, 32, 32)
+    images = smooth_images(2, 32, 32)
     turned = apply(images, "rotate", 90 / 135)
     torch.testing.assert_close(turned, images.float().rot90(1, (1, 2)), atol=0.05, rtol=0)
 
@@ -96,9 +96,9 @@ def test_shears_move_each_row_in_proportion_to_its_distance_from_the_centre() ->
     torch.testing.assert_close(sheared, 16 + 0.99 * 0.3 * (torch.arange(33.0) - 16), atol=0.01, rtol=0)
 
 
-def test_each_picture_gets_its_own_operation() -> None:
+def test_each_image_gets_its_own_operation() -> None:
     count = len(OPERATIONS)
-    images = smooth_pictures(count)
+    images = smooth_images(count)
     strength = torch.linspace(-1, 1, count)
     together = trivial_augment(images, torch.arange(count), strength)
     for i, name in enumerate(OPERATIONS):
@@ -109,7 +109,7 @@ def test_each_picture_gets_its_own_operation() -> None:
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_autocast_rounds_nothing(name: str) -> None:
-    images = smooth_pictures(2)
+    images = smooth_images(2)
     with torch.autocast("cpu", torch.bfloat16):
         found = apply(images, name, 0.6)
     assert found.dtype == torch.float32
