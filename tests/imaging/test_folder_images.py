@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from imaging.resize import resize_images
-from training import pictures
+from training.data import image_files
 from training.data.dataset import DataError
-from training.pictures import read_picture, read_pictures
+from training.data.image_files import read_image, read_images
 
 PATTERN = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
 
@@ -19,7 +19,7 @@ PATTERN = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
 def read_one(folder: Path) -> np.ndarray:
     """The folder's only picture, uint8 [8, 8, 3]."""
     (path,) = folder.iterdir()
-    return read_picture(path, 8)
+    return read_image(path, 8)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "a.webp"])
@@ -108,20 +108,20 @@ def test_pixels_without_a_range_are_refused(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "values.tif"
     Image.new(mode, (8, 8), 7).save(path)
     with pytest.raises(DataError, match=r"values\.tif: .* \(32-bit pixel values have no defined range"):
-        read_picture(path, 8)
+        read_image(path, 8)
 
 
 def test_pictures_come_in_the_order_asked_for(tmp_path: Path) -> None:
     paths = [tmp_path / f"{index}.png" for index in range(50)]
     for index, path in enumerate(paths):
         Image.new("RGB", (2, 2), (index, 0, 0)).save(path)
-    assert read_pictures(paths[::-1], 2, "pictures")[:, 0, 0, 0].tolist() == list(range(50))[::-1]
+    assert read_images(paths[::-1], 2, "pictures")[:, 0, 0, 0].tolist() == list(range(50))[::-1]
 
 
 def test_arrays_are_resized_as_files_are(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 12, 12, 3), dtype=np.uint8)
     Image.fromarray(pixels[1]).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(resize_images(pixels, 7)[1], read_picture(tmp_path / "a.png", 7))
+    np.testing.assert_array_equal(resize_images(pixels, 7)[1], read_image(tmp_path / "a.png", 7))
     assert resize_images(pixels, 12) is pixels
 
 
@@ -130,6 +130,6 @@ def test_an_image_of_too_many_pixels_is_told_from_a_damaged_one(
 ) -> None:
     path = tmp_path / "large.png"
     Image.new("L", (40, 30)).save(path)
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 500)
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 500)
     with pytest.raises(DataError, match=r"large\.png: .*40 x 30 = 1200 pixels; at most 500 are allowed"):
-        read_picture(path, 8)
+        read_image(path, 8)
