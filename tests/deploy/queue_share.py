@@ -44,7 +44,7 @@ class Share(threading.Thread):
         with httpx.Client() as client:
             while not self.stop.wait(READING_S):
                 text = client.get(f"{self._url}/metrics").text
-                found = re.search(r"^perceiver_admitted_\w*s (\S+)$", text, re.MULTILINE)
+                found = re.search(r"^perceiver_admitted_images (\S+)$", text, re.MULTILINE)
                 assert found is not None
                 self.readings.append((time.monotonic(), float(found[1]) / MAX_QUEUE_SIZE))
 
