@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.deploy import queue_share
 from tests.deploy.files import ROOT, VALUES, Yaml
 from tests.deploy.promtool import expect, needs_promtool, promtool
 from tests.deploy.tools import NAME, NAMESPACE, Helm
@@ -184,6 +185,13 @@ def test_pods_that_prometheus_has_lost_give_nothing_and_not_zero(helm: Helm, tmp
 def test_a_query_of_ones_own_is_taken_as_it_is(helm: Helm):
     query = 'sum(my:queue_share{cluster="a"})'
     assert trigger(helm, query=query)["metadata"]["query"] == query
+
+
+def test_the_table_of_loads_can_be_made_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("sys.argv", ["queue_share", "--settling", "0.5", "--seconds", "1", "--loads", "0.5"])
+    queue_share.main()
+    share = float(capsys.readouterr().out.splitlines()[-1].split("|")[4])
+    assert 0 < share < 1
 
 
 def test_an_autoscaler_scales_the_deployment(helm: Helm):
