@@ -1,5 +1,5 @@
 # An image with a model folder in it. The folder is the context:
-#   docker build -f deploy/model.Dockerfile -t perceiver:0.1.0 models/perceiver-cifar100
+#   docker build -f deploy/model.Dockerfile -t perceiver:0.2.0 models/perceiver-cifar100
 # --target volume makes an image of the model alone, for the chart's model.source "ociImage".
 ARG SERVICE_IMAGE=perceiver-service:local
 

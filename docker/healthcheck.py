@@ -1,4 +1,4 @@
-"""Exit with 0 if the service in this container says that it is ready, else print why not and exit with 1.
+"""Exit with 0 if each worker in this container says that it is ready, else print why one does not and exit with 1.
 
 What Docker's HEALTHCHECK runs; the image has no curl. It reads the variables that the service reads.
 """
@@ -10,9 +10,19 @@ import urllib.error
 import urllib.request
 
 
-def problem() -> str:
-    """Return why the service is not ready; "" if it is."""
-    port = os.environ.get("PERCEIVER_PORT") or "8000"
+def ports() -> range:
+    """Return the ports to ask: one for each worker, or the port of the clients, where any worker answers."""
+    first = os.environ.get("PERCEIVER_MANAGEMENT_PORT")
+    if not first:
+        port = int(os.environ.get("PERCEIVER_PORT") or 8000)
+        return range(port, port + 1)
+    workers = os.environ.get("PERCEIVER_WORKERS") or "1"
+    count = int(workers) if workers.isdecimal() else 1  # auto: the first worker speaks for all
+    return range(int(first), int(first) + max(count, 1))
+
+
+def problem(port: int) -> str:
+    """Return why what listens on a port is not ready; "" if it is."""
     tls = os.environ.get("PERCEIVER_TLS_CERT")
     context = None
     if tls:  # the certificate names the public host, not this address
@@ -32,4 +42,4 @@ def problem() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(problem() or 0)
+    sys.exit(next(filter(None, map(problem, ports())), 0))

@@ -19,7 +19,7 @@ import httpx
 import numpy as np
 
 from benchmarks.generator import Plan, arrival_times
-from benchmarks.payloads import build_requests, generate_pictures
+from benchmarks.payloads import build_requests, generate_images
 from benchmarks.processes import Load, run_load
 from tests.chaos.overload import rate_of_answers
 from tests.chaos.slow_service import MODULE, VARIABLE
@@ -27,7 +27,6 @@ from tests.end_to_end.process import on_model, started
 from tests.fakes import make_model_folder
 
 RUN_MS, MAX_BATCH_SIZE, MAX_QUEUE_SIZE = 100, 32, 512
-SETTLING_S = 3.0
 READING_S = 0.1
 
 
@@ -44,7 +43,7 @@ class Share(threading.Thread):
         with httpx.Client() as client:
             while not self.stop.wait(READING_S):
                 text = client.get(f"{self._url}/metrics").text
-                found = re.search(r"^perceiver_admitted_\w*s (\S+)$", text, re.MULTILINE)
+                found = re.search(r"^perceiver_admitted_images (\S+)$", text, re.MULTILINE)
                 assert found is not None
                 self.readings.append((time.monotonic(), float(found[1]) / MAX_QUEUE_SIZE))
 
@@ -52,12 +51,12 @@ class Share(threading.Thread):
         return float(np.mean([share for moment, share in self.readings if load.begin <= moment < load.end]))
 
 
-def measure(plan: Plan, url: str) -> tuple[Load, float]:
+def measure(plan: Plan, url: str, settling_s: float) -> tuple[Load, float]:
     """Send, and return what came of it with the mean share."""
     share = Share(url)
     share.start()
     try:
-        load = run_load(plan, warmup_s=SETTLING_S)
+        load = run_load(plan, warmup_s=settling_s)
     finally:
         share.stop.set()
         share.join()
@@ -82,6 +81,7 @@ def row(name: str, load: Load, share: float) -> str:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--settling", type=float, default=3, help="seconds of each load that do not count")
     parser.add_argument("--seconds", type=float, default=20, help="that count, of each load")
     parser.add_argument(
         "--loads", type=float, nargs="+", default=[0.5, 0.7, 0.8, 0.9, 0.95, 1, 1.1, 1.5], help="by capacity"
@@ -104,17 +104,17 @@ def main() -> None:
             address = urlsplit(url)
             assert address.hostname is not None
             assert address.port is not None
-            requests = build_requests(generate_pictures(64, 32, "jpeg", 0), "raw", host=address.netloc)
-            seconds = SETTLING_S + args.seconds
+            requests = build_requests(generate_images(64, 32, "jpeg", 0), "raw", host=address.netloc)
+            seconds = args.settling + args.seconds
             plan = Plan(address.hostname, address.port, requests, MAX_QUEUE_SIZE + 256, seconds=seconds)
             # The queue is full all the time: no more can be answered.
             closed = replace(plan, connections=MAX_QUEUE_SIZE)
-            capacity = rate_of_answers(run_load(closed, warmup_s=SETTLING_S))
+            capacity = rate_of_answers(run_load(closed, warmup_s=args.settling))
             print(f"capacity: {capacity:.0f} images a second")
             print("| load | offered | answered | share | median ms | p99 ms | 503 | late by ms |")
             for factor in args.loads:
                 arrivals = arrival_times(factor * capacity, seconds, "poisson")
-                print(row(f"{factor:g}", *measure(replace(plan, arrivals=arrivals), url)), flush=True)
+                print(row(f"{factor:g}", *measure(replace(plan, arrivals=arrivals), url, args.settling)), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,10 @@ CASES: dict[str, tuple[Yaml, set[str]]] = {
     "defaults": ({}, set()),
     "workers": ({"workers": "auto"}, set()),
     "management port": ({"managementPort": 9000}, set()),
+    "workers with management ports": (
+        {"workers": 3, "managementPort": 9000, "serviceMonitor": {"enabled": True}, "networkPolicy": {"enabled": True}},
+        {"ServiceMonitor", "NetworkPolicy"},
+    ),
     "settings": ({"settings": {"max_batch_size": 64, "precision": "float32", "device_ids": [0, 1]}}, set()),
     "extra environment": ({"extraEnv": [{"name": "OMP_NUM_THREADS", "value": "1"}]}, set()),
     "model in a volume": ({"model": {"source": "pvc", "folder": "", "pvc": {"claimName": "models"}}}, set()),

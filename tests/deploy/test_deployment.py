@@ -50,6 +50,26 @@ def test_probes_and_prometheus_ask_the_same_port(helm: Helm, port: int | None, n
     assert objects.environment().get("PERCEIVER_MANAGEMENT_PORT") == (str(port) if port else None)
 
 
+def test_each_worker_has_a_port_that_prometheus_and_the_readiness_probe_ask(helm: Helm):
+    objects = helm.objects({"workers": 3, "managementPort": 9000, "serviceMonitor": {"enabled": True}})
+    container = objects.container()
+    ports = {"http": 8000, "management": 9000, "management-1": 9001, "management-2": 9002}
+    assert {one["name"]: one["containerPort"] for one in container["ports"]} == ports
+    assert {one["targetPort"] for one in objects.one("Service")["spec"]["ports"]} == set(ports)
+    relabelled = {one["port"]: one["relabelings"] for one in objects.one("ServiceMonitor")["spec"]["endpoints"]}
+    instances = {
+        port: [one["replacement"] for one in relabelings if one["targetLabel"] == "instance"]
+        for port, relabelings in relabelled.items()
+    }
+    assert instances == {"management": ["$1:9000"], "management-1": ["$1:9001"], "management-2": ["$1:9002"]}
+    command = container["readinessProbe"]["exec"]["command"]
+    assert command == re.findall(
+        r'"([^"]+)"', DOCKERFILE.partition("HEALTHCHECK")[2].partition("CMD [")[2].partition("]")[0]
+    )
+    assert container["livenessProbe"]["httpGet"] == {"path": "/health/live", "port": "management"}
+    assert objects.environment()["PERCEIVER_WORKERS"] == "3"
+
+
 def test_what_the_image_says_of_itself_is_what_the_chart_says(helm: Helm):
     objects = helm.objects()
     environment, pod = objects.environment(), objects.pod()
@@ -173,7 +193,7 @@ def test_labels_of_the_pods_do_not_change_with_the_chart(helm: Helm):
     """Else a new chart with the same image would replace every pod."""
     labels = helm.objects()
     served = labels.one("Deployment")["spec"]["template"]["metadata"]["labels"]
-    assert not any("0.1.0" in value for value in served.values())
+    assert set(served) == {f"app.kubernetes.io/{name}" for name in ("name", "instance", "component")}
 
 
 def test_a_constraint_with_its_own_selector_keeps_it(helm: Helm):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.deploy import queue_share
 from tests.deploy.files import ROOT, VALUES, Yaml
 from tests.deploy.promtool import expect, needs_promtool, promtool
 from tests.deploy.tools import NAME, NAMESPACE, Helm
@@ -114,9 +115,10 @@ def trigger(helm: Helm, **queue: object) -> Yaml:
     return found
 
 
-def pod(name: str, service: str = NAME, namespace: str = NAMESPACE) -> str:
-    """The labels that the Prometheus operator gives the metrics of a pod."""
-    return f'{{namespace="{namespace}", service="{service}", pod="{name}", instance="{name}", job="perceiver"}}'
+def pod(name: str, service: str = NAME, namespace: str = NAMESPACE, instance: str = "") -> str:
+    """The labels that the Prometheus operator, and the ServiceMonitor, give the metrics of a pod."""
+    instance = instance or name
+    return f'{{namespace="{namespace}", service="{service}", pod="{name}", instance="{instance}", job="perceiver"}}'
 
 
 def test_the_queues_metrics_are_those_that_the_service_has(helm: Helm):
@@ -134,23 +136,35 @@ def test_pods_wanted_are_the_shares_of_all_queues_by_the_threshold(helm: Helm, t
     assert found["metadata"]["ignoreNullValues"] == "false"
     series = {
         # 64 of 512 is the threshold itself, one pod: b goes from empty to full after 5 minutes.
-        f"perceiver_admitted_pictures{pod('a')}": "64x60",
+        f"perceiver_admitted_images{pod('a')}": "64x60",
         f"perceiver_max_queue_size{pod('a')}": "512x60",
-        f"perceiver_admitted_pictures{pod('b')}": "0x29 512x30",
+        f"perceiver_admitted_images{pod('b')}": "0x29 512x30",
         f"perceiver_max_queue_size{pod('b')}": "512x60",
         # Of other releases, which must not count.
-        f"perceiver_admitted_pictures{pod('c', service='dogs-perceiver')}": "512x60",
+        f"perceiver_admitted_images{pod('c', service='dogs-perceiver')}": "512x60",
         f"perceiver_max_queue_size{pod('c', service='dogs-perceiver')}": "512x60",
-        f"perceiver_admitted_pictures{pod('d', namespace='other')}": "512x60",
+        f"perceiver_admitted_images{pod('d', namespace='other')}": "512x60",
         f"perceiver_max_queue_size{pod('d', namespace='other')}": "512x60",
     }
     expect(tmp_path, found["metadata"]["query"], series, {"4m": 0.125, "8m": 1.125})
 
 
 @needs_promtool
+def test_workers_of_one_pod_count_as_one(helm: Helm, tmp_path: Path):
+    """Half of a pod's queues is taken where one of its two is full."""
+    series = {
+        f"perceiver_admitted_images{pod('a', instance='a:9000')}": "512x60",
+        f"perceiver_max_queue_size{pod('a', instance='a:9000')}": "512x60",
+        f"perceiver_admitted_images{pod('a', instance='a:9001')}": "0x60",
+        f"perceiver_max_queue_size{pod('a', instance='a:9001')}": "512x60",
+    }
+    expect(tmp_path, trigger(helm)["metadata"]["query"], series, {"4m": 0.5})
+
+
+@needs_promtool
 def test_a_burst_counts_by_its_share_of_the_window(helm: Helm, tmp_path: Path):
     series = {
-        f"perceiver_admitted_pictures{pod('a')}": "0x20 512x2 0x20",
+        f"perceiver_admitted_images{pod('a')}": "0x20 512x2 0x20",
         f"perceiver_max_queue_size{pod('a')}": "512x60",
     }
     # Of the readings within 45 s, so many were full.
@@ -162,7 +176,7 @@ def test_a_burst_counts_by_its_share_of_the_window(helm: Helm, tmp_path: Path):
 def test_pods_that_prometheus_has_lost_give_nothing_and_not_zero(helm: Helm, tmp_path: Path):
     """So that ignoreNullValues can tell the two apart, and KEDA leaves the pods as they are."""
     series = {
-        f"perceiver_admitted_pictures{pod('a')}": "512x12 stale",
+        f"perceiver_admitted_images{pod('a')}": "512x12 stale",
         f"perceiver_max_queue_size{pod('a')}": "512x12 stale",
     }
     expect(tmp_path, trigger(helm)["metadata"]["query"], series, {"2m": 1, "3m": None})
@@ -171,6 +185,13 @@ def test_pods_that_prometheus_has_lost_give_nothing_and_not_zero(helm: Helm, tmp
 def test_a_query_of_ones_own_is_taken_as_it_is(helm: Helm):
     query = 'sum(my:queue_share{cluster="a"})'
     assert trigger(helm, query=query)["metadata"]["query"] == query
+
+
+def test_the_table_of_loads_can_be_made_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("sys.argv", ["queue_share", "--settling", "0.5", "--seconds", "1", "--loads", "0.5"])
+    queue_share.main()
+    share = float(capsys.readouterr().out.splitlines()[-1].split("|")[4])
+    assert 0 < share < 1
 
 
 def test_an_autoscaler_scales_the_deployment(helm: Helm):

@@ -117,7 +117,21 @@ REFUSED: dict[str, tuple[Yaml, str]] = {
         {"autoscaling": {"by": "cpu"}, "resources": {"requests": {"cpu": None}, "limits": {"cpu": None}}},
         "a percentage of resources.requests.cpu: set that",
     ),
-    "one port for both": ({"managementPort": 8000}, "managementPort is 8000, the port that clients use"),
+    "one port for both": ({"managementPort": 8000}, "port 8000, which clients use, is among those that workers take"),
+    "one port for the second worker": (
+        {"managementPort": 7999, "workers": 2},
+        "port 8000, which clients use, is among those that workers take from managementPort on",
+    ),
+    "one port of the Service for both": ({"managementPort": 80}, "port 80, which clients use"),
+    "so many ports that nobody knows": ({"managementPort": 9000, "workers": "auto"}, "give workers a number"),
+    "metrics of several workers on one port": (
+        {"workers": 2, "serviceMonitor": {"enabled": True}},
+        "which only management ports tell apart: set managementPort",
+    ),
+    "queues of several workers on one port": (
+        {"workers": "auto", "autoscaling": {"by": "queue", "queue": {"serverAddress": "http://prometheus:9090"}}},
+        "which only management ports tell apart: set managementPort",
+    ),
     "an alarm that there is not": (
         {"prometheusRule": {"disabled": ["PerceiverUp"]}},
         "at '/prometheusRule/disabled/0': value must be one of 'PerceiverDown'",
@@ -153,17 +167,13 @@ def test_settings_arrive_as_text_that_the_service_reads(helm: Helm, monkeypatch:
     }
 
 
-# Settings that the chart has values for, and the service does not have yet: issue 26 brings them.
-COMING = {"workers", "management_port"}
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_every_variable_is_a_setting(helm: Helm, case: str):
     """A misspelt one would stop the start."""
     names = helm.objects(CASES[case][0]).environment()
     settings = {name.removeprefix("PERCEIVER_").lower() for name in names if name.startswith("PERCEIVER_")}
     assert {"model_dir", "drain_delay_s", "provider"} <= settings
-    assert settings <= set(Settings.model_fields) | COMING
+    assert settings <= set(Settings.model_fields)
 
 
 def test_values_that_the_docs_name_are_there():

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from tests.docker.files import DOCKER, compose
+from tests.end_to_end.test_workers import free_ports
 
 HEALTHCHECK = [sys.executable, "-IS", DOCKER / "healthcheck.py"]
 START = DOCKER / "grafana" / "start.sh"
 
 
 @contextmanager
-def answering(status: int, body: bytes, path: str = "/health/ready") -> Iterator[int]:
+def answering(status: int, body: bytes, path: str = "/health/ready", port: int = 0) -> Iterator[int]:
     """A server that answers this path so; yields its port."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -31,7 +32,7 @@ def answering(status: int, body: bytes, path: str = "/health/ready") -> Iterator
         def log_message(self, *args: object) -> None:
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+    with HTTPServer(("127.0.0.1", port), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
@@ -73,6 +74,20 @@ def test_healthcheck_fails_when_nobody_listens():
     run = check_health(port)
     assert run.returncode == 1
     assert "refused" in run.stderr
+
+
+def test_healthcheck_asks_the_management_port_of_each_worker():
+    first = free_ports(2)
+    asked = {"PERCEIVER_MANAGEMENT_PORT": str(first)}
+    with answering(200, b"{}", port=first):
+        assert check_health(1, **asked).returncode == 0  # the port of the clients has no /health then
+        with answering(503, b'{"status": "loading"}', port=first + 1):
+            assert check_health(1, **asked, PERCEIVER_WORKERS="auto").returncode == 0
+            run = check_health(1, **asked, PERCEIVER_WORKERS="2")
+            assert run.returncode == 1
+            assert '{"status": "loading"}' in run.stderr
+        with answering(200, b"{}", port=first + 1):
+            assert check_health(1, **asked, PERCEIVER_WORKERS="2").returncode == 0
 
 
 def test_grafanas_healthcheck_goes_through_no_proxy():

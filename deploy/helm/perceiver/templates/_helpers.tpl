@@ -40,7 +40,15 @@ app.kubernetes.io/component: test
 {{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
 {{- end }}
 
-{{- /* The port that probes and Prometheus ask. */}}
+{{- /* The ports of probes and Prometheus, as a map of name to number: one for each worker. Empty: the service's port. */}}
+{{- define "perceiver.managementPorts" -}}
+{{- if .Values.managementPort }}
+{{- range $worker := until (int .Values.workers) }}
+{{ if $worker }}management-{{ $worker }}{{ else }}management{{ end }}: {{ add $.Values.managementPort $worker }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{- define "perceiver.managementPortName" -}}
 {{ if .Values.managementPort }}management{{ else }}http{{ end }}
 {{- end }}
@@ -48,9 +56,9 @@ app.kubernetes.io/component: test
 {{- /* The metrics that autoscaling reads. The alarms and the dashboard come whole from files/. */}}
 {{- define "perceiver.queueQuery" -}}
 {{- $pods := printf "{namespace=%q, service=%q}" .Release.Namespace (include "perceiver.fullname" .) }}
-{{- $taken := printf "perceiver_admitted_pictures%s" $pods }}
-{{- $all := printf "perceiver_max_queue_size%s" $pods }}
-{{- printf "sum(avg_over_time(%s[%s]) / %s)" $taken .Values.autoscaling.queue.window $all }}
+{{- $taken := printf "sum by (pod) (avg_over_time(perceiver_admitted_images%s[%s]))" $pods .Values.autoscaling.queue.window }}
+{{- $all := printf "sum by (pod) (perceiver_max_queue_size%s)" $pods }}
+{{- printf "sum(%s / %s)" $taken $all }}
 {{- end }}
 
 {{- /* A setting as text. YAML's numbers come as floats, which would print 268435456 as 2.68435456e+08. */}}
@@ -92,9 +100,8 @@ app.kubernetes.io/component: test
 {{- end }}
 
 {{- define "perceiver.probe" -}}
-{{- $probe := index .root.Values.probes .name -}}
 httpGet: {path: {{ .path }}, port: {{ include "perceiver.managementPortName" .root }}}
-{{ toYaml $probe }}
+{{ toYaml (index .root.Values.probes .name) }}
 {{- end }}
 
 {{- /* What values.schema.json can't say: values that belong together. */}}
@@ -119,7 +126,17 @@ httpGet: {path: {{ .path }}, port: {{ include "perceiver.managementPortName" .ro
 {{- if gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas) }}
 {{- fail "autoscaling.minReplicas is larger than autoscaling.maxReplicas" }}
 {{- end }}
-{{- if and .Values.managementPort (eq (int .Values.managementPort) 8000) }}
-{{- fail "managementPort is 8000, the port that clients use: name another, or null for none" }}
+{{- if .Values.managementPort }}
+{{- if eq (toString .Values.workers) "auto" }}
+{{- fail "workers is auto, so nobody knows how many ports there are from managementPort on: give workers a number" }}
+{{- end }}
+{{- $taken := values (include "perceiver.managementPorts" . | fromYaml) | toStrings }}
+{{- range list "8000" (toString .Values.service.port) }}
+{{- if has . $taken }}
+{{- fail (printf "port %s, which clients use, is among those that workers take from managementPort on: name another" .) }}
+{{- end }}
+{{- end }}
+{{- else if and (ne (toString .Values.workers) "1") (or .Values.serviceMonitor.enabled (eq .Values.autoscaling.by "queue")) }}
+{{- fail "several workers have metrics of their own, which only management ports tell apart: set managementPort" }}
 {{- end }}
 {{- end }}
