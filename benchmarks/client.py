@@ -74,10 +74,14 @@ class _Connection(asyncio.Protocol):
 
 
 class Client:
-    """Sends requests one after another over a connection that it opens again when it was closed."""
+    """Sends requests one after another over a connection that it opens again when it was closed.
 
-    def __init__(self, host: str, port: int) -> None:
+    With `apart` head and body are two writes, as those of Python's http.client and of nginx are.
+    """
+
+    def __init__(self, host: str, port: int, *, apart: bool = False) -> None:
         self._address = (host, port)
+        self._apart = apart
         self._connection: _Connection | None = None
 
     async def connect(self) -> None:
@@ -111,6 +115,11 @@ class Client:
                 assert connection is not None
                 assert connection.transport is not None
                 connection.answer = asyncio.get_running_loop().create_future()
+                if self._apart:
+                    head, end, body = request.partition(b"\r\n\r\n")
+                    connection.transport.write(head + end)
+                    await asyncio.sleep(0)
+                    request = body
                 connection.transport.write(request)
                 return await connection.answer
         except TimeoutError:

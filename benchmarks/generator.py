@@ -40,6 +40,7 @@ class Plan:
         first, stride: of the numbered requests this process sends number `first` and every `stride`th after it.
         timeout_s: seconds from a request's scheduled time after which its client gives up.
         keep_bodies: keep every answer's body, not only those of errors.
+        apart: send head and body in two writes.
     """
 
     host: str
@@ -50,6 +51,7 @@ class Plan:
     arrivals: NDArray[np.float64] | None = None
     timeout_s: float = 30.0
     keep_bodies: bool = False
+    apart: bool = False
     first: int = 0
     stride: int = 1
 
@@ -120,7 +122,7 @@ class Generator:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._clients = [Client(plan.host, plan.port) for _ in range(plan.connections)]
+        self._clients = [Client(plan.host, plan.port, apart=plan.apart) for _ in range(plan.connections)]
         self._records = Records()
 
     async def connect(self) -> None:

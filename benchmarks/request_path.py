@@ -1,7 +1,8 @@
 """What a request costs apart from the model: `python -m benchmarks.request_path`.
 
-A tiny model, small JPEGs, 64 connections, on the same cores as the generator. Raw body and multipart form are measured
-in turn, and beside them the floor: a bare ASGI app with the same engine and none of the service's promises.
+A tiny model, small JPEGs, 64 connections, on the same cores as the generator. Raw body, raw body apart from its head,
+and multipart form are measured in turn. Beside them the floor: a bare ASGI app with the same engine and none of the
+service's promises.
 """
 
 import argparse
@@ -49,15 +50,18 @@ def main() -> int:
         model = make_tiny_model(Path(stack.enter_context(tempfile.TemporaryDirectory())))
         service = stack.enter_context(Server(model, settings))
         floor = stack.enter_context(Server(model, command=("-m", "benchmarks.floor")))
+        raw = build_requests(images, "raw", host=HOST)
         kinds = {
-            "service, raw body": (service, build_requests(images, "raw", host=HOST)),
+            "service, raw body": (service, raw),
+            "service, head and body apart": (service, raw),
             "service, multipart": (service, build_requests(images, "multipart", host=HOST)),
-            "floor, raw body": (floor, build_requests(images, "raw", host=HOST)),
+            "floor, raw body": (floor, raw),
         }
         measured: dict[str, list[Summary]] = {name: [] for name in kinds}
         for _ in range(args.rounds):
             for name, (server, requests) in kinds.items():
-                plan = Plan(HOST, server.port, requests, args.connections, seconds=WARMUP_S + args.seconds)
+                seconds = WARMUP_S + args.seconds
+                plan = Plan(HOST, server.port, requests, args.connections, seconds, apart="apart" in name)
                 load = run_load(plan, warmup_s=WARMUP_S, processes=args.processes, server_cpu=server.cpu_seconds)
                 measured[name].append(summarize(load))
     rows = [{"request": name, **medians(summaries)} for name, summaries in measured.items()]

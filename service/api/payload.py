@@ -6,6 +6,7 @@ Images are counted while the body is parsed. A URL in a body is never fetched.
 import re
 from binascii import a2b_base64
 from codecs import BOM_UTF8
+from functools import lru_cache
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
@@ -39,6 +40,7 @@ def check_size(size: int, max_bytes: int) -> None:
         raise BodyTooLarge(f"The body is larger than the {max_bytes} bytes that are allowed.")
 
 
+@lru_cache(maxsize=128)  # a client sends the same each time, and errors are not kept
 def media_type_of(content_type: str) -> str:
     """Return the media type of a header's value, in lower case; anything but FORM and JSON is that of an image.
 

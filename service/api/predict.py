@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from starlette.types import Receive, Scope, Send
 
+from service.api.options import MAX_DIGITS
 from service.api.paths import PREDICT
 from service.api.prediction_writer import PredictionWriter
 from service.api.request import InferenceRequest, Respond
@@ -52,13 +53,11 @@ class PredictEndpoint:
         path, _, query = url.partition(b"?")
         if path != PATH or b"#" in query:
             return None
-        size = -1
-        for name, value in headers:
-            if name == b"content-length":
-                size = int(value) if value.isdigit() and len(value) < 10 else -1
-            elif name in NOT_DIRECT:
-                return None
-        if not 0 <= size <= self._max_direct_bytes:
+        fields = dict(headers)
+        size = fields.get(b"content-length", b"")
+        if not NOT_DIRECT.isdisjoint(fields) or len(size) > MAX_DIGITS or not size.isdigit():
+            return None
+        if int(size) > self._max_direct_bytes:
             return None
         return InferenceRequest(self, headers, query, respond)
 

@@ -6,7 +6,6 @@ where the body is small, and an ASGI task where it is large or chunked; both cal
 
 import asyncio
 from collections.abc import Callable, Sequence
-from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +39,7 @@ class InferenceRequest:
 
     __slots__ = (
         "_began", "_chunks", "_decode_seconds", "_endpoint", "_filenames", "_headers", "_is_cancelled", "_is_done",
-        "_live", "_options", "_query", "_received", "_request_id", "_respond", "_service", "_size", "_task", "_ticket",
+        "_live", "_options", "_query", "_received", "_request_id", "_respond", "_service", "_task", "_ticket",
         "_top_k", "_until", "_writer",
     )  # fmt: skip
 
@@ -60,7 +59,6 @@ class InferenceRequest:
         self._live: LiveModel | None = None
         self._task: asyncio.Task[None] | None = None
         self._chunks: list[bytes] = []
-        self._size = 0
         self._is_done = self._is_cancelled = False
 
     # The life, driven by a connection or by ASGI
@@ -68,21 +66,29 @@ class InferenceRequest:
     def start(self) -> None:
         """Check the head, before a large body is sent for nothing. A refused request has its response at once."""
         self._service.in_flight.add(self)
-        self._do(self._check_head)
+        try:
+            self._check_head()
+        except Exception as error:
+            self.fail(error)
 
     def receive(self, chunk: bytes) -> None:
         """Admit a piece of the body. What comes behind the response is dropped."""
-        self._do(partial(self._admit, chunk))
-
-    def run(self) -> None:
-        """Decode the body, which is whole now, and queue its images."""
-        self._do(self._decode)
-
-    def _do(self, step: Callable[[], None]) -> None:
         if self._is_done:
             return
         try:
-            step()
+            # Only bytes that have come count: who announces much and sends nothing must not keep others out.
+            check_size(self._ticket.bytes + len(chunk), self._service.settings.max_body_bytes)
+            self._ticket.add(bytes=len(chunk))
+            self._chunks.append(chunk)
+        except Exception as error:
+            self.fail(error)
+
+    def run(self) -> None:
+        """Decode the body, which is whole now, and queue its images."""
+        if self._is_done:
+            return
+        try:
+            self._decode()
         except Exception as error:
             self.fail(error)
 
@@ -99,13 +105,6 @@ class InferenceRequest:
         check_size(announced, settings.max_body_bytes)
         if service.admission.is_full(size=announced):
             raise Overloaded(retry_after=service.admission.retry_after(announced))
-
-    def _admit(self, chunk: bytes) -> None:
-        # Only bytes that have come are counted: who announces much and sends nothing must not keep others out.
-        self._size += len(chunk)
-        check_size(self._size, self._service.settings.max_body_bytes)
-        self._ticket.add(bytes=len(chunk))
-        self._chunks.append(chunk)
 
     def _decode(self) -> None:
         self._received = perf_counter()

@@ -117,27 +117,21 @@ class HttpProtocol(TimedProtocol):
 
     def on_message_begin(self) -> None:
         """Begin a head, or drop what comes before the response to another request, or behind the last."""
+        self.url = b""
+        self.headers = []
         if self.transport.is_closing() or self._is_working() or self.flow.write_paused:
             self._is_dropping = True
             if not self._is_working():  # the client has not read its last response
                 self._is_deaf = True
                 self.close()
             return
-        self.url = b""
-        self.headers = []
         self.expect_100_continue = False
         self._in_head = True
         self._is_idle = False
 
-    def on_url(self, url: bytes) -> None:
-        """Keep a piece of the URL."""
-        if not self._is_dropping:
-            super().on_url(url)
-
     def on_header(self, name: bytes, value: bytes) -> None:
         """Keep a line; blanks behind its value are none of it (RFC 9112, section 5.1), and the parser leaves them."""
-        if not self._is_dropping:
-            super().on_header(name, value.rstrip(b" \t"))
+        super().on_header(name, value.rstrip(b" \t"))
 
     def on_headers_complete(self) -> None:
         """End their time, and start the request.
@@ -154,12 +148,13 @@ class HttpProtocol(TimedProtocol):
             self._max_bare_bytes > MAX_HEADER_BYTES and size_of_head(self.url, self.headers) > MAX_HEADER_BYTES
         ):
             raise self._refused(too_large())
-        if (fault := fault_of(self.parser.get_http_version(), self.headers)) is not None:
+        version = self.parser.get_http_version()
+        if (fault := fault_of(version, self.headers)) is not None:
             raise self._refused(fault)
         self._in_head = False
         self._bare_bytes = 0
         self._in_time()
-        is_old = self.parser.get_http_version() == "1.0"
+        is_old = version == "1.0"
         keep_alive = not is_old and self.parser.should_keep_alive()
         headers, self.headers = self.headers, []  # what comes after the body, as a trailer, is none of the head
         if self.parser.get_method() == b"POST" and not self.listener.is_management:
@@ -234,6 +229,7 @@ class HttpProtocol(TimedProtocol):
             self.refuse(self._last_error)
             return
         if not self.transport.is_closing():
-            self.flow.resume_reading()
+            if self.flow.read_paused:
+                self.flow.resume_reading()
             self._is_idle = not (self._in_head or self.cycle.more_body)
         self._set_due()

@@ -32,7 +32,7 @@ async def test_training_reads_what_the_service_reads(tmp_path: Path, decoder: De
     uploads, metadata = [Upload(GOOD[name])], tiny_metadata(input_size=(size, size))
     (served,) = await decoder.decode(uploads, metadata, deadline=1e9)
     np.testing.assert_array_equal(read, served)
-    if (at_once := decoder.decode_here(uploads, metadata)) is not None:
+    if (at_once := decoder.decode_inline(uploads, metadata)) is not None:
         np.testing.assert_array_equal(read, at_once[0])
 
 
