@@ -92,7 +92,7 @@ class Service:
         """Respond with Draining to every request in flight; what is queued is not run."""
         for request in list(self.in_flight):
             request.fail(Draining())
-        self.store.cut_off()
+        self.store.abort()
 
     @property
     def closes_connections(self) -> bool:

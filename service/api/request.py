@@ -28,7 +28,7 @@ Respond = Callable[[Response | None], None]
 
 
 class InferenceRequest:
-    """One request, as the batcher's `Outcome` and as one of the requests in flight.
+    """One request, as the batcher's `FutureLike` and as one of the requests in flight.
 
     Args:
         endpoint: what all requests share.
@@ -149,7 +149,7 @@ class InferenceRequest:
         self._live.batcher.post([image.data for image in images], self, self._until)
         self._service.metrics.decoded(self._decode_seconds)
 
-    # The batcher's Outcome
+    # The batcher's FutureLike
 
     def done(self) -> bool:
         """Whether it has its response, or nobody waits for one."""

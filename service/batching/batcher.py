@@ -1,11 +1,11 @@
-"""Dynamic batching: claim an engine's slot, then pop. One asyncio task and a deque; no batch waits for a timer.
+"""Dynamic batching: claim an engine, then pop. One asyncio task and a deque; no batch waits for a timer.
 
-    wait until the queue is not empty -> claim a free slot -> pop up to max_batch_size, or the slot's share, dropping
-    what was cancelled or has expired -> run in the engine's thread -> end every future exactly once -> release the slot
+    wait until the queue is not empty -> claim a free engine -> pop up to max_batch_size, or the engine's share,
+    dropping cancelled and expired requests -> run in the engine thread -> end every future exactly once -> release
 
-Batches form by themselves while the engines are busy, and an idle service answers at once. Late arrivals join until
-the moment of the pop. In which order images leave the queue: see `service.batching.queue`. While all engines are busy,
-a poll of the queue every TICK_SECONDS answers those whose deadline has passed: a run may be long, or hang.
+Batches form by themselves while the engines are busy; an idle service runs an image at once. Late arrivals join until
+the pop. `service.batching.queue` defines the order in which images leave the queue. While all engines are busy, a poll
+of the queue every TICK_SECONDS fails expired requests, since a run may be long or hang.
 """
 
 import asyncio
@@ -20,12 +20,12 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from service.batching.engine_pool import Slot, Slots
+from service.batching.engine_pool import EnginePool, PooledEngine
 from service.batching.observer import BatchObserver, NoObserver
-from service.batching.queue import Batch, DropReason, FairQueue, Image, Outcome, Pixels, Prediction, Request
-from service.batching.timer import TICK_SECONDS, Recurring
+from service.batching.queue import Batch, DropReason, FairQueue, FutureLike, Image, Pixels, Prediction, Request
+from service.batching.timer import TICK_SECONDS, Timer
 from service.engine.onnx_engine import Engine
-from service.engine.thread import report
+from service.engine.thread import call_in_loop
 from service.errors import Draining, InferenceFailed, NotReady
 
 __all__ = ["BatchObserver", "DynamicBatcher", "NoObserver", "Prediction"]
@@ -40,7 +40,7 @@ class DynamicBatcher:
     """Serves images in batches on one or several engines of one model. Belongs to one event loop.
 
     Args:
-        engines: one slot each and one queue for all; they become the batcher's, `close` closes them.
+        engines: one member each and one queue for all; they become the batcher's, `close` closes them.
         max_queue_delay_ms: how long an incomplete batch waits for more although an engine is free.
         run_timeout_ms: a run that takes longer counts as hung, and fails the batcher.
         max_failures: so many failing batches of one engine in a row fail the batcher: its device is gone.
@@ -62,7 +62,7 @@ class DynamicBatcher:
         observer: BatchObserver | None = None,
         on_failure: Callable[[str], None] | None = None,
     ) -> None:
-        self._slots = Slots(engines)
+        self._pool = EnginePool(engines)
         self._shape = (*engines[0].metadata.input_size, 3)
         self._bytes = math.prod(self._shape)
         self._delay = max_queue_delay_ms / 1000
@@ -75,7 +75,7 @@ class DynamicBatcher:
         self._idle = asyncio.Event()  # the queue is empty and no engine runs
         self._idle.set()
         self._loop_task: asyncio.Task[None] | None = None
-        self._looks = Recurring(self._drop_late)
+        self._expiry_timer = Timer(self._drop_expired)
         self._refusal: Callable[[], Exception] | None = NotReady
         self.failed = asyncio.Event()
         self.failure = ""
@@ -88,16 +88,16 @@ class DynamicBatcher:
     @property
     def max_batch_size(self) -> int:
         """Images that one run may have, on the engine that allows the most; 0 after `close`."""
-        return self._slots.max_batch_size
+        return self._pool.max_batch_size
 
     async def on_each_engine(self, function: Callable[[Engine], T]) -> list[T]:
         """Call `function` with each engine, in its own thread; for warm-up and checks."""
-        return await self._slots.on_each(function)
+        return await self._pool.on_each(function)
 
     def start(self) -> None:
         """Serve from now on."""
         self._loop = asyncio.get_running_loop()
-        self._slots.open()
+        self._pool.open()
         self._refusal = None
         self._loop_task = self._loop.create_task(self._dispatch(), name="batcher")
         self._loop_task.add_done_callback(self._loop_ended)
@@ -138,7 +138,7 @@ class DynamicBatcher:
         finally:
             del future  # an error's traceback holds this frame, and the future the error: a cycle for the collector
 
-    def post(self, images: Sequence[Pixels], outcome: Outcome, deadline: float) -> None:
+    def post(self, images: Sequence[Pixels], outcome: FutureLike, deadline: float) -> None:
         """Do the same for somebody who waits elsewhere: `outcome` gets what `submit_many` would return or raise.
 
         Args:
@@ -164,11 +164,11 @@ class DynamicBatcher:
         self._queue.put(request)
         self._arrived.set()
         self._idle.clear()
-        self._looks.wake()
+        self._expiry_timer.wake()
 
-    def _drop_late(self) -> bool:
+    def _drop_expired(self) -> bool:
         """Answer those in the queue whose deadline has passed; return whether there are others."""
-        self._note_dropped(self._queue.drop_late(self._loop.time()))
+        self._record_dropped(self._queue.drop_expired(self._loop.time()))
         return bool(self._queue)
 
     async def drain(self) -> None:
@@ -176,20 +176,20 @@ class DynamicBatcher:
         self._refusal = self._refusal or Draining
         await self._idle.wait()
 
-    def cut_off(self) -> None:
+    def abort(self) -> None:
         """Refuse what comes, and answer what waits and what runs with Draining, now."""
         self._refusal = self._refusal or Draining
         self._queue.fail_all(Draining)
-        for slot in self._slots.all:
-            if slot.batch is not None:
-                slot.batch.fail(Draining)
-        self._look_whether_idle()
+        for member in self._pool.members:
+            if member.batch is not None:
+                member.batch.fail(Draining)
+        self._update_idle()
 
     def abandon(self) -> None:
         """Close the engines when their threads come to it, which nobody waits for; only where it was never started."""
-        while self._slots.all:
-            slot = self._slots.all.pop()
-            slot.thread.abandon(slot.engine.close)
+        while self._pool.members:
+            member = self._pool.members.pop()
+            member.thread.abandon(member.engine.close)
 
     async def close(self) -> None:
         """Refuse what comes and what waits, let runs end, close the engines. `drain` first, and nothing is refused."""
@@ -199,34 +199,34 @@ class DynamicBatcher:
             task.cancel()
             await asyncio.wait([task])
         self._queue.fail_all(Draining)
-        self._looks.stop()
-        self._look_whether_idle()
+        self._expiry_timer.stop()
+        self._update_idle()
         await self._idle.wait()
-        while self._slots.all:  # one by one: who is cancelled here leaves the others to the next call
-            slot = self._slots.all.pop(0)
+        while self._pool.members:  # one by one: who is cancelled here leaves the others to the next call
+            member = self._pool.members.pop(0)
             try:
-                if not slot.hung:
-                    await slot.thread.call(slot.engine.close)
+                if not member.hung:
+                    await member.thread.call(member.engine.close)
             finally:
-                slot.thread.stop()
+                member.thread.stop()
 
     async def _dispatch(self) -> None:
         """Serve for ever. From the pop to the hand-over nothing can raise: what is popped is in good hands."""
         while True:
             await self._arrived.wait()
-            slot = await self._slots.claim()
-            room = slot.engine.max_batch_size
+            member = await self._pool.claim()
+            room = member.engine.max_batch_size
             if not self._delay:
-                room = self._slots.room(slot, self._queue.images)
+                room = self._pool.room(member, self._queue.images)
             elif self._queue:  # else all of it was late
                 await self._wait_for_more(room)  # who waits for a whole batch does not share it then
             batch = self._queue.pop(room, self._loop.time())
             if batch.size:
-                self._start_run(self._slots.best(slot, batch.size, self._queue.images), batch)
+                self._start_run(self._pool.best(member, batch.size, self._queue.images), batch)
             else:
-                self._slots.release(slot)
+                self._pool.release(member)
             (self._arrived.set if self._queue else self._arrived.clear)()
-            self._note_dropped(batch.dropped)
+            self._record_dropped(batch.dropped)
 
     async def _wait_for_more(self, size: int) -> None:
         with suppress(TimeoutError):  # the oldest has waited its time, or one would soon be too late
@@ -236,44 +236,44 @@ class DynamicBatcher:
                     self._arrived.clear()
                     await self._arrived.wait()
 
-    def _start_run(self, slot: Slot, batch: Batch) -> None:
-        slot.batch = batch
-        slot.watchdog = self._loop.call_later(self._run_timeout, self._hung, slot, batch)
-        slot.thread.post(partial(self._run, slot, batch))
+    def _start_run(self, member: PooledEngine, batch: Batch) -> None:
+        member.batch = batch
+        member.watchdog = self._loop.call_later(self._run_timeout, self._hung, member, batch)
+        member.thread.post(partial(self._run, member, batch))
 
-    def _run(self, slot: Slot, batch: Batch) -> None:
+    def _run(self, member: PooledEngine, batch: Batch) -> None:
         """Stack and run; in the engine's thread."""
         outcome: RunResult
         begun = perf_counter()
         try:
             # Not np.concatenate, which gives the interpreter's lock away for each image, and waits to get it back.
             images = np.frombuffer(b"".join(batch.images()), dtype=np.uint8).reshape(batch.size, *self._shape)
-            outcome = slot.engine.run(images)
+            outcome = member.engine.run(images)
             if len(outcome) != batch.size:
                 raise ValueError(f"the engine gave {len(outcome)} answers to {batch.size} images")
         except Exception as error:
             outcome = error
-        report(self._loop, self._finish, slot, batch, outcome, perf_counter() - begun)
+        call_in_loop(self._loop, self._finish, member, batch, outcome, perf_counter() - begun)
 
-    def _finish(self, slot: Slot, batch: Batch, outcome: RunResult, seconds: float) -> None:
-        """End the futures of a batch and release its slot; back in the loop's thread."""
-        if slot.hung:
+    def _finish(self, member: PooledEngine, batch: Batch, outcome: RunResult, seconds: float) -> None:
+        """End the futures of a batch and release its member; back in the loop's thread."""
+        if member.hung:
             return  # the watchdog has ended them, and the process is to be replaced
-        if slot.watchdog is not None:
-            slot.watchdog.cancel()
-        slot.batch = None
+        if member.watchdog is not None:
+            member.watchdog.cancel()
+        member.batch = None
         try:
             if isinstance(outcome, Exception):
-                self._end_failed(slot, batch, outcome)
+                self._end_failed(member, batch, outcome)
             else:
-                self._end_answered(slot, batch, outcome, seconds)
+                self._end_answered(member, batch, outcome, seconds)
         except Exception as error:  # an observer's
             self._observer_failed(error)
-        self._slots.release(slot)
-        self._look_whether_idle()
+        self._pool.release(member)
+        self._update_idle()
 
-    def _end_answered(self, slot: Slot, batch: Batch, logits: NDArray[np.float32], seconds: float) -> None:
-        slot.failures = 0
+    def _end_answered(self, member: PooledEngine, batch: Batch, logits: NDArray[np.float32], seconds: float) -> None:
+        member.failures = 0
         batch.answer(logits, seconds)
         self._observer.batch(batch.size, seconds)
         queued, started = self._observer.queued, batch.started
@@ -281,17 +281,17 @@ class DynamicBatcher:
             for _ in range(start, stop):
                 queued(started - request.enqueued)
 
-    def _end_failed(self, slot: Slot, batch: Batch, error: Exception) -> None:
+    def _end_failed(self, member: PooledEngine, batch: Batch, error: Exception) -> None:
         """Fail the members of one batch; the next one is served, unless this goes on and on."""
         batch.fail(InferenceFailed)
-        logger.error("%s: a batch of %d failed", slot.name, batch.size, exc_info=error)
-        slot.failures += 1
-        if slot.failures >= self._max_failures:
-            self._fail(f"{slot.name}: {slot.failures} batches failed in a row, the last with {error!r}")
+        logger.error("%s: a batch of %d failed", member.name, batch.size, exc_info=error)
+        member.failures += 1
+        if member.failures >= self._max_failures:
+            self._fail(f"{member.name}: {member.failures} batches failed in a row, the last with {error!r}")
         self._observer.failed_batch(batch.size)
 
-    def _note_dropped(self, dropped: Sequence[DropReason]) -> None:
-        self._look_whether_idle()
+    def _record_dropped(self, dropped: Sequence[DropReason]) -> None:
+        self._update_idle()
         try:
             for reason in dropped:
                 self._observer.dropped(reason)
@@ -303,11 +303,11 @@ class DynamicBatcher:
         logger.exception("an observer failed")
         self._fail(f"an observer failed: {error!r}")
 
-    def _hung(self, slot: Slot, batch: Batch) -> None:
+    def _hung(self, member: PooledEngine, batch: Batch) -> None:
         """Give up an engine whose run does not end; its thread can't be stopped, only the process can."""
-        slot.hung, slot.batch = True, None
+        member.hung, member.batch = True, None
         batch.fail(InferenceFailed)
-        self._fail(f"{slot.name}: a batch of {batch.size} did not end within {self._run_timeout:g} s")
+        self._fail(f"{member.name}: a batch of {batch.size} did not end within {self._run_timeout:g} s")
         self._observer.failed_batch(batch.size)
 
     def _loop_ended(self, task: "asyncio.Task[None]") -> None:
@@ -327,10 +327,10 @@ class DynamicBatcher:
         if self._loop_task is not None:
             self._loop_task.cancel()
         self._queue.fail_all(InferenceFailed)
-        self._look_whether_idle()
+        self._update_idle()
         if self._on_failure is not None:
             self._on_failure(reason)
 
-    def _look_whether_idle(self) -> None:
-        if not self._queue and not self._slots.is_busy:
+    def _update_idle(self) -> None:
+        if not self._queue and not self._pool.is_busy:
             self._idle.set()

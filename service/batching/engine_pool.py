@@ -13,7 +13,7 @@ from service.engine.thread import EngineThread
 T = TypeVar("T")
 
 
-class Slot:
+class PooledEngine:
     """An engine, its thread, and the batch it runs."""
 
     def __init__(self, engine: Engine, name: str) -> None:
@@ -26,31 +26,31 @@ class Slot:
         self.failures = 0  # in a row
 
 
-class Slots:
-    """The slots of a batcher. Belongs to one event loop.
+class EnginePool:
+    """The members of a batcher. Belongs to one event loop.
 
     Args:
         engines: of one model; at most one of them `runs_alone`.
     """
 
     def __init__(self, engines: Sequence[Engine]) -> None:
-        self.all = [Slot(engine, f"engine-{index}") for index, engine in enumerate(engines)]
-        self._free: asyncio.Queue[Slot] = asyncio.Queue()
+        self.members = [PooledEngine(engine, f"engine-{index}") for index, engine in enumerate(engines)]
+        self._free: asyncio.Queue[PooledEngine] = asyncio.Queue()
 
     @property
-    def _alone(self) -> Slot | None:
+    def _alone(self) -> PooledEngine | None:
         # Not kept: an engine of a version that was refused leaves memory with its place in `all`.
-        return next((slot for slot in self.all if slot.engine.runs_alone), None)
+        return next((member for member in self.members if member.engine.runs_alone), None)
 
     @property
     def is_busy(self) -> bool:
         """Whether any of them runs a batch."""
-        return any(slot.batch is not None for slot in self.all)
+        return any(member.batch is not None for member in self.members)
 
     @property
     def max_batch_size(self) -> int:
         """Images that one run may have, on the engine that allows the most; 0 without engines."""
-        return max((slot.engine.max_batch_size for slot in self.all), default=0)
+        return max((member.engine.max_batch_size for member in self.members), default=0)
 
     async def on_each(self, function: Callable[[Engine], T]) -> list[T]:
         """Call `function` with each engine, in its own thread.
@@ -60,41 +60,41 @@ class Slots:
         measured then is what they do then.
         """
 
-        async def call(slot: Slot) -> T:
-            return await slot.thread.call(partial(function, slot.engine))
+        async def call(member: PooledEngine) -> T:
+            return await member.thread.call(partial(function, member.engine))
 
-        on_cpu = all(slot.engine.provider == "cpu" for slot in self.all)
-        together = [slot for slot in self.all if on_cpu and not slot.engine.runs_alone]
+        on_cpu = all(member.engine.provider == "cpu" for member in self.members)
+        together = [member for member in self.members if on_cpu and not member.engine.runs_alone]
         done = dict(zip(together, await asyncio.gather(*map(call, together)), strict=True))
-        return [done[slot] if slot in done else await call(slot) for slot in self.all]
+        return [done[member] if member in done else await call(member) for member in self.members]
 
     def open(self) -> None:
         """Let them be claimed."""
-        for slot in self.all:
-            self.release(slot)
+        for member in self.members:
+            self.release(member)
 
-    async def claim(self) -> Slot:
-        """Wait for a slot that is free, and take it."""
+    async def claim(self) -> PooledEngine:
+        """Wait for a member that is free, and take it."""
         return await self._free.get()
 
-    def release(self, slot: Slot) -> None:
-        """Give back a slot."""
-        if not slot.engine.runs_alone:  # which nobody has to wait for, see `best`
-            self._free.put_nowait(slot)
+    def release(self, member: PooledEngine) -> None:
+        """Give back a member."""
+        if not member.engine.runs_alone:  # which nobody has to wait for, see `best`
+            self._free.put_nowait(member)
 
-    def room(self, slot: Slot, waiting: int) -> int:
-        """Return how many of the images that wait the next batch of a claimed slot may take.
+    def room(self, member: PooledEngine, waiting: int) -> int:
+        """Return how many of the images that wait the next batch of a claimed member may take.
 
         On a CPU, where each takes its time, engines that are free share them. On a GPU all take about as long as one,
         and an engine left free is ready for what comes.
         """
-        size = slot.engine.max_batch_size
-        if slot.engine.provider != "cpu":
+        size = member.engine.max_batch_size
+        if member.engine.provider != "cpu":
             return size
         return min(size, max(1, ceil(waiting / (1 + self._free.qsize()))))
 
-    def best(self, claimed: Slot, size: int, waiting: int) -> Slot:
-        """Return the slot that is to run a batch: the one that runs alone, if nothing else does or waits.
+    def best(self, claimed: PooledEngine, size: int, waiting: int) -> PooledEngine:
+        """Return the member that is to run a batch: the one that runs alone, if nothing else does or waits.
 
         Args:
             claimed: any other; it is released if it is not taken.

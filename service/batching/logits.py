@@ -12,7 +12,7 @@ MANY_CLASSES: Final = 500  # of so many the sorting costs, and not the call: no 
 Ranked = tuple[NDArray[np.intp], NDArray[np.float32]]
 
 
-class Outputs:
+class BatchLogits:
     """Logits of one batch. With few classes NumPy's cost lies in its calls, so all images are ranked in one.
 
     32 images of 100 classes take 47 us together, and 8 us each one by one. The first answer that is written ranks

@@ -15,7 +15,7 @@ from typing import Literal, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from service.batching.logits import Outputs
+from service.batching.logits import BatchLogits
 from service.errors import DeadlineExceeded
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ Pixels = memoryview | bytes
 DropReason = Literal["cancelled", "deadline"]
 
 
-class Outcome(Protocol):
+class FutureLike(Protocol):
     """Where the answer to a request goes: an `asyncio.Future`, or what does as one."""
 
     def done(self) -> bool:
@@ -47,23 +47,27 @@ class Prediction:
     """The answer for one image.
 
     Attributes:
-        outputs: of its batch.
+        batch_logits: of its batch.
         row: its row there.
         queue_seconds: from `submit` until its batch left the queue.
         inference_seconds: its batch's time in the engine's thread: stacking the images, and the run.
         batch_size: images of that batch.
     """
 
-    outputs: Outputs
+    batch_logits: BatchLogits
     row: int
     queue_seconds: float
     inference_seconds: float
     batch_size: int
 
+    def top(self, k: int) -> tuple[list[int], list[float]]:
+        """Return the `k` most probable classes and their probabilities; see `BatchLogits.top`."""
+        return self.batch_logits.top(self.row, k)
+
     @property
     def logits(self) -> NDArray[np.float32]:
         """Its own, float32 [C]."""
-        row: NDArray[np.float32] = self.outputs.logits[self.row]
+        row: NDArray[np.float32] = self.batch_logits.logits[self.row]
         return row
 
 
@@ -86,7 +90,7 @@ class Request:
     def __init__(
         self,
         images: Sequence[Pixels],
-        future: Outcome,
+        future: FutureLike,
         deadline: float = math.inf,
     ) -> None:
         self.images = images
@@ -123,12 +127,12 @@ class Batch:
 
     def answer(self, logits: NDArray[np.float32], seconds: float) -> None:
         """Give each image its row of float32 [N, C], and end the futures of requests that are complete."""
-        outputs, row, size = Outputs(logits), 0, self.size
+        batch_logits, row, size = BatchLogits(logits), 0, self.size
         for request, start, stop in self.parts:
             queued = self.started - request.enqueued
             rows = range(row, row + stop - start)
             row = rows.stop
-            predictions = [Prediction(outputs, row, queued, seconds, size) for row in rows]
+            predictions = [Prediction(batch_logits, row, queued, seconds, size) for row in rows]
             whole = len(request.images)
             if len(predictions) < whole:
                 request.answers |= zip(range(start, stop), predictions, strict=True)
@@ -195,7 +199,7 @@ class FairQueue:
         self.images -= batch.size
         return batch
 
-    def drop_late(self, now: float) -> list[DropReason]:
+    def drop_expired(self, now: float) -> list[DropReason]:
         """Drop what is over at `now`, wherever it stands.
 
         Returns:

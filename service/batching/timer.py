@@ -7,7 +7,7 @@ from typing import Final
 TICK_SECONDS: Final = 0.02  # how late a deadline may be noticed
 
 
-class Recurring:
+class Timer:
     """Calls a function every so often while it has something to look at. Belongs to one event loop.
 
     Args:

@@ -24,7 +24,7 @@ from imaging.structure.header import Header
 from service.decoding.upload import Upload, which
 from service.engine.cpus import usable_cpus
 from service.engine.metadata import ModelMetadata
-from service.engine.thread import report
+from service.engine.thread import call_in_loop
 from service.errors import (
     DeadlineExceeded,
     ImageTooCostly,
@@ -123,7 +123,7 @@ class Decoder:
                 await self._free.acquire()
                 work = self._threads.submit(function, abandoned)
                 # When the thread is free, not when nobody waits any more: it can't be interrupted.
-                work.add_done_callback(lambda _: report(loop, self._free.release))
+                work.add_done_callback(lambda _: call_in_loop(loop, self._free.release))
                 return await asyncio.wrap_future(work)
         except TimeoutError as error:
             raise DeadlineExceeded("The deadline passed before the image was decoded.") from error

@@ -11,13 +11,13 @@ from typing import Final
 
 # A size gives way to a smaller one that is faster by more than that, in images a second: what is measured beside
 # other work is not exact, and too small a batch costs more, behind a queue, than too large a one.
-WORTH: Final = 1.05
-LEAST_ROUNDS: Final = 2
-MOST_ROUNDS: Final = 5
+MIN_SPEEDUP: Final = 1.05
+MIN_ROUNDS: Final = 2
+MAX_ROUNDS: Final = 5
 BUDGET_SECONDS: Final = 1.0
 # What a run costs apart from its images is below a millisecond: a batch that takes longer than this shares nothing
 # worth sharing any more, and its first image waits for its last.
-LONGEST_RUN_SECONDS: Final = 0.1
+MAX_RUN_SECONDS: Final = 0.1
 
 
 def fastest_size(
@@ -48,14 +48,14 @@ def fastest_size(
         return max(clock() - start, 1e-9) / times
 
     end = clock() + BUDGET_SECONDS
-    one = min(timed(sizes[0], 1) for _ in range(LEAST_ROUNDS)) / sizes[0]
-    tried = [size for size in sizes if size * one <= LONGEST_RUN_SECONDS] or [sizes[0]]
+    one = min(timed(sizes[0], 1) for _ in range(MIN_ROUNDS)) / sizes[0]
+    tried = [size for size in sizes if size * one <= MAX_RUN_SECONDS] or [sizes[0]]
     shortest = dict.fromkeys(tried, inf)
-    for number in range(MOST_ROUNDS):
-        if number >= LEAST_ROUNDS and clock() >= end:
+    for number in range(MAX_ROUNDS):
+        if number >= MIN_ROUNDS and clock() >= end:
             break
         for size in tried:
             shortest[size] = min(shortest[size], timed(size, tried[-1] // size))
     rates = {size: size / seconds for size, seconds in shortest.items()}
     best = max(rates.values())
-    return max(size for size in tried if rates[size] * WORTH >= best)
+    return max(size for size in tried if rates[size] * MIN_SPEEDUP >= best)

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from service.engine.session import EngineError
 
 # A run takes milliseconds. Who uses CUDA for so long may hang, as a load that was given up does.
-CAPTURE_PATIENCE_SECONDS = 5.0
+CAPTURE_TIMEOUT_S = 5.0
 
 
-class CaptureGate:
+class CaptureLock:
     """Lets many use CUDA at once, and keeps all others away while one captures a graph.
 
     onnxruntime captures in CUDA's global mode: an allocation or a plain copy by any other thread of the process
@@ -52,11 +52,11 @@ class CaptureGate:
         with self._changed:
             self._waiting += 1
             captures = self._captures
-            while not self._changed.wait_for(self._is_unused, CAPTURE_PATIENCE_SECONDS):
+            while not self._changed.wait_for(self._is_unused, CAPTURE_TIMEOUT_S):
                 if captures == self._captures and not self._capturing:  # else others captured meanwhile
                     self._waiting -= 1
                     self._changed.notify_all()
-                    raise EngineError(f"CUDA was in use for {CAPTURE_PATIENCE_SECONDS:g} s: no graph is captured")
+                    raise EngineError(f"CUDA was in use for {CAPTURE_TIMEOUT_S:g} s: no graph is captured")
                 captures = self._captures
             self._waiting -= 1
             self._capturing = True
@@ -73,4 +73,4 @@ class CaptureGate:
         return not self._capturing and not self._users and not self._turns
 
 
-gate = CaptureGate()  # one a process, as the prohibition is
+capture_lock = CaptureLock()  # one a process, as the prohibition is

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from service.engine.capture_lock import gate
+from service.engine.capture_lock import capture_lock
 from service.engine.metadata import INPUT_NAME, OUTPUT_NAME, ModelMetadata
 from service.engine.runners import BucketRunner, Images, Logits
 from service.engine.session import SessionSpec, open_session
@@ -55,7 +55,7 @@ class CudaBatch:
         """Copy in, run or replay, copy out: a new float32 [B, C]. The session waits for the device."""
         captures = self._runs_until_captured == 1
         options = self._plain if self._runs_until_captured > 1 else self._graph
-        with gate.exclusive() if captures else gate.shared():
+        with capture_lock.exclusive() if captures else capture_lock.shared():
             use_device(self._device_id)
             self._copy_in()
             self._session.run_with_iobinding(self._binding, options)
@@ -81,13 +81,13 @@ def _run_options(graph: int) -> Any:
 
 def open_cuda_session(path: Path, spec: SessionSpec) -> Any:
     """Open a session on CUDA or TensorRT."""
-    with gate.shared():
+    with capture_lock.shared():
         return open_session(path, spec)
 
 
 def cuda_runner(session: Any, metadata: ModelMetadata, sizes: Sequence[int], spec: SessionSpec) -> BucketRunner:
     """Make the buffers for all batch sizes; they share one page-locked host buffer."""
-    with gate.shared():
+    with capture_lock.shared():
         use_device(spec.device_id)
         host = page_locked_zeros((max(sizes), *metadata.input_size, 3))
         return BucketRunner(

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from service.engine.batch_size_tuning import fastest_size
-from service.engine.capture_lock import gate
+from service.engine.capture_lock import capture_lock
 from service.engine.cuda import cuda_runner, open_cuda_session
 from service.engine.cuda_probe import why_no_graphs
 from service.engine.metadata import ModelMetadata
@@ -210,7 +210,7 @@ class OnnxEngine:
 
     def close(self) -> None:
         """Free the session and its buffers."""
-        with gate.shared():  # freeing device memory would spoil another model's capture
+        with capture_lock.shared():  # freeing device memory would spoil another model's capture
             self._runner = None
 
     def _open(self) -> None:

@@ -16,7 +16,7 @@ try:
 except ImportError:  # the CPU installation does not have it
     pynvml = None
 
-PATIENCE_SECONDS: Final = 1.0
+READ_TIMEOUT_S: Final = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class GpuCollector(Collector):
     async def refresh(self) -> None:
         """Read every GPU, in a thread: a driver that hangs must not hold up the requests.
 
-        Where it has not answered within `PATIENCE_SECONDS`, no GPU is up until it does.
+        Where it has not answered within `READ_TIMEOUT_S`, no GPU is up until it does.
         """
         if self._thread is None:
             return
         if self._reading is None or self._reading.done():
             self._reading = asyncio.ensure_future(self._thread.call(self._read))
         reading = self._reading  # which another scrape may wait for as well
-        answered, _ = await asyncio.wait([reading], timeout=PATIENCE_SECONDS)
+        answered, _ = await asyncio.wait([reading], timeout=READ_TIMEOUT_S)
         self._readings = reading.result() if answered else [Reading(up=False)] * len(self._gpus)
 
     def _read(self) -> list[Reading]:

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
-MOST_NOTED: Final = 1024
+MAX_PENDING: Final = 1024
 
 
 class PendingHistogram(Collector):
@@ -32,14 +32,14 @@ class PendingHistogram(Collector):
         self._counts = np.zeros(len(self._labels), dtype=np.int64)
         self._sum = 0.0
         self._exemplars: list[Exemplar | None] = [None] * len(self._labels)
-        self._noted: list[float] = []
+        self._pending: list[float] = []
         self._request_ids: list[tuple[str, float]] = []
         registry.register(self)
 
     def observe(self, value: float) -> None:
         """Count a value."""
-        self._noted.append(value)
-        if len(self._noted) >= MOST_NOTED:
+        self._pending.append(value)
+        if len(self._pending) >= MAX_PENDING:
             self._sort()
 
     def observe_request(self, value: float, request_id: str) -> None:
@@ -62,15 +62,15 @@ class PendingHistogram(Collector):
         yield HistogramMetricFamily(self._name, self._documentation, buckets=buckets, sum_value=self._sum)
 
     def _sort(self) -> None:
-        """Put what was noted into the buckets."""
-        noted, self._noted = self._noted, []
+        """Put what was pending into the buckets."""
+        pending, self._pending = self._pending, []
         request_ids, self._request_ids = self._request_ids, []
-        if not noted:
+        if not pending:
             return
-        places = np.searchsorted(self._bounds, noted)  # a bound belongs to its bucket
+        places = np.searchsorted(self._bounds, pending)  # a bound belongs to its bucket
         self._counts += np.bincount(places, minlength=len(self._counts))
-        self._sum += sum(noted)
+        self._sum += sum(pending)
         if request_ids:
-            latest = dict(zip(places.tolist(), zip(request_ids, noted, strict=True), strict=True))
+            latest = dict(zip(places.tolist(), zip(request_ids, pending, strict=True), strict=True))
             for place, ((request_id, when), value) in latest.items():
                 self._exemplars[place] = Exemplar({"request_id": request_id}, value, when)

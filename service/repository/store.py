@@ -18,7 +18,7 @@ from pathlib import Path
 from service.batching.batcher import DynamicBatcher
 from service.engine.metadata import MODEL_FILE
 from service.engine.onnx_engine import Engine, EngineError, Provider
-from service.engine.thread import Looking, beside
+from service.engine.thread import BackgroundPoll, run_in_thread
 from service.errors import NotReady
 from service.repository.folder import GOLDEN_FILE, Golden, ModelVersion, load_golden
 from service.repository.golden_check import GoldenMismatchError, check_golden
@@ -27,10 +27,10 @@ from service.repository.versions import (
     EngineOptions,
     LiveModel,
     NoUsableVersionError,
-    Seen,
+    VersionRecord,
     VersionStatus,
-    open_beside,
     open_engines,
+    open_in_thread,
     scan,
 )
 
@@ -39,7 +39,7 @@ __all__ = ["EngineOptions", "LiveModel", "ModelStore", "NoUsableVersionError", "
 logger = logging.getLogger(__name__)
 
 # A disk far away that does not answer must not keep a version that is live from serving, nor the next look from coming.
-LOOK_SECONDS = 10.0
+SCAN_TIMEOUT_S = 10.0
 
 OpenEngines = Callable[[Path, EngineOptions], Sequence[Engine]]
 
@@ -77,10 +77,10 @@ class ModelStore:
         self._poll_seconds = poll_seconds
         self._observer = observer
         self._open_engines = open_engines
-        self._seen: dict[int, Seen] = {}
-        self._live_seen: Seen | None = None
+        self._records: dict[int, VersionRecord] = {}
+        self._live_record: VersionRecord | None = None
         self._reloading = asyncio.Lock()
-        self._scanning, self._describing, self._is_hanging = Looking(), Looking(), False
+        self._scanning, self._describing, self._is_hanging = BackgroundPoll(), BackgroundPoll(), False
         self._is_gone = False
         self._retiring: dict[asyncio.Task[None], LiveModel] = {}
         self.live: LiveModel | None = None
@@ -99,19 +99,19 @@ class ModelStore:
 
     async def watch(self) -> None:
         """Look for new versions for ever; run it as a task."""
-        trouble = ""
+        read_error = ""
         while True:
             await asyncio.sleep(self._poll_seconds)
             try:
                 await self.reload()
             except OSError as error:  # the folder may be away for a moment; what serves goes on
-                if str(error) != trouble:  # once, and not every poll_seconds
+                if str(error) != read_error:  # once, and not every poll_seconds
                     logger.error("%s: can't be looked into for new versions: %s", self._folder, error)
-                trouble = str(error)
+                read_error = str(error)
             except Exception:
                 logger.exception("%s: looking for new versions failed", self._folder)
             else:
-                trouble = ""
+                read_error = ""
 
     async def reload(self) -> list[VersionStatus]:
         """Look into the folder now, swap if a better version is there, and return `versions()`.
@@ -120,9 +120,9 @@ class ModelStore:
             OSError: the folder can't be looked into, or does not answer.
         """
         async with self._reloading:
-            await self._look()
+            await self._scan()
             await self._take_best()
-            self._tell_if_gone()
+            self._log_if_gone()
             if self.live is not None:
                 await self._describe_all(self.live.provider)
         return self.versions()
@@ -141,7 +141,7 @@ class ModelStore:
 
     def versions(self) -> list[VersionStatus]:
         """List the versions in the folder, and the live one wherever its folder went; ascending."""
-        statuses = {number: seen.status() for number, seen in self._seen.items()}
+        statuses = {number: record.status() for number, record in self._records.items()}
         if self.live is not None:
             statuses[self.live.version] = VersionStatus(self.live.version, "live", "", self.live.metadata)
         return [statuses[number] for number in sorted(statuses)]
@@ -151,14 +151,14 @@ class ModelStore:
         """How many versions would serve in place of the live one, had they not been refused."""
         lowest = 0 if self.live is None else self.live.version
         return sum(
-            bool(seen.reason) and not seen.serving and number >= lowest and self._pinned in (None, number)
-            for number, seen in self._seen.items()
+            bool(record.reason) and not record.serving and number >= lowest and self._pinned in (None, number)
+            for number, record in self._records.items()
         )
 
-    def cut_off(self) -> None:
+    def abort(self) -> None:
         """Answer all that waits in any model, and all that runs, with Draining, now."""
         for model in self._serving():
-            model.batcher.cut_off()
+            model.batcher.abort()
 
     async def close(self) -> None:
         """Serve what is queued in all models, and free them.
@@ -180,22 +180,22 @@ class ModelStore:
     def _serving(self) -> list[LiveModel]:
         return [*self._retiring.values(), *([self.live] if self.live is not None else [])]
 
-    async def _look(self) -> None:
+    async def _scan(self) -> None:
         """Take note of what is in the folder; what has changed counts as new."""
-        found = await self._scanning.at_most(LOOK_SECONDS, partial(scan, self._folder))
-        known = self._seen
-        if self._live_seen is not None:  # whose folder may have been away for a moment
-            known = {self._live_seen.version.number: self._live_seen, **known}
-        self._seen = {
+        found = await self._scanning.run(partial(scan, self._folder), SCAN_TIMEOUT_S)
+        known = self._records
+        if self._live_record is not None:  # whose folder may have been away for a moment
+            known = {self._live_record.version.number: self._live_record, **known}
+        self._records = {
             version.number: known[version.number]
-            if version.number in known and known[version.number].is_like(fingerprint)
-            else Seen(version, fingerprint)
+            if version.number in known and known[version.number].matches(fingerprint)
+            else VersionRecord(version, fingerprint)
             for version, fingerprint in found
         }
 
-    def _tell_if_gone(self) -> None:
+    def _log_if_gone(self) -> None:
         """Say once that what serves is in memory alone: else nobody would know before the next start fails."""
-        is_gone = self.live is not None and self.live.version not in self._seen
+        is_gone = self.live is not None and self.live.version not in self._records
         if self.live is not None and is_gone and not self._is_gone:
             logger.warning(
                 "version %d: its folder is gone from %s; it goes on from memory, and the next start will not find it",
@@ -209,30 +209,30 @@ class ModelStore:
 
         What is live goes on from memory where its own files have changed and do not pass.
         """
-        for number in sorted(self._seen, reverse=True):
-            seen = self._seen[number]
-            if seen.serving:
+        for number in sorted(self._records, reverse=True):
+            record = self._records[number]
+            if record.serving:
                 return
-            if (self._pinned is None or number == self._pinned) and not seen.reason and await self._try(seen):
+            if (self._pinned is None or number == self._pinned) and not record.reason and await self._try(record):
                 return
             if self.live is not None and number == self.live.version:
                 return
 
-    async def _try(self, seen: Seen) -> bool:
+    async def _try(self, record: VersionRecord) -> bool:
         """Make a version live, or note why it is refused."""
-        number = seen.version.number
+        number = record.version.number
         try:
-            model = await self._open(seen.version)
+            model = await self._open(record.version)
         except Exception as error:  # whatever is wrong with a folder, it must not end what serves
-            seen.reason = str(error) or repr(error)
-            logger.error("version %d: refused: %s", number, seen.reason)
+            record.reason = str(error) or repr(error)
+            logger.error("version %d: refused: %s", number, record.reason)
             if self._observer is not None:
-                self._observer.model_refused(number, seen.reason)
+                self._observer.model_refused(number, record.reason)
             return False
-        for other in self._seen.values():
-            other.serving = other is seen
-        self._live_seen = seen
-        seen.metadata = model.metadata
+        for other in self._records.values():
+            other.serving = other is record
+        self._live_record = record
+        record.metadata = model.metadata
         self._swap(model)
         return True
 
@@ -250,8 +250,8 @@ class ModelStore:
         """Load, warm up and verify a version, within the time that it may take."""
         try:
             async with asyncio.timeout(options.load_timeout_s) as limit:
-                golden = await beside(partial(load_golden, version.path / GOLDEN_FILE))
-                engines = await open_beside(partial(self._open_engines, version.path, options))
+                golden = await run_in_thread(partial(load_golden, version.path / GOLDEN_FILE))
+                engines = await open_in_thread(partial(self._open_engines, version.path, options))
                 return await self._checked(version, engines, golden)
         except TimeoutError as error:
             if not limit.expired():
@@ -299,7 +299,7 @@ class ModelStore:
     async def _describe_all(self, provider: Provider) -> None:
         """Read what versions that nobody has tried say of themselves; one that hangs is gone without."""
         try:
-            await self._describing.at_most(LOOK_SECONDS, partial(self._describe, provider))
+            await self._describing.run(partial(self._describe, provider), SCAN_TIMEOUT_S)
         except TimeoutError as error:
             if not self._is_hanging:  # once, and not every poll_seconds
                 logger.error("%s: the metadata of a version can't be read: %s", self._folder, error.strerror)
@@ -308,8 +308,8 @@ class ModelStore:
             self._is_hanging = False
 
     def _describe(self, provider: Provider) -> None:
-        for seen in self._seen.values():
-            seen.describe(self._options, provider)
+        for record in self._records.values():
+            record.describe(self._options, provider)
 
     def _golden_checked(self, max_abs_difference: float) -> None:
         if self._observer is not None:
@@ -320,8 +320,8 @@ class ModelStore:
         self.failed.set()
 
     def _why_none(self) -> str:
-        if self._pinned is not None and self._pinned not in self._seen:
-            there = ", ".join(map(str, self._seen)) or "none"
+        if self._pinned is not None and self._pinned not in self._records:
+            there = ", ".join(map(str, self._records)) or "none"
             return f"{self._folder}: version {self._pinned} is pinned and not there; there are: {there}"
         if (self._folder / MODEL_FILE).is_file():
             return (
@@ -329,10 +329,12 @@ class ModelStore:
             )
         if not self._folder.is_dir():
             return f"{self._folder}: there is no such folder; name one that holds versions of a model"
-        if not self._seen:
+        if not self._records:
             models = sorted(file.parents[1] for file in self._folder.glob(f"*/*/{MODEL_FILE}"))
             if models:
                 return f"{self._folder}: holds model folders, and is none itself; name one of them, as {models[0]}"
             return f"{self._folder}: there is no model version; it must hold folders named 1, 2, ... with a model.onnx"
-        reasons = "; ".join(f"version {number}: {seen.reason}" for number, seen in self._seen.items() if seen.reason)
+        reasons = "; ".join(
+            f"version {number}: {record.reason}" for number, record in self._records.items() if record.reason
+        )
         return f"{self._folder}: no version can serve: {reasons}"

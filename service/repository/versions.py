@@ -25,16 +25,16 @@ from service.engine.onnx_engine import (
     read_metadata,
     resolve_provider,
 )
-from service.engine.thread import beside
+from service.engine.thread import run_in_thread
 from service.repository.folder import GOLDEN_FILE, ModelVersion, list_versions
 
 logger = logging.getLogger(__name__)
 
-MOST_CPU_ENGINES: Final = 4
+MAX_CPU_ENGINES: Final = 4
 SERVED_FILES = frozenset({*MODEL_FILES.values(), GOLDEN_FILE})
 # What stays as it is until somebody changes the version's folder.
-OF_THE_FOLDER: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP})
-# Name, size, and times of change of content and of status (ns) of each of these; see `Seen.is_like`.
+PERMANENT_ERRNOS: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP})
+# Name, size, and times of change of content and of status (ns) of each of these; see `VersionRecord.matches`.
 Fingerprint = tuple[tuple[str, int, int, int], ...]
 
 # A folder or more and a name; what ends it also separates words in the messages of libraries.
@@ -126,10 +126,10 @@ class LiveModel:
 
 
 @dataclass
-class Seen:
+class VersionRecord:
     """A version folder as it was when last looked at, and what became of it.
 
-    `reason` says why it was refused with every path in full: it is for the log. `trouble` says why it could not be
+    `reason` says why it was refused with every path in full: it is for the log. `read_error` says why it could not be
     looked into the last time, which refuses it in `GET /models` alone: it is tried when its turn comes.
     """
 
@@ -137,10 +137,10 @@ class Seen:
     fingerprint: Fingerprint
     serving: bool = False
     reason: str = ""
-    trouble: str = ""
+    read_error: str = ""
     metadata: ModelMetadata | None = None
 
-    def is_like(self, fingerprint: Fingerprint) -> bool:
+    def matches(self, fingerprint: Fingerprint) -> bool:
         """Tell whether the folder is as it was when last looked at.
 
         The status of a file (rights, owner, links) counts where the version was refused, since it may be why.
@@ -152,7 +152,7 @@ class Seen:
     def status(self) -> VersionStatus:
         """Say it in the words of `GET /models`."""
         state: Literal["live", "available", "refused"]
-        why = self.reason or self.trouble
+        why = self.reason or self.read_error
         state = "live" if self.serving else "refused" if why else "available"
         reason = without_folders(why, self.version.path.parent)
         return VersionStatus(self.version.number, state, reason, self.metadata)
@@ -160,15 +160,17 @@ class Seen:
     def describe(self, options: EngineOptions, provider: Provider) -> None:
         """Read the metadata of a version that nobody has tried to load, or note why that fails."""
         if self.metadata is None and not self.reason:
-            before, self.trouble = self.trouble, ""
+            before, self.read_error = self.read_error, ""
             try:
                 self.metadata = read_metadata(choose_file(self.version.path, provider, options.precision))
             except (ArtifactError, EngineError) as error:
                 self.reason = str(error)
             except OSError as error:  # it may not be looked into, or a disk far away is gone for a moment
-                self.trouble = str(error)
-            if (self.reason or self.trouble) not in ("", before):
-                logger.error("version %d: can't be looked into: %s", self.version.number, self.reason or self.trouble)
+                self.read_error = str(error)
+            if (self.reason or self.read_error) not in ("", before):
+                logger.error(
+                    "version %d: can't be looked into: %s", self.version.number, self.reason or self.read_error
+                )
 
 
 def without_folders(reason: str, model_folder: Path) -> str:
@@ -189,14 +191,14 @@ def scan(folder: Path) -> list[tuple[ModelVersion, Fingerprint]]:
 def _fingerprint(folder: Path) -> Fingerprint:
     files = []
     # It is being removed, and what is still there will do; or it may not be read, or is a link to itself, and is
-    # refused. Other trouble passes, and must not look like a change.
+    # refused. Other read_error passes, and must not look like a change.
     try:
         for file in folder.iterdir():
             if file.name in SERVED_FILES:
                 status = file.stat()
                 files.append((file.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     except OSError as error:
-        if error.errno not in OF_THE_FOLDER:
+        if error.errno not in PERMANENT_ERRNOS:
             raise
     return tuple(sorted(files))
 
@@ -227,11 +229,11 @@ def engines_of_cpu(options: EngineOptions) -> list[dict[str, Any]]:
     nowhere. So the cores are shared between engines that run at once, and one more engine has all of them, for a
     image that comes while nothing else runs: it has its answer sooner.
 
-    Without `cpu_engines` there are as many as cores, at most `MOST_CPU_ENGINES`, since each takes memory; one where
+    Without `cpu_engines` there are as many as cores, at most `MAX_CPU_ENGINES`, since each takes memory; one where
     `intra_op_threads` are named.
     """
     cores, threads = max(1, usable_cores() // options.workers), options.intra_op_threads
-    count = options.cpu_engines or (1 if threads else min(cores, MOST_CPU_ENGINES))
+    count = options.cpu_engines or (1 if threads else min(cores, MAX_CPU_ENGINES))
     if count == 1:
         return [{} if threads or options.workers == 1 else {"intra_op_threads": cores}]
     engines: list[dict[str, Any]] = [{"intra_op_threads": threads or max(1, cores // count)}] * count
@@ -240,7 +242,7 @@ def engines_of_cpu(options: EngineOptions) -> list[dict[str, Any]]:
     return [*engines, {"max_batch_size": 1, "tune_batch_size": False, "runs_alone": True}]
 
 
-async def open_beside(open_them: Callable[[], Sequence[Engine]]) -> Sequence[Engine]:
+async def open_in_thread(open_them: Callable[[], Sequence[Engine]]) -> Sequence[Engine]:
     """Open engines beside the event loop, and close there what comes too late."""
     is_late = threading.Event()
 
@@ -252,7 +254,7 @@ async def open_beside(open_them: Callable[[], Sequence[Engine]]) -> Sequence[Eng
         return engines
 
     try:
-        return await beside(job)
+        return await run_in_thread(job)
     except asyncio.CancelledError:
         is_late.set()
         raise

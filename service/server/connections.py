@@ -7,7 +7,7 @@ from typing import Final, Protocol
 from uvicorn.config import Config
 
 from service.api.predict import PredictEndpoint
-from service.batching.timer import Recurring
+from service.batching.timer import Timer
 from service.lifecycle import Service
 
 POLL_SECONDS: Final = 0.1  # how much later than its limit a slow client may be disconnected
@@ -31,7 +31,7 @@ class ConnectionClock:
 
     def __init__(self) -> None:
         self._connections: set[Connection] = set()
-        self._timer = Recurring(self._poll, POLL_SECONDS)
+        self._timer = Timer(self._poll, POLL_SECONDS)
 
     def add(self, connection: Connection) -> None:
         """Watch a connection."""

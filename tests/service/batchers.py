@@ -9,7 +9,7 @@ from service.batching.batcher import DynamicBatcher, Prediction
 from tests.fakes import FakeEngine, image
 
 
-class Notes:
+class RecordingObserver:
     """An observer that writes everything down, and raises where it is told to."""
 
     def __init__(self) -> None:
@@ -19,24 +19,24 @@ class Notes:
         self.failed_batches: list[int] = []
         self.broken: set[str] = set()
 
-    def _note(self, method: str) -> None:
+    def _record(self, method: str) -> None:
         if method in self.broken:
             raise RuntimeError(f"the observer is broken in {method}")
 
     def batch(self, size: int, seconds: float) -> None:
-        self._note("batch")
+        self._record("batch")
         self.batches.append(size)
 
     def queued(self, seconds: float) -> None:
-        self._note("queued")
+        self._record("queued")
         self.waits.append(seconds)
 
     def dropped(self, reason: Literal["cancelled", "deadline"]) -> None:
-        self._note("dropped")
+        self._record("dropped")
         self.drops[reason] += 1
 
     def failed_batch(self, size: int) -> None:
-        self._note("failed_batch")
+        self._record("failed_batch")
         self.failed_batches.append(size)
 
 

@@ -17,7 +17,7 @@ from tests.fakes import FakeEngine, tiny_images, tiny_logits, tiny_metadata
 OPTIONS = EngineOptions(provider="cpu", max_batch_size=4, intra_op_threads=1)
 
 
-class Notes(NoObserver):
+class RecordingObserver(NoObserver):
     """Writes down what becomes of versions."""
 
     def __init__(self) -> None:

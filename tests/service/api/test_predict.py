@@ -12,7 +12,7 @@ import pytest
 from imaging.fast_jpeg import MAX_SCANS, SCAN
 from service.api.prediction_writer import server_timing
 from service.api.schemas import PredictResponse
-from service.batching.logits import Outputs
+from service.batching.logits import BatchLogits
 from service.batching.queue import Prediction
 from service.decoding import decoder as decoder_module
 from service.decoding.decoder import Decoder, decode_all
@@ -161,7 +161,7 @@ async def test_the_pixels_of_a_request_are_bounded_wherever_it_is_decoded() -> N
 
 
 def test_of_several_images_server_timing_tells_the_longest_wait_and_the_longest_run() -> None:
-    outputs = Outputs(np.zeros((1, 2), np.float32))
+    outputs = BatchLogits(np.zeros((1, 2), np.float32))
     times = [(0.003, 0.02), (0.25, 0.01), (0.1, 0.015)]
     predictions = [Prediction(outputs, 0, queued, inference, 1) for queued, inference in times]
     expected = b"decode;dur=1.000, queue;dur=250.000, inference;dur=20.000, total;dur=300.000"

@@ -5,7 +5,7 @@ import pytest
 
 from service.api.prediction_writer import PredictionWriter
 from service.api.schemas import PredictResponse
-from service.batching.logits import MANY_CLASSES, Outputs
+from service.batching.logits import MANY_CLASSES, BatchLogits
 from service.batching.queue import Prediction
 from service.errors import InferenceFailed
 from tests.fakes import tiny_metadata
@@ -15,7 +15,7 @@ METADATA = tiny_metadata(labels=LABELS)
 
 
 def predictions_of(logits: np.ndarray) -> list[Prediction]:
-    outputs = Outputs(logits)
+    outputs = BatchLogits(logits)
     return [Prediction(outputs, row, 0.0, 0.0, len(logits)) for row in range(len(logits))]
 
 
@@ -55,7 +55,7 @@ def test_of_equal_classes_the_lower_index_comes_first() -> None:
 @pytest.mark.parametrize("classes", [MANY_CLASSES, MANY_CLASSES + 1])
 def test_many_classes_are_ranked_alike(classes: int) -> None:
     logits = np.random.default_rng(2).normal(0, 2, (4, classes)).astype(np.float32).round(1)  # with ties
-    outputs = Outputs(logits)
+    outputs = BatchLogits(logits)
     exact = np.exp(logits.astype(np.float64))
     exact /= exact.sum(axis=1, keepdims=True)
     for row in (2, 0, 3, 1):

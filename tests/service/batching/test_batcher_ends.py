@@ -9,33 +9,33 @@ import pytest
 from service.batching.batcher import DynamicBatcher
 from service.errors import DeadlineExceeded, Draining, NotReady
 from tests.fakes import FakeEngine, image
-from tests.service.batchers import Notes, Start, begun, holding, numbers, submitted
+from tests.service.batchers import RecordingObserver, Start, begun, holding, numbers, submitted
 
 # Cancellation and deadlines
 
 
 async def test_what_is_cancelled_while_queued_never_runs(start: Start) -> None:
-    notes = Notes()
-    engine, batcher, first = await holding(start, observer=notes)
+    observer = RecordingObserver()
+    engine, batcher, first = await holding(start, observer=observer)
     gone, stays = await submitted(batcher, 1, 2)
     gone.cancel()
     engine.release(2)
     assert await numbers([first, stays]) == [0, 2]
     assert engine.batches == [[0], [2]]
     assert gone.cancelled()
-    assert notes.drops == {"cancelled": 1}
+    assert observer.drops == {"cancelled": 1}
 
 
 async def test_a_queue_of_nothing_but_the_cancelled_is_emptied(start: Start) -> None:
-    notes = Notes()
-    engine, batcher, first = await holding(start, observer=notes)
+    observer = RecordingObserver()
+    engine, batcher, first = await holding(start, observer=observer)
     for task in await submitted(batcher, 1, 2, 3):
         task.cancel()
     engine.let_go()
     await first
     await batcher.drain()
     assert engine.batches == [[0]]
-    assert notes.drops == {"cancelled": 3}
+    assert observer.drops == {"cancelled": 3}
     assert batcher.queue_length == 0
 
 
@@ -52,8 +52,8 @@ async def test_what_is_cancelled_while_it_runs_harms_nobody(start: Start) -> Non
 
 
 async def test_what_expires_in_the_queue_never_runs(start: Start) -> None:
-    notes = Notes()
-    engine, batcher, first = await holding(start, observer=notes)
+    observer = RecordingObserver()
+    engine, batcher, first = await holding(start, observer=observer)
     now = asyncio.get_running_loop().time()
     (late,) = await submitted(batcher, 1, deadline=now)
     (patient,) = await submitted(batcher, 2, deadline=now + 60)
@@ -62,12 +62,12 @@ async def test_what_expires_in_the_queue_never_runs(start: Start) -> None:
         await late
     assert await numbers([first, patient]) == [0, 2]
     assert engine.batches == [[0], [2]]
-    assert notes.drops == {"deadline": 1}
+    assert observer.drops == {"deadline": 1}
 
 
 async def test_what_expires_is_told_so_while_the_engine_is_still_busy(start: Start) -> None:
-    notes = Notes()
-    engine, batcher, first = await holding(start, observer=notes)
+    observer = RecordingObserver()
+    engine, batcher, first = await holding(start, observer=observer)
     now = asyncio.get_running_loop().time()
     late = await submitted(batcher, 1, 2, deadline=now + 0.05)
     (gone,) = await submitted(batcher, 3)
@@ -77,7 +77,7 @@ async def test_what_expires_is_told_so_while_the_engine_is_still_busy(start: Sta
             await task
     assert not first.done()
     assert batcher.queue_length == 0
-    assert notes.drops == {"deadline": 2, "cancelled": 1}
+    assert observer.drops == {"deadline": 2, "cancelled": 1}
     (next_one,) = await submitted(batcher, 4, deadline=now + 60)
     engine.release(2)
     assert await numbers([first, next_one]) == [0, 4]
@@ -156,7 +156,7 @@ async def test_closing_ends_what_runs_and_refuses_what_waits(start: Start) -> No
 async def test_a_cut_off_answers_what_runs_and_what_waits_at_once(start: Start) -> None:
     engine, batcher, first = await holding(start)
     (waiting,) = await submitted(batcher, 1)
-    batcher.cut_off()
+    batcher.abort()
     for task in (first, waiting):
         with pytest.raises(Draining):
             await asyncio.wait_for(task, 5)  # while the engine is still at it

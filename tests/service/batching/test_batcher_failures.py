@@ -9,12 +9,12 @@ import uvloop
 from service.batching.batcher import DynamicBatcher, Prediction
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady
 from tests.fakes import FakeEngine, Images, Logits, image
-from tests.service.batchers import Notes, Start, begun, holding, numbers, submitted
+from tests.service.batchers import RecordingObserver, Start, begun, holding, numbers, submitted
 
 
 async def test_a_failing_batch_fails_its_own_members_alone(start: Start, caplog: pytest.LogCaptureFixture) -> None:
-    notes = Notes()
-    engine, batcher, first = await holding(start, observer=notes)
+    observer = RecordingObserver()
+    engine, batcher, first = await holding(start, observer=observer)
     engine.fail = lambda batch: RuntimeError("the device says no") if 2 in batch else None
     bad = await submitted(batcher, 1, 2, 3, 4)
     good = await submitted(batcher, 5, 6)
@@ -22,7 +22,7 @@ async def test_a_failing_batch_fails_its_own_members_alone(start: Start, caplog:
     outcomes = await asyncio.gather(*bad, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [InferenceFailed] * 4
     assert await numbers([first, *good]) == [0, 5, 6]
-    assert notes.failed_batches == [4]
+    assert observer.failed_batches == [4]
     assert "the device says no" in caplog.text
     assert not batcher.failed.is_set()
 
@@ -77,20 +77,20 @@ async def test_failures_that_are_not_in_a_row_do_not(start: Start) -> None:
 
 
 async def test_an_engine_that_hangs_is_found_out(start: Start, caplog: pytest.LogCaptureFixture) -> None:
-    notes = Notes()
-    engine, batcher, first = await holding(start, observer=notes, run_timeout_ms=300)
+    observer = RecordingObserver()
+    engine, batcher, first = await holding(start, observer=observer, run_timeout_ms=300)
     queued = await submitted(batcher, 1, 2)
     await asyncio.wait_for(batcher.failed.wait(), 5)
     outcomes = await asyncio.gather(first, *queued, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [InferenceFailed] * 3
     assert "did not end within 0.3 s" in batcher.failure
     assert batcher.failure in caplog.text
-    assert notes.failed_batches == [1]
+    assert observer.failed_batches == [1]
     with pytest.raises(NotReady):
         await batcher.submit(image(3))
     engine.release()  # it comes back too late
     await batcher.on_each_engine(lambda engine: None)  # behind it in the thread, and behind its end in the loop
-    assert notes.batches == []
+    assert observer.batches == []
     await batcher.drain()
     await batcher.close()  # does not wait for a thread that may never end
     assert not engine.closed
@@ -140,11 +140,11 @@ def test_times_are_finer_than_uvloops_clock_of_whole_milliseconds() -> None:
 @pytest.mark.parametrize("method", ["dropped", "batch", "queued", "failed_batch"])
 async def test_if_the_loop_dies_nobody_waits_for_ever(start: Start, method: str) -> None:
     """Nothing in the loop can raise but an observer; each of its methods is made to."""
-    notes = Notes()
-    engine, batcher, first = await holding(start, observer=notes)
+    observer = RecordingObserver()
+    engine, batcher, first = await holding(start, observer=observer)
     gone, *queued = await submitted(batcher, *range(1, 11))
     gone.cancel()
-    notes.broken = {method}
+    observer.broken = {method}
     engine.fail = lambda batch: RuntimeError("no") if method == "failed_batch" else None
     engine.let_go()
     await asyncio.wait_for(batcher.failed.wait(), 5)
@@ -157,9 +157,9 @@ async def test_if_the_loop_dies_nobody_waits_for_ever(start: Start, method: str)
 
 
 async def test_an_observer_that_fails_while_the_engine_is_busy_is_noticed(start: Start) -> None:
-    notes = Notes()
-    engine, batcher, first = await holding(start, observer=notes)
-    notes.broken = {"dropped"}
+    observer = RecordingObserver()
+    engine, batcher, first = await holding(start, observer=observer)
+    observer.broken = {"dropped"}
     (late,) = await submitted(batcher, 1, deadline=asyncio.get_running_loop().time())
     await asyncio.wait_for(batcher.failed.wait(), 5)
     assert "an observer failed" in batcher.failure

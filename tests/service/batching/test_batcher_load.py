@@ -9,29 +9,29 @@ import pytest
 
 from service.batching.batcher import Prediction
 from tests.fakes import FakeEngine, image
-from tests.service.batchers import Notes, Start, holding, submitted
+from tests.service.batchers import RecordingObserver, Start, holding, submitted
 
 
 async def test_observers_hear_of_every_image_once(start: Start) -> None:
-    notes = Notes()
-    engine, batcher, first = await holding(start, observer=notes)
+    observer = RecordingObserver()
+    engine, batcher, first = await holding(start, observer=observer)
     tasks = await submitted(batcher, *range(1, 6))
     engine.let_go()
     await asyncio.gather(first, *tasks)
-    assert notes.batches == [1, 4, 1]
-    assert len(notes.waits) == 6
-    assert not notes.drops
+    assert observer.batches == [1, 4, 1]
+    assert len(observer.waits) == 6
+    assert not observer.drops
 
 
 @pytest.mark.parametrize("seed", range(4))
 async def test_in_a_storm_everything_ends_exactly_once_and_with_its_own_answer(start: Start, seed: int) -> None:
     """Singles and large requests, cancelled at any time, late, on engines that fail now and then."""
     chance = random.Random(seed)
-    notes = Notes()
+    observer = RecordingObserver()
     engines = [FakeEngine(max_batch_size=size, delay=0.0005) for size in (1, 3, 8)]
     for engine in engines:
         engine.fail = lambda batch: RuntimeError("unlucky") if chance.random() < 0.05 else None
-    batcher = start(*engines, observer=notes, max_failures=1000)
+    batcher = start(*engines, observer=observer, max_failures=1000)
     loop = asyncio.get_running_loop()
     ends: Counter[str] = Counter()
     sent = 0
@@ -55,13 +55,13 @@ async def test_in_a_storm_everything_ends_exactly_once_and_with_its_own_answer(s
     await batcher.drain()
     assert ends.total() == 500
     assert set(ends) == {"list", "CancelledError", "DeadlineExceeded", "InferenceFailed"}
-    ran = sum(notes.batches) + sum(notes.failed_batches)
+    ran = sum(observer.batches) + sum(observer.failed_batches)
     assert (
         ran
         == sum(len(batch) for engine in engines for batch in engine.batches)
-        == len(notes.waits) + sum(notes.failed_batches)
+        == len(observer.waits) + sum(observer.failed_batches)
     )
-    assert ran + notes.drops.total() <= sent  # the rest belongs to requests that had failed already
+    assert ran + observer.drops.total() <= sent  # the rest belongs to requests that had failed already
     assert batcher.queue_length == 0
     assert not batcher.failed.is_set()
 

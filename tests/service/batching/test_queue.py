@@ -147,7 +147,7 @@ def test_what_has_expired_is_dropped_with_an_answer(bench: Bench) -> None:
 def test_what_is_late_is_dropped_wherever_it_stands(bench: Bench) -> None:
     first, late, gone, last = bench.put(1, deadline=9), bench.put(2, 3, deadline=5), bench.put(4), bench.put(5)
     gone.future.cancel()
-    assert bench.queue.drop_late(5.0) == ["deadline", "deadline", "cancelled"]
+    assert bench.queue.drop_expired(5.0) == ["deadline", "deadline", "cancelled"]
     assert isinstance(late.future.exception(), DeadlineExceeded)
     assert not first.future.done()
     assert not last.future.done()

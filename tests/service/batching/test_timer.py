@@ -2,7 +2,7 @@
 
 import asyncio
 
-from service.batching.timer import Recurring
+from service.batching.timer import Timer
 
 
 async def test_it_looks_again_while_something_is_left() -> None:
@@ -15,7 +15,7 @@ async def test_it_looks_again_while_something_is_left() -> None:
             looked.set()
         return left[0] > 0
 
-    looks = Recurring(look, 0.001)
+    looks = Timer(look, 0.001)
     looks.wake()
     looks.wake()  # it is one timer all the same
     async with asyncio.timeout(10):
@@ -35,7 +35,7 @@ async def test_a_stopped_one_looks_no_more_until_woken() -> None:
         looks += 1
         return True
 
-    recurring = Recurring(look, 0.001)
+    recurring = Timer(look, 0.001)
     recurring.stop()
     recurring.wake()
     recurring.stop()

@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from service.engine import onnx_engine as engine_module
-from service.engine.batch_size_tuning import LEAST_ROUNDS, MOST_ROUNDS, fastest_size
+from service.engine.batch_size_tuning import MAX_ROUNDS, MIN_ROUNDS, fastest_size
 from service.engine.metadata import INPUT_NAME, MODEL_FILES, OUTPUT_NAME
 from service.engine.onnx_engine import OnnxEngine
 from service.engine.runners import HostRunner, Images
@@ -58,7 +58,7 @@ def test_a_disturbed_round_is_no_verdict() -> None:
     a_round = [size for size in SIZES for _ in range(32 // size)]
     machine.seconds = lambda size: plain(size) * (9 if 3 < len(machine.runs) <= 3 + len(a_round) else 1)
     assert machine.fastest() == 32
-    assert machine.runs == [1] * LEAST_ROUNDS + a_round * MOST_ROUNDS
+    assert machine.runs == [1] * MIN_ROUNDS + a_round * MAX_ROUNDS
 
 
 def test_work_beside_it_is_no_reason_for_small_batches() -> None:
@@ -81,7 +81,7 @@ def test_sizes_that_take_too_long_are_not_tried() -> None:
 def test_a_image_that_takes_too_long_runs_alone() -> None:
     machine = Machine(lambda size: 1.0 * size)
     assert machine.fastest() == 1
-    assert machine.runs == [1] * 2 * LEAST_ROUNDS
+    assert machine.runs == [1] * 2 * MIN_ROUNDS
 
 
 def tiny_engine(folder: Path, *, tunes: bool = True) -> OnnxEngine:

@@ -1,4 +1,4 @@
-"""Captures and everybody else, in real threads."""
+"""Captures and other users of CUDA, in real threads."""
 
 import threading
 import time
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from service.engine import capture_lock as gate_module
-from service.engine.capture_lock import CaptureGate
+from service.engine import capture_lock as module
+from service.engine.capture_lock import CaptureLock
 from service.engine.session import EngineError
 
 WAIT = 5.0  # seconds until a test gives up; none waits for so long when all is well
@@ -27,28 +27,28 @@ def in_thread(work: Any) -> tuple[threading.Thread, threading.Event]:
     return thread, ended
 
 
-def test_users_share_the_gate() -> None:
-    gate = CaptureGate()
-    with gate.shared():
-        _, ended = in_thread(lambda: gate.shared().__enter__())
+def test_users_share_the_lock() -> None:
+    lock = CaptureLock()
+    with lock.shared():
+        _, ended = in_thread(lambda: lock.shared().__enter__())
         assert ended.wait(WAIT)
 
 
-def test_a_capture_waits_for_users_and_those_who_come_later_wait_for_it() -> None:
-    gate = CaptureGate()
+def test_a_capture_waits_for_users_and_later_users_wait_for_it() -> None:
+    lock = CaptureLock()
     order: list[str] = []
 
     def capture() -> None:
-        with gate.exclusive():
+        with lock.exclusive():
             order.append("capture")
 
     def use() -> None:
-        with gate.shared():
+        with lock.shared():
             order.append("use")
 
-    with gate.shared():
+    with lock.shared():
         capturing, _ = in_thread(capture)
-        while not gate._waiting:  # it has come, and waits
+        while not lock._waiting:  # it has come, and waits
             capturing.join(0.001)
         using, _ = in_thread(use)  # must not overtake it, or a busy service would never let a capture begin
         using.join(0.02)
@@ -58,43 +58,43 @@ def test_a_capture_waits_for_users_and_those_who_come_later_wait_for_it() -> Non
     assert order == ["capture", "use"]
 
 
-def test_who_was_held_up_by_a_capture_goes_before_the_next() -> None:
-    gate = CaptureGate()
+def test_users_held_up_by_a_capture_go_before_the_next_one() -> None:
+    lock = CaptureLock()
     order: list[str] = []
 
     def use() -> None:
-        with gate.shared():
+        with lock.shared():
             order.append("use")
 
-    with gate.exclusive():
+    with lock.exclusive():
         using, _ = in_thread(use)
-        while not gate._held_up:
+        while not lock._held_up:
             using.join(0.001)
-    with gate.exclusive():  # a warm-up captures one batch size after another
+    with lock.exclusive():  # a warm-up captures one batch size after another
         order.append("capture")
     using.join(WAIT)
     assert order == ["use", "capture"]
 
 
-def most_inside_with_a_capture(gate: CaptureGate) -> int:
+def max_inside_with_a_capture(lock: CaptureLock) -> int:
     """Threads that were seen inside at a time, one of them capturing."""
-    lock = threading.Lock()
+    mutex = threading.Lock()
     inside: set[int] = set()
     seen: list[int] = []
 
-    def look(number: int) -> None:
-        with lock:
+    def count(number: int) -> None:
+        with mutex:
             seen.append(len(inside) if 0 in inside else 0)
 
     def work(number: int) -> None:
         for _ in range(50):
-            with gate.exclusive() if number == 0 else gate.shared():
-                with lock:
+            with lock.exclusive() if number == 0 else lock.shared():
+                with mutex:
                     inside.add(number)
-                look(number)
+                count(number)
                 time.sleep(0.0005)  # for the others to come in
-                look(number)
-                with lock:
+                count(number)
+                with mutex:
                     inside.discard(number)
 
     with ThreadPoolExecutor(4) as pool:
@@ -102,41 +102,41 @@ def most_inside_with_a_capture(gate: CaptureGate) -> int:
     return max(seen)
 
 
-def test_nobody_is_inside_while_one_captures() -> None:
-    class Open(CaptureGate):
+def test_no_user_is_inside_during_a_capture() -> None:
+    class Open(CaptureLock):
         def exclusive(self) -> nullcontext[None]:  # type: ignore[override]
             return nullcontext()
 
-    assert most_inside_with_a_capture(CaptureGate()) == 1
-    assert most_inside_with_a_capture(Open()) > 1  # so it would be seen
+    assert max_inside_with_a_capture(CaptureLock()) == 1
+    assert max_inside_with_a_capture(Open()) > 1  # so it would be seen
 
 
-def test_who_never_lets_go_of_the_gate_keeps_captures_away_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_module, "CAPTURE_PATIENCE_SECONDS", 0.1)
-    gate = CaptureGate()
+def test_a_user_that_never_releases_the_lock_blocks_captures_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CAPTURE_TIMEOUT_S", 0.1)
+    lock = CaptureLock()
 
     def use() -> None:
-        with gate.shared():
+        with lock.shared():
             pass
 
     def give_up() -> None:
-        with pytest.raises(EngineError, match="in use"), gate.exclusive():
+        with pytest.raises(EngineError, match="in use"), lock.exclusive():
             pass
 
-    with gate.shared():  # as a load that hangs in the driver and was given up
+    with lock.shared():  # as a load that hangs in the driver and was given up
         for _ in range(2):
             capturing, gave_up = in_thread(give_up)
-            while not (gate._waiting or gave_up.is_set()):
+            while not (lock._waiting or gave_up.is_set()):
                 capturing.join(0.001)
             others = [in_thread(use) for _ in range(3)]  # which wait behind the capture, and go on when it gives up
             assert all(ended.wait(WAIT) for _, ended in others)
             assert gave_up.wait(WAIT)
-    with gate.exclusive():
+    with lock.exclusive():
         pass
 
 
 def test_a_capture_goes_on_waiting_where_another_came_before_it() -> None:
-    gate = CaptureGate()
+    lock = CaptureLock()
     waits: list[Any] = []
 
     class Changed(threading.Condition):
@@ -144,16 +144,16 @@ def test_a_capture_goes_on_waiting_where_another_came_before_it() -> None:
             waits.append(timeout)
             if len(waits) > 1:
                 return super().wait_for(predicate, timeout)
-            gate._captures += 1  # another thread's, in the time that has passed
+            lock._captures += 1  # another thread's, in the time that has passed
             return False
 
-    gate._changed = Changed()
-    with gate.exclusive():
-        assert waits == [gate_module.CAPTURE_PATIENCE_SECONDS] * 2
+    lock._changed = Changed()
+    with lock.exclusive():
+        assert waits == [module.CAPTURE_TIMEOUT_S] * 2
 
 
-def test_the_gate_opens_again_after_an_error() -> None:
-    gate = CaptureGate()
-    for enter in (gate.shared, gate.exclusive, gate.exclusive, gate.shared):
+def test_the_lock_is_released_after_an_error() -> None:
+    lock = CaptureLock()
+    for enter in (lock.shared, lock.exclusive, lock.exclusive, lock.shared):
         with pytest.raises(RuntimeError, match="out of memory"), enter():
             raise RuntimeError("out of memory")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.engine import cuda as cuda_module
-from service.engine.capture_lock import CaptureGate
+from service.engine.capture_lock import CaptureLock
 from service.engine.cuda import RUNS_UNTIL_CAPTURED, cuda_runner, page_locked_zeros
 from service.engine.onnx_engine import EngineError, OnnxEngine
 from service.engine.runners import BucketRunner, default_buckets
@@ -152,10 +152,10 @@ class FakeRunOptions(dict[str, str]):
 
 
 class FakeSession:
-    """A session on a device: each run notes its graph and whether it was alone."""
+    """A session on a device: each run records its graph and whether it was alone."""
 
-    def __init__(self, gate: CaptureGate) -> None:
-        self.gate = gate
+    def __init__(self, lock: CaptureLock) -> None:
+        self.lock = lock
         self.graphs: list[str] = []
         self.alone: list[bool] = []
         self.devices: list[int] = []
@@ -164,7 +164,7 @@ class FakeSession:
 
     def io_binding(self) -> Self:
         self.bindings += 1
-        return FakeSession(self.gate)
+        return FakeSession(self.lock)
 
     def bind_ortvalue_input(self, name: str, value: FakeOrtValue) -> None:
         assert name == "images"
@@ -176,7 +176,7 @@ class FakeSession:
 
     def run_with_iobinding(self, binding: Self, options: FakeRunOptions) -> None:
         self.graphs.append(options["gpu_graph_id"])
-        self.alone.append(self.gate._capturing)
+        self.alone.append(self.lock._capturing)
         self.devices.append(self.device())
         binding.output.array[:] = tiny_logits(binding.input.array, 1)
 
@@ -189,7 +189,7 @@ def fake_ort(monkeypatch: pytest.MonkeyPatch) -> FakeSession:
         cuda_version = "0.0"  # there is no libcudart.so.0, so host buffers are ordinary ones
 
     monkeypatch.setattr(cuda_module, "ort", FakeOrt)
-    return FakeSession(cuda_module.gate)
+    return FakeSession(cuda_module.capture_lock)
 
 
 def test_each_batch_size_has_its_buffers_and_its_graph(fake_ort: FakeSession) -> None:

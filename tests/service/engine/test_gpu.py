@@ -167,7 +167,7 @@ def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:
 
 
 def test_one_engine_serves_while_another_captures(folder: Path, cuda_engine: OnnxEngine) -> None:
-    """The two threads that a swap has: without the gate, the plain copies of one break the capture of the other."""
+    """A swap has two threads: without the capture lock, plain copies of one break the capture of the other."""
     images = tiny_images(12)
     stop = threading.Event()
 

@@ -50,12 +50,12 @@ def test_it_exposes_what_the_library_exposes(values: list[float]) -> None:
 
 
 def test_what_was_noted_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(histogram, "MOST_NOTED", 10)
+    monkeypatch.setattr(histogram, "MAX_PENDING", 10)
     registry = CollectorRegistry()
     one = PendingHistogram("seconds", "What it is.", BOUNDS, registry)
     for number in range(25):
         one.observe_request(0.05, f"id-{number}")
-    assert len(one._noted) == len(one._request_ids) == 5
+    assert len(one._pending) == len(one._request_ids) == 5
     assert registry.get_sample_value("seconds_count") == 25
 
 

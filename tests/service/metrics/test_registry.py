@@ -264,7 +264,7 @@ async def test_a_gpu_that_was_lost_before_the_start_or_is_somebody_elses_hides_n
 async def test_a_driver_that_hangs_holds_nobody_up_and_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     nvml = FakeNvml()
     monkeypatch.setattr(gpu, "pynvml", nvml)
-    monkeypatch.setattr(gpu, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(gpu, "READ_TIMEOUT_S", 0.05)
     async with running(tmp_path) as run:
         assert await run.metric('perceiver_gpu_up{gpu="0"}') == 1
         nvml.answers.clear()

@@ -14,7 +14,7 @@ from service.repository import versions as versions_module
 from service.repository.store import EngineOptions, ModelStore, NoUsableVersionError
 from service.repository.versions import without_folders
 from tests.fakes import Defect, FakeEngine, make_model_folder, tiny_images, tiny_logits, tiny_metadata
-from tests.service.stores import OPTIONS, FakeOpener, Make, Notes, Opener, answer, assert_serves, lines
+from tests.service.stores import OPTIONS, FakeOpener, Make, Opener, RecordingObserver, answer, assert_serves, lines
 
 REASONS: dict[Defect, str] = {
     "corrupt_onnx": "can't load this file",
@@ -132,15 +132,15 @@ async def test_a_broken_version_is_refused_with_its_reason_and_the_old_one_goes_
     defect: Defect, make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_model_folder(tmp_path, 1)
-    notes = Notes()
-    store = make(observer=notes)
+    observer = RecordingObserver()
+    store = make(observer=observer)
     await store.load()
     make_model_folder(tmp_path, 2, defect=defect)
     old, new = await store.reload()
     assert (old.state, new.state) == ("live", "refused")
     assert store.refused_versions == 1
     assert REASONS[defect] in new.reason
-    ((number, reason),) = notes.refused
+    ((number, reason),) = observer.refused
     assert (number, without_folders(reason, tmp_path)) == (2, new.reason)
     assert f"version 2: refused: {reason}" in caplog.text  # in full
     assert str(tmp_path) not in new.reason
@@ -167,12 +167,12 @@ async def test_a_refused_version_is_tried_again_only_when_its_files_change(make:
 async def test_the_golden_difference_is_reported_passed_or_not(make: Make, tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1)
     make_model_folder(tmp_path, 2, defect="golden_mismatch")
-    notes = Notes()
-    await make(observer=notes).load()
-    refused, passed = notes.differences
+    observer = RecordingObserver()
+    await make(observer=observer).load()
+    refused, passed = observer.differences
     assert refused == pytest.approx(1, abs=1e-4)
     assert passed < 1e-4
-    assert notes.live == [(1, "tiny", "cpu")]
+    assert observer.live == [(1, "tiny", "cpu")]
 
 
 async def test_engines_of_a_refused_version_are_closed(make: Make, tmp_path: Path) -> None:

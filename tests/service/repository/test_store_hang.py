@@ -15,14 +15,14 @@ from tests.fakes import FakeEngine, make_model_folder
 from tests.service.stores import Make, assert_serves, lines
 
 
-def beside() -> int:
+def background_threads() -> int:
     """Threads that look into a folder, or are about to end."""
-    return sum(thread.name == "beside" for thread in threading.enumerate())
+    return sum(thread.name == "background" for thread in threading.enumerate())
 
 
 async def all_are_back() -> None:
     async with asyncio.timeout(10):
-        while beside():  # noqa: ASYNC110 - threads
+        while background_threads():  # noqa: ASYNC110 - threads
             await asyncio.sleep(0.01)
 
 
@@ -39,7 +39,7 @@ async def test_a_version_whose_metadata_hang_holds_up_neither_the_start_nor_the_
         return read_metadata(path)
 
     monkeypatch.setattr(versions_module, "read_metadata", far_away)
-    monkeypatch.setattr(store_module, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(store_module, "SCAN_TIMEOUT_S", 0.1)
     async with asyncio.timeout(10):
         await store.load()
         await assert_serves(store, 2)
@@ -47,9 +47,9 @@ async def test_a_version_whose_metadata_hang_holds_up_neither_the_start_nor_the_
         for _ in range(4):
             await store.reload()
         await assert_serves(store, 3)
-        while beside() > 1:  # noqa: ASYNC110 - threads that are about to end
+        while background_threads() > 1:  # noqa: ASYNC110 - threads that are about to end
             await asyncio.sleep(0.01)
-        assert beside() == 1  # one thread hangs, however often somebody looks
+        assert background_threads() == 1  # one thread hangs, however often somebody looks
         assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
             f"{tmp_path}: the metadata of a version can't be read: no answer within 0.1 s"
         ]
@@ -75,13 +75,13 @@ async def test_a_folder_that_does_not_answer_is_told_once_and_looked_into_when_i
         return versions_module.scan(folder)
 
     monkeypatch.setattr(store_module, "scan", far_away)
-    monkeypatch.setattr(store_module, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(store_module, "SCAN_TIMEOUT_S", 0.05)
     make_model_folder(tmp_path, 2)
     with pytest.raises(OSError, match=r"no answer within 0\.05 s"):
         await store.reload()
     watching = asyncio.create_task(store.watch())
     await asyncio.sleep(0.5)
-    assert (looks, beside()) == (1, 1)
+    assert (looks, background_threads()) == (1, 1)
     assert caplog.text.count("can't be looked into for new versions: [Errno 110] no answer within 0.05 s") == 1
     is_back.set()
     async with asyncio.timeout(10):

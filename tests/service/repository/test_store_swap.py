@@ -253,7 +253,7 @@ async def test_golden_images_that_can_not_be_read_in_time_are_a_reason_and_hold_
         await store.reload()
     (live, refused) = store.versions()
     assert (live.state, refused.reason) == ("live", "2: it was not loaded, warm and checked within 1 s")
-    threads = [thread for thread in threading.enumerate() if thread.name == "beside"]
+    threads = [thread for thread in threading.enumerate() if thread.name == "background"]
     assert threads
     assert all(thread.daemon for thread in threads)  # or the process could not end
     golden.open("wb").close()

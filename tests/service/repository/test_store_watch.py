@@ -17,7 +17,7 @@ from service.repository import versions as versions_module
 from service.repository.store import EngineOptions, VersionStatus
 from service.repository.versions import open_engines
 from tests.fakes import FakeEngine, make_model_folder, tiny_images, tiny_logits
-from tests.service.stores import Make, Notes, Opener, answer, assert_serves, lines
+from tests.service.stores import Make, Opener, RecordingObserver, answer, assert_serves, lines
 
 
 async def test_a_half_written_folder_is_not_seen(make: Make, tmp_path: Path) -> None:
@@ -35,8 +35,8 @@ async def test_watching_finds_a_new_version_and_outlives_trouble(
     make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_model_folder(tmp_path, 1)
-    notes = Notes()
-    store = make(poll_seconds=0.01, observer=notes)
+    observer = RecordingObserver()
+    store = make(poll_seconds=0.01, observer=observer)
     await store.load()
     troubled = asyncio.Event()
 
@@ -48,9 +48,9 @@ async def test_watching_finds_a_new_version_and_outlives_trouble(
     monkeypatch.setattr(store, "reload", trouble)
     watching = asyncio.create_task(store.watch())
     await asyncio.wait_for(troubled.wait(), 5)
-    notes.swapped.clear()
+    observer.swapped.clear()
     make_model_folder(tmp_path, 2)
-    await asyncio.wait_for(notes.swapped.wait(), 5)
+    await asyncio.wait_for(observer.swapped.wait(), 5)
     watching.cancel()
     await asyncio.wait([watching])
     assert "the network drive is away" in caplog.text
@@ -156,8 +156,8 @@ async def test_what_is_live_goes_on_when_its_own_file_is_overwritten_with_half_o
 ) -> None:
     for version in (1, 2):
         make_model_folder(tmp_path, version)
-    notes = Notes()
-    store = make(observer=notes)
+    observer = RecordingObserver()
+    store = make(observer=observer)
     await store.load()
     file = tmp_path / "2" / "model.onnx"
     whole = file.read_bytes()
@@ -165,11 +165,11 @@ async def test_what_is_live_goes_on_when_its_own_file_is_overwritten_with_half_o
     for _ in range(3):  # and is not loaded and refused anew at every look
         await store.reload()
     await assert_serves(store, 2)
-    assert [number for number, _ in notes.refused] == [2]
+    assert [number for number, _ in observer.refused] == [2]
     file.write_bytes(whole)
     await store.reload()
     await assert_serves(store, 2)
-    assert [number for number, _, _ in notes.live] == [2, 2]
+    assert [number for number, _, _ in observer.live] == [2, 2]
 
 
 async def test_a_live_version_whose_own_files_were_spoilt_counts_as_refused(make: Make, tmp_path: Path) -> None:

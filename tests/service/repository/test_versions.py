@@ -10,7 +10,7 @@ import pytest
 from service.engine.onnx_engine import EngineError
 from service.repository import versions as versions_module
 from service.repository.store import EngineOptions
-from service.repository.versions import Seen, open_engines, scan, without_folders
+from service.repository.versions import VersionRecord, open_engines, scan, without_folders
 from tests.fakes import FakeEngine, make_model_folder, tiny_images, tiny_logits
 
 
@@ -181,7 +181,7 @@ def test_a_version_that_can_not_be_looked_into_is_refused_alone_and_until_it_can
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "is_file", trouble)
-    seen = Seen(version, before)
+    seen = VersionRecord(version, before)
     seen.describe(EngineOptions(), "cpu")
     assert (seen.status().state, seen.metadata) == ("refused", None)
     assert "Permission denied" in seen.status().reason
@@ -203,8 +203,8 @@ def test_rights_that_are_put_right_are_a_change_of_what_was_refused_alone(tmp_pa
     ((version, before),) = scan(tmp_path)
     model.chmod(0o600)
     ((_, after),) = scan(tmp_path)
-    assert not Seen(version, before, reason="can't be read").is_like(after)
-    assert Seen(version, before, serving=True).is_like(after)
+    assert not VersionRecord(version, before, reason="can't be read").matches(after)
+    assert VersionRecord(version, before, serving=True).matches(after)
     model.write_bytes(b"junk")
     ((_, changed),) = scan(tmp_path)
-    assert not Seen(version, before, serving=True).is_like(changed)
+    assert not VersionRecord(version, before, serving=True).matches(changed)
