@@ -33,10 +33,11 @@ test: $(DEV)/.installed ## Run every test
 chaos: $(DEV)/.installed ## Misuse and overload a real service (ARGS="fuzz" or "openapi" for more)
 	$(DEV)/bin/python -m tests.chaos $(ARGS)
 
-lint: $(DEV)/.installed ## Check style and types
+lint: $(DEV)/.installed ## Check style, types and layers
 	$(DEV)/bin/ruff check .
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy
+	$(DEV)/bin/lint-imports
 
 format: $(DEV)/.installed ## Format the code
 	$(DEV)/bin/ruff format .
@@ -52,7 +53,7 @@ bench: $(DEV)/.installed ## Pictures a second of the shipped model on this machi
 	$(DEV)/bin/python -m benchmarks.engine $(FOLDER) $(ARGS)
 
 clean: ## Remove the environments and caches (no data, no runs)
-	rm -rf .venv .venv-serve-* .rivals .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build
+	rm -rf .venv .venv-serve-* .rivals .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis *.egg-info build
 
 # The tests run on onnxruntime-gpu, as production does; without its CUDA libraries it serves on the CPU.
 $(DEV)/.installed: pyproject.toml constraints.txt
