@@ -50,9 +50,9 @@ class Service:
         self.store = ModelStore(
             settings.model_dir,
             engine_options(settings),
+            self.metrics,
             pinned_version=settings.model_version,
             poll_seconds=settings.model_poll_s,
-            observer=self.metrics,
             open_engines=open_engines,
         )
         self._failure = ""

@@ -1,4 +1,4 @@
-"""How much may be in the house at once, in images and in bytes; counted before anything is decoded."""
+"""Admission: bounds the images and bytes in flight, counted before anything is decoded."""
 
 import time
 from collections.abc import Callable
@@ -13,16 +13,16 @@ MAX_RETRY_AFTER_SECONDS = 60.0
 
 
 class Admission:
-    """Bounds what is accepted and not yet answered, over all models. Belongs to one event loop's thread.
+    """Bounds what is in flight (accepted and not yet answered) over all models. Belongs to one event loop.
 
     Args:
-        max_images: images that may be in the house at once.
-        max_bytes: bytes of request bodies that may be held at once.
+        max_images: images that may be in flight.
+        max_bytes: bytes of request bodies that may be in flight.
         clock: monotonic, in seconds.
 
     Attributes:
-        images: images in the house.
-        bytes: bytes in the house.
+        images: images in flight.
+        bytes: bytes of request bodies in flight.
     """
 
     def __init__(self, max_images: int, max_bytes: int, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -36,7 +36,7 @@ class Admission:
         self._window_count = self._window_bytes = 0
 
     def admit(self, *, images: int = 1, bytes: int = 0) -> "Ticket":  # noqa: A002 - the unit is the best name
-        """Ask for room: `with admission.admit(images=1, bytes=n) as ticket:`. It is asked, or refused, on entering.
+        """Return a ticket, `with admission.admit(images=1, bytes=n) as ticket:`; entering it admits or refuses.
 
         Raises:
             Overloaded, TooManyImages, BodyTooLarge: as `Ticket.add`.
@@ -44,19 +44,19 @@ class Admission:
         return Ticket(self, images, bytes)
 
     def is_full(self, images: int = 1, size: int = 0) -> bool:
-        """Whether there is no room for so many images, or for so many bytes."""
+        """Whether so many more images, or so many more bytes, would exceed a bound."""
         return self.images + images > self.max_images or self.bytes + size > self.max_bytes
 
     def retry_after(self, size: int = 0) -> float:
-        """Seconds until what is in the house will have left, at the measured rate; at least 1, at most 60.
+        """Return the seconds until all in flight is answered at the measured rate: at least 1, at most 60.
 
         Args:
-            size: bytes for which room was asked: where there is none, the bytes have to leave, too.
+            size: bytes that were refused. If they exceed the bound, the rate in bytes counts as well.
         """
         elapsed = self._clock() - self._window_start
 
         def seconds_for(inside: int, measured: float, left: int) -> float:
-            # A batch leaves at once, and with it a window begins: its first moments would show any rate.
+            # A whole batch ends at once, so the first moments of a window would show any rate.
             rate = measured or (left / elapsed if elapsed > 0 else 0.0)
             return inside / rate if rate > 0 else 0.0
 
@@ -72,7 +72,7 @@ class Admission:
             raise BodyTooLarge(f"A request can hold at most {self.max_bytes} bytes; send several requests.")
         if self.is_full(images, size):
             raise Overloaded(retry_after=self.retry_after(size))
-        if self.images == 0 == self.bytes:  # idle time tells nothing of how fast the house empties
+        if self.images == 0 == self.bytes:  # idle time does not count as slowness
             self._window_start, self._window_count, self._window_bytes = self._clock(), 0, 0
         self.images += images
         self.bytes += size
@@ -87,15 +87,15 @@ class Admission:
             self._measure(elapsed)
 
     def _measure(self, elapsed: float) -> None:
-        """End a window of so many seconds."""
-        # A window of few requests shows their number, not the capacity: keep the peak, and let it fade.
+        """End a window of `elapsed` seconds."""
+        # A window of few requests shows their number, not the capacity: the peak stays and fades.
         self._rate = max(self._window_count / elapsed, RATE_DECAY * self._rate)
         self._byte_rate = max(self._window_bytes / elapsed, RATE_DECAY * self._byte_rate)
         self._window_start, self._window_count, self._window_bytes = self._clock(), 0, 0
 
 
 class Ticket:
-    """The room that one request has; given back on leaving the `with` block, however it is left."""
+    """The share of one request; leaving the `with` block gives it back, with or without an error."""
 
     __slots__ = ("_admission", "bytes", "images")
 
@@ -105,11 +105,11 @@ class Ticket:
         self.bytes = size
 
     def add(self, *, images: int = 0, bytes: int = 0) -> None:  # noqa: A002 - as in `Admission.admit`
-        """Ask for more room, when the true size of a body shows while reading it.
+        """Admit more for this request, as its body is read.
 
         Raises:
-            Overloaded: there is no room now.
-            TooManyImages, BodyTooLarge: there would be no room in an empty house either.
+            Overloaded: a bound would be exceeded now.
+            TooManyImages, BodyTooLarge: the request alone would exceed a bound.
         """
         self._admission._take(self, images, bytes)
         self.images += images

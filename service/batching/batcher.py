@@ -21,14 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.batching.engine_pool import EnginePool, PooledEngine
-from service.batching.observer import BatchObserver, NoObserver
+from service.batching.observer import BatchObserver
 from service.batching.queue import Batch, DropReason, FairQueue, FutureLike, Image, Pixels, Prediction, Request
 from service.batching.timer import TICK_SECONDS, Timer
 from service.engine.onnx_engine import Engine
 from service.engine.thread import call_in_loop
 from service.errors import Draining, InferenceFailed, NotReady
 
-__all__ = ["BatchObserver", "DynamicBatcher", "NoObserver", "Prediction"]
+__all__ = ["BatchObserver", "DynamicBatcher", "Prediction"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,26 +40,26 @@ class DynamicBatcher:
     """Serves images in batches on one or several engines of one model. Belongs to one event loop.
 
     Args:
-        engines: one member each and one queue for all; they become the batcher's, `close` closes them.
-        max_queue_delay_ms: how long an incomplete batch waits for more although an engine is free.
-        run_timeout_ms: a run that takes longer counts as hung, and fails the batcher.
-        max_failures: so many failing batches of one engine in a row fail the batcher: its device is gone.
-        observer: counts.
+        engines: share one queue; the batcher owns them, and `close` closes them.
+        observer: counts images and batches.
+        max_queue_delay_ms: milliseconds that an incomplete batch waits for more images although an engine is free.
+        run_timeout_ms: milliseconds after which a run counts as hung and fails the batcher.
+        max_failures: failed batches of one engine in a row that fail the batcher, since the GPU is probably gone.
         on_failure: called once with the reason when the batcher fails.
 
     Attributes:
-        failed: set when an engine hangs or keeps failing or the loop has ended: the process should be replaced.
-        failure: why; "" until then.
+        failed: set when an engine hangs or keeps failing, or the loop has ended; the process should be replaced.
+        failure: the reason; "" until then.
     """
 
     def __init__(
         self,
         engines: Sequence[Engine],
+        observer: BatchObserver,
         *,
         max_queue_delay_ms: float = 0,
         run_timeout_ms: float = 30_000,
         max_failures: int = 16,
-        observer: BatchObserver | None = None,
         on_failure: Callable[[str], None] | None = None,
     ) -> None:
         self._pool = EnginePool(engines)
@@ -68,10 +68,10 @@ class DynamicBatcher:
         self._delay = max_queue_delay_ms / 1000
         self._run_timeout = run_timeout_ms / 1000
         self._max_failures = max_failures
-        self._observer: BatchObserver = observer or NoObserver()
+        self._observer = observer
         self._on_failure = on_failure
         self._queue = FairQueue()
-        self._arrived = asyncio.Event()  # there is something in the queue
+        self._arrived = asyncio.Event()  # the queue is not empty
         self._idle = asyncio.Event()  # the queue is empty and no engine runs
         self._idle.set()
         self._loop_task: asyncio.Task[None] | None = None
@@ -82,20 +82,20 @@ class DynamicBatcher:
 
     @property
     def queue_length(self) -> int:
-        """Images that wait for a batch, including those that are about to be dropped."""
+        """Images in the queue, including those that will be dropped."""
         return self._queue.images
 
     @property
     def max_batch_size(self) -> int:
-        """Images that one run may have, on the engine that allows the most; 0 after `close`."""
+        """Images in the largest batch that any engine takes; 0 after `close`."""
         return self._pool.max_batch_size
 
     async def on_each_engine(self, function: Callable[[Engine], T]) -> list[T]:
-        """Call `function` with each engine, in its own thread; for warm-up and checks."""
+        """Call `function` with each engine in its engine thread, for warm-up and checks."""
         return await self._pool.on_each(function)
 
     def start(self) -> None:
-        """Serve from now on."""
+        """Start to serve; call it in the event loop."""
         self._loop = asyncio.get_running_loop()
         self._pool.open()
         self._refusal = None
@@ -110,24 +110,25 @@ class DynamicBatcher:
     async def submit_many(self, images: Sequence[Image], *, deadline: float | None = None) -> list[Prediction]:
         """Classify the images of one request, each uint8 [H, W, 3]; they succeed or fail together.
 
-        Cancel the task that awaits this, and what still waits in the queue is never run.
+        Cancelling the awaiting task drops those images that are still queued.
 
         Args:
-            images: of the model's input size; they must not change until the answer is there.
-            deadline: on the clock of `loop.time()`; what has not been begun by then is not begun.
+            images: of the model's input size; they must not change before the result is there.
+            deadline: seconds on the clock of `loop.time()`; no image starts to run after it. None: no deadline.
 
         Raises:
-            DeadlineExceeded: the deadline passed while one of them waited.
-            InferenceFailed: the batch that one of them was in failed.
+            DeadlineExceeded: the deadline passed while an image was queued.
+            InferenceFailed: the batch of an image failed.
             NotReady: the batcher has not been started, or has failed.
-            Draining: it is about to stop.
+            Draining: the batcher shuts down.
+            ValueError: an image is not C-contiguous uint8 of the model's input size.
         """
         self._check_open()
         for image in images:
-            # It would fail all others of its batch.
+            # A wrong image would fail its whole batch.
             if image.shape != self._shape or image.dtype != np.uint8 or not image.flags.c_contiguous:
                 raise ValueError(
-                    f"an image must be uint8 {self._shape} without gaps, and is {image.dtype} {image.shape}"
+                    f"an image must be uint8 {self._shape}, C-contiguous, and is {image.dtype} {image.shape}"
                 )
         if not images:
             return []
@@ -136,25 +137,26 @@ class DynamicBatcher:
         try:
             return await future
         finally:
-            del future  # an error's traceback holds this frame, and the future the error: a cycle for the collector
+            del future  # breaks the cycle of future, error, traceback and this frame
 
-    def post(self, images: Sequence[Pixels], outcome: FutureLike, deadline: float) -> None:
-        """Do the same for somebody who waits elsewhere: `outcome` gets what `submit_many` would return or raise.
+    def post(self, images: Sequence[Pixels], future: FutureLike, deadline: float) -> None:
+        """Queue images and return at once; `future` gets what `submit_many` would return or raise.
 
         Args:
-            images: at least one, the memory of uint8 [H, W, 3] each.
-            outcome: `done` once nobody waits any more.
-            deadline: as in `submit_many`.
+            images: at least one, each the memory of a uint8 [H, W, 3].
+            future: its `done` is true once its client has gone.
+            deadline: as in `submit_many`; infinity for none.
 
         Raises:
-            NotReady, Draining: as `submit_many`; `outcome` gets nothing then.
+            NotReady, Draining: as `submit_many`; `future` is left alone.
+            ValueError: an image is not of the model's input size.
         """
         self._check_open()
         for image in images:
             size = len(image) if isinstance(image, bytes) else image.nbytes
             if size != self._bytes:
                 raise ValueError(f"an image must have {self._bytes} bytes, and has {size}")
-        self._put(Request(images, outcome, deadline))
+        self._put(Request(images, future, deadline))
 
     def _check_open(self) -> None:
         if self._refusal is not None:
@@ -167,17 +169,17 @@ class DynamicBatcher:
         self._expiry_timer.wake()
 
     def _drop_expired(self) -> bool:
-        """Answer those in the queue whose deadline has passed; return whether there are others."""
+        """Drop expired requests; return whether others are queued."""
         self._record_dropped(self._queue.drop_expired(self._loop.time()))
         return bool(self._queue)
 
     async def drain(self) -> None:
-        """Refuse what comes, serve what is here, and return when all of it has its answer."""
+        """Refuse new requests, and return when all queued and running ones are answered."""
         self._refusal = self._refusal or Draining
         await self._idle.wait()
 
     def abort(self) -> None:
-        """Refuse what comes, and answer what waits and what runs with Draining, now."""
+        """Refuse new requests, and fail all queued and running ones with Draining at once."""
         self._refusal = self._refusal or Draining
         self._queue.fail_all(Draining)
         for member in self._pool.members:
@@ -186,13 +188,13 @@ class DynamicBatcher:
         self._update_idle()
 
     def abandon(self) -> None:
-        """Close the engines when their threads come to it, which nobody waits for; only where it was never started."""
+        """Have the engine threads close the engines, without waiting; for a batcher that was never started."""
         while self._pool.members:
             member = self._pool.members.pop()
             member.thread.abandon(member.engine.close)
 
     async def close(self) -> None:
-        """Refuse what comes and what waits, let runs end, close the engines. `drain` first, and nothing is refused."""
+        """Abort queued requests, wait for running ones, close the engines. Call `drain` first to abort none."""
         self._refusal = self._refusal or Draining
         task, self._loop_task = self._loop_task, None
         if task is not None:
@@ -202,7 +204,7 @@ class DynamicBatcher:
         self._expiry_timer.stop()
         self._update_idle()
         await self._idle.wait()
-        while self._pool.members:  # one by one: who is cancelled here leaves the others to the next call
+        while self._pool.members:  # popped one by one: a cancelled `close` leaves the rest to the next call
             member = self._pool.members.pop(0)
             try:
                 if not member.hung:
@@ -211,15 +213,15 @@ class DynamicBatcher:
                 member.thread.stop()
 
     async def _dispatch(self) -> None:
-        """Serve for ever. From the pop to the hand-over nothing can raise: what is popped is in good hands."""
+        """Form and start batches for ever. Nothing between pop and start may raise, or popped requests are lost."""
         while True:
             await self._arrived.wait()
             member = await self._pool.claim()
             room = member.engine.max_batch_size
             if not self._delay:
                 room = self._pool.room(member, self._queue.images)
-            elif self._queue:  # else all of it was late
-                await self._wait_for_more(room)  # who waits for a whole batch does not share it then
+            elif self._queue:  # the poll may have dropped all of it
+                await self._wait_for_more(room)  # for a whole batch, which engines do not share
             batch = self._queue.pop(room, self._loop.time())
             if batch.size:
                 self._start_run(self._pool.best(member, batch.size, self._queue.images), batch)
@@ -229,7 +231,7 @@ class DynamicBatcher:
             self._record_dropped(batch.dropped)
 
     async def _wait_for_more(self, size: int) -> None:
-        with suppress(TimeoutError):  # the oldest has waited its time, or one would soon be too late
+        with suppress(TimeoutError):  # the delay of the oldest is over, or a deadline is near
             while self._queue and self._queue.images < size:
                 in_time = self._queue.earliest_deadline() - self._loop.time() - 2 * TICK_SECONDS
                 async with asyncio.timeout(min(self._queue.oldest + self._delay - perf_counter(), in_time)):
@@ -242,32 +244,32 @@ class DynamicBatcher:
         member.thread.post(partial(self._run, member, batch))
 
     def _run(self, member: PooledEngine, batch: Batch) -> None:
-        """Stack and run; in the engine's thread."""
-        outcome: RunResult
+        """Stack the images and run them; in the engine thread."""
+        result: RunResult
         begun = perf_counter()
         try:
-            # Not np.concatenate, which gives the interpreter's lock away for each image, and waits to get it back.
+            # np.concatenate would release and retake the GIL for each image.
             images = np.frombuffer(b"".join(batch.images()), dtype=np.uint8).reshape(batch.size, *self._shape)
-            outcome = member.engine.run(images)
-            if len(outcome) != batch.size:
-                raise ValueError(f"the engine gave {len(outcome)} answers to {batch.size} images")
+            result = member.engine.run(images)
+            if len(result) != batch.size:
+                raise ValueError(f"the engine returned {len(result)} rows for {batch.size} images")
         except Exception as error:
-            outcome = error
-        call_in_loop(self._loop, self._finish, member, batch, outcome, perf_counter() - begun)
+            result = error
+        call_in_loop(self._loop, self._finish, member, batch, result, perf_counter() - begun)
 
-    def _finish(self, member: PooledEngine, batch: Batch, outcome: RunResult, seconds: float) -> None:
-        """End the futures of a batch and release its member; back in the loop's thread."""
+    def _finish(self, member: PooledEngine, batch: Batch, result: RunResult, seconds: float) -> None:
+        """End the futures of a batch and release its engine; in the event loop."""
         if member.hung:
-            return  # the watchdog has ended them, and the process is to be replaced
+            return  # `_hung` has failed them
         if member.watchdog is not None:
             member.watchdog.cancel()
         member.batch = None
         try:
-            if isinstance(outcome, Exception):
-                self._end_failed(member, batch, outcome)
+            if isinstance(result, Exception):
+                self._end_failed(member, batch, result)
             else:
-                self._end_answered(member, batch, outcome, seconds)
-        except Exception as error:  # an observer's
+                self._end_answered(member, batch, result, seconds)
+        except Exception as error:  # raised by an observer
             self._observer_failed(error)
         self._pool.release(member)
         self._update_idle()
@@ -282,7 +284,7 @@ class DynamicBatcher:
                 queued(started - request.enqueued)
 
     def _end_failed(self, member: PooledEngine, batch: Batch, error: Exception) -> None:
-        """Fail the members of one batch; the next one is served, unless this goes on and on."""
+        """Fail the requests of one batch, and the batcher after `max_failures` in a row."""
         batch.fail(InferenceFailed)
         logger.error("%s: a batch of %d failed", member.name, batch.size, exc_info=error)
         member.failures += 1
@@ -299,25 +301,25 @@ class DynamicBatcher:
             self._observer_failed(error)
 
     def _observer_failed(self, error: Exception) -> None:
-        """Fail: nobody would know any more what happens. Every future has ended before an observer is asked."""
+        """Fail the batcher, since its metrics would be wrong. Futures end before an observer is called."""
         logger.exception("an observer failed")
         self._fail(f"an observer failed: {error!r}")
 
     def _hung(self, member: PooledEngine, batch: Batch) -> None:
-        """Give up an engine whose run does not end; its thread can't be stopped, only the process can."""
+        """Fail the batcher for a run that does not end; only the process can be stopped, not its thread."""
         member.hung, member.batch = True, None
         batch.fail(InferenceFailed)
         self._fail(f"{member.name}: a batch of {batch.size} did not end within {self._run_timeout:g} s")
         self._observer.failed_batch(batch.size)
 
     def _loop_ended(self, task: "asyncio.Task[None]") -> None:
-        # Else `close` has ended it, or the process ends without that.
+        # Otherwise `close` has cancelled it, or the process ends.
         if self._loop_task is task and self._refusal is not Draining:
             error = None if task.cancelled() else task.exception()
             self._fail(f"the batcher's loop has ended: {error!r}")
 
     def _fail(self, reason: str) -> None:
-        """Refuse all that waits and all that comes; batches that run on other engines still end."""
+        """Fail queued requests and refuse new ones; batches that run on other engines still end."""
         if self.failed.is_set():
             return
         logger.critical("the batcher has failed: %s", reason)

@@ -1,4 +1,4 @@
-"""What a batcher has one of for each engine, and which of them takes the next batch."""
+"""The engines of a batcher with their threads, and which of them takes the next batch."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class PooledEngine:
-    """An engine, its thread, and the batch it runs."""
+    """An engine, its engine thread, and the batch it runs."""
 
     def __init__(self, engine: Engine, name: str) -> None:
         self.engine = engine
@@ -27,7 +27,7 @@ class PooledEngine:
 
 
 class EnginePool:
-    """The members of a batcher. Belongs to one event loop.
+    """The engines of one batcher. Belongs to one event loop.
 
     Args:
         engines: of one model; at most one of them `runs_alone`.
@@ -39,25 +39,24 @@ class EnginePool:
 
     @property
     def _alone(self) -> PooledEngine | None:
-        # Not kept: an engine of a version that was refused leaves memory with its place in `all`.
+        # Not stored: removing a member must free its engine.
         return next((member for member in self.members if member.engine.runs_alone), None)
 
     @property
     def is_busy(self) -> bool:
-        """Whether any of them runs a batch."""
+        """Whether any engine runs a batch."""
         return any(member.batch is not None for member in self.members)
 
     @property
     def max_batch_size(self) -> int:
-        """Images that one run may have, on the engine that allows the most; 0 without engines."""
+        """Images in the largest batch that any engine takes; 0 without engines."""
         return max((member.engine.max_batch_size for member in self.members), default=0)
 
     async def on_each(self, function: Callable[[Engine], T]) -> list[T]:
-        """Call `function` with each engine, in its own thread.
+        """Call `function` with each engine in its engine thread.
 
-        On GPUs one after the other: the capture of one would wait for the first run of another, which takes long, and
-        all that serves would wait for that capture. On a CPU all that serve together at a time, so that what is
-        measured then is what they do then.
+        Engines on GPUs take turns: a capture would wait for another engine's first run, and the serving model for
+        that capture. Engines on a CPU go at once, so that batch size tuning measures them as they serve.
         """
 
         async def call(member: PooledEngine) -> T:
@@ -69,24 +68,24 @@ class EnginePool:
         return [done[member] if member in done else await call(member) for member in self.members]
 
     def open(self) -> None:
-        """Let them be claimed."""
+        """Make all engines free."""
         for member in self.members:
             self.release(member)
 
     async def claim(self) -> PooledEngine:
-        """Wait for a member that is free, and take it."""
+        """Wait for a free engine, and take it."""
         return await self._free.get()
 
     def release(self, member: PooledEngine) -> None:
-        """Give back a member."""
-        if not member.engine.runs_alone:  # which nobody has to wait for, see `best`
+        """Give back an engine."""
+        if not member.engine.runs_alone:  # that one is never claimed, see `best`
             self._free.put_nowait(member)
 
     def room(self, member: PooledEngine, waiting: int) -> int:
-        """Return how many of the images that wait the next batch of a claimed member may take.
+        """Return how many of the `waiting` images the next batch of a claimed engine may take.
 
-        On a CPU, where each takes its time, engines that are free share them. On a GPU all take about as long as one,
-        and an engine left free is ready for what comes.
+        On a CPU a batch takes time for each image, so free engines share them. On a GPU a batch takes about as long
+        as one image, so one engine takes all and the others stay free.
         """
         size = member.engine.max_batch_size
         if member.engine.provider != "cpu":
@@ -94,12 +93,12 @@ class EnginePool:
         return min(size, max(1, ceil(waiting / (1 + self._free.qsize()))))
 
     def best(self, claimed: PooledEngine, size: int, waiting: int) -> PooledEngine:
-        """Return the member that is to run a batch: the one that runs alone, if nothing else does or waits.
+        """Return the engine for a batch: the one that `runs_alone` if nothing else runs or waits, else `claimed`.
 
         Args:
-            claimed: any other; it is released if it is not taken.
-            size: of the batch.
-            waiting: images behind it.
+            claimed: a claimed engine; it is released if the other is returned.
+            size: images in the batch.
+            waiting: images that stay in the queue.
         """
         alone = self._alone
         if alone is None or waiting or self.is_busy or size > alone.engine.max_batch_size:

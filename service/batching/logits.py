@@ -1,4 +1,4 @@
-"""What one run of the model gave: logits, and the ranking of their classes."""
+"""The logits of one batch, and the ranking of their classes."""
 
 from math import isfinite
 from typing import Final
@@ -8,15 +8,15 @@ from numpy.typing import NDArray
 
 from service.errors import InferenceFailed
 
-MANY_CLASSES: Final = 500  # of so many the sorting costs, and not the call: no image waits for the others' sorting
+MANY_CLASSES: Final = 500  # above it sorting costs more than the call, so each image is ranked alone
 Ranked = tuple[NDArray[np.intp], NDArray[np.float32]]
 
 
 class BatchLogits:
-    """Logits of one batch. With few classes NumPy's cost lies in its calls, so all images are ranked in one.
+    """Logits of one batch. With few classes NumPy's cost lies in its calls, so one call ranks all images.
 
-    32 images of 100 classes take 47 us together, and 8 us each one by one. The first answer that is written ranks
-    them, on the event loop; the engine's thread has the next batch by then.
+    32 images of 100 classes take 47 us together, and 8 us each one by one. The first response ranks them, on the
+    event loop: the engine thread runs the next batch by then.
 
     Attributes:
         logits: float32 [N, C].
@@ -29,10 +29,10 @@ class BatchLogits:
         self._ranked: Ranked | None = None
 
     def top(self, row: int, k: int) -> tuple[list[int], list[float]]:
-        """Return the k most probable classes of an image and their probabilities; of equal ones the lower index first.
+        """Return the `k` most probable classes of a row and their probabilities; ties go to the lower index.
 
         Raises:
-            InferenceFailed: a logit of this image is not a number, so that no answer would be one.
+            InferenceFailed: a logit of this row is not finite.
         """
         if self.logits.shape[1] > MANY_CLASSES:
             order, probabilities = rank(self.logits[row : row + 1])
@@ -49,7 +49,7 @@ class BatchLogits:
 
 
 def rank(logits: NDArray[np.float32]) -> Ranked:
-    """Sort the classes of each row of [N, C], the most probable first; their indices, and their softmax as float32."""
+    """Sort the classes of float32 [N, C], the most probable first: indices [N, C] and softmax, float32 [N, C]."""
     order = (-logits).argsort(axis=1, kind="stable")
     ordered = logits[np.arange(len(logits))[:, None], order]  # half the time of np.take_along_axis
     exponentials = np.exp(ordered - ordered[:, :1])

@@ -1,7 +1,7 @@
-"""The queue of the batcher: requests in the order they came, large ones in turns.
+"""The batcher's queue: requests in the order of arrival, large ones in turns.
 
-A request of many images gives at most half a batch of them at its turn and then goes to the end of the queue. So it
-delays each request behind it by at most half a batch, however large it is.
+A request of many images gives at most half a batch at its turn, then goes to the end of the queue. So it delays each
+request behind it by at most half a batch, however large it is.
 """
 
 import logging
@@ -27,13 +27,13 @@ DropReason = Literal["cancelled", "deadline"]
 
 
 class FutureLike(Protocol):
-    """Where the answer to a request goes: an `asyncio.Future`, or what does as one."""
+    """The part of `asyncio.Future` that receives the predictions of a request."""
 
     def done(self) -> bool:
-        """Whether it has ended, or nobody waits for it any more."""
+        """Whether it has a result, an error, or was cancelled."""
 
     def cancelled(self) -> bool:
-        """Whether nobody waits for it any more."""
+        """Whether its client has gone."""
 
     def set_result(self, result: "list[Prediction]", /) -> None:
         """End it with one prediction an image."""
@@ -44,14 +44,14 @@ class FutureLike(Protocol):
 
 @dataclass(slots=True)
 class Prediction:
-    """The answer for one image.
+    """The result for one image.
 
     Attributes:
-        batch_logits: of its batch.
-        row: its row there.
-        queue_seconds: from `submit` until its batch left the queue.
-        inference_seconds: its batch's time in the engine's thread: stacking the images, and the run.
-        batch_size: images of that batch.
+        batch_logits: logits of its batch.
+        row: index of the image there.
+        queue_seconds: from `submit` to the pop of its batch.
+        inference_seconds: the batch's time in the engine thread, which stacks the images and runs them.
+        batch_size: images in that batch.
     """
 
     batch_logits: BatchLogits
@@ -66,26 +66,26 @@ class Prediction:
 
     @property
     def logits(self) -> NDArray[np.float32]:
-        """Its own, float32 [C]."""
+        """The logits of this image, float32 [C]."""
         row: NDArray[np.float32] = self.batch_logits.logits[self.row]
         return row
 
 
 class Request:
-    """Images that came together, and one future for all of them.
+    """The images of one request, and one future for all of them.
 
     Args:
-        images: at least one, the memory of uint8 [H, W, 3] each.
+        images: at least one, each the memory of a uint8 [H, W, 3].
         future: ends with one `Prediction` an image, in order, or with the first error.
         deadline: loop time; infinity for none.
 
     Attributes:
-        enqueued: `perf_counter` at its making; uvloop's loop time counts in whole milliseconds.
-        taken: so many of its images are in batches.
-        answers: by number, where it is answered in parts: two engines may end them in any order.
+        enqueued: `perf_counter` at arrival; uvloop's loop time counts in whole milliseconds.
+        taken: number of its images that are in batches.
+        predictions: by index, of a request in several batches; engines may end them in any order.
     """
 
-    __slots__ = ("answers", "deadline", "enqueued", "future", "images", "taken")
+    __slots__ = ("deadline", "enqueued", "future", "images", "predictions", "taken")
 
     def __init__(
         self,
@@ -98,21 +98,21 @@ class Request:
         self.deadline = deadline
         self.enqueued = perf_counter()
         self.taken = 0
-        self.answers: dict[int, Prediction] = {}
+        self.predictions: dict[int, Prediction] = {}
 
     def is_over(self, now: float) -> bool:
-        """Whether what is left of it need not be run: cancelled, failed in part, or expired at `now`."""
+        """Whether the rest need not run: cancelled, failed in part, or expired at `now`."""
         return self.future.done() or now >= self.deadline
 
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """What one run of an engine serves.
+    """The images of one run.
 
     Attributes:
         parts: (request, its first image, one after its last).
-        size: images.
-        dropped: a reason for each image that left the queue on this occasion without being run.
+        size: number of images.
+        dropped: a reason for each image that this pop dropped from the queue.
         started: `perf_counter` of the pop.
     """
 
@@ -126,7 +126,7 @@ class Batch:
         return [image for request, start, stop in self.parts for image in request.images[start:stop]]
 
     def answer(self, logits: NDArray[np.float32], seconds: float) -> None:
-        """Give each image its row of float32 [N, C], and end the futures of requests that are complete."""
+        """Give each image its row of float32 [N, C], and set the results of complete requests."""
         batch_logits, row, size = BatchLogits(logits), 0, self.size
         for request, start, stop in self.parts:
             queued = self.started - request.enqueued
@@ -135,26 +135,26 @@ class Batch:
             predictions = [Prediction(batch_logits, row, queued, seconds, size) for row in rows]
             whole = len(request.images)
             if len(predictions) < whole:
-                request.answers |= zip(range(start, stop), predictions, strict=True)
-                if len(request.answers) < whole:
+                request.predictions |= zip(range(start, stop), predictions, strict=True)
+                if len(request.predictions) < whole:
                     continue
-                predictions = [request.answers[index] for index in range(whole)]
+                predictions = [request.predictions[index] for index in range(whole)]
             if not request.future.done():
                 end_safely(request.future.set_result, predictions)
 
     def fail(self, error: Callable[[], Exception]) -> None:
-        """End the futures that have not ended yet, each with an exception of its own."""
+        """Fail the futures that have not ended, each with its own exception."""
         for request, _, _ in self.parts:
             if not request.future.done():
                 end_safely(request.future.set_exception, error())
 
 
 def end_safely(end: Callable[[T], None], value: T) -> None:
-    """End one of many outcomes; the others get theirs even where this one fails."""
+    """End one of many futures; one that raises does not keep the others from theirs."""
     try:
         end(value)
     except Exception:
-        logger.exception("an answer could not be given")
+        logger.exception("a future refused its result")
 
 
 class FairQueue:
@@ -169,11 +169,11 @@ class FairQueue:
 
     @property
     def oldest(self) -> float:
-        """When the request came whose turn it is, by `perf_counter`; the queue must not be empty."""
+        """`perf_counter` at the arrival of the first request; the queue must not be empty."""
         return self._requests[0].enqueued
 
     def earliest_deadline(self) -> float:
-        """Return the loop time at which the first of them is too late; the queue must not be empty."""
+        """Return the earliest deadline, in loop time; the queue must not be empty."""
         return min(request.deadline for request in self._requests)
 
     def put(self, request: Request) -> None:
@@ -182,7 +182,7 @@ class FairQueue:
         self.images += len(request.images)
 
     def pop(self, room: int, now: float) -> Batch:
-        """Take up to `room` images; drop on the way what is over at `now`."""
+        """Take up to `room` images, and drop requests that are over at `now` on the way."""
         batch = Batch()
         turn = max(1, room // 2)
         while batch.size < room and self._requests:
@@ -200,11 +200,7 @@ class FairQueue:
         return batch
 
     def drop_expired(self, now: float) -> list[DropReason]:
-        """Drop what is over at `now`, wherever it stands.
-
-        Returns:
-            A reason for each image, as `Batch.dropped`.
-        """
+        """Drop all requests that are over at `now`; return a reason for each image, as `Batch.dropped`."""
         dropped: list[DropReason] = []
         kept: deque[Request] = deque()
         for request in self._requests:
@@ -216,7 +212,7 @@ class FairQueue:
         return dropped
 
     def fail_all(self, error: Callable[[], Exception]) -> None:
-        """Empty the queue and end its futures with an exception each."""
+        """Empty the queue, and fail each future with its own exception."""
         while self._requests:
             request = self._requests.popleft()
             if not request.future.done():

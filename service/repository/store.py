@@ -65,10 +65,10 @@ class ModelStore:
         self,
         folder: Path,
         options: EngineOptions,
+        observer: StoreObserver,
         *,
         pinned_version: int | None = None,
         poll_seconds: float = 5.0,
-        observer: StoreObserver | None = None,
         open_engines: OpenEngines = open_engines,
     ) -> None:
         self._folder = folder
@@ -226,8 +226,7 @@ class ModelStore:
         except Exception as error:  # whatever is wrong with a folder, it must not end what serves
             record.reason = str(error) or repr(error)
             logger.error("version %d: refused: %s", number, record.reason)
-            if self._observer is not None:
-                self._observer.model_refused(number, record.reason)
+            self._observer.model_refused(number, record.reason)
             return False
         for other in self._records.values():
             other.serving = other is record
@@ -264,9 +263,9 @@ class ModelStore:
         """Warm up and verify opened engines, each in the thread that will serve."""
         batcher = DynamicBatcher(
             engines,
+            self._observer,
             max_queue_delay_ms=self._options.max_queue_delay_ms,
             run_timeout_ms=self._options.run_timeout_ms,
-            observer=self._observer,
             on_failure=partial(self._batcher_failed, version.number),
         )
         try:
@@ -275,13 +274,13 @@ class ModelStore:
                 reports = await batcher.on_each_engine(lambda engine: check_golden(engine, golden))
             except Exception as error:
                 if isinstance(error, GoldenMismatchError):
-                    self._golden_checked(error.report.max_abs_difference)
+                    self._observer.golden_checked(error.report.max_abs_difference)
                 await batcher.close()  # waits for engines that still run
                 raise
         except asyncio.CancelledError:
             batcher.abandon()  # a run that hangs must not hold up who stops waiting for it
             raise
-        self._golden_checked(max(report.max_abs_difference for report in reports))
+        self._observer.golden_checked(max(report.max_abs_difference for report in reports))
         batcher.start()
         return LiveModel(version.number, engines, batcher)
 
@@ -289,8 +288,7 @@ class ModelStore:
         """Let new requests go to `model`; what the old one has accepted it still serves."""
         old, self.live = self.live, model
         logger.info("version %d: live on %s, %s", model.version, model.provider, model.metadata.precision)
-        if self._observer is not None:
-            self._observer.model_live(model.version, model.metadata, model.provider)
+        self._observer.model_live(model.version, model.metadata, model.provider)
         if old is not None:
             task = asyncio.create_task(old.retire(), name=f"retire-{old.version}")
             self._retiring[task] = old
@@ -310,10 +308,6 @@ class ModelStore:
     def _describe(self, provider: Provider) -> None:
         for record in self._records.values():
             record.describe(self._options, provider)
-
-    def _golden_checked(self, max_abs_difference: float) -> None:
-        if self._observer is not None:
-            self._observer.golden_checked(max_abs_difference)
 
     def _batcher_failed(self, version: int, reason: str) -> None:
         self.failure = f"version {version}: {reason}"

@@ -8,8 +8,8 @@ import pytest
 from service.batching.batcher import DynamicBatcher
 from service.repository.store import ModelStore
 from tests.fakes import FakeEngine, make_model_folder
-from tests.service.batchers import Start
-from tests.service.stores import OPTIONS, Make
+from tests.service.batchers import RecordingObserver, Start
+from tests.service.stores import OPTIONS, Make, StoreRecorder
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ async def start() -> AsyncIterator[Start]:
     started: list[tuple[DynamicBatcher, tuple[FakeEngine, ...]]] = []
 
     def start(*engines: FakeEngine, **options: object) -> DynamicBatcher:
-        batcher = DynamicBatcher(engines, **options)
+        batcher = DynamicBatcher(engines, **{"observer": RecordingObserver(), **options})
         batcher.start()
         started.append((batcher, engines))
         return batcher
@@ -41,7 +41,7 @@ async def make(tmp_path: Path) -> AsyncIterator[Make]:
     stores: list[ModelStore] = []
 
     def make(**arguments: object) -> ModelStore:
-        stores.append(ModelStore(tmp_path, OPTIONS, **arguments))
+        stores.append(ModelStore(tmp_path, OPTIONS, **{"observer": StoreRecorder(), **arguments}))
         return stores[-1]
 
     yield make

@@ -7,20 +7,21 @@ from pathlib import Path
 
 import numpy as np
 
-from service.batching.batcher import NoObserver
 from service.engine.metadata import ModelMetadata
 from service.engine.onnx_engine import Engine
 from service.repository.store import EngineOptions, ModelStore
 from service.repository.versions import open_engines
 from tests.fakes import FakeEngine, tiny_images, tiny_logits, tiny_metadata
+from tests.service.batchers import RecordingObserver
 
 OPTIONS = EngineOptions(provider="cpu", max_batch_size=4, intra_op_threads=1)
 
 
-class RecordingObserver(NoObserver):
-    """Writes down what becomes of versions."""
+class StoreRecorder(RecordingObserver):
+    """An observer of a store that records every call."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.live: list[tuple[int, str, str]] = []
         self.refused: list[tuple[int, str]] = []
         self.differences: list[float] = []

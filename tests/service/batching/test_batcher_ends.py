@@ -112,7 +112,7 @@ async def test_what_has_begun_in_time_is_answered_late(start: Start) -> None:
 
 
 async def test_before_the_start_nothing_is_accepted() -> None:
-    batcher = DynamicBatcher([FakeEngine()])
+    batcher = DynamicBatcher([FakeEngine()], RecordingObserver())
     with pytest.raises(NotReady):
         await batcher.submit(image(1))
     await batcher.close()

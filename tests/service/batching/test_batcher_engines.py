@@ -11,7 +11,7 @@ from service.batching.batcher import DynamicBatcher
 from service.engine.onnx_engine import Engine
 from service.engine.thread import EngineThread
 from tests.fakes import FakeEngine, image, tiny_images
-from tests.service.batchers import Start, begun, numbers, submitted
+from tests.service.batchers import RecordingObserver, Start, begun, numbers, submitted
 
 
 async def test_engines_run_at_the_same_time_and_share_one_queue(start: Start) -> None:
@@ -151,7 +151,7 @@ async def test_engines_of_a_cpu_are_warmed_up_together_and_the_one_for_one_alone
             meeting.wait()
         return len(order)
 
-    batcher = DynamicBatcher([wide, *others])
+    batcher = DynamicBatcher([wide, *others], RecordingObserver())
     assert await batcher.on_each_engine(warm_up) == [3, 2, 2]
     assert order[2] is wide
     await batcher.close()
@@ -168,14 +168,14 @@ async def test_engines_on_gpus_are_warmed_up_one_after_the_other() -> None:
         running.release()
         return engine
 
-    batcher = DynamicBatcher(engines)
+    batcher = DynamicBatcher(engines, RecordingObserver())
     assert await batcher.on_each_engine(warm_up) == engines
     await batcher.close()
 
 
 async def test_each_engine_has_one_thread_of_its_own_for_warm_up_and_runs() -> None:
     engines = [FakeEngine(), FakeEngine()]
-    batcher = DynamicBatcher(engines)
+    batcher = DynamicBatcher(engines, RecordingObserver())
     assert await batcher.on_each_engine(lambda engine: engine.warm_up()) == [None, None]
     batcher.start()
     await asyncio.gather(*(batcher.submit(image(number)) for number in range(64)))
@@ -190,7 +190,7 @@ async def test_an_error_in_an_engines_thread_comes_back() -> None:
     def fails(engine: object) -> None:
         raise RuntimeError("the golden images differ")
 
-    batcher = DynamicBatcher([FakeEngine()])
+    batcher = DynamicBatcher([FakeEngine()], RecordingObserver())
     with pytest.raises(RuntimeError, match="golden"):
         await batcher.on_each_engine(fails)
     await batcher.close()

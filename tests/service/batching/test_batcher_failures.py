@@ -126,7 +126,7 @@ async def test_a_run_that_ends_in_time_leaves_no_watchdog_behind(start: Start) -
 
 def test_times_are_finer_than_uvloops_clock_of_whole_milliseconds() -> None:
     async def predict() -> Prediction:
-        batcher = DynamicBatcher([FakeEngine(delay=0.0015)])
+        batcher = DynamicBatcher([FakeEngine(delay=0.0015)], RecordingObserver())
         batcher.start()
         prediction = await batcher.submit(image(1))
         await batcher.close()

@@ -20,6 +20,7 @@ from service.repository.store import EngineOptions, ModelStore
 from service.repository.versions import open_engines
 from tests.fakes import make_model_folder, tiny_images, tiny_logits
 from tests.service.gpu_models import make_half_folder, make_hungry_folder
+from tests.service.stores import StoreRecorder
 
 SHIPPED = list_versions(Path(__file__).parents[3] / "models" / "perceiver-cifar100")[-1].path
 MIB = 1 << 20
@@ -123,7 +124,7 @@ async def test_swaps_under_load_fail_no_request_and_mix_no_answers(tmp_path: Pat
     make_model_folder(tmp_path, 1)
     hidden, shown = tmp_path / ".2", tmp_path / "2"
     make_model_folder(tmp_path, 2).rename(hidden)
-    store = ModelStore(tmp_path, EngineOptions(provider="cuda", max_batch_size=4))
+    store = ModelStore(tmp_path, EngineOptions(provider="cuda", max_batch_size=4), StoreRecorder())
     await store.load()
     images = tiny_images(50, seed=7)
     expected = {version: tiny_logits(images, version) for version in (1, 2)}

@@ -14,7 +14,7 @@ from service.repository import versions as versions_module
 from service.repository.store import EngineOptions, ModelStore, NoUsableVersionError
 from service.repository.versions import without_folders
 from tests.fakes import Defect, FakeEngine, make_model_folder, tiny_images, tiny_logits, tiny_metadata
-from tests.service.stores import OPTIONS, FakeOpener, Make, Opener, RecordingObserver, answer, assert_serves, lines
+from tests.service.stores import OPTIONS, FakeOpener, Make, Opener, StoreRecorder, answer, assert_serves, lines
 
 REASONS: dict[Defect, str] = {
     "corrupt_onnx": "can't load this file",
@@ -66,14 +66,14 @@ async def test_the_folder_of_one_version_is_told_from_that_of_all(tmp_path: Path
     with pytest.raises(
         NoUsableVersionError, match=f"this is one version; name the folder that holds it, {tmp_path}/things$"
     ):
-        await ModelStore(version, OPTIONS).load()
+        await ModelStore(version, OPTIONS, StoreRecorder()).load()
 
 
 async def test_the_folder_of_one_model_is_told_from_that_of_several(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "things", 1)
     make_model_folder(tmp_path / "animals", 2)
     with pytest.raises(NoUsableVersionError, match=f"is none itself; name one of them, as {tmp_path}/animals$"):
-        await ModelStore(tmp_path, OPTIONS).load()
+        await ModelStore(tmp_path, OPTIONS, StoreRecorder()).load()
 
 
 async def test_a_pinned_version_that_is_not_there_is_named(make: Make, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ async def test_a_folder_without_versions_is_named(missing: bool, tmp_path: Path)
     folder = tmp_path / "models"
     if not missing:
         folder.mkdir()
-    store = ModelStore(folder, OPTIONS)
+    store = ModelStore(folder, OPTIONS, StoreRecorder())
     said = "models: there is no such folder" if missing else "models: there is no model version"
     with pytest.raises(NoUsableVersionError, match=said):
         await store.load()
@@ -121,7 +121,7 @@ async def test_the_provider_that_can_not_be_had_is_a_reason(tmp_path: Path, monk
     monkeypatch.setattr(versions_module, "resolve_provider", refuses)
     make_model_folder(tmp_path, 1)
     with pytest.raises(NoUsableVersionError, match="provider cuda was asked for and can't run here"):
-        await ModelStore(tmp_path, EngineOptions(provider="cuda")).load()
+        await ModelStore(tmp_path, EngineOptions(provider="cuda"), StoreRecorder()).load()
 
 
 # Verification
@@ -132,7 +132,7 @@ async def test_a_broken_version_is_refused_with_its_reason_and_the_old_one_goes_
     defect: Defect, make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_model_folder(tmp_path, 1)
-    observer = RecordingObserver()
+    observer = StoreRecorder()
     store = make(observer=observer)
     await store.load()
     make_model_folder(tmp_path, 2, defect=defect)
@@ -167,7 +167,7 @@ async def test_a_refused_version_is_tried_again_only_when_its_files_change(make:
 async def test_the_golden_difference_is_reported_passed_or_not(make: Make, tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1)
     make_model_folder(tmp_path, 2, defect="golden_mismatch")
-    observer = RecordingObserver()
+    observer = StoreRecorder()
     await make(observer=observer).load()
     refused, passed = observer.differences
     assert refused == pytest.approx(1, abs=1e-4)
@@ -213,7 +213,7 @@ async def test_a_variant_that_was_asked_for_is_not_replaced(make: Make, tmp_path
     other = make_model_folder(tmp_path / "elsewhere", 2, precision="int8")
     (other / "model.onnx").rename(version / "model.int8.onnx")
     with pytest.raises(NoUsableVersionError, match="golden"):
-        await ModelStore(tmp_path, EngineOptions(provider="cpu", precision="int8")).load()
+        await ModelStore(tmp_path, EngineOptions(provider="cpu", precision="int8"), StoreRecorder()).load()
 
 
 async def test_engines_of_a_cpu_serve_together_and_a_version_takes_over_from_them(
@@ -221,7 +221,7 @@ async def test_engines_of_a_cpu_serve_together_and_a_version_takes_over_from_the
 ) -> None:
     """As by default on two cores: two engines and one for an image alone, real ones, with measured batch sizes."""
     monkeypatch.setattr(versions_module, "usable_cores", lambda: 2)
-    store = ModelStore(tmp_path, replace(OPTIONS, intra_op_threads=0, tune_batch_size=True))
+    store = ModelStore(tmp_path, replace(OPTIONS, intra_op_threads=0, tune_batch_size=True), StoreRecorder())
     for version in (1, 2):
         make_model_folder(tmp_path, version)
         await store.reload()

@@ -12,7 +12,7 @@ from service.repository import store as store_module
 from service.repository import versions as versions_module
 from service.repository.store import EngineOptions, ModelStore, NoUsableVersionError
 from tests.fakes import FakeEngine, make_model_folder
-from tests.service.stores import Make, assert_serves, lines
+from tests.service.stores import Make, StoreRecorder, assert_serves, lines
 
 
 def background_threads() -> int:
@@ -109,7 +109,12 @@ async def test_where_one_engine_fails_and_another_hangs_all_are_closed_when_they
     engines = [WarmingEngine(fails), WarmingEngine(lambda: may_end.wait(20)), FakeEngine(), FakeEngine()]
     engines[3].runs_alone = True
     before = set(threading.enumerate())
-    store = ModelStore(tmp_path, EngineOptions("cpu", load_timeout_s=0.2), open_engines=lambda folder, options: engines)
+    store = ModelStore(
+        tmp_path,
+        EngineOptions("cpu", load_timeout_s=0.2),
+        StoreRecorder(),
+        open_engines=lambda folder, options: engines,
+    )
     async with asyncio.timeout(10):
         with pytest.raises(NoUsableVersionError, match=r"not loaded, warm and checked within 0\.2 s"):
             await store.load()

@@ -14,7 +14,7 @@ from service.errors import Draining, InferenceFailed
 from service.repository.folder import GOLDEN_FILE
 from service.repository.store import EngineOptions, ModelStore, NoUsableVersionError
 from tests.fakes import FakeEngine, image, make_model_folder, tiny_images, tiny_logits
-from tests.service.stores import AnyGolden, FakeOpener, Make, Opener, assert_serves
+from tests.service.stores import AnyGolden, FakeOpener, Make, Opener, StoreRecorder, assert_serves
 
 
 async def test_loading_happens_beside_the_event_loop(make: Make, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ async def test_an_engine_that_hangs_fails_the_store(tmp_path: Path) -> None:
     make_model_folder(tmp_path, 3)
     opener = FakeOpener()
     options = EngineOptions(provider="cpu", run_timeout_ms=20)
-    store = ModelStore(tmp_path, options, open_engines=opener)
+    store = ModelStore(tmp_path, options, StoreRecorder(), open_engines=opener)
     await store.load()
     opener.engines[3].hold()
     with store.lease() as live:
@@ -172,7 +172,7 @@ async def test_on_a_device_that_has_gone_nothing_is_freed(tmp_path: Path) -> Non
     """There onnxruntime's destructors throw, which aborts the process."""
     make_model_folder(tmp_path, 3)
     opener = FakeOpener()
-    store = ModelStore(tmp_path, EngineOptions(provider="cpu"), open_engines=opener)
+    store = ModelStore(tmp_path, EngineOptions(provider="cpu"), StoreRecorder(), open_engines=opener)
     await store.load()
     opener.engines[3].fail = lambda batch: RuntimeError("CUDA failure 700: an illegal memory access was encountered")
     with store.lease() as live:
@@ -199,7 +199,9 @@ async def test_a_version_that_takes_too_long_to_warm_up_is_refused_and_closed_wh
 ) -> None:
     make_model_folder(tmp_path, 1)
     opener = FakeOpener()
-    store = ModelStore(tmp_path, EngineOptions(provider="cpu", load_timeout_s=0.2), open_engines=opener)
+    store = ModelStore(
+        tmp_path, EngineOptions(provider="cpu", load_timeout_s=0.2), StoreRecorder(), open_engines=opener
+    )
     await store.load()
     opener.held = True
     make_model_folder(tmp_path, 2)
@@ -223,7 +225,9 @@ async def test_a_version_that_takes_too_long_to_open_is_refused_and_closed_when_
         assert may_open.wait(5)
         return [engine]
 
-    store = ModelStore(tmp_path, EngineOptions(provider="cpu", load_timeout_s=0.2), open_engines=open_late)
+    store = ModelStore(
+        tmp_path, EngineOptions(provider="cpu", load_timeout_s=0.2), StoreRecorder(), open_engines=open_late
+    )
     with pytest.raises(NoUsableVersionError, match=r"not loaded, warm and checked within 0\.2 s"):
         await store.load()
     may_open.set()
@@ -237,14 +241,16 @@ async def test_a_disks_own_time_out_is_told_as_what_it_is(tmp_path: Path) -> Non
     def gone(folder: Path, options: EngineOptions) -> Sequence[Engine]:
         raise TimeoutError(110, "Connection timed out", str(folder))
 
-    store = ModelStore(tmp_path, EngineOptions(provider="cpu"), open_engines=gone)
+    store = ModelStore(tmp_path, EngineOptions(provider="cpu"), StoreRecorder(), open_engines=gone)
     with pytest.raises(NoUsableVersionError, match="Connection timed out"):
         await store.load()
 
 
 async def test_golden_images_that_can_not_be_read_in_time_are_a_reason_and_hold_nobody_up(tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1)
-    store = ModelStore(tmp_path, EngineOptions(provider="cpu", load_timeout_s=1), open_engines=FakeOpener())
+    store = ModelStore(
+        tmp_path, EngineOptions(provider="cpu", load_timeout_s=1), StoreRecorder(), open_engines=FakeOpener()
+    )
     await store.load()
     golden = make_model_folder(tmp_path, 2) / GOLDEN_FILE
     golden.unlink()

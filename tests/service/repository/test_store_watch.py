@@ -17,7 +17,7 @@ from service.repository import versions as versions_module
 from service.repository.store import EngineOptions, VersionStatus
 from service.repository.versions import open_engines
 from tests.fakes import FakeEngine, make_model_folder, tiny_images, tiny_logits
-from tests.service.stores import Make, Opener, RecordingObserver, answer, assert_serves, lines
+from tests.service.stores import Make, Opener, StoreRecorder, answer, assert_serves, lines
 
 
 async def test_a_half_written_folder_is_not_seen(make: Make, tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ async def test_watching_finds_a_new_version_and_outlives_trouble(
     make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_model_folder(tmp_path, 1)
-    observer = RecordingObserver()
+    observer = StoreRecorder()
     store = make(poll_seconds=0.01, observer=observer)
     await store.load()
     troubled = asyncio.Event()
@@ -156,7 +156,7 @@ async def test_what_is_live_goes_on_when_its_own_file_is_overwritten_with_half_o
 ) -> None:
     for version in (1, 2):
         make_model_folder(tmp_path, version)
-    observer = RecordingObserver()
+    observer = StoreRecorder()
     store = make(observer=observer)
     await store.load()
     file = tmp_path / "2" / "model.onnx"
