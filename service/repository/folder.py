@@ -23,12 +23,12 @@ MAX_DIGITS: Final = 18  # of a version's number: it has to fit into 64 bits
 
 @dataclass(frozen=True)
 class Golden:
-    """Images with known answers.
+    """Images with known logits.
 
     Attributes:
         images: uint8 [K, H, W, 3], RGB.
         labels: int64 [K], the true classes.
-        logits: float32 [K, C], what torch gave in float32.
+        logits: float32 [K, C], from torch in float32.
     """
 
     images: NDArray[np.uint8]
@@ -46,7 +46,7 @@ class Golden:
         counts = {len(self.images), len(self.labels), len(self.logits)}
         if len(counts) != 1 or 0 in counts:
             raise ArtifactError(
-                f"golden images: images, labels and logits must be equally many and at least one, "
+                f"golden images: images, labels and logits must be equally many, and at least one each, "
                 f"and are {len(self.images)}, {len(self.labels)} and {len(self.logits)}"
             )
         if self.images.shape[3] != 3 or not np.isfinite(self.logits).all():
@@ -68,11 +68,11 @@ def load_golden(path: Path) -> Golden:
         ArtifactError: the file is missing, is no npz archive, or holds other arrays than the contract says.
     """
     try:
-        with path.open("rb") as stream:  # np.load would leave the file open where it is no archive
+        with path.open("rb") as stream:  # np.load leaves the file open if it is no archive
             archive = np.load(stream, allow_pickle=False)
             arrays = {name: archive[name] for name in ("images", "labels", "logits")}
     except FileNotFoundError as error:
-        raise ArtifactError(f"{path}: this file is missing; a version must hold its golden images") from error
+        raise ArtifactError(f"{path}: the file is missing; a version must hold its golden images") from error
     except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds on damaged files
         raise ArtifactError(
             f"{path}: must be an npz archive of images, labels and logits, and can't be read as one: {error}"
@@ -92,10 +92,10 @@ class ModelVersion:
 
 
 def list_versions(folder: Path) -> list[ModelVersion]:
-    """List the versions in `folder`, ascending; [] where there is no such folder.
+    """List the versions in `folder`, ascending; [] if there is no such folder.
 
-    A version is a folder whose name is a plain positive integer of at most 18 digits ("3", not "03" or ".3-tmp"); all
-    else is ignored.
+    A version is a folder whose name is a positive integer of at most 18 digits without leading zeros: "3", not "03"
+    or ".3-tmp".
     """
     try:
         entries = list(folder.iterdir())

@@ -1,4 +1,4 @@
-"""Golden images: whether an engine still gives the logits that the model gave where it was exported."""
+"""The golden check: whether an engine gives the logits that torch gave at the export."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from service.repository.folder import Golden
 
 @dataclass(frozen=True)
 class GoldenReport:
-    """How far an engine is from the golden logits: largest absolute difference, and labels that differ, of n."""
+    """Largest absolute difference of a logit from the golden ones, and the number of `n` labels that differ."""
 
     max_abs_difference: float
     labels_differ: int
@@ -22,24 +22,23 @@ class GoldenReport:
 
 
 def replay_golden(engine: Engine, golden: Golden) -> GoldenReport:
-    """Run the golden images through `engine`, in batches as large as it takes, and compare.
+    """Run the golden images through `engine` in the largest batches, and compare the logits.
 
-    On a GPU, then in batches of all other sizes, repeated where they are too few: each size is a captured graph of its
-    own, and may be wrong alone.
+    On a GPU it also runs every other batch size, since each has its own captured graph; images repeat if too few.
 
     Raises:
-        EngineError: the golden images are of another size, or have other classes, than the model.
+        EngineError: the golden images have another size, or other classes, than the model.
     """
     wanted = ((*engine.metadata.input_size, 3), len(engine.metadata.labels))
     if (golden.images.shape[1:], golden.logits.shape[1]) != wanted:
         raise EngineError(
             f"golden images of shape {list(golden.images.shape[1:])} with {golden.logits.shape[1]} logits "
-            f"do not belong to a model of shape {list(wanted[0])} with {wanted[1]} classes"
+            f"do not fit a model of shape {list(wanted[0])} with {wanted[1]} classes"
         )
     difference, wrong = 0.0, np.zeros(len(golden), dtype=np.bool_)
     for part in _parts(engine, len(golden)):
         logits, expected = engine.run(golden.images[part]), golden.logits[part]
-        difference = float(np.maximum(difference, np.abs(logits - expected).max()))  # which keeps a NaN
+        difference = float(np.maximum(difference, np.abs(logits - expected).max()))  # keeps a NaN
         np.logical_or.at(wrong, part, logits.argmax(axis=1) != expected.argmax(axis=1))
     return GoldenReport(difference, int(np.count_nonzero(wrong)), len(golden))
 
@@ -48,7 +47,7 @@ def _parts(engine: Engine, n: int) -> Iterator[NDArray[np.intp]]:
     begin = 0
     sizes: set[int] = set()
     while begin < n:
-        end = min(n, begin + engine.max_batch_size)  # read anew: it falls when memory runs out
+        end = min(n, begin + engine.max_batch_size)  # it falls when memory runs out
         yield np.arange(begin, end)
         sizes.add(end - begin)
         begin = end
@@ -59,10 +58,10 @@ def _parts(engine: Engine, n: int) -> Iterator[NDArray[np.intp]]:
 
 
 class GoldenMismatchError(EngineError):
-    """An engine is further from the golden logits than its metadata allow.
+    """An engine differs from the golden logits by more than its metadata allow.
 
     Attributes:
-        report: how far.
+        report: the differences.
         precision: of the file that ran.
     """
 
@@ -73,7 +72,7 @@ class GoldenMismatchError(EngineError):
 
 
 def check_golden(engine: Engine, golden: Golden) -> GoldenReport:
-    """Replay, and refuse an engine that does not give the golden logits.
+    """Replay the golden images, and refuse an engine that does not give their logits.
 
     Raises:
         GoldenMismatchError: the largest difference is above `metadata.golden_tolerance`, or not a number.
@@ -84,7 +83,7 @@ def check_golden(engine: Engine, golden: Golden) -> GoldenReport:
     if not report.max_abs_difference <= tolerance:  # so that NaN fails
         raise GoldenMismatchError(
             f"the golden images give other logits on {engine.provider}: the largest difference is "
-            f"{report.max_abs_difference:.3g} and {tolerance:.3g} is allowed; "
+            f"{report.max_abs_difference:.3g}, and {tolerance:.3g} is allowed; "
             f"{report.labels_differ} of {report.n} labels differ",
             report,
             engine.metadata.precision,

@@ -1,11 +1,11 @@
 """Which version of the model is live: load, verify, warm up, swap, drain the old one.
 
-The highest version of the folder serves, or the pinned one. A version goes live only after its metadata, its graph and
-its golden images have been checked on the engines that will serve it. A version that fails is refused with a reason
-and tried again when its files change; what was serving goes on serving.
+The highest version in the folder serves, or the pinned one. A version goes live only after its metadata, graph and
+golden images have passed on the engines that will serve it. A version that fails is refused with a reason and tried
+again when its files change; the live version goes on serving.
 
 To roll back, pin a version, or delete the highest one: the next lower one goes live. A version whose folder is gone
-goes on serving from memory as long as nothing else passes.
+serves from memory until another one passes.
 """
 
 import asyncio
@@ -22,11 +22,11 @@ from service.engine.thread import BackgroundPoll, run_in_thread
 from service.errors import NotReady
 from service.repository.folder import GOLDEN_FILE, Golden, ModelVersion, load_golden
 from service.repository.golden_check import GoldenMismatchError, check_golden
-from service.repository.observer import StoreObserver
 from service.repository.versions import (
     EngineOptions,
     LiveModel,
     NoUsableVersionError,
+    StoreObserver,
     VersionRecord,
     VersionStatus,
     open_engines,
@@ -38,27 +38,27 @@ __all__ = ["EngineOptions", "LiveModel", "ModelStore", "NoUsableVersionError", "
 
 logger = logging.getLogger(__name__)
 
-# A disk far away that does not answer must not keep a version that is live from serving, nor the next look from coming.
+# A network disk that hangs must not block the store.
 SCAN_TIMEOUT_S = 10.0
 
 OpenEngines = Callable[[Path, EngineOptions], Sequence[Engine]]
 
 
 class ModelStore:
-    """Keeps the right version of a model folder live. Belongs to one event loop; loading happens off it.
+    """Keeps the right version of a model folder live. Belongs to one event loop; versions load in threads.
 
     Args:
-        folder: holds one folder a version.
+        folder: holds one folder for each version.
         options: how versions are loaded.
-        pinned_version: serve this one and no other.
-        poll_seconds: time between two looks into the folder in `watch`.
-        observer: counts batches of all versions, and what becomes of versions.
+        observer: counts batches and versions.
+        pinned_version: the only version that may serve; None: the highest.
+        poll_seconds: time between two polls of the folder by `watch`.
         open_engines: opens the engines of a version folder; the default opens `OnnxEngine`s.
 
     Attributes:
-        live: what serves; None before `load`. To use it, take a `lease`.
-        failed: set when an engine hangs or a batcher ends: the process should be replaced.
-        failure: why; "" until then.
+        live: the model that serves; None before `load`. Take a `lease` to use it.
+        failed: set when a batcher fails; the process should be replaced.
+        failure: the reason; "" until then.
     """
 
     def __init__(
@@ -91,33 +91,34 @@ class ModelStore:
         """Make the best version live, for the first time.
 
         Raises:
-            NoUsableVersionError: there is none, or all were refused; the message says why each was.
+            NoUsableVersionError: there is no version, or all were refused; the message has the reasons.
+            OSError: as `reload`.
         """
         await self.reload()
         if self.live is None:
             raise NoUsableVersionError(self._why_none())
 
     async def watch(self) -> None:
-        """Look for new versions for ever; run it as a task."""
+        """Poll the folder for new versions for ever; run it as a task."""
         read_error = ""
         while True:
             await asyncio.sleep(self._poll_seconds)
             try:
                 await self.reload()
-            except OSError as error:  # the folder may be away for a moment; what serves goes on
+            except OSError as error:  # the folder may be unreachable for a moment; the live version serves on
                 if str(error) != read_error:  # once, and not every poll_seconds
-                    logger.error("%s: can't be looked into for new versions: %s", self._folder, error)
+                    logger.error("%s: can't be polled for new versions: %s", self._folder, error)
                 read_error = str(error)
             except Exception:
-                logger.exception("%s: looking for new versions failed", self._folder)
+                logger.exception("%s: polling for new versions failed", self._folder)
             else:
                 read_error = ""
 
     async def reload(self) -> list[VersionStatus]:
-        """Look into the folder now, swap if a better version is there, and return `versions()`.
+        """Scan the folder now, swap to a better version if there is one, and return `versions()`.
 
         Raises:
-            OSError: the folder can't be looked into, or does not answer.
+            OSError: the folder can't be read, or the scan took longer than SCAN_TIMEOUT_S.
         """
         async with self._reloading:
             await self._scan()
@@ -130,17 +131,17 @@ class ModelStore:
     def lease(self) -> LiveModel:
         """Hold the live model while one request is served: `with store.lease() as live:`.
 
-        It is retired only after the last lease has ended, so that its batcher still serves who holds it.
+        A model retires after its last lease has ended, so its batcher serves every holder.
 
         Raises:
-            NotReady: nothing is live yet.
+            NotReady: no version is live yet.
         """
         if self.live is None:
             raise NotReady
         return self.live
 
     def versions(self) -> list[VersionStatus]:
-        """List the versions in the folder, and the live one wherever its folder went; ascending."""
+        """List the versions in the folder and the live one, ascending."""
         statuses = {number: record.status() for number, record in self._records.items()}
         if self.live is not None:
             statuses[self.live.version] = VersionStatus(self.live.version, "live", "", self.live.metadata)
@@ -148,7 +149,7 @@ class ModelStore:
 
     @property
     def refused_versions(self) -> int:
-        """How many versions would serve in place of the live one, had they not been refused."""
+        """Number of refused versions that would otherwise serve in place of the live one."""
         lowest = 0 if self.live is None else self.live.version
         return sum(
             bool(record.reason) and not record.serving and number >= lowest and self._pinned in (None, number)
@@ -156,15 +157,15 @@ class ModelStore:
         )
 
     def abort(self) -> None:
-        """Answer all that waits in any model, and all that runs, with Draining, now."""
+        """Fail all queued and running requests of all models with Draining at once."""
         for model in self._serving():
             model.batcher.abort()
 
     async def close(self) -> None:
-        """Serve what is queued in all models, and free them.
+        """Serve the queued requests of all models, and free the models.
 
-        After a failure nothing is freed, for the process is about to end: on a device that has gone, onnxruntime would
-        abort it (its destructors throw), with another status.
+        After a failure it frees nothing: on a GPU that has gone, onnxruntime's destructors abort the process, which
+        would change its exit status.
         """
         self._scanning.close()
         self._describing.close()
@@ -181,10 +182,10 @@ class ModelStore:
         return [*self._retiring.values(), *([self.live] if self.live is not None else [])]
 
     async def _scan(self) -> None:
-        """Take note of what is in the folder; what has changed counts as new."""
+        """Update the records of the folder's versions; a changed version gets a new record."""
         found = await self._scanning.run(partial(scan, self._folder), SCAN_TIMEOUT_S)
         known = self._records
-        if self._live_record is not None:  # whose folder may have been away for a moment
+        if self._live_record is not None:  # its folder may have been unreachable for a moment
             known = {self._live_record.version.number: self._live_record, **known}
         self._records = {
             version.number: known[version.number]
@@ -194,20 +195,20 @@ class ModelStore:
         }
 
     def _log_if_gone(self) -> None:
-        """Say once that what serves is in memory alone: else nobody would know before the next start fails."""
+        """Log once that the live version is in memory alone, since the next start would fail."""
         is_gone = self.live is not None and self.live.version not in self._records
         if self.live is not None and is_gone and not self._is_gone:
             logger.warning(
-                "version %d: its folder is gone from %s; it goes on from memory, and the next start will not find it",
+                "version %d: its folder is gone from %s; it serves from memory, and the next start will not find it",
                 self.live.version,
                 self._folder,
             )
         self._is_gone = is_gone
 
     async def _take_best(self) -> None:
-        """Go down from the best candidate to the first that is live already or passes.
+        """Try candidates from the highest down, until one is live already or passes.
 
-        What is live goes on from memory where its own files have changed and do not pass.
+        The live version serves from memory if its own files have changed and fail.
         """
         for number in sorted(self._records, reverse=True):
             record = self._records[number]
@@ -219,11 +220,11 @@ class ModelStore:
                 return
 
     async def _try(self, record: VersionRecord) -> bool:
-        """Make a version live, or note why it is refused."""
+        """Make a version live, or record why it is refused."""
         number = record.version.number
         try:
             model = await self._open(record.version)
-        except Exception as error:  # whatever is wrong with a folder, it must not end what serves
+        except Exception as error:  # no broken folder may end the live version
             record.reason = str(error) or repr(error)
             logger.error("version %d: refused: %s", number, record.reason)
             self._observer.model_refused(number, record.reason)
@@ -236,7 +237,7 @@ class ModelStore:
         return True
 
     async def _open(self, version: ModelVersion) -> LiveModel:
-        """Open the file that is best here; float32 where a variant fails, whose kernels differ between processors."""
+        """Open the best file for the provider; float32 if a variant's golden check fails on this processor."""
         try:
             return await self._open_file(version, self._options)
         except GoldenMismatchError as error:
@@ -246,7 +247,7 @@ class ModelStore:
             return await self._open_file(version, replace(self._options, precision="float32"))
 
     async def _open_file(self, version: ModelVersion, options: EngineOptions) -> LiveModel:
-        """Load, warm up and verify a version, within the time that it may take."""
+        """Load, warm up and verify a version within `load_timeout_s`."""
         try:
             async with asyncio.timeout(options.load_timeout_s) as limit:
                 golden = await run_in_thread(partial(load_golden, version.path / GOLDEN_FILE))
@@ -256,11 +257,11 @@ class ModelStore:
             if not limit.expired():
                 raise
             raise EngineError(
-                f"{version.path}: it was not loaded, warm and checked within {options.load_timeout_s:g} s"
+                f"{version.path}: was not loaded, warm and checked within {options.load_timeout_s:g} s"
             ) from error
 
     async def _checked(self, version: ModelVersion, engines: Sequence[Engine], golden: Golden) -> LiveModel:
-        """Warm up and verify opened engines, each in the thread that will serve."""
+        """Warm up and verify opened engines, each in its engine thread."""
         batcher = DynamicBatcher(
             engines,
             self._observer,
@@ -275,17 +276,17 @@ class ModelStore:
             except Exception as error:
                 if isinstance(error, GoldenMismatchError):
                     self._observer.golden_checked(error.report.max_abs_difference)
-                await batcher.close()  # waits for engines that still run
+                await batcher.close()  # waits for the engines that still run
                 raise
         except asyncio.CancelledError:
-            batcher.abandon()  # a run that hangs must not hold up who stops waiting for it
+            batcher.abandon()  # a run may hang, and must not block the cancellation
             raise
         self._observer.golden_checked(max(report.max_abs_difference for report in reports))
         batcher.start()
         return LiveModel(version.number, engines, batcher)
 
     def _swap(self, model: LiveModel) -> None:
-        """Let new requests go to `model`; what the old one has accepted it still serves."""
+        """Make `model` live; the old one serves its accepted requests and retires."""
         old, self.live = self.live, model
         logger.info("version %d: live on %s, %s", model.version, model.provider, model.metadata.precision)
         self._observer.model_live(model.version, model.metadata, model.provider)
@@ -295,7 +296,7 @@ class ModelStore:
             task.add_done_callback(lambda task: self._retiring.pop(task, None))
 
     async def _describe_all(self, provider: Provider) -> None:
-        """Read what versions that nobody has tried say of themselves; one that hangs is gone without."""
+        """Read the metadata of untried versions; do without if that hangs."""
         try:
             await self._describing.run(partial(self._describe, provider), SCAN_TIMEOUT_S)
         except TimeoutError as error:
@@ -316,18 +317,16 @@ class ModelStore:
     def _why_none(self) -> str:
         if self._pinned is not None and self._pinned not in self._records:
             there = ", ".join(map(str, self._records)) or "none"
-            return f"{self._folder}: version {self._pinned} is pinned and not there; there are: {there}"
+            return f"{self._folder}: version {self._pinned} is pinned and missing; the versions are: {there}"
         if (self._folder / MODEL_FILE).is_file():
-            return (
-                f"{self._folder}: this is one version; name the folder that holds it, {self._folder.absolute().parent}"
-            )
+            return f"{self._folder}: this is the folder of a version; name its parent, {self._folder.absolute().parent}"
         if not self._folder.is_dir():
             return f"{self._folder}: there is no such folder; name one that holds versions of a model"
         if not self._records:
             models = sorted(file.parents[1] for file in self._folder.glob(f"*/*/{MODEL_FILE}"))
             if models:
-                return f"{self._folder}: holds model folders, and is none itself; name one of them, as {models[0]}"
-            return f"{self._folder}: there is no model version; it must hold folders named 1, 2, ... with a model.onnx"
+                return f"{self._folder}: holds model folders and is none; name one of them, as {models[0]}"
+            return f"{self._folder}: holds no version; it must hold folders named 1, 2, ... with a model.onnx"
         reasons = "; ".join(
             f"version {number}: {record.reason}" for number, record in self._records.items() if record.reason
         )

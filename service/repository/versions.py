@@ -1,4 +1,4 @@
-"""What the model store knows of a version: what lies in its folder, what became of it, and the live one itself."""
+"""A version of the model: its files, its engines, its state, and its batcher while it is live."""
 
 import asyncio
 import errno
@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
 from service.batching.batcher import DynamicBatcher
+from service.batching.observer import BatchObserver
 from service.engine.cpus import usable_cores
 from service.engine.metadata import MODEL_FILES, ArtifactError, ModelMetadata
 from service.engine.onnx_engine import (
@@ -32,28 +33,42 @@ logger = logging.getLogger(__name__)
 
 MAX_CPU_ENGINES: Final = 4
 SERVED_FILES = frozenset({*MODEL_FILES.values(), GOLDEN_FILE})
-# What stays as it is until somebody changes the version's folder.
+# Errors that last until somebody changes the version's folder.
 PERMANENT_ERRNOS: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP})
-# Name, size, and times of change of content and of status (ns) of each of these; see `VersionRecord.matches`.
+# Of each served file: name, size in bytes, mtime and ctime in ns; see `VersionRecord.matches`.
 Fingerprint = tuple[tuple[str, int, int, int], ...]
 
-# A folder or more and a name; what ends it also separates words in the messages of libraries.
+# One folder or more and a file name, up to a separator of words in messages.
 ABSOLUTE_PATH = re.compile(r"(?<![\w./])(?:/[^\s/:,;'\"()]+)+/([^\s/:,;'\"()]+)")
 
 
 class NoUsableVersionError(Exception):
-    """No version can serve. The message says where was looked, and why each version was refused."""
+    """No version can serve. The message names the folder, and why each version was refused."""
+
+
+class StoreObserver(BatchObserver, Protocol):
+    """Counts versions, and the batches of all of them. Called in the event loop; must be quick."""
+
+    def model_live(self, version: int, metadata: ModelMetadata, provider: Provider) -> None:
+        """Record that this version serves from now on."""
+
+    def model_refused(self, version: int, reason: str) -> None:
+        """Record that this version was tried and refused."""
+
+    def golden_checked(self, max_abs_difference: float) -> None:
+        """Record the largest difference of a logit on the golden images, passed or not."""
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How each version is loaded: the arguments of `OnnxEngine` and `DynamicBatcher`, and how long that may take.
+    """How a version is loaded: the arguments of `OnnxEngine` and `DynamicBatcher`, and a time limit.
 
     Attributes:
-        device_ids: GPUs, one engine each; no meaning on the CPU.
+        device_ids: GPUs, one engine each; ignored on the CPU.
         cpu_engines, intra_op_threads: engines on the CPU, and threads of each; see `engines_of_cpu`.
         workers: processes that share the cores, this one included.
-        precision: which of the version's files; "auto" takes what is best on the provider.
+        precision: which of the version's files runs; "auto" takes the best for the provider.
+        load_timeout_s: seconds to load, warm up and check a version.
     """
 
     provider: ProviderChoice = "auto"
@@ -78,8 +93,8 @@ class VersionStatus:
 
     Attributes:
         state: an "available" version is lower than the live one, or not the pinned one.
-        reason: why it was refused, in words for any client, see `without_folders`; "" otherwise.
-        metadata: None where it can't be read.
+        reason: why it was refused, without paths, see `without_folders`; "" otherwise.
+        metadata: None if it can't be read.
     """
 
     number: int
@@ -89,13 +104,13 @@ class VersionStatus:
 
 
 class LiveModel:
-    """A version that serves. A request holds one from decode to answer: `with store.lease() as live:`.
+    """A version that serves. A request holds one from decoding to response: `with store.lease() as live:`.
 
     Attributes:
         version: number of its folder.
         metadata: of the file that runs.
         provider: where it runs.
-        batcher: its own, so that input size, labels, version and answers belong together.
+        batcher: its own, so that input size, labels, version and results belong together.
     """
 
     def __init__(self, version: int, engines: Sequence[Engine], batcher: DynamicBatcher) -> None:
@@ -118,7 +133,7 @@ class LiveModel:
             self._unused.set()
 
     async def retire(self) -> None:
-        """Wait until no request holds it, serve what is queued, and free its engines."""
+        """Wait for the last lease, serve queued requests, and free the engines."""
         await self._unused.wait()
         await self.batcher.drain()
         await self.batcher.close()
@@ -127,10 +142,15 @@ class LiveModel:
 
 @dataclass
 class VersionRecord:
-    """A version folder as it was when last looked at, and what became of it.
+    """A version folder as of the last scan, and its state.
 
-    `reason` says why it was refused with every path in full: it is for the log. `read_error` says why it could not be
-    looked into the last time, which refuses it in `GET /models` alone: it is tried when its turn comes.
+    Attributes:
+        fingerprint: of the served files.
+        serving: whether it is live.
+        reason: why it was refused, with full paths, for the log; "" if it was not.
+        read_error: why its metadata could not be read the last time; "" if they could. It shows as refused in
+            `GET /models`, and is still tried as a candidate.
+        metadata: None until they are read.
     """
 
     version: ModelVersion
@@ -141,16 +161,13 @@ class VersionRecord:
     metadata: ModelMetadata | None = None
 
     def matches(self, fingerprint: Fingerprint) -> bool:
-        """Tell whether the folder is as it was when last looked at.
-
-        The status of a file (rights, owner, links) counts where the version was refused, since it may be why.
-        """
+        """Return whether the files are unchanged. Their ctime counts for a refused version, since rights may be why."""
         if self.reason:
             return fingerprint == self.fingerprint
         return [file[:3] for file in fingerprint] == [file[:3] for file in self.fingerprint]
 
     def status(self) -> VersionStatus:
-        """Say it in the words of `GET /models`."""
+        """Return the state as `GET /models` shows it."""
         state: Literal["live", "available", "refused"]
         why = self.reason or self.read_error
         state = "live" if self.serving else "refused" if why else "available"
@@ -158,25 +175,23 @@ class VersionRecord:
         return VersionStatus(self.version.number, state, reason, self.metadata)
 
     def describe(self, options: EngineOptions, provider: Provider) -> None:
-        """Read the metadata of a version that nobody has tried to load, or note why that fails."""
+        """Read the metadata of an untried version, or record why that fails."""
         if self.metadata is None and not self.reason:
             before, self.read_error = self.read_error, ""
             try:
                 self.metadata = read_metadata(choose_file(self.version.path, provider, options.precision))
             except (ArtifactError, EngineError) as error:
                 self.reason = str(error)
-            except OSError as error:  # it may not be looked into, or a disk far away is gone for a moment
+            except OSError as error:  # missing rights, or a network disk is gone for a moment
                 self.read_error = str(error)
             if (self.reason or self.read_error) not in ("", before):
-                logger.error(
-                    "version %d: can't be looked into: %s", self.version.number, self.reason or self.read_error
-                )
+                logger.error("version %d: can't be read: %s", self.version.number, self.reason or self.read_error)
 
 
 def without_folders(reason: str, model_folder: Path) -> str:
-    """Leave out where things lie on this machine: `GET /models` may be open to all.
+    """Remove absolute paths from `reason`, since `GET /models` may be open to all.
 
-    A file of the model folder keeps its path within it, any other file (a library's, a source's) its name alone.
+    A file in the model folder keeps its path within it, any other file its name alone.
     """
     for folder in (model_folder.resolve(), model_folder.absolute(), model_folder):
         reason = re.sub(rf"(?<![\w./-]){re.escape(str(folder))}/", "", reason)
@@ -184,14 +199,18 @@ def without_folders(reason: str, model_folder: Path) -> str:
 
 
 def scan(folder: Path) -> list[tuple[ModelVersion, Fingerprint]]:
-    """List the versions in `folder`, ascending, with what tells one state of their files from another."""
+    """List the versions in `folder` with their fingerprints, ascending.
+
+    Raises:
+        OSError: the folder, or a version in it, can't be read for a reason that may pass.
+    """
     return [(version, _fingerprint(version.path)) for version in list_versions(folder)]
 
 
 def _fingerprint(folder: Path) -> Fingerprint:
     files = []
-    # It is being removed, and what is still there will do; or it may not be read, or is a link to itself, and is
-    # refused. Other read_error passes, and must not look like a change.
+    # A folder that is being removed, may not be read or links to itself has a fingerprint of what is left. Other
+    # errors may pass, and must not look like a change.
     try:
         for file in folder.iterdir():
             if file.name in SERVED_FILES:
@@ -204,7 +223,7 @@ def _fingerprint(folder: Path) -> Fingerprint:
 
 
 def open_engines(folder: Path, options: EngineOptions) -> list[Engine]:
-    """Open a version on every GPU of `options`, or as often as they say on the CPU.
+    """Open a version on every GPU of `options`, or with several engines on the CPU.
 
     Raises:
         EngineError, ArtifactError: as `OnnxEngine`.
@@ -223,14 +242,13 @@ def open_engines(folder: Path, options: EngineOptions) -> list[Engine]:
 
 
 def engines_of_cpu(options: EngineOptions) -> list[dict[str, Any]]:
-    """Return the arguments of each `OnnxEngine` on the CPU, beside those that all have.
+    """Return the arguments of each `OnnxEngine` on the CPU that differ from the common ones.
 
-    The threads of one run meet behind every product, and wait there for each other; runs of one thread each meet
-    nowhere. So the cores are shared between engines that run at once, and one more engine has all of them, for a
-    image that comes while nothing else runs: it has its answer sooner.
+    The threads of one run wait for each other after every product; runs of one thread each never wait. So engines
+    that run at once share the cores. One more engine uses all cores, for an image that comes while nothing else runs.
 
-    Without `cpu_engines` there are as many as cores, at most `MAX_CPU_ENGINES`, since each takes memory; one where
-    `intra_op_threads` are named.
+    The default is one engine a core, at most `MAX_CPU_ENGINES` since each takes memory; one if `intra_op_threads` is
+    set.
     """
     cores, threads = max(1, usable_cores() // options.workers), options.intra_op_threads
     count = options.cpu_engines or (1 if threads else min(cores, MAX_CPU_ENGINES))
@@ -243,7 +261,7 @@ def engines_of_cpu(options: EngineOptions) -> list[dict[str, Any]]:
 
 
 async def open_in_thread(open_them: Callable[[], Sequence[Engine]]) -> Sequence[Engine]:
-    """Open engines beside the event loop, and close there what comes too late."""
+    """Open engines in a thread; if this is cancelled, the thread closes them when they are open."""
     is_late = threading.Event()
 
     def job() -> Sequence[Engine]:

@@ -84,7 +84,7 @@ def test_golden_images_are_run_in_each_batch_size_of_a_gpu(folder: Path) -> None
     assert len(golden) == 7
     check_golden(OneWrongGraph("cpu", 2), golden)
     for size in (1, 2, 4, 8, 16, 32, 48):  # above 7 they are repeated
-        with pytest.raises(GoldenMismatchError, match="on cuda: the largest difference is 1 and"):
+        with pytest.raises(GoldenMismatchError, match="on cuda: the largest difference is 1, and"):
             check_golden(OneWrongGraph("cuda", size, 48), golden)
     right = OneWrongGraph("cuda", 0, 48)
     report = check_golden(right, golden)
@@ -94,5 +94,5 @@ def test_golden_images_are_run_in_each_batch_size_of_a_gpu(folder: Path) -> None
 
 def test_golden_images_of_another_model_are_refused(tmp_path: Path) -> None:
     path = make_model_folder(tmp_path, defect="golden_of_other_size")
-    with pytest.raises(EngineError, match=r"\[4, 4, 3\] with 5 logits do not belong to a model of shape \[4, 6, 3\]"):
+    with pytest.raises(EngineError, match=r"\[4, 4, 3\] with 5 logits do not fit a model of shape \[4, 6, 3\]"):
         check_golden(open_tiny(path), load_golden(path / GOLDEN_FILE))

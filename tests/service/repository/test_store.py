@@ -29,11 +29,11 @@ REASONS: dict[Defect, str] = {
     "broken_metadata": "perceiver.labels must be JSON",
     "too_few_labels": "by its metadata the output must be",
     "other_size": "by its metadata the input must be",
-    "golden_missing": "this file is missing",
+    "golden_missing": "the file is missing",
     "golden_corrupt": "must be an npz archive",
     "golden_pickled": "allow_pickle=False",
     "golden_mismatch": "the golden images give other logits on cpu",
-    "golden_of_other_size": "do not belong to a model of shape",
+    "golden_of_other_size": "do not fit a model of shape",
 }
 
 
@@ -64,7 +64,7 @@ async def test_a_pinned_version_serves_whatever_comes(make: Make, tmp_path: Path
 async def test_the_folder_of_one_version_is_told_from_that_of_all(tmp_path: Path) -> None:
     version = make_model_folder(tmp_path / "things", 1)
     with pytest.raises(
-        NoUsableVersionError, match=f"this is one version; name the folder that holds it, {tmp_path}/things$"
+        NoUsableVersionError, match=f"this is the folder of a version; name its parent, {tmp_path}/things$"
     ):
         await ModelStore(version, OPTIONS, StoreRecorder()).load()
 
@@ -72,13 +72,13 @@ async def test_the_folder_of_one_version_is_told_from_that_of_all(tmp_path: Path
 async def test_the_folder_of_one_model_is_told_from_that_of_several(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "things", 1)
     make_model_folder(tmp_path / "animals", 2)
-    with pytest.raises(NoUsableVersionError, match=f"is none itself; name one of them, as {tmp_path}/animals$"):
+    with pytest.raises(NoUsableVersionError, match=f"is none; name one of them, as {tmp_path}/animals$"):
         await ModelStore(tmp_path, OPTIONS, StoreRecorder()).load()
 
 
 async def test_a_pinned_version_that_is_not_there_is_named(make: Make, tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1)
-    with pytest.raises(NoUsableVersionError, match="version 7 is pinned and not there; there are: 1"):
+    with pytest.raises(NoUsableVersionError, match="version 7 is pinned and missing; the versions are: 1"):
         await make(pinned_version=7).load()
 
 
@@ -88,7 +88,7 @@ async def test_a_folder_without_versions_is_named(missing: bool, tmp_path: Path)
     if not missing:
         folder.mkdir()
     store = ModelStore(folder, OPTIONS, StoreRecorder())
-    said = "models: there is no such folder" if missing else "models: there is no model version"
+    said = "models: there is no such folder" if missing else "models: holds no version"
     with pytest.raises(NoUsableVersionError, match=said):
         await store.load()
     with pytest.raises(NotReady):

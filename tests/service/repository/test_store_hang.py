@@ -82,7 +82,7 @@ async def test_a_folder_that_does_not_answer_is_told_once_and_looked_into_when_i
     watching = asyncio.create_task(store.watch())
     await asyncio.sleep(0.5)
     assert (looks, background_threads()) == (1, 1)
-    assert caplog.text.count("can't be looked into for new versions: [Errno 110] no answer within 0.05 s") == 1
+    assert caplog.text.count("can't be polled for new versions: [Errno 110] no answer within 0.05 s") == 1
     is_back.set()
     async with asyncio.timeout(10):
         while store.live is None or store.live.version != 2:  # noqa: ASYNC110 - in another thread

@@ -207,7 +207,7 @@ async def test_a_version_that_takes_too_long_to_warm_up_is_refused_and_closed_wh
     make_model_folder(tmp_path, 2)
     await store.reload()
     (_, refused) = store.versions()
-    assert (refused.state, refused.reason) == ("refused", "2: it was not loaded, warm and checked within 0.2 s")
+    assert (refused.state, refused.reason) == ("refused", "2: was not loaded, warm and checked within 0.2 s")
     assert store.lease().version == 1
     hung = opener.engines[2]
     assert not hung.closed
@@ -258,7 +258,7 @@ async def test_golden_images_that_can_not_be_read_in_time_are_a_reason_and_hold_
     async with asyncio.timeout(10):
         await store.reload()
     (live, refused) = store.versions()
-    assert (live.state, refused.reason) == ("live", "2: it was not loaded, warm and checked within 1 s")
+    assert (live.state, refused.reason) == ("live", "2: was not loaded, warm and checked within 1 s")
     threads = [thread for thread in threading.enumerate() if thread.name == "background"]
     assert threads
     assert all(thread.daemon for thread in threads)  # or the process could not end

@@ -223,7 +223,7 @@ async def test_a_folder_that_can_not_be_read_is_told_once(
     watching.cancel()
     await asyncio.wait([watching])
     assert [record.exc_info for record in caplog.records] == [None]
-    assert "can't be looked into for new versions: [Errno 13] Permission denied" in caplog.text
+    assert "can't be polled for new versions: [Errno 13] Permission denied" in caplog.text
     await assert_serves(store, 1)
 
 

@@ -187,7 +187,7 @@ def test_a_version_that_can_not_be_looked_into_is_refused_alone_and_until_it_can
     assert "Permission denied" in seen.status().reason
     # It is tried when its turn comes, and looked into again: who it is that serves may have recovered.
     assert seen.reason == ""
-    assert "version 1: can't be looked into: " in caplog.text
+    assert "version 1: can't be read: " in caplog.text
     caplog.clear()
     seen.describe(EngineOptions(), "cpu")
     assert caplog.text == ""  # once, and not at every look
