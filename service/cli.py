@@ -1,4 +1,4 @@
-"""Flags and environment variables to `Settings`, and one clear sentence for each thing that is wrong with them."""
+"""Flags and environment variables to `Settings`, and one sentence for each problem with them."""
 
 import difflib
 import os
@@ -12,7 +12,7 @@ from pydantic_settings import CliApp, SettingsError
 from service.settings import Settings
 
 PREFIX = "PERCEIVER_"
-# What Kubernetes gives every pod of a namespace in which a Service is called perceiver.
+# Kubernetes sets these in every pod of a namespace with a Service called perceiver.
 SERVICE_LINK = re.compile(PREFIX + r"(SERVICE_HOST|PORT_\d+_(TCP|UDP|SCTP))")
 LINKED = (
     "PERCEIVER_SERVICE_HOST and others of this environment come from a Kubernetes Service that is called perceiver: "
@@ -24,7 +24,7 @@ class UsageError(Exception):
     """The settings can't be used as they were given.
 
     Attributes:
-        problems: one sentence for each, without a secret in any.
+        problems: one sentence for each, without secrets.
     """
 
     def __init__(self, problems: Sequence[str]) -> None:
@@ -37,7 +37,7 @@ def load_settings(arguments: Sequence[str], environment: Mapping[str, str] = os.
 
     Args:
         arguments: the command line without the program's name; `--help` prints and exits with 0.
-        environment: searched for misspelt names. Values are read from the process's own environment.
+        environment: checked for unknown names. Values are read from the process's own environment.
 
     Raises:
         UsageError: a value is out of bounds, a flag or a PERCEIVER_ variable is unknown, or limits contradict.
@@ -58,10 +58,10 @@ def load_settings(arguments: Sequence[str], environment: Mapping[str, str] = os.
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """Return a sentence for each PERCEIVER_ variable that is no setting: a typing error must not pass silently.
+    """Return a sentence for each PERCEIVER_ variable that is no setting, since a typing error must not pass.
 
     Raises:
-        UsageError: they are of Kubernetes, and stand where settings do.
+        UsageError: Kubernetes has set variables with the same prefix.
     """
     known = {variable(name): name for name in Settings.model_fields}
     if any(SERVICE_LINK.fullmatch(name) for name in environment):
@@ -86,12 +86,12 @@ def value_problem(details: ErrorDetails) -> str:
     if not details["loc"]:
         return f"{message}."
     name = str(details["loc"][0])
-    said = "" if is_secret(name) or details["type"] == "value_error" else f", and it is {details['input']!r}"
-    return f"{variable(name)} ({flag(name)}): {message[:1].lower()}{message[1:]}{said}."
+    value = "" if is_secret(name) or details["type"] == "value_error" else f", and it is {details['input']!r}"
+    return f"{variable(name)} ({flag(name)}): {message[:1].lower()}{message[1:]}{value}."
 
 
 def is_secret(name: str) -> bool:
-    """Whether a field holds keys, whose values must not be printed."""
+    """Whether a field holds keys, which must not be printed."""
     return SecretStr.__name__ in str(Settings.model_fields[name].annotation)
 
 
@@ -106,6 +106,6 @@ def flag(name: str) -> str:
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """Return the end of a sentence about an unknown name: the nearest known one, or where to find all."""
+    """Return the end of a sentence about an unknown name: the nearest known one, or a hint at --help."""
     nearest = difflib.get_close_matches(given, list(known), n=1, cutoff=0.75)
     return f"; did you mean {nearest[0]}?" if nearest else "; --help lists all."

@@ -9,7 +9,7 @@ from typing import Final
 
 from service.settings import Settings
 
-# What a record may carry beside its message.
+# Attributes of a record that are logged after its message.
 EXTRAS: Final = ("request_id", "status", "milliseconds")
 
 
@@ -31,7 +31,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class PlainFormatter(logging.Formatter):
-    """Time, level, message, and what the record carries beside it."""
+    """Time, level, message, and EXTRAS."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-8s %(message)s")
@@ -54,8 +54,8 @@ def configure(settings: Settings) -> None:
             "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "chosen"}},
             "root": {"level": level, "handlers": ["stderr"]},
             "loggers": {
-                # Their debug records hold pieces of bodies and of image files, and their warnings are of what a
-                # client has sent: it is told so by its answer, and must not be able to fill the disk.
+                # Their debug records hold pieces of bodies and image files. Their warnings are about clients' input:
+                # the response has the error, and a client must not fill the disk.
                 "PIL": {"level": "CRITICAL"},
                 "python_multipart": {"level": "CRITICAL"},
                 "uvicorn": {"level": "ERROR"},
@@ -63,5 +63,5 @@ def configure(settings: Settings) -> None:
         }
     )
     logging.captureWarnings(True)
-    # Python remembers every different text that it has warned of, and Pillow's hold numbers out of the files.
+    # Python stores every distinct warning, and Pillow's contain numbers from the files.
     warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -1,7 +1,7 @@
-"""Every knob of the service: its unit, its bounds, and what happens at them.
+"""Every setting of the service: its unit, its bounds, and what happens at them.
 
 Each field is the environment variable `PERCEIVER_<NAME>` and the flag `--<name>` of `python -m service`; the flag wins.
-An empty variable counts as unset. Errors are collected by `service.cli`, which also knows misspelt names.
+An empty variable counts as unset. `service.cli` collects errors and finds misspelt names.
 """
 
 import re
@@ -26,12 +26,12 @@ def split_list(value: object) -> object:
 
 
 def auto_is_0(value: object) -> object:
-    """Turn "auto" into 0, which means the same; anything else passes."""
+    """Turn "auto" into its synonym 0; anything else passes."""
     return 0 if value == "auto" else value
 
 
 def bounded(default: float, low: float, high: float, description: str) -> Any:
-    """Describe a number and its bounds, both inclusive; what lies outside is refused at the start."""
+    """Return a field with inclusive bounds; values outside are refused at the start."""
     return Field(default, ge=low, le=high, description=f"{description} From {low} to {high}.")
 
 
@@ -59,7 +59,7 @@ class Settings(BaseSettings):
     model_version: int | None = Field(
         None, ge=1, description="Serve this version and no other; newer ones are listed and not taken."
     )
-    model_poll_s: float = bounded(5.0, 0.1, 3600, "Seconds between two looks into the model folder for a new version.")
+    model_poll_s: float = bounded(5.0, 0.1, 3600, "Seconds between two polls of the model folder for a new version.")
     host: str = Field(
         "127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 for all of IPv4, :: for all of IPv6."
     )
@@ -140,8 +140,8 @@ class Settings(BaseSettings):
         600.0,
         0.1,
         86_400,
-        "Seconds that a model version may take to be loaded, warm and checked; then it is refused. Building a TensorRT "
-        "engine takes minutes.",
+        "Seconds that a model version may take to load, warm up and pass its checks; then it is refused. Building a "
+        "TensorRT engine takes minutes.",
     )
 
     max_queue_size: int = bounded(
@@ -176,8 +176,8 @@ class Settings(BaseSettings):
         30.0,
         0,
         3600,
-        "Seconds that accepted requests get to finish after SIGTERM (and drain_delay_s); then they are answered 503, "
-        "and the process ends within six seconds more.",
+        "Seconds that accepted requests get to finish after SIGTERM (and drain_delay_s); then they get 503, "
+        "and the process ends within six more seconds.",
     )
 
     max_body_bytes: int = bounded(
@@ -218,13 +218,13 @@ class Settings(BaseSettings):
         1024, 1, 1_000_000, "Open connections to the main port, in each worker; others get 503."
     )
     header_timeout_s: float = bounded(
-        10.0, 0.1, 600, "Seconds for a request's headers, and for a TLS handshake; a slower client is cut off."
+        10.0, 0.1, 600, "Seconds for a request's headers, and for a TLS handshake; a slower client is disconnected."
     )
     body_timeout_s: float = bounded(
-        30.0, 0.1, 3600, "Seconds for a request's body; a slower client gets 408 and is cut off."
+        30.0, 0.1, 3600, "Seconds for a request's body; a slower client gets 408 and is disconnected."
     )
     write_timeout_s: float = bounded(
-        30.0, 0.1, 3600, "Seconds that a client may leave an answer unread; then the connection is cut off."
+        30.0, 0.1, 3600, "Seconds that a client may leave a response unread; then it is disconnected."
     )
     keep_alive_s: int = bounded(
         65, 1, 3600, "Seconds that an idle connection stays open; longer than the load balancer's own limit."
@@ -310,11 +310,11 @@ class Settings(BaseSettings):
         return self
 
     def client_keys(self) -> tuple[str, ...]:
-        """Every API key, of the setting and of the file; empty: no key is asked for."""
+        """Every API key, of the setting and the file; empty: no key is needed."""
         return tuple(key.get_secret_value() for key in self.api_keys) + _read_keys(self.api_keys_file)
 
     def administrator_keys(self) -> tuple[str, ...]:
-        """Every admin key, of the setting and of the file; empty: reloading over HTTP is off."""
+        """Every admin key, of the setting and the file; empty: reloading over HTTP is off."""
         of_setting = () if self.admin_key is None else (self.admin_key.get_secret_value(),)
         return of_setting + _read_keys(self.admin_key_file)
 
@@ -326,7 +326,7 @@ def _is_key(key: str) -> bool:
 def _is_file(path: Path, name: str) -> bool:
     try:
         return path.is_file()
-    except OSError as error:  # it lies in a folder that this user may not look into, say
+    except OSError as error:  # as in a folder that this user may not read
         raise ValueError(f"{name}: {path} can't be looked for: {(error.strerror or str(error)).lower()}") from error
 
 
@@ -334,7 +334,7 @@ def _read_keys(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a mark that nobody sees
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} can't be read as text: {error}") from error
     lines = [re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip() for line in text.splitlines()]

@@ -1,7 +1,7 @@
-"""Which batch size is worth waiting for: measured at warm-up, where larger batches are not faster by themselves.
+"""Batch size tuning: measures at warm-up which batch size is fastest on a CPU.
 
-On a GPU a larger batch is faster until it is full. On a CPU it depends on the model: a small one gains from sharing a
-run's fixed cost, a large one loses when its intermediates leave the cache, and its first image waits for the last.
+On a GPU larger batches are faster until it is full. On a CPU it depends on the model: a small one gains from sharing
+a run's fixed cost, a large one loses when its intermediates leave the cache.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,36 +9,32 @@ from math import inf
 from time import perf_counter
 from typing import Final
 
-# A size gives way to a smaller one that is faster by more than that, in images a second: what is measured beside
-# other work is not exact, and too small a batch costs more, behind a queue, than too large a one.
+# A smaller size wins only if it is faster by more than this factor, in images a second: measurements beside other
+# work are inexact, and behind a queue too small a batch costs more than too large a one.
 MIN_SPEEDUP: Final = 1.05
 MIN_ROUNDS: Final = 2
 MAX_ROUNDS: Final = 5
 BUDGET_SECONDS: Final = 1.0
-# What a run costs apart from its images is below a millisecond: a batch that takes longer than this shares nothing
-# worth sharing any more, and its first image waits for its last.
+# The fixed cost of a run is below a millisecond: a longer batch shares nothing worth its first image's wait.
 MAX_RUN_SECONDS: Final = 0.1
 
 
 def fastest_size(
     run: Callable[[int], object], sizes: Sequence[int], *, clock: Callable[[], float] = perf_counter
 ) -> int:
-    """Return the largest size that runs within a tenth of a second and is about as fast as the fastest.
+    """Return the largest size that runs within MAX_RUN_SECONDS and is about as fast as the fastest.
 
-    Fast is meant in images a second, and about as fast within a twentieth. By the time of a single image, larger
-    sizes are not even tried.
-
-    Each round runs every size, as often as it takes for as many images as the largest has: what else the machine does
-    then meets all of them alike, where a short run would often slip through and a long one never. The fastest round of
-    each counts, since all that disturbs a run makes it longer.
+    Speed is images a second; about as fast means within MIN_SPEEDUP. Sizes that would take too long, by the time of
+    one image, are not run. Each round runs the same number of images at every size, so that other work on the machine
+    delays all sizes alike. The fastest round of each size counts, since disturbances only add time.
 
     Args:
-        run: runs a batch of so many images; the largest has been run before.
-        sizes: ascending.
-        clock: in seconds.
+        run: runs a batch of this many images; the largest has been run before.
+        sizes: batch sizes, ascending.
+        clock: monotonic, in seconds.
 
     Returns:
-        One of `sizes`. There are two rounds at least, and up to five as long as a second is not over.
+        One of `sizes`, after MIN_ROUNDS to MAX_ROUNDS rounds; none starts after BUDGET_SECONDS but the first ones.
     """
 
     def timed(size: int, times: int) -> float:

@@ -1,8 +1,8 @@
-"""How many processors this process may use: in a container often fewer than the machine has.
+"""How many CPUs this process may use: in a container often fewer than the machine has.
 
-onnxruntime counts the machine's cores, whatever a control group (``docker run --cpus``, a pod's CPU limit) or an
-affinity mask (``--cpuset-cpus``, taskset) leaves of them. Threads beyond a limit wait for each other while the kernel
-holds them back, and onnxruntime tells of cores that it can't bind them to.
+onnxruntime counts the machine's cores and ignores control groups (``docker run --cpus``, a pod's CPU limit) and
+affinity masks (``--cpuset-cpus``, taskset). The kernel throttles threads beyond such a limit, and they wait for each
+other.
 """
 
 import os
@@ -17,14 +17,14 @@ PROCESSORS: Final = Path("/sys/devices/system/cpu")
 
 
 def quota(own: Path = OWN_GROUPS, groups: Path = GROUPS) -> float:
-    """Return how many CPUs' time the control groups leave this process, infinity without a limit.
+    """Return the CPU time that control groups allow this process, in CPUs; infinity without a limit.
 
-    The least of its own group and those above it, of version 2 (``cpu.max``) or 1 (``cpu.cfs_quota_us``). Inside a
-    container the path of its group may be the host's, which is not to be seen there: then the mount's root is its own.
+    It is the minimum over the process's group and all above, of version 2 (``cpu.max``) or 1 (``cpu.cfs_quota_us``).
+    In a container the group's path may be the host's and not exist; then the root of the mount is the group.
 
     Args:
-        own: which groups this process is in, as ``/proc/self/cgroup`` tells.
-        groups: where they are mounted.
+        own: the file that names this process's groups, ``/proc/self/cgroup``.
+        groups: where control groups are mounted.
     """
     return min(_quotas(own, groups), default=inf)
 
@@ -40,20 +40,20 @@ def _quotas(own: Path, groups: Path) -> Iterator[float]:
         for folder in (group, *group.parents):
             if folder.is_relative_to(root):
                 time, *period = " ".join(_text(folder / name) for name in files).split() or ["max"]
-                # No limit is "max" in version 2 and -1 in version 1.
+                # "max" (version 2) and -1 (version 1) mean no limit.
                 if time.isdecimal() and period and period[0].isdecimal() and int(period[0]):
                     yield int(time) / int(period[0])
 
 
 def usable_cpus() -> int:
-    """Return how many threads can run at once: processors in the affinity mask, at most the quota, rounded up."""
+    """Return how many threads can run at once: CPUs in the affinity mask, at most the quota, rounded up."""
     return max(1, ceil(min(len(_allowed()), quota())))
 
 
 def usable_cores() -> int:
-    """Return how many threads of a run pay: one a physical core of those in the affinity mask, within the quota.
+    """Return how many threads speed up a run: one a physical core of the affinity mask, at most the quota.
 
-    As many as the quota has whole CPUs, since the event loop wants a share as well.
+    The quota is rounded down, since the event loop needs CPU time as well.
     """
     allowed = _allowed()
     cores = {_text(PROCESSORS / f"cpu{number}/topology/thread_siblings_list") or number for number in allowed}
@@ -61,7 +61,7 @@ def usable_cores() -> int:
 
 
 def threads_within_limits() -> int:
-    """Return `usable_cores` where a limit is below the machine, 0 where none is: onnxruntime counts the machine's."""
+    """Return `usable_cores` under a limit, else 0: onnxruntime then counts the machine's cores."""
     return usable_cores() if min(len(_allowed()), quota()) < (os.cpu_count() or 1) else 0
 
 
@@ -72,5 +72,5 @@ def _allowed() -> set[int]:
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8").strip()
-    except OSError:  # no Linux, another version, or hidden
+    except OSError:  # another system, another version of control groups, or hidden
         return ""

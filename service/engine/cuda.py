@@ -19,9 +19,9 @@ from service.engine.session import SessionSpec, open_session
 
 logger = logging.getLogger(__name__)
 
-# A run with this graph's number is none that onnxruntime captures. The first is: libraries set themselves up in it,
-# convolutions look for their kernels and most memory is allocated, all of which others need not wait for. The next run
-# captures: within it, onnxruntime runs twice as usual, then captures, then replays.
+# onnxruntime does not capture a run with this graph number. The first run uses it: libraries initialise, convolutions
+# choose kernels and memory is allocated, without the exclusive lock. The next run captures: onnxruntime runs twice as
+# usual, captures, and replays.
 NO_GRAPH = -1
 RUNS_UNTIL_CAPTURED = 2
 
@@ -31,7 +31,7 @@ HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2  # of cudaMemcpyKind
 class CudaBatch:
     """One batch size of a session: host and device buffers, IO binding, and the number of its CUDA graph.
 
-    onnxruntime keeps captured graphs by thread: all runs must come from the thread that warmed up.
+    onnxruntime keeps captured graphs by thread, so all runs must come from the engine thread.
 
     Attributes:
         images: uint8 [B, H, W, 3] in page-locked host memory, to be filled before a run.
@@ -86,7 +86,7 @@ def open_cuda_session(path: Path, spec: SessionSpec) -> Any:
 
 
 def cuda_runner(session: Any, metadata: ModelMetadata, sizes: Sequence[int], spec: SessionSpec) -> BucketRunner:
-    """Make the buffers for all batch sizes; they share one page-locked host buffer."""
+    """Return a runner with buffers for all batch sizes; they share one page-locked host buffer."""
     with capture_lock.shared():
         use_device(spec.device_id)
         host = page_locked_zeros((max(sizes), *metadata.input_size, 3))
@@ -98,10 +98,10 @@ def cuda_runner(session: Any, metadata: ModelMetadata, sizes: Sequence[int], spe
 
 
 def page_locked_zeros(shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Allocate zeros that the device can read directly; ordinary memory, with a log line, where that fails.
+    """Allocate page-locked zeros, uint8 of `shape`; ordinary memory, with a log line, if that fails.
 
-    onnxruntime's Python interface allocates page-locked memory for plug-in providers only, so an ordinary array is
-    registered with the CUDA runtime that is loaded already.
+    onnxruntime's Python interface allocates page-locked memory for plug-in providers only. So this registers an
+    ordinary array with the CUDA runtime that onnxruntime has loaded.
     """
     array: NDArray[np.uint8] = np.zeros(shape, dtype=np.uint8)
     pointer = ctypes.c_void_p(array.ctypes.data)
@@ -115,23 +115,22 @@ def page_locked_zeros(shape: tuple[int, ...]) -> NDArray[np.uint8]:
 
 
 def use_device(device_id: int) -> None:
-    """Make a device the one of this thread, before its first plain copy would open a context on device 0."""
+    """Set this thread's GPU; otherwise its first plain copy opens a context on GPU 0."""
     call_runtime("cudaSetDevice", ctypes.c_int(device_id))
 
 
 def copy(target: int, source: int, size: int, kind: int) -> bool:
-    """Copy bytes between host and device; return False where there is no CUDA runtime to do it.
+    """Copy `size` bytes between host and GPU; return False if there is no CUDA runtime to do it.
 
-    onnxruntime's own copies keep the interpreter's lock. One that hangs in the driver would hold up the whole process,
-    and with it the clock by which a run that hangs is found out.
+    onnxruntime's own copies keep the GIL: one that hangs in the driver would block the process, watchdog included.
 
     Raises:
-        RuntimeError: CUDA refuses; the message has its words.
+        RuntimeError: CUDA failed; the message has its error string.
     """
     status = call_runtime(
         "cudaMemcpy", ctypes.c_void_p(target), ctypes.c_void_p(source), ctypes.c_size_t(size), ctypes.c_int(kind)
     )
-    if status == 0:  # what comes from memory that is not page-locked may still be on its way
+    if status == 0:  # copies from memory that is not page-locked may still run
         status = call_runtime("cudaStreamSynchronize", ctypes.c_void_p(0))
     if status:
         words = _runtime(ort.cuda_version.partition(".")[0]).cudaGetErrorString
@@ -141,13 +140,13 @@ def copy(target: int, source: int, size: int, kind: int) -> bool:
 
 
 def call_runtime(name: str, *arguments: Any) -> int | None:
-    """Call a function of the CUDA runtime that onnxruntime has loaded; return its status, None where there is none."""
+    """Call a function of the CUDA runtime that onnxruntime has loaded; return its status, None without a runtime."""
     runtime = _runtime(ort.cuda_version.partition(".")[0])
     if runtime is None:
         return None
     status: int = getattr(runtime, name)(*arguments)
     if status != 0:
-        runtime.cudaGetLastError()  # it stays set otherwise, and the next kernel of this thread would be blamed for it
+        runtime.cudaGetLastError()  # clears it, or the next kernel of this thread would report it
     return status
 
 

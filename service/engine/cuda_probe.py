@@ -1,4 +1,4 @@
-"""Whether CUDA can be used on this host: package, driver, libraries and device, all of them really tried."""
+"""The CUDA probe: tries package, driver, libraries and GPU, and says what fails."""
 
 import contextlib
 import ctypes
@@ -12,28 +12,27 @@ logger = logging.getLogger(__name__)
 
 CUDA = "CUDAExecutionProvider"
 CUDNN = "libcudnn.so.9"
-# A captured graph calls the code that cuDNN compiled for its convolution. Since 9.28 cuDNN keeps that for as long as
-# the graph lives; before, it goes with the plan, of which onnxruntime has one at a time, for the last batch size.
+# A captured graph calls the code that cuDNN compiled for its convolution. Since 9.28 cuDNN keeps it while the graph
+# lives; before, it goes with the plan, and onnxruntime keeps only the plan of the last batch size.
 KEEPS_CODE_OF_GRAPHS = (9, 28, 0)
-# Batched products find their operands by lists of addresses, which each replay copies again from where they lay in
-# host memory at the capture. Since 1.30 onnxruntime keeps that memory; before, the next batch size writes its lists
-# there, and the graphs captured earlier follow those (onnxruntime's pull request 32121).
+# Each replay copies the address lists of batched products from host memory. Since 1.30 onnxruntime keeps that memory;
+# before, the next batch size overwrites it and breaks earlier graphs (onnxruntime's pull request 32121).
 KEEPS_LISTS_OF_GRAPHS = (1, 30)
 
-# A model of one node: y = Cast(x), uint8 [1] to float32 [1]. A service needs no `onnx` to make it.
+# A model of one node, as bytes since the service has no `onnx`: y = Cast(x), uint8 [1] to float32 [1].
 PROBE = (
     b'\x08\x08:B\n\x17\n\x01x\x12\x01y"\x04Cast*\t\n\x02to\x18\x01\xa0\x01\x02\x12\x05probe'
     b"Z\x0f\n\x01x\x12\n\n\x08\x08\x02\x12\x04\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01"
     b"B\x04\n\x00\x10\r"
 )
 
-_working_devices: set[int] = set()  # they are not tried again, least of all while a graph is captured
+_working_devices: set[int] = set()  # not probed again: a probe would spoil a capture
 
 
 def why_no_cuda(device_id: int = 0) -> str | None:
-    """Say why CUDA can't be used, or None where it can: package, driver, libraries and device are all really tried.
+    """Return why CUDA can't be used on this GPU; None if it can. Allocates and runs a model on it.
 
-    `onnxruntime.get_available_providers()` alone tells only what the package was built with.
+    `onnxruntime.get_available_providers()` lists only what the package was built with.
     """
     if CUDA not in ort.get_available_providers():
         return "the installed onnxruntime is built without CUDA (it is in onnxruntime-gpu)"
@@ -45,10 +44,10 @@ def why_no_cuda(device_id: int = 0) -> str | None:
         return None
     complaints = preload_cuda_libraries()
     try:
-        if cudnn_version() is None:  # onnxruntime would notice at the first convolution, with a model loaded
+        if cudnn_version() is None:  # onnxruntime would fail only at the first convolution
             raise OSError(f"cuDNN 9 ({CUDNN}) is missing.")
-        # Allocating one byte loads the provider with all its libraries and touches the device. A kernel runs only where
-        # onnxruntime was built for the device's architecture.
+        # Allocating one byte loads the provider and its libraries. A kernel runs only if onnxruntime was built for the
+        # GPU's architecture.
         ort.OrtValue.ortvalue_from_shape_and_type([1], np.uint8, "cuda", device_id)
         device = [(CUDA, {"device_id": str(device_id)})]
         ort.InferenceSession(PROBE, providers=device, enable_fallback=0).run(None, {"x": np.zeros(1, np.uint8)})
@@ -60,7 +59,7 @@ def why_no_cuda(device_id: int = 0) -> str | None:
 
 
 def cudnn_version() -> tuple[int, int, int] | None:
-    """Return major, minor and patch of the cuDNN that is loaded, or would be; None where there is none."""
+    """Return major, minor and patch of the cuDNN that is or would be loaded; None if there is none."""
     try:
         library = ctypes.CDLL(CUDNN)
     except OSError:
@@ -70,7 +69,7 @@ def cudnn_version() -> tuple[int, int, int] | None:
 
 
 def why_no_graphs() -> str | None:
-    """Say why captured graphs could not be trusted, or None where they can; to be asked after `why_no_cuda`."""
+    """Return why captured graphs can't be trusted; None if they can. Call `why_no_cuda` first."""
     if tuple(map(int, ort.__version__.split(".")[:2])) < KEEPS_LISTS_OF_GRAPHS:
         wanted = ".".join(map(str, KEEPS_LISTS_OF_GRAPHS))
         return f"onnxruntime must be {wanted} or newer to keep what a captured graph copies, and is {ort.__version__}"
@@ -83,8 +82,8 @@ def why_no_graphs() -> str | None:
 
 
 def preload_cuda_libraries() -> str:
-    """Load CUDA and cuDNN from their PyPI wheels, if installed; return what onnxruntime has to say about it."""
-    printed = io.StringIO()  # onnxruntime prints its complaints
+    """Load CUDA and cuDNN from their PyPI wheels, if installed; return onnxruntime's complaints."""
+    printed = io.StringIO()  # onnxruntime prints them
     with contextlib.redirect_stdout(printed):
         ort.preload_dlls()
     return " ".join(printed.getvalue().split())

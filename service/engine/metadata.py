@@ -1,4 +1,4 @@
-"""What a model file says of itself: metadata that export writes into it and the service reads. See docs/artifact.md.
+"""The metadata of a model file, which export writes and the service reads. See docs/artifact.md.
 
 Shape letters: H and W the input size in pixels, C classes.
 """
@@ -22,7 +22,7 @@ MODEL_FILES: Mapping[Precision, str] = {"float32": MODEL_FILE, "float16": "model
 INPUT_NAME = "images"
 OUTPUT_NAME = "logits"
 KEY_PREFIX = "perceiver."
-# What the ONNX specification itself says about image inputs ("Image Category Definition" in MetadataProps.md).
+# The ONNX specification's keys for image inputs ("Image Category Definition" in MetadataProps.md).
 IMAGE_PROPS = {
     "Image.BitmapPixelFormat": "Rgb8",
     "Image.ColorSpaceGamma": "SRGB",
@@ -39,7 +39,7 @@ class _Contract(BaseModel):
 
 
 class ResizePolicy(_Contract):
-    """How an image of another size is brought to the model's input size.
+    """How an image of another size is resized to the model's input size.
 
     Attributes:
         crop: "center" takes the largest centred region of the target's aspect ratio, "none" stretches.
@@ -62,7 +62,7 @@ class EvalMetrics(_Contract):
 
 
 class Provenance(_Contract):
-    """Where the weights come from: commit, SHA-256 of the checkpoint, ISO 8601 time in UTC, library versions."""
+    """Origin of the weights: commit, SHA-256 of the checkpoint, ISO 8601 time in UTC, library versions."""
 
     git_commit: str | None
     checkpoint_sha256: str
@@ -77,16 +77,16 @@ class Provenance(_Contract):
 
 
 class VariantGate(_Contract):
-    """What a float16 or int8 file was measured to be worth, against float32, before it was written.
+    """Accuracy and speed of a float16 or int8 file against float32, measured at the export.
 
     Attributes:
         provider: where it ran.
-        split: the images.
-        n: how many.
-        labels_equal: share of them whose most likely class is torch's in float32.
-        top1: share of them that it names rightly.
-        top1_float32: the same by torch in float32.
-        speed: (batch size, times as fast as the float32 file) pairs, measured in turn; None: was not measured.
+        split: the split that the images are from.
+        n: number of images.
+        labels_equal: share of images whose top class is torch's in float32, 0..1.
+        top1: top-1 accuracy, 0..1.
+        top1_float32: top-1 accuracy of torch in float32, 0..1.
+        speed: pairs of batch size and speed relative to the float32 file, measured in turn; None: not measured.
     """
 
     provider: Annotated[str, Field(min_length=1)]
@@ -99,15 +99,15 @@ class VariantGate(_Contract):
 
 
 class ModelMetadata(_Contract):
-    """All that the service must know about a model; travels inside the ONNX file.
+    """Metadata of a model, stored in the ONNX file.
 
     Attributes:
         labels: class names by index, C of them.
         input_size: (H, W) in pixels, the size of the graph's input.
         golden_tolerance: largest allowed absolute difference of a logit on the golden images.
-        temperature: divisor that calibrates the logits; already applied inside the graph, here for information.
+        temperature: divisor that calibrates the logits; the graph applies it already.
         parameters: number of trained parameters.
-        gate: of a float16 or int8 file; None: the float32 file, or random weights, for which there are no images.
+        gate: of a float16 or int8 file; None for the float32 file, and for random weights.
     """
 
     schema_version: Literal[1]
@@ -135,13 +135,13 @@ class ModelMetadata(_Contract):
 
 
 def to_props(metadata: ModelMetadata) -> dict[str, str]:
-    """Write metadata as ONNX metadata_props: one JSON string a field, and the ONNX specification's own image keys."""
+    """Return ONNX metadata_props: one JSON string for each field, and the ONNX specification's image keys."""
     fields = metadata.model_dump(mode="json", exclude={"gate"} if metadata.gate is None else None)
     return {f"{KEY_PREFIX}{name}": json.dumps(value) for name, value in fields.items()} | IMAGE_PROPS
 
 
 def from_props(props: Mapping[str, str]) -> ModelMetadata:
-    """Read and validate what `to_props` wrote; keys of other tools are ignored.
+    """Read and validate the result of `to_props`; keys of other tools are ignored.
 
     Raises:
         ArtifactError: a field is missing, unknown, not JSON, or out of its bounds.
@@ -158,7 +158,7 @@ def from_props(props: Mapping[str, str]) -> ModelMetadata:
             f"metadata: there is no {KEY_PREFIX}* entry; the file must be written by `python -m export`"
         )
     try:
-        # Strict in Python means no string for a number; lists become tuples only in JSON mode.
+        # Strict refuses a string for a number; only JSON mode turns lists into tuples.
         return ModelMetadata.model_validate_json(json.dumps(fields), strict=True)
     except ValidationError as error:
         raise ArtifactError(f"metadata: {_in_words(error)}") from error

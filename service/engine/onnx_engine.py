@@ -1,4 +1,4 @@
-"""The engine: a model file that runs. What serves, and what export verifies, is this code.
+"""The engine: runs a model file. The service runs it, and export verifies it.
 
 Shape letters: N images of a batch, H and W the model's input size, C classes.
 """
@@ -50,9 +50,9 @@ class Engine(Protocol):
 
     Attributes:
         metadata: of the file that runs.
-        provider: "cpu", "cuda" or "tensorrt": where it really runs.
-        max_batch_size: largest N; may fall while serving, when the device's memory does not suffice.
-        runs_alone: whether it is for batches that come while no other engine of the model runs.
+        provider: where it runs: "cpu", "cuda" or "tensorrt".
+        max_batch_size: largest N; falls when memory runs out.
+        runs_alone: whether it takes only batches that come while no other engine of the model runs.
     """
 
     metadata: ModelMetadata
@@ -63,14 +63,14 @@ class Engine(Protocol):
     def run(self, images: Images) -> Logits:
         """Classify uint8 [N, H, W, 3], RGB, 1 <= N <= max_batch_size; return float32 [N, C].
 
-        Call this and `warm_up` from one and the same thread: a captured CUDA graph belongs to a thread.
+        Call this and `warm_up` from the same thread: a captured CUDA graph belongs to a thread.
         """
 
     def warm_up(self) -> None:
-        """Run the batch sizes that matter once, so that the first request does not pay for it."""
+        """Run the batch sizes that matter, so that the first request does not pay for it."""
 
     def close(self) -> None:
-        """Free the device's memory; `run` raises from now on."""
+        """Free the memory; `run` raises EngineError afterwards."""
 
 
 class OnnxEngine:
@@ -78,15 +78,14 @@ class OnnxEngine:
 
     Args:
         path: the .onnx file.
-        provider: "auto" takes CUDA where there is one and the CPU elsewhere; all others are asserted, never replaced.
+        provider: "auto" takes CUDA if it works, else the CPU; any other choice runs there or raises.
         device_id: index of the GPU.
         max_batch_size: largest batch in images.
-        intra_op_threads: threads of one run on the CPU; 0 takes one a physical core that
-            this process may use.
-        buckets: batch sizes on a GPU, where batches are padded to the next; default: powers of two.
+        intra_op_threads: threads of one run on the CPU; 0: one a physical core that this process may use.
+        buckets: batch sizes on a GPU, where batches are padded to the next one; default: powers of two.
         gpu_memory_limit_bytes: ceiling of onnxruntime's arena on the GPU; None: no ceiling.
         cuda_graphs: capture each bucket as a CUDA graph at warm-up (CUDA only).
-        tune_batch_size: let the warm-up measure which batch size is fastest, and make it the largest (CPU only).
+        tune_batch_size: measure at warm-up which batch size is fastest, and make it the largest (CPU only).
         runs_alone: see `Engine`.
 
     Raises:
@@ -130,10 +129,10 @@ class OnnxEngine:
     def run(self, images: Images) -> Logits:
         """Classify uint8 [N, H, W, 3]; return float32 [N, C]. See `Engine.run`.
 
-        A batch that runs out of memory is run once more in halves, and `max_batch_size` falls to the half.
+        A batch that runs out of memory runs again in halves, and `max_batch_size` falls to the half.
 
         Raises:
-            EngineError: the images are not of this form, or onnxruntime failed.
+            EngineError: the images have another dtype or shape, or onnxruntime failed.
         """
         runner = self._open_runner()
         self._check(images)
@@ -146,13 +145,12 @@ class OnnxEngine:
             return self._run_in_parts(runner, images, size)
 
     def warm_up(self) -> None:
-        """Run every bucket, the largest first; on a GPU that captures it. On a CPU: the largest batch, and one.
+        """Run every bucket from the largest down, and capture it on a GPU. On a CPU: the largest batch, and one image.
 
-        A size that there is no memory for is given up, and `max_batch_size` falls. It does not where a larger size is
-        warm (a captured graph keeps memory for itself), which takes those batches too. With `tune_batch_size` it also
-        falls to a size that is clearly faster than it, in images a second.
+        If a size does not fit in memory, `max_batch_size` falls, unless a larger size is warm and takes its batches.
+        With `tune_batch_size` it also falls to a size that is clearly faster, in images a second.
 
-        Where CUDA graphs can't be captured, kernels are launched one by one from then on.
+        If a CUDA graph can't be captured, the session is reopened without graphs.
 
         Raises:
             EngineError: as `run`.
@@ -164,7 +162,7 @@ class OnnxEngine:
             if not self._spec.cuda_graphs:
                 raise
             reason = str(error)
-        if reason:  # not before the error is gone, whose traceback holds the session
+        if reason:  # outside `except`: the error's traceback holds the session
             self._open_without_graphs(reason)
             self._run_each_size()
         runner = self._open_runner()
@@ -204,13 +202,13 @@ class OnnxEngine:
         if self.max_batch_size < ceiling:
             try:
                 runner.trim(self._blank(1))
-            except Exception as error:  # it serves all the same, and takes more memory
+            except Exception as error:  # the engine works, and takes more memory
                 logger.warning("%s: the memory of larger batches is kept: %s", self.path, error)
         logger.info("%s: batches of up to %d, of %d allowed", self.path, self.max_batch_size, ceiling)
 
     def close(self) -> None:
         """Free the session and its buffers."""
-        with capture_lock.shared():  # freeing device memory would spoil another model's capture
+        with capture_lock.shared():  # freeing GPU memory would spoil another model's capture
             self._runner = None
 
     def _open(self) -> None:
@@ -226,7 +224,7 @@ class OnnxEngine:
             self._open_without_graphs(reason)
 
     def _open_without_graphs(self, reason: str) -> None:
-        # Said first: of a device that has gone nothing can be freed, and onnxruntime ends the process.
+        # Logged first: on a GPU that has gone, freeing the session ends the process.
         logger.warning("%s: no CUDA graphs, kernels are launched one by one: %s", self.path, reason)
         self.close()  # before another session needs the memory
         self._spec = self._spec.without_graphs()
@@ -268,7 +266,7 @@ class OnnxEngine:
 
 
 def _open(path: Path, spec: SessionSpec, buckets: Sequence[int] | None) -> tuple[ModelMetadata, Runner]:
-    """Open the session, check it, and choose how its batches run."""
+    """Open and check the session, and return its metadata and runner."""
     on_device = spec.provider != "cpu"
     session = open_cuda_session(path, spec) if on_device else open_session(path, spec)
     metadata = metadata_of(session, path)

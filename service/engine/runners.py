@@ -1,4 +1,4 @@
-"""Two ways to run a batch through a session: as it is, or padded into buffers that were bound once.
+"""Two ways to run a batch through a session: as it is, or padded into buffers bound once.
 
 Shape letters: N images of a batch, B bucket size, H and W input size, C classes.
 """
@@ -15,8 +15,8 @@ from service.engine.metadata import INPUT_NAME, OUTPUT_NAME
 Images = NDArray[np.uint8]
 Logits = NDArray[np.float32]
 
-# onnxruntime has no exception class for this; these are the words of its arena (without room, and at its limit), of
-# CUDA and its libraries, and of C++.
+# onnxruntime has no exception class for this. These are the messages of its arena, of CUDA and its libraries, and of
+# C++.
 OUT_OF_MEMORY_WORDS = (
     "failed to allocate memory",
     "is smaller than requested bytes",
@@ -30,7 +30,7 @@ OUT_OF_MEMORY_WORDS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether a run failed for want of memory, so that a smaller one may succeed."""
+    """Return whether a run failed for lack of memory, so that a smaller one may succeed."""
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY_WORDS)
 
 
@@ -38,8 +38,8 @@ class Runner(Protocol):
     """Runs one batch.
 
     Attributes:
-        sizes: batch sizes worth running at warm-up, descending; the first is the largest that can run.
-        warm_up_runs: runs that a size needs until it is at full speed.
+        sizes: batch sizes to run at warm-up, descending; the first is the largest that can run.
+        warm_up_runs: runs until a size is at full speed.
     """
 
     sizes: Sequence[int]
@@ -49,14 +49,14 @@ class Runner(Protocol):
         """Classify uint8 [N, H, W, 3], N <= sizes[0]; return float32 [N, C]."""
 
     def shrink(self, failed: int) -> int:
-        """Give up the batch size that ran out of memory with `failed` images; return the new largest, 0 for none."""
+        """Remove the batch size that ran out of memory with `failed` images; return the new largest, 0 for none."""
 
     def drop(self, size: int) -> None:
-        """Give up one of `sizes` alone: the next larger takes its batches from now on."""
+        """Remove one of `sizes`; the next larger takes its batches."""
 
 
 class HostRunner:
-    """Runs batches as they are: on a CPU, padding would be paid for in full."""
+    """Runs batches as they are: on a CPU, padded rows would take full time."""
 
     def __init__(self, session: Any, max_batch_size: int) -> None:
         self._session = session
@@ -69,24 +69,24 @@ class HostRunner:
         return np.asarray(logits, dtype=np.float32)
 
     def trim(self, images: Images) -> None:
-        """Run a batch, and give back the memory that onnxruntime's arena keeps of larger ones."""
+        """Run a batch, and free the memory that onnxruntime's arena keeps from larger ones."""
         options = ort.RunOptions()
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._session.run([OUTPUT_NAME], {INPUT_NAME: images}, options)
 
     def shrink(self, failed: int) -> int:
-        """Half of what failed."""
+        """Halve the size that failed."""
         half = (failed + 1) // 2 if failed > 1 else 0
         self.sizes = _descending({1, half}) if half else ()
         return half
 
     def drop(self, size: int) -> None:
-        """Nothing but the warm-up's choice."""
+        """Remove a size from the warm-up."""
         self.sizes = [one for one in self.sizes if one != size]
 
 
 class BoundBatch(Protocol):
-    """Buffers of one batch size, bound to a session for good.
+    """Buffers of one batch size, bound to a session once.
 
     Attributes:
         images: uint8 [B, H, W, 3] in host memory, to be filled before a run.
@@ -99,15 +99,15 @@ class BoundBatch(Protocol):
 
 
 class BucketRunner:
-    """Pads batches to a few sizes, each with buffers made once.
+    """Pads batches to a few sizes, each with buffers bound once.
 
-    A device needs fixed shapes and addresses to replay a captured graph, and there a padded row costs less than
-    launching the graph's kernels one by one. What stands in the padded rows is of no matter: rows are independent.
+    A captured graph needs fixed shapes and addresses, and on a GPU a padded row costs less than launching kernels
+    one by one. Rows are independent, so padded rows may hold anything.
     """
 
     def __init__(self, bind: Callable[[int], BoundBatch], sizes: Sequence[int], warm_up_runs: int = 1) -> None:
         self.warm_up_runs = warm_up_runs
-        # Largest first: the arena then holds one block that all smaller sizes fit into.
+        # Largest first, so that the arena allocates one block that all smaller sizes fit into.
         self.sizes: Sequence[int] = _descending(sizes)
         self._bound = {size: bind(size) for size in self.sizes}
 
@@ -119,9 +119,9 @@ class BucketRunner:
         return batch.run()[:n]
 
     def shrink(self, failed: int) -> int:
-        """Drop the bucket that failed and all above it, with their buffers; none where it is the smallest.
+        """Drop the bucket that failed and all above it, with their buffers; the smallest one stays.
 
-        Memory that somebody else took may come back, and without a bucket nothing could run then.
+        Another process may free its memory later, and without a bucket nothing could run then.
         """
         too_large = self._bucket(failed)
         if too_large == self.sizes[-1]:
@@ -132,7 +132,7 @@ class BucketRunner:
         return self.sizes[0]
 
     def drop(self, size: int) -> None:
-        """Free the buffers of one bucket; its batches are padded to the next."""
+        """Free the buffers of one bucket; its batches are padded to the next one."""
         del self._bound[size]
         self.sizes = _descending(self._bound)
 
@@ -141,7 +141,7 @@ class BucketRunner:
 
 
 def default_buckets(max_batch_size: int) -> list[int]:
-    """Powers of two up to `max_batch_size`, and that itself: at most half of a batch is padding."""
+    """Return powers of two up to `max_batch_size`, and that itself: at most half of a batch is padding."""
     return sorted({1 << power for power in range(max_batch_size.bit_length())} | {max_batch_size})
 
 

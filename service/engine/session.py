@@ -1,4 +1,4 @@
-"""Opening an onnxruntime session: the provider is resolved and asserted, the graph is held against the contract."""
+"""Opens onnxruntime sessions: resolves and asserts the provider, and checks the graph against the contract."""
 
 import logging
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ from service.engine.metadata import (
 
 logger = logging.getLogger(__name__)
 
-# Raw lines on stderr stand between those of the log: errors alone, which tell of a provider that can't be loaded. What
-# goes wrong in a session comes as an exception, and is not printed besides (FATAL).
+# onnxruntime prints raw lines to stderr. By default only errors, as of a provider that can't be loaded; sessions print
+# fatal errors alone, since theirs are raised as exceptions.
 ort.set_default_logger_severity(3)
 SILENT = 4
 
@@ -38,7 +38,7 @@ EXECUTION_PROVIDERS: dict[Provider, str] = {
 
 PrecisionChoice = Literal["auto", "float32", "float16", "int8"]
 
-# A variant is in the folder only if it passed its gate and was faster where it is meant to run.
+# A folder holds a variant only if it passed its gate and was faster on its provider.
 PREFERRED: dict[Provider, tuple[Precision, ...]] = {
     "cpu": ("int8", "float32"),
     "cuda": ("float16", "float32"),
@@ -56,11 +56,10 @@ class SessionSpec:
 
     Attributes:
         provider: already resolved, see `resolve_provider`.
-        device_id: index of the GPU; no meaning on the CPU.
-        intra_op_threads: threads of one run on the CPU; 0 takes one a physical core that this
-            process may use.
-        max_batch_size: the largest batch that will be run.
-        gpu_memory_limit_bytes: ceiling of onnxruntime's arena on the GPU; None leaves all of the memory to it.
+        device_id: index of the GPU; ignored on the CPU.
+        intra_op_threads: threads of one run on the CPU; 0: one a physical core that this process may use.
+        max_batch_size: the largest batch that will run.
+        gpu_memory_limit_bytes: ceiling of onnxruntime's arena on the GPU; None: no ceiling.
         cuda_graphs: whether runs will be captured as CUDA graphs.
     """
 
@@ -77,10 +76,10 @@ class SessionSpec:
 
 
 def resolve_provider(choice: ProviderChoice, device_id: int = 0) -> Provider:
-    """Turn what was asked for into what will run: "auto" takes CUDA where there is one, and says so in the log.
+    """Return the provider that will run: "auto" takes CUDA if it works, else the CPU, and logs the choice.
 
     Raises:
-        EngineError: "cuda" or "tensorrt" was asked for and can't run here; it is never silently replaced.
+        EngineError: "cuda" or "tensorrt" was asked for and can't run here; it is never replaced silently.
     """
     if choice == "cpu":
         return "cpu"
@@ -124,11 +123,11 @@ def open_session(path: Path, spec: SessionSpec) -> Any:
     if not path.is_file():
         raise EngineError(f"{path}: there is no such file; it must be an ONNX model")
     try:
-        path.open("rb").close()  # onnxruntime would say the error's number
+        path.open("rb").close()  # onnxruntime would report only the number of the error
     except OSError as error:
         raise EngineError(f"{path}: can't be read: {(error.strerror or str(error)).lower()}") from error
     try:
-        # The built-in fallback would go on with the CPU where CUDA fails, at the start or in any later run.
+        # The built-in fallback would use the CPU when CUDA fails, now or in any later run.
         session = ort.InferenceSession(path, session_options(spec), provider_options(path, spec), enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no base of their own
         raise EngineError(f"{path}: onnxruntime can't load this file on {spec.provider}: {error}") from error
@@ -143,10 +142,9 @@ def session_options(spec: SessionSpec) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = spec.intra_op_threads or threads_within_limits()
     options.log_severity_level = SILENT
-    options.enable_mem_pattern = not spec.cuda_graphs  # a pattern is allocated late, which a capture can't bear
-    # Threads that spin within a run save a third of a small batch's time (0.65 against 0.93 ms on two cores), but by
-    # default they also spin on for 20 ms after each run, on the cores that decode the next images: 22 ms of CPU
-    # time a run against 1.9. So spin, and stop with the run.
+    options.enable_mem_pattern = not spec.cuda_graphs  # a pattern allocates late, which breaks a capture
+    # Spinning threads save a third of a small batch's time (0.65 against 0.93 ms on two cores). By default they spin
+    # for 20 ms after each run, on the cores that decode images: 22 ms of CPU time a run against 1.9.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
@@ -157,9 +155,9 @@ def provider_options(path: Path, spec: SessionSpec) -> Sequence[tuple[str, dict[
         return [(EXECUTION_PROVIDERS["cpu"], {})]
     cuda = {
         "device_id": str(spec.device_id),
-        "arena_extend_strategy": "kSameAsRequested",  # the default doubles, and takes memory that is never used
+        "arena_extend_strategy": "kSameAsRequested",  # the default doubles, and wastes memory
         "enable_cuda_graph": str(int(spec.cuda_graphs)),
-        "use_tf32": "0",  # a float32 file means float32; who wants speed takes the float16 file, which has its own gate
+        "use_tf32": "0",  # float32 means float32; the float16 file is for speed, and has its own gate
     }
     if spec.gpu_memory_limit_bytes is not None:
         cuda["gpu_mem_limit"] = str(spec.gpu_memory_limit_bytes)
@@ -170,21 +168,21 @@ def provider_options(path: Path, spec: SessionSpec) -> Sequence[tuple[str, dict[
 
 
 def tensorrt_options(metadata: ModelMetadata, spec: SessionSpec) -> dict[str, str]:
-    """Name the range of shapes, so that one TensorRT engine serves all batch sizes and is built once."""
+    """Set the range of shapes, so that one TensorRT engine serves all batch sizes and is built once."""
     height, width = metadata.input_size
     options = {"device_id": str(spec.device_id)}
     if metadata.precision == "float16":
-        options["trt_fp16_enable"] = "1"  # TensorRT builds no engine of a float16 graph without
+        options["trt_fp16_enable"] = "1"  # needed to build an engine from a float16 graph
     for bound, batch in (("min", 1), ("opt", spec.max_batch_size), ("max", spec.max_batch_size)):
         options[f"trt_profile_{bound}_shapes"] = f"{INPUT_NAME}:{batch}x{height}x{width}x3"
     return options
 
 
 def read_metadata(path: Path) -> ModelMetadata:
-    """Read the metadata of an ONNX file without preparing it for a run.
+    """Read the metadata of an ONNX file without optimising its graph.
 
     Raises:
-        EngineError: no ONNX model.
+        EngineError: the file is no ONNX model.
         ArtifactError: its metadata break the contract.
     """
     options = ort.SessionOptions()
@@ -207,7 +205,7 @@ def metadata_of(session: Any, path: Path) -> ModelMetadata:
 
 
 def check_graph(session: Any, metadata: ModelMetadata, path: Path) -> None:
-    """Hold the graph's input and output against the contract and its metadata.
+    """Check the graph's input and output against the contract and the metadata.
 
     Raises:
         EngineError: names, element types or shapes differ from `images` uint8 [batch, H, W, 3] and

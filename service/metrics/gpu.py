@@ -1,4 +1,4 @@
-"""GPU memory and utilisation for Prometheus, read through NVML at each scrape; nothing where no NVIDIA driver is."""
+"""GPU memory and utilisation for Prometheus, read through NVML at each scrape; no metrics without a driver."""
 
 import asyncio
 from collections.abc import Iterator
@@ -21,13 +21,13 @@ READ_TIMEOUT_S: Final = 1.0
 
 @dataclass(frozen=True)
 class Reading:
-    """What one GPU said.
+    """The readings of one GPU.
 
     Attributes:
         up: whether it answered; a GPU that has fallen off the bus does not.
-        used: bytes of memory; None where it does not tell, as a slice of a divided GPU (MIG) may not.
-        total: bytes of memory.
-        busy: share of time in which a kernel ran, 0..1; None where the GPU is divided.
+        used: bytes of memory in use; None if unknown, as for a slice of a divided GPU (MIG).
+        total: bytes of memory; None if unknown.
+        busy: share of time in which a kernel ran, 0..1; None if the GPU is divided.
     """
 
     up: bool
@@ -37,7 +37,7 @@ class Reading:
 
 
 class GpuCollector(Collector):
-    """One sample a GPU and metric, labelled with the GPU's number as NVML counts, as of the last `refresh`."""
+    """Exposes one sample for each GPU and metric as of the last `refresh`, labelled with NVML's GPU number."""
 
     def __init__(self) -> None:
         self._gpus = _gpus()
@@ -46,15 +46,15 @@ class GpuCollector(Collector):
         self._readings: list[Reading] = []
 
     async def refresh(self) -> None:
-        """Read every GPU, in a thread: a driver that hangs must not hold up the requests.
+        """Read every GPU in a thread, since a driver that hangs must not block requests.
 
-        Where it has not answered within `READ_TIMEOUT_S`, no GPU is up until it does.
+        After `READ_TIMEOUT_S` without an answer all GPUs count as down until it comes.
         """
         if self._thread is None:
             return
         if self._reading is None or self._reading.done():
             self._reading = asyncio.ensure_future(self._thread.call(self._read))
-        reading = self._reading  # which another scrape may wait for as well
+        reading = self._reading  # another scrape may wait for it as well
         answered, _ = await asyncio.wait([reading], timeout=READ_TIMEOUT_S)
         self._readings = reading.result() if answered else [Reading(up=False)] * len(self._gpus)
 
@@ -62,7 +62,7 @@ class GpuCollector(Collector):
         return [read(number) for number in self._gpus]
 
     def describe(self) -> list[GaugeMetricFamily]:
-        """Return the metrics without samples, whether there is a GPU or not."""
+        """Return the metrics without samples, with or without a GPU."""
         described = {
             "perceiver_gpu_up": "1 while the GPU answers the driver, 0 when it is lost or the driver hangs.",
             "perceiver_gpu_memory_used_bytes": "Bytes in use on the GPU, by all processes.",
@@ -72,7 +72,7 @@ class GpuCollector(Collector):
         return [GaugeMetricFamily(name, text, labels=["gpu"]) for name, text in described.items()]
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Yield what was read."""
+        """Yield the last readings."""
         if not self._readings:
             return
         families = self.describe()
@@ -85,7 +85,7 @@ class GpuCollector(Collector):
 
 
 def read(number: int) -> Reading:
-    """Ask one GPU, whose handle is got anew: of one that was lost there is none, until it has come back."""
+    """Read one GPU. Its handle is got each time, since a lost GPU has none until it is back."""
     used = total = busy = None
     try:
         handle = pynvml.nvmlDeviceGetHandleByIndex(number)
@@ -94,7 +94,7 @@ def read(number: int) -> Reading:
     try:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     except pynvml.NVMLError as error:
-        # Of a divided GPU, who was given one slice may not know the whole's.
+        # A process with one slice of a divided GPU may not read the whole's memory.
         if error.value not in (pynvml.NVML_ERROR_NO_PERMISSION, pynvml.NVML_ERROR_NOT_SUPPORTED):
             return Reading(up=False)
     else:
@@ -105,19 +105,19 @@ def read(number: int) -> Reading:
 
 
 def _gpus() -> list[int]:
-    """Return the numbers of the GPUs that this process may use; one that is lost is among them."""
+    """Return the numbers of the GPUs that this process may use, lost ones included."""
     if pynvml is None:
         return []
     try:
         pynvml.nvmlInit()
         numbers = range(pynvml.nvmlDeviceGetCount())
-    except pynvml.NVMLError:  # the library is there and the driver is not
+    except pynvml.NVMLError:  # the library is installed, and no driver
         return []
     return [number for number in numbers if _is_ours(number)]
 
 
 def _is_ours(number: int) -> bool:
-    """Tell whether a GPU may be asked: NVML counts those of others, too."""
+    """Return whether this process may read a GPU; NVML also counts those of other containers."""
     try:
         pynvml.nvmlDeviceGetHandleByIndex(number)
     except pynvml.NVMLError as error:

@@ -1,4 +1,4 @@
-"""A Prometheus histogram for what happens at every image: it only notes a value, and sorts many of them at once."""
+"""A Prometheus histogram that is cheap to observe: it appends values, and sorts many of them at once."""
 
 from collections.abc import Iterator, Sequence
 from time import time
@@ -19,9 +19,9 @@ class PendingHistogram(Collector):
 
     Args:
         name: without suffix.
-        documentation: in a sentence.
+        documentation: one sentence.
         buckets: upper bounds, ascending; +Inf is added.
-        registry: that collects it.
+        registry: the registry that collects it.
     """
 
     def __init__(self, name: str, documentation: str, buckets: Sequence[float], registry: CollectorRegistry) -> None:
@@ -43,7 +43,7 @@ class PendingHistogram(Collector):
             self._sort()
 
     def observe_request(self, value: float, request_id: str) -> None:
-        """Count a value; the request's id becomes the exemplar of its bucket. Not to be mixed with `observe`."""
+        """Count a value, with the request's id as exemplar of its bucket. Do not mix with `observe`."""
         self._request_ids.append((request_id, time()))
         self.observe(value)
 
@@ -62,7 +62,7 @@ class PendingHistogram(Collector):
         yield HistogramMetricFamily(self._name, self._documentation, buckets=buckets, sum_value=self._sum)
 
     def _sort(self) -> None:
-        """Put what was pending into the buckets."""
+        """Put the pending values into the buckets."""
         pending, self._pending = self._pending, []
         request_ids, self._request_ids = self._request_ids, []
         if not pending:

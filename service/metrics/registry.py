@@ -1,6 +1,6 @@
-"""Every Prometheus metric of the service, with its buckets. One private registry an app, nothing global.
+"""Every Prometheus metric of the service, with its buckets, in one private registry.
 
-Label values are bounded whatever clients send: routes are those of the app or "other", reasons are error codes.
+Label values are bounded whatever clients send: a route is one of the app's or "other", a reason is an error code.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from service.errors import Unavailable
 from service.metrics.gpu import GpuCollector
 from service.metrics.histogram import PendingHistogram
 
-# 0.5 ms to 10 s: from the answer of an idle service with a small model to the default timeout.
+# 0.5 ms to 10 s: from an idle service with a small model to the default timeout.
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -23,7 +23,7 @@ OPENMETRICS = "application/openmetrics-text"
 
 
 class Metrics:
-    """The service's metrics; also the observer of the batcher and of the model store."""
+    """The service's metrics; also the observer of the batcher and the model store."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -59,7 +59,7 @@ class Metrics:
         self.rejections = Counter(
             "perceiver_rejections", "Requests answered with an error, by its code.", ["reason"], registry=registry
         )
-        # An alarm is on it, and a counter that begins with its first event shows Prometheus no increase.
+        # An alarm uses it, and Prometheus sees no increase in a counter that begins with its first event.
         self.rejections.labels(Unavailable.code)
         self.deadline_misses = Counter(
             "perceiver_deadline_misses",
@@ -106,7 +106,7 @@ class Metrics:
             "Images that one run may have now: the setting, or less since a CPU was measured or memory ran out.",
             registry=registry,
         )
-        self._request_counters: dict[tuple[str, int], Counter] = {}  # labels() looks its arguments over each time
+        self._request_counters: dict[tuple[str, int], Counter] = {}  # labels() checks its arguments on each call
         for result in ("loaded", "refused"):
             self.reloads.labels(result)
         ProcessCollector(registry=registry)
@@ -160,7 +160,7 @@ class Metrics:
     # The models
 
     def model_live(self, version: int, metadata: ModelMetadata, provider: str) -> None:
-        """Name the model that serves from now on."""
+        """Set the model that serves, and count it as loaded."""
         self.model_info.clear()
         self.model_info.labels(metadata.name, version, provider, metadata.precision).set(1)
         self.reloads.labels("loaded").inc()
@@ -170,10 +170,10 @@ class Metrics:
         self.reloads.labels("refused").inc()
 
     def golden_checked(self, max_abs_difference: float) -> None:
-        """Keep the outcome of the last check of the golden images."""
+        """Set the difference of the last golden check."""
         self.golden_difference.set(max_abs_difference)
 
-    # What is read when it is asked for
+    # Gauges that are read at a scrape
 
     def watch(
         self,
@@ -186,7 +186,7 @@ class Metrics:
         refused_versions: Callable[[], int],
         max_queue_size: int,
     ) -> None:
-        """Say where the gauges read their values at each scrape; `max_queue_size` stays as it is."""
+        """Set the functions that the gauges read at each scrape, and the constant `max_queue_size`."""
         self.max_queue_size.set(max_queue_size)
         self.ready.set_function(ready)
         self.queue_length.set_function(queue_length)
@@ -196,7 +196,7 @@ class Metrics:
         self.refused_versions.set_function(refused_versions)
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
-        """Return all metrics and their content type: OpenMetrics where `accept` asks for it, else the classic text."""
-        # Its versions and escapings are not negotiated: the header comes from outside, and one form is enough.
+        """Return all metrics and their content type: OpenMetrics if `accept` names it, else the classic text."""
+        # Versions and escapings in the header are ignored: it is untrusted, and one form is enough.
         encode, content_type = choose_encoder(OPENMETRICS if OPENMETRICS in accept else "")
         return encode(self.registry), content_type
