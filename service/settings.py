@@ -68,7 +68,7 @@ class Settings(BaseSettings):
         None,
         ge=1,
         le=65535,
-        description="TCP port of its own for /metrics, /health and /models, which the main port does not answer then. "
+        description="TCP port of its own for /metrics, /health and /models, which the main port does not serve then. "
         "With several workers each takes one of as many ports, from this one on. Unset: the main port has them.",
     )
     workers: Annotated[int, BeforeValidator(auto_is_0)] = bounded(
@@ -168,7 +168,7 @@ class Settings(BaseSettings):
         0.0,
         0,
         600,
-        "Seconds after SIGTERM in which requests are still accepted while /health/ready says 503 already, so that a "
+        "Seconds after SIGTERM in which requests are still accepted while /health/ready returns 503 already, so that a "
         "load balancer has turned away when the drain begins: longer than its probes need to notice. 0: the drain "
         "begins at once.",
     )
@@ -327,7 +327,7 @@ def _is_file(path: Path, name: str) -> bool:
     try:
         return path.is_file()
     except OSError as error:  # as in a folder that this user may not read
-        raise ValueError(f"{name}: {path} can't be looked for: {(error.strerror or str(error)).lower()}") from error
+        raise ValueError(f"{name}: {path} can't be found: {(error.strerror or str(error)).lower()}") from error
 
 
 def _read_keys(path: Path | None) -> tuple[str, ...]:

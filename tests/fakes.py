@@ -1,6 +1,6 @@
 """Stand-ins that behave: an engine whose runs a test can hold, delay and break, and tiny model folders that are real.
 
-Both answer so that a test can tell whose answer it has: `FakeEngine` by number, `tiny_logits` by formula.
+A test can tell whose logits it has: `FakeEngine` gives the image's number, `tiny_logits` follows a formula.
 """
 
 import threading
@@ -120,7 +120,7 @@ class FakeEngine:
             permits.release(1000)
 
     def run(self, images: Images) -> Logits:
-        """Answer, after whatever the test has ordered."""
+        """Return the logits, after what the test has ordered."""
         try:
             return self._run(images)
         finally:
@@ -144,12 +144,12 @@ class FakeEngine:
         return logits
 
     def warm_up(self) -> None:
-        """Remember it."""
+        """Record the call."""
         self.threads.add(threading.get_ident())
         self.warmed = True
 
     def close(self) -> None:
-        """Remember it."""
+        """Record the call."""
         self.closing.set()
 
     @property

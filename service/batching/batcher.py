@@ -266,24 +266,24 @@ class DynamicBatcher:
         member.batch = None
         try:
             if isinstance(result, Exception):
-                self._end_failed(member, batch, result)
+                self._fail_batch(member, batch, result)
             else:
-                self._end_answered(member, batch, result, seconds)
+                self._complete(member, batch, result, seconds)
         except Exception as error:  # raised by an observer
             self._observer_failed(error)
         self._pool.release(member)
         self._update_idle()
 
-    def _end_answered(self, member: PooledEngine, batch: Batch, logits: NDArray[np.float32], seconds: float) -> None:
+    def _complete(self, member: PooledEngine, batch: Batch, logits: NDArray[np.float32], seconds: float) -> None:
         member.failures = 0
-        batch.answer(logits, seconds)
+        batch.complete(logits, seconds)
         self._observer.batch(batch.size, seconds)
         queued, started = self._observer.queued, batch.started
         for request, start, stop in batch.parts:
             for _ in range(start, stop):
                 queued(started - request.enqueued)
 
-    def _end_failed(self, member: PooledEngine, batch: Batch, error: Exception) -> None:
+    def _fail_batch(self, member: PooledEngine, batch: Batch, error: Exception) -> None:
         """Fail the requests of one batch, and the batcher after `max_failures` in a row."""
         batch.fail(InferenceFailed)
         logger.error("%s: a batch of %d failed", member.name, batch.size, exc_info=error)

@@ -43,7 +43,7 @@ class BatchLogits:
             order, probabilities = self._ranked
         values: list[float] = probabilities[row, :k].tolist()
         if not isfinite(values[0]):
-            raise InferenceFailed("The model's answer is not a number.")
+            raise InferenceFailed("A logit of the model is not a number.")
         classes: list[int] = order[row, :k].tolist()
         return classes, values
 

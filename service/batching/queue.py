@@ -125,7 +125,7 @@ class Batch:
         """List the images in the order of the parts."""
         return [image for request, start, stop in self.parts for image in request.images[start:stop]]
 
-    def answer(self, logits: NDArray[np.float32], seconds: float) -> None:
+    def complete(self, logits: NDArray[np.float32], seconds: float) -> None:
         """Give each image its row of float32 [N, C], and set the results of complete requests."""
         batch_logits, row, size = BatchLogits(logits), 0, self.size
         for request, start, stop in self.parts:

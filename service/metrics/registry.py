@@ -29,13 +29,13 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "perceiver_requests",
-            "HTTP requests that were read, by route and status code; answers given before are rejections alone.",
+            "HTTP requests that were read, by route and status code; earlier responses count as rejections only.",
             ["route", "code"],
             registry=registry,
         )
         self.request_seconds = PendingHistogram(
             "perceiver_request_seconds",
-            "Seconds from the headers of a request to /predict to its answer, whatever its method and status.",
+            "Seconds from the headers of a request to /predict to its response, whatever its method and status.",
             buckets=SECONDS,
             registry=registry,
         )
@@ -90,7 +90,7 @@ class Metrics:
             "Largest difference of a logit on the golden images, at the last check that passed or failed.",
             registry=registry,
         )
-        self.ready = Gauge("perceiver_ready", "1 when /health/ready says 200.", registry=registry)
+        self.ready = Gauge("perceiver_ready", "1 while /health/ready returns 200.", registry=registry)
         self.queue_length = Gauge("perceiver_queue_length", "Images waiting for a batch.", registry=registry)
         self.admitted_images = Gauge(
             "perceiver_admitted_images", "Images accepted and not yet answered.", registry=registry

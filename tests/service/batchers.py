@@ -1,4 +1,4 @@
-"""What the batcher's tests share: an observer that writes everything down, and ways to fill a queue."""
+"""What the batcher's tests share: an observer that records everything, and ways to fill a queue."""
 
 import asyncio
 from collections import Counter
@@ -10,7 +10,7 @@ from tests.fakes import FakeEngine, image
 
 
 class RecordingObserver:
-    """An observer that writes everything down, and raises where it is told to."""
+    """An observer that records every call, and raises in the methods of `broken`."""
 
     def __init__(self) -> None:
         self.batches: list[int] = []

@@ -1,4 +1,4 @@
-"""What the model store's tests share: observers, openers of engines, and ways to ask a store."""
+"""What the model store's tests share: observers, openers of engines, and ways to query a store."""
 
 import asyncio
 import threading
@@ -85,7 +85,7 @@ def lines(store: ModelStore) -> list[tuple[int, str]]:
 
 
 async def answer(store: ModelStore, seed: int = 0) -> tuple[int, np.ndarray]:
-    """Ask as a request does; return the version named, and the logits."""
+    """Classify an image as a request does; return the version and the logits."""
     with store.lease() as live:
         prediction = await live.batcher.submit(tiny_images(1, seed)[0])
         return live.version, prediction.logits

@@ -17,6 +17,6 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (32, 64))
 allow_open_files({number})
 assert resource.getrlimit(resource.RLIMIT_NOFILE) == (64, 64)
 """
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert told.returncode == 0, told.stderr
-    assert told.stderr.count("this system allows 64 open files") == warnings
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("this system allows 64 open files") == warnings

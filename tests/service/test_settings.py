@@ -87,7 +87,7 @@ def test_every_number_has_its_bounds_in_its_description() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (
             ["--port", "70000"],
@@ -112,16 +112,16 @@ def test_every_number_has_its_bounds_in_its_description() -> None:
         (["--tls-cert", "/nowhere.pem", "--tls-key", "/nowhere.key"], "tls_cert: there is no file /nowhere.pem"),
         (["--admin-key-file", "/dev/null"], "admin_key_file: there is no file /dev/null"),
         (["--api-keys-file", "/nowhere"], "api_keys_file: there is no file /nowhere"),
-        (["--api-keys-file", "/" + 300 * "a"], "can't be looked for: file name too long"),
+        (["--api-keys-file", "/" + 300 * "a"], "can't be found: file name too long"),
         (["--prot", "1"], "--prot is not a flag; did you mean --port?"),
         (["--xyzzy"], "--xyzzy is not a flag; --help lists all."),
         (["models"], "models is not a flag"),
         (["--port"], "Argument --port: expected one argument"),
     ],
 )
-def test_what_is_wrong_is_one_sentence(arguments: list[str], said: str) -> None:
+def test_each_problem_is_one_sentence(arguments: list[str], message: str) -> None:
     (problem,) = problems(*arguments)
-    assert said in problem
+    assert message in problem
     assert "\n" not in problem
     assert problem.endswith((".", "?"))
 
@@ -137,7 +137,7 @@ def test_all_problems_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("PERCEIVER_MAX_BATCHSIZE", "did you mean PERCEIVER_MAX_BATCH_SIZE?"),
         ("PERCEIVER_API_KEY", "did you mean PERCEIVER_API_KEYS?"),
@@ -145,11 +145,11 @@ def test_all_problems_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         ("PERCEIVER_ZZZ", "--help lists all."),
     ],
 )
-def test_a_misspelt_variable_does_not_pass_silently(monkeypatch: pytest.MonkeyPatch, name: str, said: str) -> None:
+def test_a_misspelt_variable_does_not_pass_silently(monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
     monkeypatch.setenv(name, "1")
     (problem,) = problems()
     assert problem.startswith(f"{name} is not a setting; ")
-    assert problem.endswith(said)
+    assert problem.endswith(message)
 
 
 def test_the_variables_of_a_kubernetes_service_are_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,17 +189,17 @@ def test_a_key_file_that_is_no_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"# later\n", "holds no key, so reloading over HTTP would be off"),
         (b"\xff\xfe", "can't be read as text"),
         (b"two words", "is not printable ASCII without spaces"),
     ],
 )
-def test_an_admin_key_file_without_a_key_is_told_at_the_start(tmp_path: Path, content: bytes, said: str) -> None:
+def test_an_admin_key_file_without_a_key_is_refused_at_the_start(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "key").write_bytes(content)
     (problem,) = problems("--admin-key-file", str(tmp_path / "key"))
-    assert said in problem
+    assert message in problem
 
 
 def test_a_key_may_hold_what_begins_a_comment_elsewhere(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_room_is_counted_while_a_request_is_served_and_given_back_however_it_end
 
 
 @pytest.mark.parametrize(("images", "size"), [(3, 0), (1, 800)])
-def test_what_does_not_fit_is_refused_at_once_and_takes_no_room(images: int, size: int) -> None:
+def test_a_request_beyond_a_bound_is_refused_and_counts_nothing(images: int, size: int) -> None:
     admission = Admission(4, 1000)
     with admission.admit(images=2, bytes=300):
         with pytest.raises(Overloaded) as refused, admission.admit(images=images, bytes=size):
@@ -59,7 +59,7 @@ def test_a_request_grows_while_it_is_read() -> None:
     assert (admission.images, admission.bytes) == (0, 0)
 
 
-def test_what_would_not_fit_into_an_empty_house_is_told_so_and_not_to_come_again() -> None:
+def test_a_request_that_exceeds_the_bounds_alone_gets_no_retry_after() -> None:
     admission = Admission(4, 1000)
     with pytest.raises(TooManyImages, match="at most 4 images"), admission.admit(images=5):
         pytest.fail("it was let in")
@@ -71,7 +71,7 @@ def test_what_would_not_fit_into_an_empty_house_is_told_so_and_not_to_come_again
     assert (admission.images, admission.bytes) == (0, 0)
 
 
-def test_retry_after_is_what_is_here_over_the_measured_rate(clock: Clock) -> None:
+def test_retry_after_is_what_is_in_flight_over_the_measured_rate(clock: Clock) -> None:
     admission = Admission(100, 0, clock=clock)
     tickets = [enter(admission, 10) for _ in range(10)]
     for ticket in tickets[:5]:
@@ -86,7 +86,7 @@ def test_retry_after_is_what_is_here_over_the_measured_rate(clock: Clock) -> Non
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_where_bytes_are_what_is_full_their_rate_counts(clock: Clock, whole: bool) -> None:
+def test_the_rate_in_bytes_counts_when_bytes_are_full(clock: Clock, whole: bool) -> None:
     """Bodies that are still read hold bytes, and no images yet."""
     admission = Admission(100, 1000, clock=clock)
     tickets = [enter(admission, 1, 100), *(enter(admission, 0, 100) for _ in range(9))]
@@ -99,7 +99,7 @@ def test_where_bytes_are_what_is_full_their_rate_counts(clock: Clock, whole: boo
     assert refused.value.retry_after == pytest.approx(900 / rate)
 
 
-def test_bytes_do_not_count_where_images_are_what_is_full(clock: Clock) -> None:
+def test_the_rate_in_bytes_does_not_count_when_images_are_full(clock: Clock) -> None:
     admission = Admission(10, 1000, clock=clock)
     ticket, _ = enter(admission, 5, 5), enter(admission, 5, 900)
     clock.now += 1

@@ -9,7 +9,7 @@ from tests.fakes import FakeEngine, Images, image, tiny_images
 from tests.service.batchers import Start, begun, holding, numbers, submitted
 
 
-async def test_a_image_gets_its_answer(start: Start) -> None:
+async def test_an_image_gets_its_prediction(start: Start) -> None:
     prediction = await start(FakeEngine()).submit(image(1234))
     assert prediction.logits.tolist() == [1234, 0, 0, 0, 0]
     assert prediction.batch_size == 1
@@ -75,7 +75,7 @@ async def test_a_single_image_is_in_the_next_batch_after_a_large_request(start: 
     assert sum(map(len, engine.batches)) == 66
 
 
-async def test_an_incomplete_batch_waits_only_if_it_is_told_to(start: Start) -> None:
+async def test_an_incomplete_batch_waits_only_with_a_queue_delay(start: Start) -> None:
     engine = FakeEngine(max_batch_size=3)
     batcher = start(engine, max_queue_delay_ms=60_000)
     tasks = await submitted(batcher, 1, 2)
@@ -93,7 +93,7 @@ async def test_the_wait_for_more_ends(start: Start) -> None:
     assert engine.batches == [[1]]
 
 
-async def test_the_wait_for_more_ends_before_anybody_is_too_late(start: Start) -> None:
+async def test_the_wait_for_more_ends_before_a_deadline(start: Start) -> None:
     engine = FakeEngine(max_batch_size=3)
     batcher = start(engine, max_queue_delay_ms=60_000)
     loop = asyncio.get_running_loop()

@@ -14,7 +14,7 @@ from tests.service.batchers import RecordingObserver, Start, begun, holding, num
 # Cancellation and deadlines
 
 
-async def test_what_is_cancelled_while_queued_never_runs(start: Start) -> None:
+async def test_a_request_cancelled_in_the_queue_never_runs(start: Start) -> None:
     observer = RecordingObserver()
     engine, batcher, first = await holding(start, observer=observer)
     gone, stays = await submitted(batcher, 1, 2)
@@ -39,7 +39,7 @@ async def test_a_queue_of_nothing_but_the_cancelled_is_emptied(start: Start) -> 
     assert batcher.queue_length == 0
 
 
-async def test_what_is_cancelled_while_it_runs_harms_nobody(start: Start) -> None:
+async def test_a_request_cancelled_while_it_runs_harms_no_other(start: Start) -> None:
     engine, batcher, first = await holding(start)
     gone, stays = await submitted(batcher, 1, 2)
     engine.release()
@@ -51,7 +51,7 @@ async def test_what_is_cancelled_while_it_runs_harms_nobody(start: Start) -> Non
     assert int((await batcher.submit(image(3))).logits[0]) == 3
 
 
-async def test_what_expires_in_the_queue_never_runs(start: Start) -> None:
+async def test_an_expired_request_never_runs(start: Start) -> None:
     observer = RecordingObserver()
     engine, batcher, first = await holding(start, observer=observer)
     now = asyncio.get_running_loop().time()
@@ -65,7 +65,7 @@ async def test_what_expires_in_the_queue_never_runs(start: Start) -> None:
     assert observer.drops == {"deadline": 1}
 
 
-async def test_what_expires_is_told_so_while_the_engine_is_still_busy(start: Start) -> None:
+async def test_an_expired_request_fails_while_the_engine_is_busy(start: Start) -> None:
     observer = RecordingObserver()
     engine, batcher, first = await holding(start, observer=observer)
     now = asyncio.get_running_loop().time()
@@ -84,7 +84,7 @@ async def test_what_expires_is_told_so_while_the_engine_is_still_busy(start: Sta
     assert engine.batches == [[0], [4]]
 
 
-async def test_a_drain_waits_for_the_run_and_not_for_what_expired(start: Start) -> None:
+async def test_a_drain_waits_for_the_run_and_not_for_expired_requests(start: Start) -> None:
     engine, batcher, first = await holding(start)
     (late,) = await submitted(batcher, 1, deadline=asyncio.get_running_loop().time())
     draining = asyncio.create_task(batcher.drain())
@@ -96,7 +96,7 @@ async def test_a_drain_waits_for_the_run_and_not_for_what_expired(start: Start) 
     assert await numbers([first]) == [0]
 
 
-async def test_what_has_begun_in_time_is_answered_late(start: Start) -> None:
+async def test_a_run_that_began_in_time_may_end_late(start: Start) -> None:
     engine = FakeEngine()
     engine.hold()
     loop = asyncio.get_running_loop()
@@ -118,7 +118,7 @@ async def test_before_the_start_nothing_is_accepted() -> None:
     await batcher.close()
 
 
-async def test_draining_answers_all_that_is_here_and_refuses_what_comes(start: Start) -> None:
+async def test_draining_serves_accepted_requests_and_refuses_new_ones(start: Start) -> None:
     engine, batcher, first = await holding(start)
     tasks = await submitted(batcher, *range(1, 8))
     draining = asyncio.create_task(batcher.drain())
@@ -138,12 +138,12 @@ async def test_draining_an_idle_batcher_ends_at_once(start: Start) -> None:
     await batcher.drain()
 
 
-async def test_closing_ends_what_runs_and_refuses_what_waits(start: Start) -> None:
+async def test_closing_waits_for_runs_and_aborts_the_queue(start: Start) -> None:
     engine, batcher, first = await holding(start)
     queued = await submitted(batcher, 1, 2)
     closing = asyncio.create_task(batcher.close())
-    outcomes = await asyncio.gather(*queued, return_exceptions=True)
-    assert [type(outcome) for outcome in outcomes] == [Draining] * 2
+    results = await asyncio.gather(*queued, return_exceptions=True)
+    assert [type(result) for result in results] == [Draining] * 2
     assert not engine.closed
     engine.let_go()
     await closing
@@ -153,7 +153,7 @@ async def test_closing_ends_what_runs_and_refuses_what_waits(start: Start) -> No
     await batcher.close()
 
 
-async def test_a_cut_off_answers_what_runs_and_what_waits_at_once(start: Start) -> None:
+async def test_abort_fails_running_and_queued_requests_at_once(start: Start) -> None:
     engine, batcher, first = await holding(start)
     (waiting,) = await submitted(batcher, 1)
     batcher.abort()

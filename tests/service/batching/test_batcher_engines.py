@@ -36,7 +36,7 @@ async def test_engines_run_at_the_same_time_and_share_one_queue(start: Start) ->
     ("provider", "batches"),
     [("cpu", [[0, 1, 2], [3, 4], [5, 6]]), ("cuda", [[0, 1, 2, 3, 4, 5], [6], []])],
 )
-async def test_free_engines_of_a_cpu_share_what_waits_and_a_gpu_takes_it_all(
+async def test_free_cpu_engines_share_the_queue_and_a_gpu_takes_all(
     start: Start, provider: Literal["cpu", "cuda"], batches: list[list[int]]
 ) -> None:
     engines = [FakeEngine(max_batch_size=6, tag=tag) for tag in range(3)]
@@ -53,7 +53,7 @@ async def test_free_engines_of_a_cpu_share_what_waits_and_a_gpu_takes_it_all(
     assert await numbers(tasks) == list(range(7))
 
 
-async def test_a_busy_engine_of_a_cpu_leaves_all_to_the_one_that_is_free(start: Start) -> None:
+async def test_a_free_cpu_engine_takes_all_while_the_other_is_busy(start: Start) -> None:
     engines = [FakeEngine(max_batch_size=8), FakeEngine(max_batch_size=8)]
     for engine in engines:
         engine.hold()
@@ -68,7 +68,7 @@ async def test_a_busy_engine_of_a_cpu_leaves_all_to_the_one_that_is_free(start: 
     assert await numbers(tasks) == [0, 1, 2, 3]
 
 
-async def test_a_whole_batch_that_was_waited_for_is_not_shared(start: Start) -> None:
+async def test_a_whole_batch_after_a_queue_delay_is_not_shared(start: Start) -> None:
     engines = [FakeEngine(max_batch_size=6), FakeEngine(max_batch_size=6)]
     batcher = start(*engines, max_queue_delay_ms=3_600_000)
     async with asyncio.timeout(5):  # or half of them would wait for the next ones
@@ -85,7 +85,7 @@ def alone(*others: FakeEngine) -> FakeEngine:
     return engine
 
 
-async def test_a_image_that_comes_alone_runs_on_the_engine_for_that(start: Start) -> None:
+async def test_a_lone_image_runs_on_the_engine_that_runs_alone(start: Start) -> None:
     others = [FakeEngine(max_batch_size=8), FakeEngine(max_batch_size=8)]
     wide = alone(*others)
     batcher = start(*others, wide)
@@ -107,7 +107,7 @@ async def test_a_image_that_comes_alone_runs_on_the_engine_for_that(start: Start
     assert await numbers(tasks) == [4]
 
 
-async def test_images_that_come_together_leave_the_engine_for_one_alone(start: Start) -> None:
+async def test_images_that_come_together_do_not_use_the_engine_that_runs_alone(start: Start) -> None:
     others = [FakeEngine(max_batch_size=8), FakeEngine(max_batch_size=8)]
     wide = alone(*others)
     batcher = start(*others, wide)
@@ -120,7 +120,7 @@ async def test_images_that_come_together_leave_the_engine_for_one_alone(start: S
     assert [int(prediction.logits[0]) for prediction in await predictions] == list(range(5))
 
 
-async def test_the_engine_for_one_alone_counts_as_busy_and_is_closed_as_all(start: Start) -> None:
+async def test_the_engine_that_runs_alone_counts_as_busy_and_is_closed(start: Start) -> None:
     other = FakeEngine()
     wide = alone(other)
     batcher = start(other, wide)
@@ -139,7 +139,7 @@ async def test_the_engine_for_one_alone_counts_as_busy_and_is_closed_as_all(star
     assert other.closed
 
 
-async def test_engines_of_a_cpu_are_warmed_up_together_and_the_one_for_one_alone_after_them() -> None:
+async def test_cpu_engines_warm_up_together_and_the_one_that_runs_alone_after_them() -> None:
     others, order = [FakeEngine(), FakeEngine()], []
     wide = FakeEngine()
     wide.runs_alone = True
@@ -196,7 +196,7 @@ async def test_an_error_in_an_engines_thread_comes_back() -> None:
     await batcher.close()
 
 
-async def test_whoever_stops_waiting_for_an_engines_thread_breaks_nothing() -> None:
+async def test_cancelling_a_call_to_an_engine_thread_breaks_nothing() -> None:
     engine = FakeEngine()
     engine.hold()
     thread = EngineThread("test")

@@ -19,8 +19,8 @@ async def test_a_failing_batch_fails_its_own_members_alone(start: Start, caplog:
     bad = await submitted(batcher, 1, 2, 3, 4)
     good = await submitted(batcher, 5, 6)
     engine.let_go()
-    outcomes = await asyncio.gather(*bad, return_exceptions=True)
-    assert [type(outcome) for outcome in outcomes] == [InferenceFailed] * 4
+    results = await asyncio.gather(*bad, return_exceptions=True)
+    assert [type(result) for result in results] == [InferenceFailed] * 4
     assert await numbers([first, *good]) == [0, 5, 6]
     assert observer.failed_batches == [4]
     assert "the device says no" in caplog.text
@@ -81,8 +81,8 @@ async def test_an_engine_that_hangs_is_found_out(start: Start, caplog: pytest.Lo
     engine, batcher, first = await holding(start, observer=observer, run_timeout_ms=300)
     queued = await submitted(batcher, 1, 2)
     await asyncio.wait_for(batcher.failed.wait(), 5)
-    outcomes = await asyncio.gather(first, *queued, return_exceptions=True)
-    assert [type(outcome) for outcome in outcomes] == [InferenceFailed] * 3
+    results = await asyncio.gather(first, *queued, return_exceptions=True)
+    assert [type(result) for result in results] == [InferenceFailed] * 3
     assert "did not end within 0.3 s" in batcher.failure
     assert batcher.failure in caplog.text
     assert observer.failed_batches == [1]
@@ -138,7 +138,7 @@ def test_times_are_finer_than_uvloops_clock_of_whole_milliseconds() -> None:
 
 
 @pytest.mark.parametrize("method", ["dropped", "batch", "queued", "failed_batch"])
-async def test_if_the_loop_dies_nobody_waits_for_ever(start: Start, method: str) -> None:
+async def test_if_the_loop_dies_all_requests_end(start: Start, method: str) -> None:
     """Nothing in the loop can raise but an observer; each of its methods is made to."""
     observer = RecordingObserver()
     engine, batcher, first = await holding(start, observer=observer)
@@ -148,10 +148,10 @@ async def test_if_the_loop_dies_nobody_waits_for_ever(start: Start, method: str)
     engine.fail = lambda batch: RuntimeError("no") if method == "failed_batch" else None
     engine.let_go()
     await asyncio.wait_for(batcher.failed.wait(), 5)
-    outcomes = await asyncio.gather(first, *queued, return_exceptions=True)
-    assert len(outcomes) == 10
-    assert all(isinstance(outcome, Prediction | InferenceFailed) for outcome in outcomes)
-    assert isinstance(outcomes[-1], InferenceFailed)
+    results = await asyncio.gather(first, *queued, return_exceptions=True)
+    assert len(results) == 10
+    assert all(isinstance(result, Prediction | InferenceFailed) for result in results)
+    assert isinstance(results[-1], InferenceFailed)
     with pytest.raises(NotReady):
         await batcher.submit(image(11))
 

@@ -12,7 +12,7 @@ from tests.fakes import FakeEngine, image
 from tests.service.batchers import RecordingObserver, Start, holding, submitted
 
 
-async def test_observers_hear_of_every_image_once(start: Start) -> None:
+async def test_observers_record_every_image_once(start: Start) -> None:
     observer = RecordingObserver()
     engine, batcher, first = await holding(start, observer=observer)
     tasks = await submitted(batcher, *range(1, 6))
@@ -46,10 +46,10 @@ async def test_in_a_storm_everything_ends_exactly_once_and_with_its_own_answer(s
             request = asyncio.create_task(batcher.submit_many([image(n) for n in wanted], deadline=deadline))
             if chance.random() < 0.2:
                 loop.call_later(chance.random() * 0.01, request.cancel)
-            (outcome,) = await asyncio.gather(request, return_exceptions=True)
-            ends[type(outcome).__name__] += 1
-            if not isinstance(outcome, BaseException):
-                assert [int(prediction.logits[0]) for prediction in outcome] == wanted
+            (result,) = await asyncio.gather(request, return_exceptions=True)
+            ends[type(result).__name__] += 1
+            if not isinstance(result, BaseException):
+                assert [int(prediction.logits[0]) for prediction in result] == wanted
 
     await asyncio.gather(*(client() for _ in range(25)))
     await batcher.drain()
@@ -66,7 +66,7 @@ async def test_in_a_storm_everything_ends_exactly_once_and_with_its_own_answer(s
     assert not batcher.failed.is_set()
 
 
-async def test_nobody_starves_under_a_stream_of_large_requests(start: Start) -> None:
+async def test_small_requests_do_not_starve_under_a_stream_of_large_ones(start: Start) -> None:
     engine = FakeEngine(max_batch_size=8)
     batcher = start(engine)
     stop = False

@@ -119,13 +119,13 @@ def test_every_image_leaves_exactly_once_and_every_future_ends_in_order(sizes: l
     assert sorted(number for batch in batches for number in numbers_of(batch)) == list(range(sum(sizes)))
     for batch in reversed(batches):  # engines may end in any order
         logits = np.repeat(np.array(numbers_of(batch), dtype=np.float32)[:, None], CLASSES, axis=1)
-        batch.answer(logits, 0.5)
+        batch.complete(logits, 0.5)
     for request, size, end in zip(requests, sizes, ends, strict=True):
         assert [answer.logits[0] for answer in request.future.result()] == list(range(end - size, end))
     loop.close()
 
 
-def test_what_was_cancelled_is_dropped_and_its_place_is_used(bench: Bench) -> None:
+def test_cancelled_requests_are_dropped_and_others_take_their_place(bench: Bench) -> None:
     bench.put(1)
     bench.put(2, 3).future.cancel()
     bench.put(4)
@@ -135,7 +135,7 @@ def test_what_was_cancelled_is_dropped_and_its_place_is_used(bench: Bench) -> No
     assert bench.queue.images == 0
 
 
-def test_what_has_expired_is_dropped_with_an_answer(bench: Bench) -> None:
+def test_expired_requests_are_dropped_with_an_error(bench: Bench) -> None:
     late, on_time = bench.put(1, 2, deadline=5.0), bench.put(3, deadline=5.1)
     batch = bench.queue.pop(4, 5.0)
     assert numbers_of(batch) == [3]
@@ -144,7 +144,7 @@ def test_what_has_expired_is_dropped_with_an_answer(bench: Bench) -> None:
     assert not on_time.future.done()
 
 
-def test_what_is_late_is_dropped_wherever_it_stands(bench: Bench) -> None:
+def test_expired_requests_are_dropped_wherever_they_stand(bench: Bench) -> None:
     first, late, gone, last = bench.put(1, deadline=9), bench.put(2, 3, deadline=5), bench.put(4), bench.put(5)
     gone.future.cancel()
     assert bench.queue.drop_expired(5.0) == ["deadline", "deadline", "cancelled"]
@@ -169,7 +169,7 @@ def test_a_request_that_expires_half_way_ends_once(bench: Bench) -> None:
     request = bench.put(*range(6), deadline=2.0)
     first = bench.queue.pop(4, 1.0)
     assert bench.queue.pop(4, 2.0).dropped == ["deadline", "deadline"]
-    first.answer(np.zeros((4, CLASSES), dtype=np.float32), 0.1)
+    first.complete(np.zeros((4, CLASSES), dtype=np.float32), 0.1)
     assert isinstance(request.future.exception(), DeadlineExceeded)
 
 
@@ -180,7 +180,7 @@ def test_each_request_of_a_failed_batch_has_an_exception_of_its_own(bench: Bench
 
 
 @pytest.mark.parametrize("answered", [True, False])
-def test_an_outcome_that_fails_costs_nobody_else_an_answer(
+def test_a_future_that_raises_does_not_harm_other_requests(
     bench: Bench, answered: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = [bench.put(1) for _ in range(3)]
@@ -194,7 +194,7 @@ def test_an_outcome_that_fails_costs_nobody_else_an_answer(
         SimpleNamespace(done=lambda: False, cancelled=lambda: False, set_result=burst, set_exception=burst),
     )
     batch = bench.queue.pop(3, 1.0)
-    batch.answer(np.zeros((3, 2), np.float32), 0.1) if answered else batch.fail(InferenceFailed)
+    batch.complete(np.zeros((3, 2), np.float32), 0.1) if answered else batch.fail(InferenceFailed)
     assert [requests[index].future.done() for index in (0, 2)] == [True, True]
     assert "a future refused its result" in caplog.text
 
@@ -208,10 +208,10 @@ def test_failing_all_spares_those_that_have_ended(bench: Bench) -> None:
     assert (bench.queue.images, bool(bench.queue)) == (0, False)
 
 
-def test_predictions_say_how_long_and_with_how_many(bench: Bench) -> None:
+def test_predictions_have_their_times_and_batch_size(bench: Bench) -> None:
     request = bench.put(1, 2)
     batch = bench.queue.pop(4, 1.0)
     request.enqueued, batch.started = 3.0, 4.5
-    batch.answer(np.zeros((2, CLASSES), dtype=np.float32), 0.25)
+    batch.complete(np.zeros((2, CLASSES), dtype=np.float32), 0.25)
     for prediction in request.future.result():
         assert (prediction.queue_seconds, prediction.inference_seconds, prediction.batch_size) == (1.5, 0.25, 2)

@@ -5,47 +5,47 @@ import asyncio
 from service.batching.timer import Timer
 
 
-async def test_it_looks_again_while_something_is_left() -> None:
+async def test_it_polls_while_work_is_left() -> None:
     left = [3]
-    looked = asyncio.Event()
+    ended = asyncio.Event()
 
-    def look() -> bool:
+    def poll() -> bool:
         left[0] -= 1
         if not left[0]:
-            looked.set()
+            ended.set()
         return left[0] > 0
 
-    looks = Timer(look, 0.001)
-    looks.wake()
-    looks.wake()  # it is one timer all the same
+    timer = Timer(poll, 0.001)
+    timer.wake()
+    timer.wake()  # schedules no second call
     async with asyncio.timeout(10):
-        await looked.wait()
+        await ended.wait()
     await asyncio.sleep(0.01)
     assert left == [0]
-    looks.wake()
+    timer.wake()
     await asyncio.sleep(0.01)
     assert left[0] < 0
 
 
-async def test_a_stopped_one_looks_no_more_until_woken() -> None:
-    looks = 0
+async def test_a_stopped_timer_does_not_poll_until_woken() -> None:
+    polls = 0
 
-    def look() -> bool:
-        nonlocal looks
-        looks += 1
+    def poll() -> bool:
+        nonlocal polls
+        polls += 1
         return True
 
-    recurring = Timer(look, 0.001)
-    recurring.stop()
-    recurring.wake()
-    recurring.stop()
+    timer = Timer(poll, 0.001)
+    timer.stop()
+    timer.wake()
+    timer.stop()
     await asyncio.sleep(0.01)
-    assert looks == 0
-    recurring.wake()
+    assert polls == 0
+    timer.wake()
     async with asyncio.timeout(10):
-        while looks < 3:  # noqa: ASYNC110 - it is what is counted
+        while polls < 3:  # noqa: ASYNC110 - it is what is counted
             await asyncio.sleep(0.001)
-    recurring.stop()
-    seen = looks
+    timer.stop()
+    before = polls
     await asyncio.sleep(0.01)
-    assert looks == seen
+    assert polls == before

@@ -19,7 +19,7 @@ SIZES = (1, 2, 4, 8, 16, 32)
 
 
 class Machine:
-    """A clock, and runs that take as long as a formula says."""
+    """A clock, and runs whose times follow a formula."""
 
     def __init__(self, seconds: Callable[[int], float]) -> None:
         self.now = 0.0
@@ -78,7 +78,7 @@ def test_sizes_that_take_too_long_are_not_tried() -> None:
     assert max(machine.runs) == 4
 
 
-def test_a_image_that_takes_too_long_runs_alone() -> None:
+def test_an_image_that_takes_too_long_runs_alone() -> None:
     machine = Machine(lambda size: 1.0 * size)
     assert machine.fastest() == 1
     assert machine.runs == [1] * 2 * MIN_ROUNDS
@@ -121,18 +121,18 @@ def test_memory_that_runs_out_while_tuning_lowers_the_ceiling(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(("fastest", "trims"), [(4, True), (8, False)])
-def test_what_the_arena_keeps_of_larger_batches_is_given_back(
+def test_the_arenas_memory_of_larger_batches_is_freed(
     fastest: int, trims: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trimmed: list[int] = []
     trim = HostRunner.trim
 
-    def noted(runner: HostRunner, images: Images) -> None:
+    def recorded(runner: HostRunner, images: Images) -> None:
         trimmed.append(len(images))
         trim(runner, images)
 
     monkeypatch.setattr(engine_module, "fastest_size", lambda run, sizes: fastest)
-    monkeypatch.setattr(HostRunner, "trim", noted)
+    monkeypatch.setattr(HostRunner, "trim", recorded)
     engine = tiny_engine(tmp_path)
     engine.warm_up()
     assert trimmed == [1] * trims

@@ -77,7 +77,7 @@ def test_users_held_up_by_a_capture_go_before_the_next_one() -> None:
 
 
 def max_inside_with_a_capture(lock: CaptureLock) -> int:
-    """Threads that were seen inside at a time, one of them capturing."""
+    """Largest number of threads inside the lock during a capture."""
     mutex = threading.Lock()
     inside: set[int] = set()
     seen: list[int] = []

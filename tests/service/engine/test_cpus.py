@@ -1,4 +1,4 @@
-"""What a container's limits leave of the machine's processors, from the kernel's files as they look in containers."""
+"""The CPUs that a container's limits leave, from the kernel's files as containers have them."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ PERIOD = "100000"
 
 
 class Host:
-    """The files that tell about control groups, below a folder."""
+    """The files about control groups, below a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.own, self.groups = folder / "cgroup", folder / "groups"
@@ -67,7 +67,7 @@ def test_version_1_has_files_of_its_own(host: Host) -> None:
     assert host.quota() == 0.5
 
 
-def test_where_the_hosts_path_is_not_to_be_seen_the_root_is_the_containers(host: Host) -> None:
+def test_if_the_hosts_path_does_not_exist_the_root_is_the_containers(host: Host) -> None:
     host.in_group("3:cpu,cpuacct:/docker/abc", "0::/docker/abc")
     host.limit_v1("", "200000")
     assert host.quota() == 2.0
@@ -77,7 +77,7 @@ def test_where_the_hosts_path_is_not_to_be_seen_the_root_is_the_containers(host:
 
 
 @pytest.mark.parametrize("text", [f"max {PERIOD}", "max", "", f"-1 {PERIOD}", "100000", "100000 0", "many few"])
-def test_what_is_no_limit_limits_nothing(host: Host, text: str) -> None:
+def test_values_without_a_limit_limit_nothing(host: Host, text: str) -> None:
     host.in_group("0::/")
     host.limit("", text)
     assert host.quota() == inf

@@ -91,10 +91,10 @@ def test_why_there_are_no_graphs_is_said_before_anything_is_freed(
     fake = on_cuda(monkeypatch, "capture")
     engine = OnnxEngine(folder / "model.onnx", provider="cuda", max_batch_size=4)
     (runner,) = fake.runners
-    said: list[str] = []
-    weakref.finalize(runner(), lambda: said.append(caplog.text))
+    messages: list[str] = []
+    weakref.finalize(runner(), lambda: messages.append(caplog.text))
     engine.warm_up()
-    assert ["operation failed due to a previous error during capture" in text for text in said] == [True]
+    assert ["operation failed due to a previous error during capture" in text for text in messages] == [True]
 
 
 def test_a_small_batch_without_memory_for_its_graph_is_padded_to_one_that_has_it(
@@ -121,7 +121,7 @@ def test_without_graphs_the_largest_batch_is_tried_again(monkeypatch: pytest.Mon
     assert len(engine.run(tiny_images(8))) == 8
 
 
-def test_what_fails_without_graphs_too_fails(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_an_engine_that_fails_without_graphs_too_raises(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     for graphs, opened in ((True, [True, False]), (False, [False])):
         fake = on_cuda(monkeypatch, "always")
         with pytest.raises(EngineError, match="graph capture"):

@@ -75,11 +75,11 @@ def test_a_device_is_tried_by_its_libraries_memory_and_a_kernel(
     monkeypatch.setattr(device_module, "ort", FakeOrt)
     monkeypatch.setattr(device_module.ctypes, "CDLL", libraries(cudnn))
     monkeypatch.setattr(device_module, "_working_devices", set())
-    said = [why_no_cuda(2), why_no_cuda(2)]
+    reasons = [why_no_cuda(2), why_no_cuda(2)]
     if reason is None:
-        assert said == [None, None]
+        assert reasons == [None, None]
     else:
-        assert all(one is not None and reason in one and "no cuDNN here" in one for one in said)
+        assert all(one is not None and reason in one and "no cuDNN here" in one for one in reasons)
     once = ([("CUDAExecutionProvider", {"device_id": "2"})], 0)
     # A device that works is tried once; one that fails may have been full at the moment.
     assert tries == ([] if allocation or cudnn is None else [once] if kernel is None else [once, once])
@@ -99,8 +99,8 @@ def test_graphs_need_a_cudnn_that_keeps_their_code(
 ) -> None:
     monkeypatch.setattr(device_module.ctypes, "CDLL", libraries(number))
     assert cudnn_version() == version
-    said = why_no_graphs()
-    assert said is None if reason is None else said is not None and said.endswith(reason)
+    found = why_no_graphs()
+    assert found is None if reason is None else found is not None and found.endswith(reason)
 
 
 @pytest.mark.parametrize(

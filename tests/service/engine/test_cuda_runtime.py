@@ -44,7 +44,7 @@ class FakeRuntime:
         return self.statuses.get(name, 0)
 
 
-def test_what_the_runtime_refuses_is_not_left_for_the_next_kernel(
+def test_an_error_of_the_runtime_is_cleared_before_the_next_kernel(
     fake_ort: FakeSession, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     runtime = FakeRuntime(cudaHostRegister=801)
@@ -100,7 +100,7 @@ def test_images_and_answers_are_copied_by_the_runtime_and_not_under_the_interpre
 
 
 @pytest.mark.parametrize(("name", "status"), [("cudaMemcpy", 2), ("cudaStreamSynchronize", 700)])
-def test_a_copy_that_fails_is_told_in_cudas_words(
+def test_the_error_of_a_failed_copy_has_cudas_words(
     name: str, status: int, fake_ort: FakeSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime = FakeRuntime(**{name: status})

@@ -31,10 +31,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NO_CUDA is not None, reason=f"
 
 @pytest.fixture(autouse=True)
 def graphs_captured(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """A capture that fails is made up for by plain kernels, which give the same: the log alone tells."""
+    """A capture that fails is made up for by plain kernels, with the same result: only the log shows it."""
     yield
-    said = [record.getMessage() for when in ("setup", "call") for record in caplog.get_records(when)]
-    assert not any("no CUDA graphs" in message for message in said)
+    messages = [record.getMessage() for when in ("setup", "call") for record in caplog.get_records(when)]
+    assert not any("no CUDA graphs" in message for message in messages)
 
 
 @pytest.fixture

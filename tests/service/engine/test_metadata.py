@@ -51,7 +51,7 @@ def test_any_valid_metadata_survives(
     assert from_props(to_props(metadata)) == metadata
 
 
-def test_props_are_json_under_one_prefix_beside_the_keys_of_the_onnx_specification() -> None:
+def test_props_are_json_under_one_prefix_with_the_keys_of_the_onnx_specification() -> None:
     props = to_props(tiny_metadata())
     own = {key.removeprefix("perceiver."): value for key, value in props.items() if key.startswith("perceiver.")}
     assert set(own) == set(ModelMetadata.model_fields) - {"gate"}  # of variants only

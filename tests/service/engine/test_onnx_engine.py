@@ -28,7 +28,7 @@ from tests.service.tiny_engines import LimitedSession, limited_engine, open_tiny
 TOLERANCE = 1e-4
 
 
-def test_it_computes_what_the_graph_says(folder: Path) -> None:
+def test_it_computes_the_graph(folder: Path) -> None:
     engine = open_tiny(folder)
     for n in range(1, engine.max_batch_size + 1):
         images = tiny_images(n, seed=n)
@@ -37,7 +37,7 @@ def test_it_computes_what_the_graph_says(folder: Path) -> None:
         np.testing.assert_allclose(logits, tiny_logits(images, 1), atol=TOLERANCE)
 
 
-def test_it_says_where_and_what_it_runs(folder: Path) -> None:
+def test_it_has_its_provider_and_metadata(folder: Path) -> None:
     engine = open_tiny(folder)
     assert (engine.provider, engine.metadata, engine.max_batch_size) == ("cpu", tiny_metadata(), 8)
     assert read_metadata(folder / "model.onnx") == tiny_metadata()
@@ -176,7 +176,7 @@ sys.exit("there was enough memory")
 """
 
 
-def test_what_onnxruntime_says_at_its_memory_limit_is_understood(tmp_path: Path) -> None:
+def test_onnxruntimes_out_of_memory_errors_are_recognised(tmp_path: Path) -> None:
     """In a process of its own, since an arena's limit is the process's; it is the same arena as on a GPU."""
     model = make_hungry_folder(tmp_path, 24 * 2**20) / "model.onnx"
     command = [sys.executable, "-c", ARENA, str(model), str(HEIGHT), str(WIDTH)]

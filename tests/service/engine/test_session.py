@@ -37,7 +37,7 @@ def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) ->
     )
 
 
-def test_auto_takes_the_cpu_where_there_is_no_gpu_and_says_so(
+def test_auto_takes_the_cpu_without_a_gpu_and_logs_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(session_module, "why_no_cuda", without_cuda)
@@ -46,7 +46,7 @@ def test_auto_takes_the_cpu_where_there_is_no_gpu_and_says_so(
     assert "provider auto: the CPU will be used, since there is no NVIDIA driver" in caplog.text
 
 
-def test_auto_takes_cuda_where_there_is_one_and_says_so(
+def test_auto_takes_cuda_with_a_gpu_and_logs_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(session_module, "why_no_cuda", with_cuda)
@@ -63,7 +63,7 @@ def test_tensorrt_needs_a_build_with_it(monkeypatch: pytest.MonkeyPatch) -> None
         resolve_provider("tensorrt")
 
 
-def test_a_file_that_may_not_be_read_is_told_in_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_an_unreadable_file_has_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(path: Path, mode: str) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -73,7 +73,7 @@ def test_a_file_that_may_not_be_read_is_told_in_words(folder: Path, monkeypatch:
 
 
 def test_a_silent_fallback_of_onnxruntime_is_found_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """onnxruntime warns and takes the CPU where CUDA's libraries are missing; whoever asked for CUDA must know."""
+    """onnxruntime warns and takes the CPU where CUDA's libraries are missing; an engine for CUDA must refuse that."""
     real = session_module.ort.InferenceSession
 
     def falls_back(path: Path, options: object, providers: object, **arguments: object) -> object:

@@ -17,7 +17,7 @@ VALUES = st.lists(st.one_of(st.sampled_from(BOUNDS), st.floats(0, 10, width=16))
 
 
 def expositions(values: Sequence[float]) -> tuple[bytes, bytes]:
-    """What ours and the library's say after these values, each observed after a scrape or not."""
+    """The expositions of ours and the library's after these values, each observed after a scrape or not."""
     registries = CollectorRegistry(), CollectorRegistry()
     ours = PendingHistogram("seconds", "What it is.", BOUNDS, registries[0])
     theirs = Histogram("seconds", "What it is.", buckets=BOUNDS, registry=registries[1])
@@ -49,7 +49,7 @@ def test_it_exposes_what_the_library_exposes(values: list[float]) -> None:
     assert sums[0] == pytest.approx(sums[1])
 
 
-def test_what_was_noted_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pending_values_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(histogram, "MAX_PENDING", 10)
     registry = CollectorRegistry()
     one = PendingHistogram("seconds", "What it is.", BOUNDS, registry)

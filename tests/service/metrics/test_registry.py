@@ -59,7 +59,7 @@ def test_no_metric_is_shared_between_two_services() -> None:
     assert "perceiver_images_total 0.0" in second.exposition("")[0].decode()
 
 
-def test_what_the_batcher_and_the_store_report_is_counted() -> None:
+def test_reports_of_the_batcher_and_the_store_are_counted() -> None:
     metrics = Metrics()
     metrics.batch(4, 0.02)
     metrics.queued(0.001)
@@ -121,7 +121,7 @@ async def test_a_junk_version_in_the_accept_header_is_no_error(tmp_path: Path) -
         assert kind.startswith("application/openmetrics-text")
 
 
-async def test_the_largest_batch_is_told_as_it_is_now(tmp_path: Path) -> None:
+async def test_the_largest_batch_is_read_at_each_scrape(tmp_path: Path) -> None:
     engine = FakeEngine(max_batch_size=8)
     async with running(tmp_path, engine) as run:
         assert await run.metric("perceiver_max_batch_size") == 8
@@ -172,7 +172,7 @@ async def test_requests_are_timed_and_counted_by_route_and_code(tmp_path: Path) 
 class FakeNvml:
     """Four GPUs: one, one that has fallen off the bus, one that is divided, and a slice of one.
 
-    One that is divided can't tell how busy it is, and who has a slice of it not even how large it is.
+    A divided one has no utilisation, and a slice of one no memory size either.
     """
 
     NVML_ERROR_NOT_SUPPORTED, NVML_ERROR_NO_PERMISSION, NVML_ERROR_GPU_IS_LOST = 3, 4, 15
@@ -261,7 +261,9 @@ async def test_a_gpu_that_was_lost_before_the_start_or_is_somebody_elses_hides_n
     assert await up() == {"0": 1, "2": 1, "3": 0}
 
 
-async def test_a_driver_that_hangs_holds_nobody_up_and_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+async def test_a_driver_that_hangs_blocks_nothing_and_is_visible(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     nvml = FakeNvml()
     monkeypatch.setattr(gpu, "pynvml", nvml)
     monkeypatch.setattr(gpu, "READ_TIMEOUT_S", 0.05)

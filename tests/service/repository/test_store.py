@@ -61,7 +61,7 @@ async def test_a_pinned_version_serves_whatever_comes(make: Make, tmp_path: Path
     assert lines(store) == [(1, "live"), (2, "available"), (3, "available")]
 
 
-async def test_the_folder_of_one_version_is_told_from_that_of_all(tmp_path: Path) -> None:
+async def test_naming_a_version_folder_instead_of_its_parent_is_explained(tmp_path: Path) -> None:
     version = make_model_folder(tmp_path / "things", 1)
     with pytest.raises(
         NoUsableVersionError, match=f"this is the folder of a version; name its parent, {tmp_path}/things$"
@@ -69,7 +69,7 @@ async def test_the_folder_of_one_version_is_told_from_that_of_all(tmp_path: Path
         await ModelStore(version, OPTIONS, StoreRecorder()).load()
 
 
-async def test_the_folder_of_one_model_is_told_from_that_of_several(tmp_path: Path) -> None:
+async def test_naming_a_folder_of_several_models_is_explained(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "things", 1)
     make_model_folder(tmp_path / "animals", 2)
     with pytest.raises(NoUsableVersionError, match=f"is none; name one of them, as {tmp_path}/animals$"):
@@ -88,8 +88,8 @@ async def test_a_folder_without_versions_is_named(missing: bool, tmp_path: Path)
     if not missing:
         folder.mkdir()
     store = ModelStore(folder, OPTIONS, StoreRecorder())
-    said = "models: there is no such folder" if missing else "models: holds no version"
-    with pytest.raises(NoUsableVersionError, match=said):
+    message = "models: there is no such folder" if missing else "models: holds no version"
+    with pytest.raises(NoUsableVersionError, match=message):
         await store.load()
     with pytest.raises(NotReady):
         store.lease()
@@ -107,7 +107,7 @@ async def test_if_the_highest_is_refused_at_the_start_the_next_serves(make: Make
     assert store.refused_versions == 2
 
 
-async def test_if_all_are_refused_each_reason_is_told(make: Make, tmp_path: Path) -> None:
+async def test_if_all_are_refused_the_error_has_each_reason(make: Make, tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1, defect="corrupt_onnx")
     make_model_folder(tmp_path, 2, defect="golden_missing")
     with pytest.raises(NoUsableVersionError, match=r"version 1: .*can't load this file.*; version 2: .*is missing"):
@@ -208,7 +208,7 @@ async def test_float32_serves_where_a_variant_does_not_give_the_golden_logits(
     await assert_serves(store, 1)
 
 
-async def test_a_variant_that_was_asked_for_is_not_replaced(make: Make, tmp_path: Path) -> None:
+async def test_a_requested_variant_is_not_replaced(make: Make, tmp_path: Path) -> None:
     version = make_model_folder(tmp_path, 1)
     other = make_model_folder(tmp_path / "elsewhere", 2, precision="int8")
     (other / "model.onnx").rename(version / "model.int8.onnx")

@@ -1,4 +1,4 @@
-"""What does not answer, a disk or an engine, holds up neither what serves nor who looks next."""
+"""A disk or an engine that hangs blocks neither the live version nor the next poll."""
 
 import asyncio
 import threading
@@ -16,7 +16,7 @@ from tests.service.stores import Make, StoreRecorder, assert_serves, lines
 
 
 def background_threads() -> int:
-    """Threads that look into a folder, or are about to end."""
+    """Number of threads that read a folder or are about to end."""
     return sum(thread.name == "background" for thread in threading.enumerate())
 
 
@@ -26,7 +26,7 @@ async def all_are_back() -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_a_version_whose_metadata_hang_holds_up_neither_the_start_nor_the_next_version(
+async def test_hanging_metadata_block_neither_the_start_nor_the_next_version(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for version in (1, 2):
@@ -49,7 +49,7 @@ async def test_a_version_whose_metadata_hang_holds_up_neither_the_start_nor_the_
         await assert_serves(store, 3)
         while background_threads() > 1:  # noqa: ASYNC110 - threads that are about to end
             await asyncio.sleep(0.01)
-        assert background_threads() == 1  # one thread hangs, however often somebody looks
+        assert background_threads() == 1  # one thread hangs, however often the folder is polled
         assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
             f"{tmp_path}: the metadata of a version can't be read: no answer within 0.1 s"
         ]
@@ -59,18 +59,18 @@ async def test_a_version_whose_metadata_hang_holds_up_neither_the_start_nor_the_
     assert lines(store) == [(1, "available"), (2, "available"), (3, "live")]
 
 
-async def test_a_folder_that_does_not_answer_is_told_once_and_looked_into_when_it_is_back(
+async def test_a_folder_that_hangs_is_logged_once_and_scanned_when_it_is_back(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_model_folder(tmp_path, 1)
     store = make(poll_seconds=0.001)
     await store.load()
-    is_back, looks = threading.Event(), 0
+    is_back, polls = threading.Event(), 0
     await all_are_back()
 
     def far_away(folder: Path) -> object:
-        nonlocal looks
-        looks += 1
+        nonlocal polls
+        polls += 1
         assert is_back.wait(20)
         return versions_module.scan(folder)
 
@@ -81,7 +81,7 @@ async def test_a_folder_that_does_not_answer_is_told_once_and_looked_into_when_i
         await store.reload()
     watching = asyncio.create_task(store.watch())
     await asyncio.sleep(0.5)
-    assert (looks, background_threads()) == (1, 1)
+    assert (polls, background_threads()) == (1, 1)
     assert caplog.text.count("can't be polled for new versions: [Errno 110] no answer within 0.05 s") == 1
     is_back.set()
     async with asyncio.timeout(10):
@@ -93,7 +93,7 @@ async def test_a_folder_that_does_not_answer_is_told_once_and_looked_into_when_i
 
 
 class WarmingEngine(FakeEngine):
-    """An engine that does at its warm-up what the test says."""
+    """An engine with a warm-up of the test's."""
 
     def __init__(self, warm_up: Callable[[], object]) -> None:
         super().__init__()

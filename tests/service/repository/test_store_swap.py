@@ -52,7 +52,7 @@ async def test_a_request_keeps_its_model_from_decode_to_answer(make: Make, tmp_p
     assert await asyncio.to_thread(opener.engines[1].closing.wait, 5)
 
 
-async def test_what_was_queued_without_a_lease_is_answered_all_the_same(make: Make, tmp_path: Path) -> None:
+async def test_requests_queued_without_a_lease_are_served(make: Make, tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1)
     opener = FakeOpener()
     store = make(open_engines=opener)
@@ -104,7 +104,7 @@ async def test_fifty_swaps_under_load_fail_no_request_and_mix_no_answers(make: M
     assert min(answers.values()) >= 25
 
 
-async def test_closing_answers_what_is_queued_in_the_old_model_too(make: Make, tmp_path: Path) -> None:
+async def test_closing_serves_the_queue_of_the_old_model_too(make: Make, tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1)
     opener = FakeOpener()
     store = make(open_engines=opener)
@@ -235,7 +235,7 @@ async def test_a_version_that_takes_too_long_to_open_is_refused_and_closed_when_
     await store.close()
 
 
-async def test_a_disks_own_time_out_is_told_as_what_it_is(tmp_path: Path) -> None:
+async def test_a_disks_own_timeout_is_reported_as_such(tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1)
 
     def gone(folder: Path, options: EngineOptions) -> Sequence[Engine]:
@@ -246,7 +246,7 @@ async def test_a_disks_own_time_out_is_told_as_what_it_is(tmp_path: Path) -> Non
         await store.load()
 
 
-async def test_golden_images_that_can_not_be_read_in_time_are_a_reason_and_hold_nobody_up(tmp_path: Path) -> None:
+async def test_golden_images_that_can_not_be_read_in_time_refuse_the_version_and_block_nothing(tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1)
     store = ModelStore(
         tmp_path, EngineOptions(provider="cpu", load_timeout_s=1), StoreRecorder(), open_engines=FakeOpener()

@@ -1,4 +1,4 @@
-"""The model store looks at its folder again: versions that come, go and change."""
+"""The model store polls at its folder again: versions that come, go and change."""
 
 import asyncio
 import gc
@@ -31,23 +31,23 @@ async def test_a_half_written_folder_is_not_seen(make: Make, tmp_path: Path) -> 
     assert [status.number for status in await store.reload()] == [1]
 
 
-async def test_watching_finds_a_new_version_and_outlives_trouble(
+async def test_watching_finds_a_new_version_and_survives_errors(
     make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_model_folder(tmp_path, 1)
     observer = StoreRecorder()
     store = make(poll_seconds=0.01, observer=observer)
     await store.load()
-    troubled = asyncio.Event()
+    has_failed = asyncio.Event()
 
-    async def trouble() -> list[VersionStatus]:
+    async def failing() -> list[VersionStatus]:
         monkeypatch.undo()
-        troubled.set()
+        has_failed.set()
         raise OSError("the network drive is away")
 
-    monkeypatch.setattr(store, "reload", trouble)
+    monkeypatch.setattr(store, "reload", failing)
     watching = asyncio.create_task(store.watch())
-    await asyncio.wait_for(troubled.wait(), 5)
+    await asyncio.wait_for(has_failed.wait(), 5)
     observer.swapped.clear()
     make_model_folder(tmp_path, 2)
     await asyncio.wait_for(observer.swapped.wait(), 5)
@@ -73,7 +73,7 @@ async def test_deleting_the_highest_version_rolls_back(
 
 
 @pytest.mark.parametrize("broken_left", [True, False])
-async def test_a_version_whose_folder_is_gone_goes_on_if_nothing_else_passes(
+async def test_a_version_whose_folder_is_gone_serves_until_another_passes(
     broken_left: bool, make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     if broken_left:
@@ -141,7 +141,7 @@ async def test_a_version_that_is_being_loaded_is_not_loaded_twice(make: Make, tm
     assert opener.opened == [1]
 
 
-async def test_a_broken_version_that_nobody_tried_is_found_out(make: Make, tmp_path: Path) -> None:
+async def test_an_untried_version_with_broken_metadata_is_refused(make: Make, tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1, defect="broken_metadata")
     make_model_folder(tmp_path, 2)
     store = make()
@@ -151,9 +151,7 @@ async def test_a_broken_version_that_nobody_tried_is_found_out(make: Make, tmp_p
     assert "must be JSON" in store.versions()[0].reason
 
 
-async def test_what_is_live_goes_on_when_its_own_file_is_overwritten_with_half_of_one(
-    make: Make, tmp_path: Path
-) -> None:
+async def test_the_live_version_serves_on_when_its_file_is_truncated(make: Make, tmp_path: Path) -> None:
     for version in (1, 2):
         make_model_folder(tmp_path, version)
     observer = StoreRecorder()
@@ -162,7 +160,7 @@ async def test_what_is_live_goes_on_when_its_own_file_is_overwritten_with_half_o
     file = tmp_path / "2" / "model.onnx"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    for _ in range(3):  # and is not loaded and refused anew at every look
+    for _ in range(3):  # and is not loaded and refused anew at every poll
         await store.reload()
     await assert_serves(store, 2)
     assert [number for number, _ in observer.refused] == [2]
@@ -172,7 +170,7 @@ async def test_what_is_live_goes_on_when_its_own_file_is_overwritten_with_half_o
     assert [number for number, _, _ in observer.live] == [2, 2]
 
 
-async def test_a_live_version_whose_own_files_were_spoilt_counts_as_refused(make: Make, tmp_path: Path) -> None:
+async def test_a_live_version_with_spoilt_files_counts_as_refused(make: Make, tmp_path: Path) -> None:
     for version in (1, 2):
         make_model_folder(tmp_path, version)
     store = make()
@@ -183,7 +181,7 @@ async def test_a_live_version_whose_own_files_were_spoilt_counts_as_refused(make
     assert store.refused_versions == 1  # it would not serve after a restart
 
 
-async def test_beside_a_pinned_version_no_other_counts_as_refused(make: Make, tmp_path: Path) -> None:
+async def test_with_a_pinned_version_no_other_counts_as_refused(make: Make, tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1)
     make_model_folder(tmp_path, 2, defect="broken_metadata")
     store = make(pinned_version=1)
@@ -192,7 +190,7 @@ async def test_beside_a_pinned_version_no_other_counts_as_refused(make: Make, tm
     assert store.refused_versions == 0
 
 
-async def test_a_note_in_a_version_folder_is_no_change(make: Make, tmp_path: Path) -> None:
+async def test_other_files_in_a_version_folder_are_no_change(make: Make, tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1)
     opener = Opener()
     store = make(open_engines=opener)
@@ -202,23 +200,23 @@ async def test_a_note_in_a_version_folder_is_no_change(make: Make, tmp_path: Pat
     assert opener.opened == [1]
 
 
-async def test_a_folder_that_can_not_be_read_is_told_once(
+async def test_a_folder_that_can_not_be_read_is_logged_once(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_model_folder(tmp_path, 1)
     store = make(poll_seconds=0.001)
     await store.load()
-    looks = 0
+    polls = 0
 
     def refused(folder: Path) -> list[object]:
-        nonlocal looks
-        looks += 1
+        nonlocal polls
+        polls += 1
         raise PermissionError(13, "Permission denied", str(folder))
 
     monkeypatch.setattr(store_module, "scan", refused)
     watching = asyncio.create_task(store.watch())
     async with asyncio.timeout(5):
-        while looks < 4:  # noqa: ASYNC110 - in another thread
+        while polls < 4:  # noqa: ASYNC110 - in another thread
             await asyncio.sleep(0.01)
     watching.cancel()
     await asyncio.wait([watching])
@@ -227,20 +225,20 @@ async def test_a_folder_that_can_not_be_read_is_told_once(
     await assert_serves(store, 1)
 
 
-async def test_trouble_that_comes_again_is_told_again(
+async def test_an_error_that_returns_is_logged_again(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_model_folder(tmp_path, 1)
     store = make(poll_seconds=0.001)
-    looks = 0
+    polls = 0
     ended = asyncio.Event()
 
     async def reload() -> list[VersionStatus]:
-        nonlocal looks
-        looks += 1
-        if looks == 6:
+        nonlocal polls
+        polls += 1
+        if polls == 6:
             ended.set()
-        if looks in (1, 2, 4, 5):  # twice in a row, and twice again
+        if polls in (1, 2, 4, 5):  # twice in a row, and twice again
             raise OSError("the network drive is away")
         return []
 
@@ -252,18 +250,18 @@ async def test_trouble_that_comes_again_is_told_again(
     assert len(caplog.records) == 2
 
 
-async def test_a_version_that_could_not_be_looked_into_for_a_moment_is_gone_back_to(
+async def test_a_version_that_could_not_be_read_for_a_moment_can_still_serve(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for version in (1, 2):
         make_model_folder(tmp_path, version)
     store = make()
 
-    def trouble(path: Path) -> object:
+    def failing(path: Path) -> object:
         raise OSError(5, "Input/output error", str(path))
 
     with monkeypatch.context() as away:
-        away.setattr(versions_module, "read_metadata", trouble)
+        away.setattr(versions_module, "read_metadata", failing)
         await store.load()
     assert lines(store) == [(1, "refused"), (2, "live")]
     shutil.rmtree(tmp_path / "2")
@@ -272,7 +270,7 @@ async def test_a_version_that_could_not_be_looked_into_for_a_moment_is_gone_back
     assert lines(store) == [(1, "live")]
 
 
-async def test_what_is_refused_leaves_memory_at_once(make: Make, tmp_path: Path) -> None:
+async def test_a_refused_version_frees_its_memory_at_once(make: Make, tmp_path: Path) -> None:
     """And does not wait for a collection: the next try, on a GPU that was full, needs that memory."""
     make_model_folder(tmp_path, 1)
     engines: list[weakref.ref[FakeEngine]] = []

@@ -1,4 +1,4 @@
-"""Engines for the devices of a version, and how its faults are told."""
+"""Engines for the devices of a version, and how its faults are public."""
 
 import errno
 from collections.abc import Iterator
@@ -102,7 +102,7 @@ def test_engines_on_the_cpu_are_real_and_give_the_same_answers(tmp_path: Path) -
         np.testing.assert_allclose(engine.run(image), tiny_logits(image, 1), atol=1e-4)
 
 
-def test_a_gpu_takes_no_notice_of_the_engines_of_a_cpu(devices: list[DeviceEngine], tmp_path: Path) -> None:
+def test_a_gpu_ignores_cpu_engines(devices: list[DeviceEngine], tmp_path: Path) -> None:
     assert len(open_engines(make_model_folder(tmp_path), EngineOptions(cpu_engines=4))) == 1
     assert devices[0].options["intra_op_threads"] == 0
 
@@ -111,7 +111,7 @@ def test_a_gpu_takes_no_notice_of_the_engines_of_a_cpu(devices: list[DeviceEngin
 
 
 @pytest.mark.parametrize(
-    ("reason", "told"),
+    ("reason", "public"),
     [
         ("/srv/my models/2/model.onnx: can't be read", "2/model.onnx: can't be read"),
         ("Load model from /srv/my models/2/model.onnx failed", "Load model from 2/model.onnx failed"),
@@ -126,8 +126,8 @@ def test_a_gpu_takes_no_notice_of_the_engines_of_a_cpu(devices: list[DeviceEngin
         ),
     ],
 )
-def test_a_reason_tells_nothing_of_the_machine(reason: str, told: str) -> None:
-    assert without_folders(reason, Path("/srv/my models")) == told
+def test_a_reason_has_no_absolute_path(reason: str, public: str) -> None:
+    assert without_folders(reason, Path("/srv/my models")) == public
 
 
 def test_nor_where_the_model_folder_is_a_relative_path_or_a_link(
@@ -141,26 +141,26 @@ def test_nor_where_the_model_folder_is_a_relative_path_or_a_link(
 
 
 @pytest.mark.parametrize(("error", "passes"), [(errno.EIO, True), (errno.ESTALE, True), (errno.EACCES, False)])
-def test_trouble_that_passes_is_no_change_of_a_version(
+def test_an_error_that_passes_is_no_change_of_a_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, passes: bool
 ) -> None:
     make_model_folder(tmp_path)
     iterdir = Path.iterdir
 
-    def trouble(folder: Path) -> Iterator[Path]:
+    def failing(folder: Path) -> Iterator[Path]:
         if folder != tmp_path:
-            raise OSError(error, "trouble", str(folder))
+            raise OSError(error, "failing", str(folder))
         return iterdir(folder)
 
-    monkeypatch.setattr(Path, "iterdir", trouble)
+    monkeypatch.setattr(Path, "iterdir", failing)
     if passes:
-        with pytest.raises(OSError, match="trouble"):
+        with pytest.raises(OSError, match="failing"):
             scan(tmp_path)
     else:  # it is there, and refused when its turn comes
         assert [fingerprint for _, fingerprint in scan(tmp_path)] == [()]
 
 
-def test_a_link_to_itself_is_trouble_of_its_version_alone(tmp_path: Path) -> None:
+def test_a_link_to_itself_breaks_its_version_alone(tmp_path: Path) -> None:
     """As `ln -s model.onnx 2/model.onnx` makes it, by mistake."""
     make_model_folder(tmp_path)
     link = tmp_path / "2" / "model.onnx"
@@ -171,33 +171,33 @@ def test_a_link_to_itself_is_trouble_of_its_version_alone(tmp_path: Path) -> Non
     assert (second.number, nothing) == (2, ())
 
 
-def test_a_version_that_can_not_be_looked_into_is_refused_alone_and_until_it_can(
+def test_a_version_that_can_not_be_read_is_refused_alone_and_until_it_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_model_folder(tmp_path)
     ((version, before),) = scan(tmp_path)
 
-    def trouble(path: Path) -> bool:
+    def failing(path: Path) -> bool:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "is_file", trouble)
-    seen = VersionRecord(version, before)
-    seen.describe(EngineOptions(), "cpu")
-    assert (seen.status().state, seen.metadata) == ("refused", None)
-    assert "Permission denied" in seen.status().reason
-    # It is tried when its turn comes, and looked into again: who it is that serves may have recovered.
-    assert seen.reason == ""
+    monkeypatch.setattr(Path, "is_file", failing)
+    record = VersionRecord(version, before)
+    record.describe(EngineOptions(), "cpu")
+    assert (record.status().state, record.metadata) == ("refused", None)
+    assert "Permission denied" in record.status().reason
+    # It remains a candidate and is read again, since the error may pass.
+    assert record.reason == ""
     assert "version 1: can't be read: " in caplog.text
     caplog.clear()
-    seen.describe(EngineOptions(), "cpu")
-    assert caplog.text == ""  # once, and not at every look
+    record.describe(EngineOptions(), "cpu")
+    assert caplog.text == ""  # once, and not at every poll
     monkeypatch.undo()
-    seen.describe(EngineOptions(), "cpu")
-    assert (seen.status().state, seen.status().reason) == ("available", "")
-    assert seen.metadata is not None
+    record.describe(EngineOptions(), "cpu")
+    assert (record.status().state, record.status().reason) == ("available", "")
+    assert record.metadata is not None
 
 
-def test_rights_that_are_put_right_are_a_change_of_what_was_refused_alone(tmp_path: Path) -> None:
+def test_corrected_rights_are_a_change_of_refused_versions_alone(tmp_path: Path) -> None:
     """It is tried again; what serves is not loaded anew for a chmod, or for the hard link of a backup."""
     model = make_model_folder(tmp_path) / "model.onnx"
     ((version, before),) = scan(tmp_path)
