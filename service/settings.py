@@ -177,7 +177,7 @@ class Settings(BaseSettings):
         0,
         3600,
         "Seconds that accepted requests get to finish after SIGTERM (and drain_delay_s); then they get 503, "
-        "and the process ends within six more seconds.",
+        "and the process ends within six seconds more.",
     )
 
     max_body_bytes: int = bounded(

@@ -37,8 +37,7 @@ class PredictionWriter:
             InferenceFailed: a logit is not a number, so that no answer would be one.
         """
         images = [
-            self._image(name, *prediction.top(top_k))
-            for name, prediction in zip(filenames, predictions, strict=True)
+            self._image(name, *prediction.top(top_k)) for name, prediction in zip(filenames, predictions, strict=True)
         ]
         return f"{self._head}{','.join(images)}]}}".encode()
 
