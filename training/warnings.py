@@ -10,8 +10,8 @@ from pathlib import Path
 from training.checkpoint import RunConfig
 from training.config import Preset
 from training.data.dataset import DataSet
+from training.data.image_files import SUFFIXES
 from training.data.image_folder import LAYOUT, OTHER_NAMES, SPLITS
-from training.pictures import SUFFIXES
 from training.transfer import flatterers
 
 

@@ -4,11 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from service.api.payload import parse_body
 
 from benchmarks.common import BenchmarkError
 from benchmarks.payloads import Form, build_requests, generate_images, natural_image, read_images
 from imaging.decoder import decode_image
+from service.api.payload import parse_body
 
 
 def parse(request: bytes) -> tuple[str, dict[str, str], bytes]:

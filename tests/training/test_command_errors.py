@@ -94,7 +94,7 @@ def among_other_files(folder: Path, image_dir: Path) -> list[str]:
 WRONG: dict[str, tuple[Arrange, str]] = {
     "no data there": (no_data_there, "nowhere: does not exist; --data takes a folder"),
     "class without images": (empty_class, "bee: this class folder has no images"),
-    "unreadable image": (unreadable_image, "002.png: this picture cannot be read"),
+    "unreadable image": (unreadable_image, "002.png: this image cannot be read"),
     "run is there": (run_is_there, "run holds a run already: go on with it by --resume"),
     "ended run is there": (ended_run_is_there, "holds a run that has ended, without last.safetensors: name another"),
     "misnamed validation": (misnamed_validation, "valid: is passed over under this name; rename it val, or remove it"),

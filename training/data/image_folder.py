@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from training.data.dataset import CIFAR100, DataError, DataSet, Split
-from training.pictures import SUFFIXES, read_pictures
+from training.data.image_files import SUFFIXES, read_images
 
 SPLITS = ("train", "val", "test")
 # What others call the folder `val`: passed over, its images would be lost and some of train/ held out in their place.
@@ -58,7 +58,7 @@ class _Listing:
     labels: NDArray[np.int64]
 
     def read(self, size: int, description: str) -> Split:
-        images = read_pictures(self.paths, size, description)
+        images = read_images(self.paths, size, description)
         return Split(torch.from_numpy(images), torch.from_numpy(self.labels))
 
     def at(self, indices: NDArray[np.int64]) -> _Listing:

@@ -19,7 +19,7 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp",
 MAX_PIXELS = 180_000_000  # of one file, which takes up to 16 bytes a pixel while it is decoded
 
 
-def read_picture(path: Path, size: int) -> NDArray[np.uint8]:
+def read_image(path: Path, size: int) -> NDArray[np.uint8]:
     """Read one file as uint8 [size, size, 3]; raises DataError naming the file when it is not a readable image."""
     try:
         return decode_image(path.read_bytes(), size=(size, size), max_pixels=MAX_PIXELS)
@@ -29,15 +29,15 @@ def read_picture(path: Path, size: int) -> NDArray[np.uint8]:
         ) from error
 
 
-def read_pictures(paths: Sequence[Path], size: int, description: str) -> NDArray[np.uint8]:
+def read_images(paths: Sequence[Path], size: int, description: str) -> NDArray[np.uint8]:
     """Read files as uint8 [N, size, size, 3] in a pool of threads, with a progress bar on stderr.
 
-    Raises DataError at the first file that is not a readable picture.
+    Raises DataError at the first file that is not a readable image.
     """
     images = np.empty((len(paths), size, size, 3), np.uint8)
     with ThreadPoolExecutor(max_workers=min(32, (os.cpu_count() or 1) + 2)) as pool:
-        pictures = pool.map(read_picture, paths, [size] * len(paths))
-        bar = tqdm(pictures, description, total=len(paths), unit="picture", disable=None, leave=False)
-        for index, picture in enumerate(bar):
-            images[index] = picture
+        decoded = pool.map(read_image, paths, [size] * len(paths))
+        bar = tqdm(decoded, description, total=len(paths), unit="image", disable=None, leave=False)
+        for index, image in enumerate(bar):
+            images[index] = image
     return images

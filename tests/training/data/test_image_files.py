@@ -9,21 +9,21 @@ import pytest
 from PIL import Image
 
 from imaging.resize import resize_images
-from training import pictures
+from training.data import image_files
 from training.data.dataset import DataError
-from training.pictures import read_picture, read_pictures
+from training.data.image_files import read_image, read_images
 
 PATTERN = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
 
 
 def read_one(folder: Path) -> np.ndarray:
-    """The folder's only picture, uint8 [8, 8, 3]."""
+    """The folder's only image, uint8 [8, 8, 3]."""
     (path,) = folder.iterdir()
-    return read_picture(path, 8)
+    return read_image(path, 8)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "a.webp"])
-def test_a_picture_of_the_right_size_passes_untouched(tmp_path: Path, name: str) -> None:
+def test_a_image_of_the_right_size_passes_untouched(tmp_path: Path, name: str) -> None:
     Image.fromarray(PATTERN).save(tmp_path / name, **({"lossless": True} if name == "a.webp" else {}))
     np.testing.assert_array_equal(read_one(tmp_path), PATTERN)
 
@@ -39,9 +39,9 @@ def test_another_size_is_cropped_to_its_centre(tmp_path: Path, size: tuple[int, 
 
 
 def test_another_size_is_resized_by_the_bicubic_filter(tmp_path: Path) -> None:
-    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (20, 30, 3), dtype=np.uint8))
-    picture.save(tmp_path / "a.png")
-    expected = picture.resize((8, 8), Image.Resampling.BICUBIC, box=(5, 0, 25, 20))
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    image.save(tmp_path / "a.png")
+    expected = image.resize((8, 8), Image.Resampling.BICUBIC, box=(5, 0, 25, 20))
     np.testing.assert_array_equal(read_one(tmp_path), np.asarray(expected))
 
 
@@ -72,10 +72,10 @@ def test_transparency_stands_on_white(tmp_path: Path) -> None:
 
 
 def test_a_transparent_palette_stands_on_white(tmp_path: Path) -> None:
-    picture = Image.new("P", (8, 8), 1)
-    picture.putpalette([200, 0, 0, 0, 100, 50])
-    picture.putpixel((0, 0), 0)
-    picture.save(tmp_path / "a.png", transparency=0)
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([200, 0, 0, 0, 100, 50])
+    image.putpixel((0, 0), 0)
+    image.save(tmp_path / "a.png", transparency=0)
     read = read_one(tmp_path)
     assert read[0, 0].tolist() == [255, 255, 255]
     assert read[4, 4].tolist() == [0, 100, 50]
@@ -108,20 +108,20 @@ def test_pixels_without_a_range_are_refused(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "values.tif"
     Image.new(mode, (8, 8), 7).save(path)
     with pytest.raises(DataError, match=r"values\.tif: .* \(32-bit pixel values have no defined range"):
-        read_picture(path, 8)
+        read_image(path, 8)
 
 
-def test_pictures_come_in_the_order_asked_for(tmp_path: Path) -> None:
+def test_images_come_in_the_order_asked_for(tmp_path: Path) -> None:
     paths = [tmp_path / f"{index}.png" for index in range(50)]
     for index, path in enumerate(paths):
         Image.new("RGB", (2, 2), (index, 0, 0)).save(path)
-    assert read_pictures(paths[::-1], 2, "pictures")[:, 0, 0, 0].tolist() == list(range(50))[::-1]
+    assert read_images(paths[::-1], 2, "images")[:, 0, 0, 0].tolist() == list(range(50))[::-1]
 
 
 def test_arrays_are_resized_as_files_are(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 12, 12, 3), dtype=np.uint8)
     Image.fromarray(pixels[1]).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(resize_images(pixels, 7)[1], read_picture(tmp_path / "a.png", 7))
+    np.testing.assert_array_equal(resize_images(pixels, 7)[1], read_image(tmp_path / "a.png", 7))
     assert resize_images(pixels, 12) is pixels
 
 
@@ -130,6 +130,6 @@ def test_an_image_of_too_many_pixels_is_told_from_a_damaged_one(
 ) -> None:
     path = tmp_path / "large.png"
     Image.new("L", (40, 30)).save(path)
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 500)
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 500)
     with pytest.raises(DataError, match=r"large\.png: .*40 x 30 = 1200 pixels; at most 500 are allowed"):
-        read_picture(path, 8)
+        read_image(path, 8)
