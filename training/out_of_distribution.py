@@ -1,6 +1,6 @@
-"""Pictures that no classifier was trained for, drawn from a seed: to see how sure it is where it should not be.
+"""Images that no classifier was trained for, drawn from a seed: to see how sure it is where it should not be.
 
-Shape letters: n pictures, H rows and columns (the input size).
+Shape letters: n images, H rows and columns (the input size).
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from PIL import Image, ImageDraw, ImageFont
 
 from imaging.resize import resize_images
 
-Pictures = NDArray[np.uint8]
+Images = NDArray[np.uint8]
 
 COUNT = 64
-# Kinds that are made of pictures of the data set, whose label they keep.
+# Kinds that are made of images of the data set, whose label they keep.
 ALTERED = ("upside down", "enlarged corner")
 
 
-def out_of_distribution(known: Pictures, seed: int = 0) -> dict[str, Pictures]:
-    """Draw pictures of each kind.
+def out_of_distribution(known: Images, seed: int = 0) -> dict[str, Images]:
+    """Draw images of each kind.
 
     Args:
-        known: uint8 [N, H, H, 3], pictures of the data set; the first `COUNT` of them are also turned and cropped.
+        known: uint8 [N, H, H, 3], images of the data set; the first `COUNT` of them are also turned and cropped.
         seed: of what is drawn.
 
     Returns:
@@ -43,12 +43,12 @@ def out_of_distribution(known: Pictures, seed: int = 0) -> dict[str, Pictures]:
     }
 
 
-def _colours(random: np.random.Generator, count: int) -> Pictures:
+def _colours(random: np.random.Generator, count: int) -> Images:
     return random.integers(0, 256, (count, 3), dtype=np.uint8)
 
 
-def _stripes(random: np.random.Generator, size: int) -> Pictures:
-    """Stripes of two colours at any angle, a quarter to an eighth of the picture wide each."""
+def _stripes(random: np.random.Generator, size: int) -> Images:
+    """Stripes of two colours at any angle, a quarter to an eighth of the image wide each."""
     angle, phase = random.uniform(0, np.pi), random.uniform(0, 1)
     period = size * random.uniform(1 / 4, 1 / 2)
     rows, columns = np.mgrid[:size, :size]
@@ -56,7 +56,7 @@ def _stripes(random: np.random.Generator, size: int) -> Pictures:
     return _colours(random, 2)[(along % 1 < 0.5).astype(int)]
 
 
-def _text(random: np.random.Generator, size: int) -> Pictures:
+def _text(random: np.random.Generator, size: int) -> Images:
     """Two lines of letters that mean nothing, dark on light."""
     ink, paper = random.integers(0, 100, 3), random.integers(156, 256, 3)
     image = Image.new("RGB", (size, size), tuple(map(int, paper)))
@@ -67,10 +67,10 @@ def _text(random: np.random.Generator, size: int) -> Pictures:
     return np.asarray(image)
 
 
-def _enlarged_corners(random: np.random.Generator, known: Pictures) -> Pictures:
-    """A corner of each picture, a third as high and wide, at the picture's own size: a ninth of what was to be seen."""
+def _enlarged_corners(random: np.random.Generator, known: Images) -> Images:
+    """A corner of each image, a third as high and wide, at the image's own size: a ninth of what was to be seen."""
     size = known.shape[1]
     side = max(size // 3, 1)
     top, left = random.integers(0, 2, (2, len(known))) * (size - side)
-    corners = [picture[t : t + side, c : c + side] for picture, t, c in zip(known, top, left, strict=True)]
+    corners = [image[t : t + side, c : c + side] for image, t, c in zip(known, top, left, strict=True)]
     return resize_images(np.stack(corners), size)

@@ -36,8 +36,8 @@ def read_images(paths: Sequence[Path], size: int, description: str) -> NDArray[n
     """
     images = np.empty((len(paths), size, size, 3), np.uint8)
     with ThreadPoolExecutor(max_workers=min(32, (os.cpu_count() or 1) + 2)) as pool:
-        read = pool.map(read_image, paths, [size] * len(paths))
-        bar = tqdm(read, description, total=len(paths), unit="image", disable=None, leave=False)
+        decoded = pool.map(read_image, paths, [size] * len(paths))
+        bar = tqdm(decoded, description, total=len(paths), unit="image", disable=None, leave=False)
         for index, image in enumerate(bar):
             images[index] = image
     return images

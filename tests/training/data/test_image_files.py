@@ -17,13 +17,13 @@ PATTERN = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
 
 
 def read_one(folder: Path) -> np.ndarray:
-    """The folder's only picture, uint8 [8, 8, 3]."""
+    """The folder's only image, uint8 [8, 8, 3]."""
     (path,) = folder.iterdir()
     return read_image(path, 8)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "a.webp"])
-def test_a_picture_of_the_right_size_passes_untouched(tmp_path: Path, name: str) -> None:
+def test_a_image_of_the_right_size_passes_untouched(tmp_path: Path, name: str) -> None:
     Image.fromarray(PATTERN).save(tmp_path / name, **({"lossless": True} if name == "a.webp" else {}))
     np.testing.assert_array_equal(read_one(tmp_path), PATTERN)
 
@@ -39,9 +39,9 @@ def test_another_size_is_cropped_to_its_centre(tmp_path: Path, size: tuple[int, 
 
 
 def test_another_size_is_resized_by_the_bicubic_filter(tmp_path: Path) -> None:
-    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (20, 30, 3), dtype=np.uint8))
-    picture.save(tmp_path / "a.png")
-    expected = picture.resize((8, 8), Image.Resampling.BICUBIC, box=(5, 0, 25, 20))
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    image.save(tmp_path / "a.png")
+    expected = image.resize((8, 8), Image.Resampling.BICUBIC, box=(5, 0, 25, 20))
     np.testing.assert_array_equal(read_one(tmp_path), np.asarray(expected))
 
 
@@ -72,10 +72,10 @@ def test_transparency_stands_on_white(tmp_path: Path) -> None:
 
 
 def test_a_transparent_palette_stands_on_white(tmp_path: Path) -> None:
-    picture = Image.new("P", (8, 8), 1)
-    picture.putpalette([200, 0, 0, 0, 100, 50])
-    picture.putpixel((0, 0), 0)
-    picture.save(tmp_path / "a.png", transparency=0)
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([200, 0, 0, 0, 100, 50])
+    image.putpixel((0, 0), 0)
+    image.save(tmp_path / "a.png", transparency=0)
     read = read_one(tmp_path)
     assert read[0, 0].tolist() == [255, 255, 255]
     assert read[4, 4].tolist() == [0, 100, 50]
@@ -111,11 +111,11 @@ def test_pixels_without_a_range_are_refused(tmp_path: Path, mode: str) -> None:
         read_image(path, 8)
 
 
-def test_pictures_come_in_the_order_asked_for(tmp_path: Path) -> None:
+def test_images_come_in_the_order_asked_for(tmp_path: Path) -> None:
     paths = [tmp_path / f"{index}.png" for index in range(50)]
     for index, path in enumerate(paths):
         Image.new("RGB", (2, 2), (index, 0, 0)).save(path)
-    assert read_images(paths[::-1], 2, "pictures")[:, 0, 0, 0].tolist() == list(range(50))[::-1]
+    assert read_images(paths[::-1], 2, "images")[:, 0, 0, 0].tolist() == list(range(50))[::-1]
 
 
 def test_arrays_are_resized_as_files_are(tmp_path: Path) -> None:
