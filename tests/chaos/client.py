@@ -139,7 +139,7 @@ async def wish_for_another_protocol(wire: Wire, rng: random.Random) -> int:
     return await wire.status()
 
 
-@deserves(415)
+@deserves(413)
 async def jpeg_of_many_scans(wire: Wire, rng: random.Random) -> int:
     data = encode(pixels(48, 64), "JPEG", progressive=True)
     scan = data[data.rindex(b"\xff\xda") : -2]
