@@ -27,8 +27,10 @@ help: ## This list
 serve: $(SERVE)/.installed ## Serve the shipped model on 127.0.0.1:8000 (PORT=, HOST=, MODEL=, RUNTIME=)
 	$(SERVE)/bin/python -m service --host $(HOST) --port $(PORT) --model-dir $(FOLDER) $(ARGS)
 
+# Most tests wait for processes, so one runs beside another on each core; those that measure run alone.
 test: $(DEV)/.installed ## Run every test
-	$(DEV)/bin/python -m pytest $(ARGS)
+	$(DEV)/bin/python -m pytest -n auto --dist loadfile -m "not serial" $(ARGS)
+	$(DEV)/bin/python -m pytest -m serial $(ARGS) || [ $$? = 5 ]
 
 chaos: $(DEV)/.installed ## Misuse and overload a real service (ARGS="fuzz" or "openapi" for more)
 	$(DEV)/bin/python -m tests.chaos $(ARGS)

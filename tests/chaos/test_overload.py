@@ -6,6 +6,8 @@ are counted. The device takes 160 ms a run, so that its rate is that of a clock 
 
 from pathlib import Path
 
+import pytest
+
 from tests.chaos.overload import House, overload, unexpected
 from tests.chaos.slow_service import MODULE, VARIABLE
 from tests.end_to_end.process import on_model, started
@@ -14,6 +16,7 @@ from tests.fakes import make_model_folder
 BATCH, QUEUE = 8, 64
 
 
+@pytest.mark.serial
 def test_overload_costs_those_who_are_turned_away_and_nobody_else(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     arguments = on_model(tmp_path / "m", f"--max-batch-size={BATCH}", f"--max-queue-size={QUEUE}", "--max-images=8")

@@ -29,5 +29,6 @@ def page_faults(mode: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.serial
 def test_freed_memory_is_used_again() -> None:
     assert page_faults("keep") < 1000 < 20_000 < page_faults("default")

@@ -151,6 +151,7 @@ def test_an_engine_that_can_not_be_trimmed_serves(tmp_path: Path, monkeypatch: p
     assert len(engine.run(tiny_images(4))) == 4
 
 
+@pytest.mark.serial
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads /proc")
 def test_trimming_frees_memory(tmp_path: Path) -> None:
     """A model of two products over 1 MiB of intermediates an image: what a run has taken is kept, and then is not."""
