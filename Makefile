@@ -51,7 +51,7 @@ train: $(DEV)/.installed ## Train (ARGS="--preset compact --data DIR"; see docs)
 export: $(DEV)/.installed ## Export a run (ARGS="runs/NAME --out models/NAME")
 	$(DEV)/bin/python -m export $(ARGS)
 
-bench: $(DEV)/.installed ## Pictures a second of the shipped model on this machine
+bench: $(DEV)/.installed ## Images a second of the shipped model on this machine
 	$(DEV)/bin/python -m benchmarks.engine $(FOLDER) $(ARGS)
 
 clean: ## Remove the environments and caches (no data, no runs)

@@ -186,11 +186,11 @@ class Generator:
         plan, records = self._plan, self._records
         sent = time.monotonic()
         status, failure, timing, body = 0, "", b"", b""
-        patience = scheduled + plan.timeout_s - sent
+        remaining_s = scheduled + plan.timeout_s - sent
         try:
-            if patience <= 0:
+            if remaining_s <= 0:
                 raise TimeoutError
-            answer = await client.send(plan.requests[number % len(plan.requests)], patience)
+            answer = await client.send(plan.requests[number % len(plan.requests)], remaining_s)
             status, timing = answer.status, answer.server_timing
             body = answer.body if status != 200 or plan.keep_bodies else b""
         except TimeoutError:

@@ -68,7 +68,7 @@ class Service:
         )
 
     def fail(self, reason: str) -> None:
-        """Take note that the process can't go on."""
+        """Record why the process can't go on."""
         self._failure = self._failure or reason
 
     def start(self) -> None:

@@ -21,7 +21,7 @@ from training.allocator import keep_freed_memory
 T = TypeVar("T")
 
 # Rank 0 may download or read a large folder of images while the others wait, for which NCCL would have ten minutes.
-PATIENCE = timedelta(hours=2)
+TIMEOUT = timedelta(hours=2)
 
 
 class PeerFailed(Exception):  # noqa: N818 -- says what happened, elsewhere
@@ -185,7 +185,7 @@ def join(device: str) -> World:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(0, 1, where)
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT)
     return World(dist.get_rank(), size, where)
 
 

@@ -57,7 +57,7 @@ class ErrorResponse(Schema):
 
 
 class QueueState(Schema):
-    """How full the house is."""
+    """How full the queue is."""
 
     waiting: int = Field(ge=0, description="Images waiting for a batch.")
     images: int = Field(ge=0, description="Images accepted and not yet answered.")

@@ -22,7 +22,7 @@ import httpx
 from tests.chaos import openapi, slow_service
 from tests.chaos.client import rampage
 from tests.chaos.fuzz import TARGETS, fuzz
-from tests.chaos.overload import House, overload
+from tests.chaos.overload import Target, overload
 from tests.chaos.service import LIMITS, Vitals
 from tests.end_to_end.process import Process, on_model, started
 from tests.fakes import make_model_folder
@@ -104,10 +104,10 @@ def run_overload(options: argparse.Namespace, folder: Path) -> Complaints:
         process,
         client,
     ):
-        house = House(client.base_url.host, client.base_url.port or 0, options.max_batch_size, options.max_queue_size)
-        overload(house, factor=options.factor, seconds=1, calibration_s=1)  # to its full size
+        target = Target(client.base_url.host, client.base_url.port or 0, options.max_batch_size, options.max_queue_size)
+        overload(target, factor=options.factor, seconds=1, calibration_s=1)  # to its full size
         before = Vitals.of(process, client)
-        seen = overload(house, factor=options.factor, seconds=options.seconds, calibration_s=5)
+        seen = overload(target, factor=options.factor, seconds=options.seconds, calibration_s=5)
         print(seen)
         return seen.complaints() + compared(process, client, before)
 

@@ -47,7 +47,7 @@ MISDEEDS: dict[str, tuple[Misdeed, set[int]]] = {}
 
 
 def deserves(*statuses: int) -> Callable[[Misdeed], Misdeed]:
-    """Register a kind of request and the statuses it may get; 503 always may, since the house can be full."""
+    """Register a kind of request and the statuses it may get; 503 always may, since the queue can be full."""
 
     def register(misdeed: Misdeed) -> Misdeed:
         MISDEEDS[misdeed.__name__] = (misdeed, {*statuses, 503})

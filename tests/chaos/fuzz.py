@@ -21,7 +21,7 @@ from typing import Any
 from tests.service.mutation import BODIES, Edit, decode, mutate, parse, variants
 
 CHUNK = 10_000  # inputs a process
-PATIENCE_S = 30.0  # for one input
+INPUT_TIMEOUT_S = 30.0  # for one input
 ADDRESS_SPACE = 4 << 30
 NOT_BEGUN = -1
 SHOWN = 20  # surprises of one chunk that are told
@@ -149,7 +149,7 @@ def watched(target: str, first: int, stop: int, seed: int) -> Findings:
         child.join()
         if current.value == NOT_BEGUN:
             raise RuntimeError("a process could not be started; its own message stands above")
-        what = f"took more than {PATIENCE_S:g} s" if hung else f"ended the process with {child.exitcode}"
+        what = f"took more than {INPUT_TIMEOUT_S:g} s" if hung else f"ended the process with {child.exitcode}"
         findings.surprises.append(f"{target}, input {current.value} of seed {seed}: {what}")
         first = current.value + 1
     return findings
@@ -160,7 +160,7 @@ def result_of(pipe: Connection, current: Any) -> Findings | None:
     last = None
     while last != current.value:
         last = current.value
-        until = time.monotonic() + PATIENCE_S
+        until = time.monotonic() + INPUT_TIMEOUT_S
         while time.monotonic() < until and last == current.value:
             if pipe.poll(0.2):
                 try:

@@ -20,7 +20,7 @@ SETTLING_S = 2.0  # until the queue is full
 
 
 @dataclass(frozen=True)
-class House:
+class Target:
     """Where the requests go, and how much it takes in.
 
     Attributes:
@@ -43,10 +43,10 @@ class Overload:
         offered, goodput: sent and answered with 200 under overload.
         outcomes: how many requests had each status, or failure.
         accepted, rejected: seconds from sending to the answer, float64 [n].
-        overtaken: for each accepted request, answers with 200 that others got while it was in the house, int64 [n].
+        overtaken: for each accepted request, answers with 200 that others got while it was in flight, int64 [n].
         rejected_meanwhile: the same for each rejected one.
         lag: how late the generator was at most.
-        bound: what the last in a full house waits: its images, and the batch that has just begun, over the maximum.
+        bound: what the last of a full queue waits: its images, and the batch that has just begun, over the maximum.
     """
 
     maximum: float
@@ -104,19 +104,21 @@ def in_ms(seconds: NDArray[np.float64]) -> str:
     return f"median {median:.1f} ms, p99 {high:.1f} ms, at most {most:.1f} ms"
 
 
-def overload(house: House, *, factor: float, seconds: float, calibration_s: float, seed: int = 0) -> Overload:
+def overload(target: Target, *, factor: float, seconds: float, calibration_s: float, seed: int = 0) -> Overload:
     """Measure the maximum in a closed loop that keeps two batches waiting, then send `factor` times as much."""
     images = generate_images(64, 32, "jpeg", seed)
-    requests = build_requests(images, "raw", host=f"{house.host}:{house.port}")
-    connections = min(4 * house.max_batch_size, house.max_queue_size)
-    closed = Plan(house.host, house.port, requests, connections, seconds=1 + calibration_s)
+    requests = build_requests(images, "raw", host=f"{target.host}:{target.port}")
+    connections = min(4 * target.max_batch_size, target.max_queue_size)
+    closed = Plan(target.host, target.port, requests, connections, seconds=1 + calibration_s)
     maximum = rate_of_answers(run_load(closed, warmup_s=1))
     if not maximum:
         raise RuntimeError("without any overload, nothing was answered with 200: this can't be overloaded")
     arrivals = arrival_times(factor * maximum, SETTLING_S + seconds, "poisson", seed)
     # Each accepted request holds a connection; the others are for those that are turned away.
-    open_loop = replace(closed, connections=house.max_queue_size + 256, arrivals=arrivals, seconds=SETTLING_S + seconds)
-    return evaluate(run_load(open_loop, warmup_s=SETTLING_S), maximum, house)
+    open_loop = replace(
+        closed, connections=target.max_queue_size + 256, arrivals=arrivals, seconds=SETTLING_S + seconds
+    )
+    return evaluate(run_load(open_loop, warmup_s=SETTLING_S), maximum, target)
 
 
 def rate_of_answers(load: Load) -> float:
@@ -125,7 +127,7 @@ def rate_of_answers(load: Load) -> float:
     return float(np.sum((status == 200) & (ended >= load.begin) & (ended < load.end)) / load.seconds)
 
 
-def evaluate(load: Load, maximum: float, house: House) -> Overload:
+def evaluate(load: Load, maximum: float, target: Target) -> Overload:
     """Look at the requests that were sent within the window."""
     records = load.records
     scheduled, sent, ended = (np.array(times) for times in (records.scheduled, records.sent, records.ended))
@@ -144,7 +146,7 @@ def evaluate(load: Load, maximum: float, house: House) -> Overload:
         overtaken=meanwhile[accepted],
         rejected_meanwhile=meanwhile[rejected],
         lag=float((sent - scheduled)[counts].max(initial=0)),
-        bound=(house.max_queue_size + house.max_batch_size) / maximum,
+        bound=(target.max_queue_size + target.max_batch_size) / maximum,
     )
 
 

@@ -28,7 +28,7 @@ AT_REST = {
 
 @dataclass(frozen=True)
 class Vitals:
-    """What must be as before: open files, memory (bytes) within bounds, nothing left in the house, and an answer."""
+    """What must be as before: open files, memory (bytes) within bounds, nothing left in flight, and an answer."""
 
     open_files: int
     memory: int

@@ -58,7 +58,7 @@ def versions(client: httpx.Client) -> dict[int, str]:
 
 
 def probabilities(client: httpx.Client) -> list[float]:
-    """What the model that serves says of a picture, which differs from one to another."""
+    """What the model that serves says of an image, which differs from one to another."""
     return [top["probability"] for top in post(client).json()["predictions"][0]["top"]]
 
 

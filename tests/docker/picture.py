@@ -30,7 +30,7 @@ SCRAPE_S = 2
 
 
 async def send(session: aiohttp.ClientSession, url: str, body: bytes) -> None:
-    """One request, whose answer nobody reads; a client that has no patience leaves."""
+    """One request, whose answer nobody reads; a client that waits no longer leaves."""
     try:
         async with session.post(url, data=body, headers={"Content-Type": "image/jpeg"}) as answer:
             await answer.read()
@@ -43,9 +43,9 @@ async def load(url: str, seconds: float, peak: float) -> None:
     rng = random.Random(0)
     bodies = [image.data for size in (64, 200, 500) for image in generate_images(8, size, "jpeg")]
     begin = time.monotonic()
-    patience = aiohttp.ClientTimeout(total=4)
+    timeout = aiohttp.ClientTimeout(total=4)
     async with (
-        aiohttp.ClientSession(timeout=patience, connector=aiohttp.TCPConnector(limit=0)) as session,
+        aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session,
         asyncio.TaskGroup() as tasks,
     ):
         while (now := (time.monotonic() - begin) / seconds) < 1:

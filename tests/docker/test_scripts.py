@@ -128,7 +128,7 @@ def test_grafana_gets_a_password_of_its_own_once(tmp_path: Path):
 
 @pytest.fixture
 def training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The script with a training and an export that only take note."""
+    """The script with a training and an export that only record it."""
     import train_and_export as script
 
     calls: list[list[str]] = []

@@ -67,7 +67,7 @@ def test_tls_files_that_are_none(tmp_path: Path) -> None:
 
 
 @needs_openssl
-def test_an_answer_that_is_not_read_yet_is_not_cut_off_by_a_drain(tmp_path: Path) -> None:
+def test_an_answer_that_is_not_read_yet_outlives_a_drain(tmp_path: Path) -> None:
     """One of ten megabytes, for the names of many images come back: most of it waits in the process."""
     make_model_folder(tmp_path / "m")
     part = b'--B\r\nContent-Disposition: form-data; name="file"; filename="%b"\r\n\r\n%b\r\n' % (b"n" * 4000, png(1))

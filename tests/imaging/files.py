@@ -1,4 +1,4 @@
-"""Real picture files for the service's tests, built with Pillow."""
+"""Real image files for the service's tests, built with Pillow."""
 
 import struct
 import zlib
@@ -19,7 +19,7 @@ def pixels(height: int = 32, width: int = 32, seed: int = 0) -> Pixels:
 
 
 def encode(image: Image.Image | Pixels, file_format: str, **options: object) -> bytes:
-    """A picture file's bytes."""
+    """An image file's bytes."""
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     file = BytesIO()
@@ -40,7 +40,7 @@ def lossless_files(array: Pixels) -> dict[str, bytes]:
 
 
 def all_files(array: Pixels) -> dict[str, bytes]:
-    """The same picture in each format, the lossy ones included."""
+    """The same image in each format, the lossy ones included."""
     return lossless_files(array) | {
         "JPEG": encode(array, "JPEG", quality=95),
         "JPEG progressive": encode(array, "JPEG", progressive=True),
@@ -51,7 +51,7 @@ def all_files(array: Pixels) -> dict[str, bytes]:
 
 
 def png_announcing(width: int, height: int) -> bytes:
-    """A PNG of 60 bytes whose header announces a picture of any size."""
+    """A PNG of 60 bytes whose header announces an image of any size."""
     return png_of(width, height, 8, 2, b"")
 
 

@@ -41,8 +41,8 @@ def test_lossy_formats_give_what_pillow_gives_and_that_is_near(name: str) -> Non
     assert np.abs(decoded.astype(int) - ARRAY).mean() < 6
 
 
-def test_pictures_are_read_where_no_file_can_be_opened_any_more() -> None:
-    """As when all are connections; in a process that has read no picture yet, for what Pillow imports it keeps."""
+def test_images_are_read_where_no_file_can_be_opened_any_more() -> None:
+    """As when all are connections; in a process that has read no image yet, for what Pillow imports it keeps."""
     array = pixels(64, 64)
     files = [*all_files(array).values(), encode(array, "MPO", save_all=True, append_images=[Image.fromarray(array)])]
     program = """
@@ -229,7 +229,7 @@ def test_exif_orientation_of_a_jpeg_is_honoured() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_does_not_make_a_picture_unreadable() -> None:
+def test_damaged_exif_does_not_make_a_image_unreadable() -> None:
     data = encode(ARRAY, "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     np.testing.assert_array_equal(decode(data), ARRAY)
 
@@ -238,7 +238,7 @@ def test_damaged_exif_does_not_make_a_picture_unreadable() -> None:
 
 
 @pytest.mark.parametrize("name", ["bilinear", "bicubic", "lanczos", "box"])
-def test_larger_pictures_are_cropped_and_shrunk_as_the_metadata_says(name: str) -> None:
+def test_larger_images_are_cropped_and_shrunk_as_the_metadata_says(name: str) -> None:
     array = pixels(90, 200)
     image = Image.fromarray(array)
     method = Image.Resampling[name.upper()]
@@ -256,7 +256,7 @@ def test_center_crop_looks_at_the_middle() -> None:
     assert decode(encode(array, "PNG"), crop="none", resample="box").min() == 0
 
 
-def test_smaller_pictures_are_enlarged() -> None:
+def test_smaller_images_are_enlarged() -> None:
     assert decode(encode(np.full((1, 1, 3), 7, np.uint8), "PNG")).tolist() == np.full((32, 32, 3), 7).tolist()
 
 

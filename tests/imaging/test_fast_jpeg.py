@@ -1,4 +1,4 @@
-"""The quick way of a JPEG against Pillow's: the same pixels, or none at all."""
+"""The fast path of a JPEG against Pillow's: the same pixels, or none at all."""
 
 from io import BytesIO
 
@@ -48,7 +48,7 @@ def test_other_sizes_are_left_to_pillow() -> None:
 
 
 @pytest.mark.parametrize("key", ["exif", "xmp"])
-def test_what_may_turn_the_picture_is_left_to_pillow(key: str) -> None:
+def test_what_may_turn_the_image_is_left_to_pillow(key: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><tiff:Orientation xmlns:tiff="http://ns.adobe.com/tiff/1.0/">6</x>'
@@ -72,7 +72,7 @@ def test_damaged_ones_are_left_to_pillow() -> None:
 
 
 def test_mutated_ones_give_the_pixels_of_pillow_or_none() -> None:
-    """Where Pillow refuses, a picture may come out all the same: libjpeg-turbo overlooks some damage in headers."""
+    """Where Pillow refuses, an image may come out all the same: libjpeg-turbo overlooks some damage in headers."""
     rng = np.random.default_rng(0)
     whole = np.frombuffer(encode(ARRAY, "JPEG"), np.uint8)
     equal = 0

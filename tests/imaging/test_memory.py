@@ -11,7 +11,7 @@ from tests.end_to_end.process import ROOT
 from tests.imaging.files import encode
 
 WIDTH, HEIGHT = 4000, 2000
-SPARE_BYTES = 8 * 1024**2  # for what does not grow with the picture
+SPARE_BYTES = 8 * 1024**2  # for what does not grow with the image
 # In a process of its own, whose peak begins with it.
 PROGRAM = """
 import sys
@@ -41,7 +41,7 @@ print(1024 * (peak() - before))
         ("RGBA", "WEBP", 16, {"quality": 0, "method": 0}),
     ],
 )
-def test_bytes_a_pixel_of_a_picture_that_lies_on_its_side(
+def test_bytes_a_pixel_of_a_image_that_lies_on_its_side(
     mode: str, name: str, most: int, options: dict[str, object]
 ) -> None:
     exif = Image.Exif()

@@ -1,4 +1,4 @@
-"""What is no picture, too large or damaged, and what clients are told."""
+"""What is no image, too large or damaged, and what clients are told."""
 
 import re
 import warnings
@@ -21,9 +21,9 @@ def decode(data: bytes) -> Pixels:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"hello, I am no picture", b"BMW is a car maker", b"RIFF\0\0\0\0WAVEfmt ", b"\0" * 99]
+    "data", [b"", b"hello, I am no image", b"BMW is a car maker", b"RIFF\0\0\0\0WAVEfmt ", b"\0" * 99]
 )
-def test_other_bytes_are_no_picture(data: bytes) -> None:
+def test_other_bytes_are_no_image(data: bytes) -> None:
     with pytest.raises(NotAnImage, match="JPEG, PNG, WebP"):
         decode(data)
 
@@ -60,7 +60,7 @@ def test_too_many_pixels_are_refused_from_the_header(size: tuple[int, int]) -> N
         read_header(png_announcing(*size), max_pixels=1_000_000)
 
 
-def test_pictures_at_the_limit_pass() -> None:
+def test_images_at_the_limit_pass() -> None:
     assert read_header(png_announcing(1000, 1000), max_pixels=1_000_000).pixels == 1_000_000
 
 

@@ -95,7 +95,7 @@ def outcome(function: Callable[[], T]) -> T | ServiceError:
 def decode(data: bytes) -> str:
     """Decode as the service does: an array of the right shape ("image") or an error with a 4xx (its code).
 
-    The quick way of JPEGs, tried on every input at the size that it announces, must not raise, and must give the
+    The fast path of JPEGs, tried on every input at the size that it announces, must not raise, and must give the
     pixels of the other way where that gives any.
     """
     result = outcome(partial(read_header, data, max_pixels=MAX_PIXELS))

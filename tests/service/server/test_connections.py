@@ -130,7 +130,7 @@ async def test_who_leaves_with_several_requests_waiting_has_none_of_them_run(tmp
         assert await run.metric('perceiver_requests_total{code="499",route="/predict"}') == 1
 
 
-async def test_who_is_cut_off_is_not_run_either(tmp_path: Path) -> None:
+async def test_who_disconnected_is_not_run_either(tmp_path: Path) -> None:
     engine = FakeEngine()
     async with running(tmp_path, engine) as run:
         held = await run.hold_first()

@@ -10,13 +10,13 @@ from service.server import connections, timeouts
 from tests.service.harness import ended, error_of, png, read_answer, request_head, running
 
 
-async def test_a_client_that_says_nothing_is_cut_off(tmp_path: Path) -> None:
+async def test_a_client_that_says_nothing_is_disconnected(tmp_path: Path) -> None:
     async with running(tmp_path, header_timeout_s=0.1) as run:
         reader, _ = await run.connect()
         assert await ended(reader)
 
 
-async def test_headers_that_trickle_are_cut_off(tmp_path: Path) -> None:
+async def test_headers_that_trickle_are_disconnected(tmp_path: Path) -> None:
     async with running(tmp_path, header_timeout_s=0.15) as run:
         reader, writer = await run.connect()
 
@@ -166,7 +166,7 @@ async def test_a_query_of_any_bytes_is_no_server_error(tmp_path: Path, query: by
 # What came to light in a review: clients that do not read, that pipeline, that take their time on a second head
 
 
-async def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
+async def test_a_client_that_does_not_read_is_disconnected(tmp_path: Path) -> None:
     async with running(tmp_path, write_timeout_s=0.3, keep_alive_s=60) as run:
         _, writer = await run.connect()
         writer.transport.pause_reading()  # type: ignore[attr-defined]
@@ -183,7 +183,9 @@ async def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
         assert (await run.predict()).status_code == 200
 
 
-async def test_who_is_refused_and_does_not_read_it_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_is_refused_and_does_not_read_it_is_disconnected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(timeouts, "LINGER_SECONDS", 0.3)
     async with running(tmp_path, write_timeout_s=600, header_timeout_s=600, keep_alive_s=600) as run:
         _, writer = await run.connect()

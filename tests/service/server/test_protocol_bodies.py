@@ -11,7 +11,7 @@ from tests.fakes import FakeEngine
 from tests.service.harness import ended, error_of, png, read_answer, request_head, running
 
 
-async def test_a_body_that_trickles_is_cut_off_however_steadily(tmp_path: Path) -> None:
+async def test_a_body_that_trickles_is_disconnected_however_steadily(tmp_path: Path) -> None:
     async with running(tmp_path, body_timeout_s=0.2) as run:
         reader, writer = await run.connect()
         writer.write(request_head(10_000, "X-Request-Id: mine"))

@@ -19,7 +19,7 @@ def with_hosts(request: bytes, *hosts: bytes) -> bytes:
 
 
 async def assert_refused(folder: Path, whole: bytes, *, expected: tuple[int, str] = (400, "bad_request")) -> None:
-    """Whether it comes at once, and could go the short way, or in pieces."""
+    """Whether it comes at once, or in pieces."""
     async with running(folder) as run:
         for pieces in ([whole], [whole[:20], whole[20:]]):
             reader, writer = await run.connect()
@@ -123,7 +123,7 @@ async def test_answers_that_no_application_gives_have_a_date(tmp_path: Path) -> 
         assert (await read_answer(reader))[1]["date"] == "now"
 
 
-@pytest.mark.parametrize("late", [0, 10], ids=["short way", "long way"])
+@pytest.mark.parametrize("late", [0, 10], ids=["in one read", "in two"])
 @pytest.mark.parametrize(
     ("codings", "status"),
     [
@@ -147,7 +147,7 @@ async def test_each_content_encoding_counts(tmp_path: Path, codings: tuple[str, 
         assert (await read_answer(reader))[0] == status
 
 
-@pytest.mark.parametrize("late", [0, 10], ids=["short way", "long way"])
+@pytest.mark.parametrize("late", [0, 10], ids=["in one read", "in two"])
 async def test_a_length_may_begin_with_zeros(tmp_path: Path, late: int) -> None:
     """However many: a number of more than 4,300 digits is an error of Python's, and was one of this service's."""
     request = request_head(None, f"Content-Length: {'0' * 5000}{len(png(1))}") + png(1)
