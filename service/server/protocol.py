@@ -228,6 +228,9 @@ class HttpProtocol(TimedProtocol):
         if self._last_error is not None:
             self.refuse(self._last_error)
             return
+        if self._is_dropping and not self.transport.is_closing():  # it came when the head of the response was sent
+            self.close()
+            return
         if not self.transport.is_closing():
             if self.flow.read_paused:
                 self.flow.resume_reading()

@@ -1,9 +1,11 @@
 """What comes on a connection behind a request that is being answered."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
+from service.server.response_cycle import AsgiCycle
 from tests.fakes import FakeEngine
 from tests.service.harness import error_of, png, read_answer, request_head, running
 
@@ -71,3 +73,23 @@ async def test_a_whole_request_is_answered_before_what_can_not_be_read(
         assert reader.at_eof()
         code = 'perceiver_requests_total{code="499",route="/predict"}'
         assert await run.metric(code) == 0
+
+
+async def test_what_comes_between_head_and_body_of_a_response_is_dropped_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = AsgiCycle.send
+
+    async def send_and_receive(cycle: AsgiCycle, message: dict[str, object]) -> None:
+        connection = cycle.connection
+        await send(cycle, message)
+        if message["type"] == "http.response.start":
+            connection.data_received(LIVE)  # type: ignore[union-attr]
+
+    monkeypatch.setattr(AsgiCycle, "send", send_and_receive)
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        writer.write(LIVE)
+        assert (await read_answer(reader))[0] == 200
+        async with asyncio.timeout(10):
+            assert await reader.read() == b""
