@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import httptools
 
+APART_S = 0.001  # between head and body: long enough for a busy server to read the head alone
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -118,7 +120,7 @@ class Client:
                 if self._apart:
                     head, end, body = request.partition(b"\r\n\r\n")
                     connection.transport.write(head + end)
-                    await asyncio.sleep(0)
+                    await asyncio.sleep(APART_S)
                     request = body
                 connection.transport.write(request)
                 return await connection.answer

@@ -66,11 +66,11 @@ class Admission:
         return min(max(seconds, 1.0), MAX_RETRY_AFTER_SECONDS)
 
     def _take(self, ticket: "Ticket", images: int, size: int) -> None:
-        if ticket.images + images > self.max_images:
-            raise TooManyImages(f"A request can hold at most {self.max_images} images; send several requests.")
-        if ticket.bytes + size > self.max_bytes:
-            raise BodyTooLarge(f"A request can hold at most {self.max_bytes} bytes; send several requests.")
-        if self.is_full(images, size):
+        if self.images + images > self.max_images or self.bytes + size > self.max_bytes:
+            if ticket.images + images > self.max_images:
+                raise TooManyImages(f"A request can hold at most {self.max_images} images; send several requests.")
+            if ticket.bytes + size > self.max_bytes:
+                raise BodyTooLarge(f"A request can hold at most {self.max_bytes} bytes; send several requests.")
             raise Overloaded(retry_after=self.retry_after(size))
         if self.images == 0 == self.bytes:  # idle time does not count as slowness
             self._window_start, self._window_count, self._window_bytes = self._clock(), 0, 0

@@ -131,7 +131,10 @@ class HttpProtocol(TimedProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Keep a line; blanks behind its value are none of it (RFC 9112, section 5.1), and the parser leaves them."""
-        super().on_header(name, value.rstrip(b" \t"))
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
         """End their time, and start the request.

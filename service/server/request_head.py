@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, Final
 from urllib.parse import unquote
 
@@ -32,11 +33,17 @@ def fault_of(version: str, headers: Iterable[tuple[bytes, bytes]]) -> ServiceErr
             codings += value.split(b",")
     if len(hosts) != 1 and (hosts or version != "1.0"):  # RFC 9112, section 3.2
         return BadRequest(f"The request has {len(hosts)} headers Host; it must have one.")
-    if hosts and not HOST.fullmatch(hosts[0]):
+    if hosts and not is_host(hosts[0]):
         return BadRequest("The header Host must be a name or an address, and may have a port.")
     if len(codings) > 1:  # a single one that is not chunked is the parser's affair, as one behind chunked is
         return UnsupportedTransferCoding()
     return None
+
+
+@lru_cache(maxsize=128)  # clients send the same few
+def is_host(value: bytes) -> bool:
+    """Whether a Host header is a name or an address, with or without a port."""
+    return HOST.fullmatch(value) is not None
 
 
 def size_of_head(url: bytes, headers: Iterable[tuple[bytes, bytes]]) -> int:
