@@ -146,7 +146,7 @@ class InferenceRequest:
         self._task = None
         self._decode_seconds = perf_counter() - self._received
         self._filenames = [upload.filename for upload in uploads]
-        self._live.batcher.post([image.data for image in images], self, self._until)
+        self._live.batcher.submit([image.data for image in images], self, self._until)
         self._service.metrics.decoded(self._decode_seconds)
 
     # The batcher's FutureLike

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from service.batching.engine_pool import EnginePool, PooledEngine
 from service.batching.observer import BatchObserver
-from service.batching.queue import Batch, DropReason, FairQueue, FutureLike, Image, Pixels, Prediction, Request
+from service.batching.queue import Batch, DropReason, FairQueue, FutureLike, Pixels, Prediction, Request
 from service.batching.timer import TICK_SECONDS, Timer
 from service.engine.onnx_engine import Engine
 from service.engine.thread import call_in_loop
@@ -102,68 +102,31 @@ class DynamicBatcher:
         self._loop_task = self._loop.create_task(self._dispatch(), name="batcher")
         self._loop_task.add_done_callback(self._loop_ended)
 
-    async def submit(self, image: Image, *, deadline: float | None = None) -> Prediction:
-        """Classify one image; see `submit_many`."""
-        (prediction,) = await self.submit_many((image,), deadline=deadline)
-        return prediction
+    def submit(self, images: Sequence[Pixels], future: FutureLike, deadline: float = math.inf) -> None:
+        """Queue the images of one request and return at once; they succeed or fail together.
 
-    async def submit_many(self, images: Sequence[Image], *, deadline: float | None = None) -> list[Prediction]:
-        """Classify the images of one request, each uint8 [H, W, 3]; they succeed or fail together.
-
-        Cancelling the awaiting task drops those images that are still queued.
-
-        Args:
-            images: of the model's input size; they must not change before the result is there.
-            deadline: seconds on the clock of `loop.time()`; no image starts to run after it. None: no deadline.
-
-        Raises:
+        `future` ends with one `Prediction` an image, or with an error:
             DeadlineExceeded: the deadline passed while an image was queued.
-            InferenceFailed: the batch of an image failed.
-            NotReady: the batcher has not been started, or has failed.
-            Draining: the batcher shuts down.
-            ValueError: an image is not C-contiguous uint8 of the model's input size.
-        """
-        self._check_open()
-        for image in images:
-            # A wrong image would fail its whole batch.
-            if image.shape != self._shape or image.dtype != np.uint8 or not image.flags.c_contiguous:
-                raise ValueError(
-                    f"an image must be uint8 {self._shape}, C-contiguous, and is {image.dtype} {image.shape}"
-                )
-        if not images:
-            return []
-        future: asyncio.Future[list[Prediction]] = self._loop.create_future()
-        self._put(Request([image.data for image in images], future, math.inf if deadline is None else deadline))
-        try:
-            return await future
-        finally:
-            del future  # breaks the cycle of future, error, traceback and this frame
-
-    def post(self, images: Sequence[Pixels], future: FutureLike, deadline: float) -> None:
-        """Queue images and return at once; `future` gets what `submit_many` would return or raise.
+            InferenceFailed: the batch of an image failed, or the batcher did.
+            Draining: the batcher was aborted or closed.
 
         Args:
-            images: at least one, each the memory of a uint8 [H, W, 3].
-            future: its `done` is true once its client has gone.
-            deadline: as in `submit_many`; infinity for none.
+            images: at least one, each the memory of a uint8 [H, W, 3]; it must not change before `future` ends.
+            future: its `done` is true once its client has gone; images that are still queued are dropped then.
+            deadline: seconds on the clock of `loop.time()`; no image starts to run after it. Infinity for none.
 
         Raises:
-            NotReady, Draining: as `submit_many`; `future` is left alone.
+            NotReady: the batcher has not been started, or has failed; `future` is left alone.
+            Draining: the batcher shuts down; `future` is left alone.
             ValueError: an image is not of the model's input size.
         """
-        self._check_open()
-        for image in images:
+        if self._refusal is not None:
+            raise self._refusal()
+        for image in images:  # a wrong one would fail its whole batch
             size = len(image) if isinstance(image, bytes) else image.nbytes
             if size != self._bytes:
                 raise ValueError(f"an image must have {self._bytes} bytes, and has {size}")
-        self._put(Request(images, future, deadline))
-
-    def _check_open(self) -> None:
-        if self._refusal is not None:
-            raise self._refusal()
-
-    def _put(self, request: Request) -> None:
-        self._queue.put(request)
+        self._queue.put(Request(images, future, deadline))
         self._arrived.set()
         self._idle.clear()
         self._expiry_timer.wake()

@@ -12,7 +12,7 @@ from service.engine.onnx_engine import Engine
 from service.repository.store import EngineOptions, ModelStore
 from service.repository.versions import open_engines
 from tests.fakes import FakeEngine, tiny_images, tiny_logits, tiny_metadata
-from tests.service.batchers import RecordingObserver
+from tests.service.batchers import RecordingObserver, classify
 
 OPTIONS = EngineOptions(provider="cpu", max_batch_size=4, intra_op_threads=1)
 
@@ -87,7 +87,7 @@ def lines(store: ModelStore) -> list[tuple[int, str]]:
 async def answer(store: ModelStore, seed: int = 0) -> tuple[int, np.ndarray]:
     """Classify an image as a request does; return the version and the logits."""
     with store.lease() as live:
-        prediction = await live.batcher.submit(tiny_images(1, seed)[0])
+        prediction = await classify(live.batcher, tiny_images(1, seed)[0])
         return live.version, prediction.logits
 
 

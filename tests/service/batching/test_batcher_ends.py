@@ -9,7 +9,7 @@ import pytest
 from service.batching.batcher import DynamicBatcher
 from service.errors import DeadlineExceeded, Draining, NotReady
 from tests.fakes import FakeEngine, image
-from tests.service.batchers import RecordingObserver, Start, begun, holding, numbers, submitted
+from tests.service.batchers import RecordingObserver, Start, begun, classify, holding, numbers, submitted
 
 # Cancellation and deadlines
 
@@ -48,7 +48,7 @@ async def test_a_request_cancelled_while_it_runs_harms_no_other(start: Start) ->
     engine.let_go()
     assert await numbers([first, stays]) == [0, 2]
     assert gone.cancelled()
-    assert int((await batcher.submit(image(3))).logits[0]) == 3
+    assert int((await classify(batcher, image(3))).logits[0]) == 3
 
 
 async def test_an_expired_request_never_runs(start: Start) -> None:
@@ -114,7 +114,7 @@ async def test_a_run_that_began_in_time_may_end_late(start: Start) -> None:
 async def test_before_the_start_nothing_is_accepted() -> None:
     batcher = DynamicBatcher([FakeEngine()], RecordingObserver())
     with pytest.raises(NotReady):
-        await batcher.submit(image(1))
+        await classify(batcher, image(1))
     await batcher.close()
 
 
@@ -124,7 +124,7 @@ async def test_draining_serves_accepted_requests_and_refuses_new_ones(start: Sta
     draining = asyncio.create_task(batcher.drain())
     await asyncio.sleep(0)
     with pytest.raises(Draining):
-        await batcher.submit(image(9))
+        await classify(batcher, image(9))
     assert not draining.done()
     engine.let_go()
     await draining
@@ -161,7 +161,7 @@ async def test_abort_fails_running_and_queued_requests_at_once(start: Start) -> 
         with pytest.raises(Draining):
             await asyncio.wait_for(task, 5)  # while the engine is still at it
     with pytest.raises(Draining):
-        await batcher.submit(image(2))
+        await classify(batcher, image(2))
     engine.let_go()
 
 
@@ -171,7 +171,7 @@ async def test_pixels_of_another_size_reach_no_batch(start: Start) -> None:
     right = image(1).tobytes()
     for wrong in (right[:-1], right + b"x", b"", memoryview(right)[1:]):
         with pytest.raises(ValueError, match=rf"an image must have {len(right)} bytes, and has {len(wrong)}"):
-            batcher.post([right, wrong], future, math.inf)  # type: ignore[arg-type]
+            batcher.submit([right, wrong], future, math.inf)  # type: ignore[arg-type]
     assert batcher.queue_length == 0
     assert not future.done()
 

@@ -11,7 +11,7 @@ from service.batching.batcher import DynamicBatcher
 from service.engine.onnx_engine import Engine
 from service.engine.thread import EngineThread
 from tests.fakes import FakeEngine, image, tiny_images
-from tests.service.batchers import RecordingObserver, Start, begun, numbers, submitted
+from tests.service.batchers import RecordingObserver, Start, begun, classify, classify_many, numbers, submitted
 
 
 async def test_engines_run_at_the_same_time_and_share_one_queue(start: Start) -> None:
@@ -111,7 +111,7 @@ async def test_images_that_come_together_do_not_use_the_engine_that_runs_alone(s
     others = [FakeEngine(max_batch_size=8), FakeEngine(max_batch_size=8)]
     wide = alone(*others)
     batcher = start(*others, wide)
-    predictions = asyncio.create_task(batcher.submit_many([image(number) for number in range(5)]))
+    predictions = asyncio.create_task(classify_many(batcher, [image(number) for number in range(5)]))
     for engine in others:
         await begun(engine)
     assert [engine.batches for engine in (wide, *others)] == [[], [[0, 1, 2]], [[3, 4]]]
@@ -178,7 +178,7 @@ async def test_each_engine_has_one_thread_of_its_own_for_warm_up_and_runs() -> N
     batcher = DynamicBatcher(engines, RecordingObserver())
     assert await batcher.on_each_engine(lambda engine: engine.warm_up()) == [None, None]
     batcher.start()
-    await asyncio.gather(*(batcher.submit(image(number)) for number in range(64)))
+    await asyncio.gather(*(classify(batcher, image(number)) for number in range(64)))
     await batcher.drain()
     await batcher.close()
     assert [len(engine.threads) for engine in engines] == [1, 1]

@@ -9,7 +9,7 @@ import uvloop
 from service.batching.batcher import DynamicBatcher, Prediction
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady
 from tests.fakes import FakeEngine, Images, Logits, image
-from tests.service.batchers import RecordingObserver, Start, begun, holding, numbers, submitted
+from tests.service.batchers import RecordingObserver, Start, begun, classify, classify_many, holding, numbers, submitted
 
 
 async def test_a_failing_batch_fails_its_own_members_alone(start: Start, caplog: pytest.LogCaptureFixture) -> None:
@@ -30,13 +30,13 @@ async def test_a_failing_batch_fails_its_own_members_alone(start: Start, caplog:
 async def test_a_large_request_fails_with_the_first_of_its_batches_and_the_rest_never_runs(start: Start) -> None:
     engine, batcher, first = await holding(start)
     engine.fail = lambda batch: RuntimeError("no") if 1 in batch else None
-    large = asyncio.create_task(batcher.submit_many([image(number) for number in range(1, 11)]))
+    large = asyncio.create_task(classify_many(batcher, [image(number) for number in range(1, 11)]))
     await asyncio.sleep(0)
     engine.let_go()
     with pytest.raises(InferenceFailed):
         await large
     await first
-    assert int((await batcher.submit(image(99))).logits[0]) == 99
+    assert int((await classify(batcher, image(99))).logits[0]) == 99
     assert engine.batches == [[0], [1, 2, 3, 4], [99]]
 
 
@@ -46,7 +46,7 @@ async def test_an_engine_that_gives_too_few_answers_fails_the_batch(start: Start
             return super().run(images)[1:]
 
     with pytest.raises(InferenceFailed):
-        await start(Forgetful()).submit(image(1))
+        await classify(start(Forgetful()), image(1))
 
 
 async def test_an_engine_that_keeps_failing_fails_the_batcher(start: Start) -> None:
@@ -57,12 +57,12 @@ async def test_an_engine_that_keeps_failing_fails_the_batcher(start: Start) -> N
     for _ in range(3):
         assert not batcher.failed.is_set()
         with pytest.raises(InferenceFailed):
-            await batcher.submit(image(1))
+            await classify(batcher, image(1))
     assert batcher.failed.is_set()
     assert reasons == [batcher.failure]
     assert "3 batches failed in a row, the last with RuntimeError('the device has gone')" in batcher.failure
     with pytest.raises(NotReady):
-        await batcher.submit(image(1))
+        await classify(batcher, image(1))
 
 
 async def test_failures_that_are_not_in_a_row_do_not(start: Start) -> None:
@@ -71,9 +71,9 @@ async def test_failures_that_are_not_in_a_row_do_not(start: Start) -> None:
     batcher = start(engine, max_failures=2)
     for number in range(8):
         with suppress(InferenceFailed):
-            await batcher.submit(image(number))
+            await classify(batcher, image(number))
     assert not batcher.failed.is_set()
-    assert int((await batcher.submit(image(8))).logits[0]) == 8
+    assert int((await classify(batcher, image(8))).logits[0]) == 8
 
 
 async def test_an_engine_that_hangs_is_found_out(start: Start, caplog: pytest.LogCaptureFixture) -> None:
@@ -87,7 +87,7 @@ async def test_an_engine_that_hangs_is_found_out(start: Start, caplog: pytest.Lo
     assert batcher.failure in caplog.text
     assert observer.failed_batches == [1]
     with pytest.raises(NotReady):
-        await batcher.submit(image(3))
+        await classify(batcher, image(3))
     engine.release()  # it comes back too late
     await batcher.on_each_engine(lambda engine: None)  # behind it in the thread, and behind its end in the loop
     assert observer.batches == []
@@ -119,7 +119,7 @@ async def test_when_one_engine_has_gone_batches_on_the_others_still_end(start: S
 async def test_a_run_that_ends_in_time_leaves_no_watchdog_behind(start: Start) -> None:
     batcher = start(FakeEngine(), run_timeout_ms=250)
     for number in range(5):
-        await batcher.submit(image(number))
+        await classify(batcher, image(number))
     await asyncio.sleep(0.3)
     assert not batcher.failed.is_set()
 
@@ -128,7 +128,7 @@ def test_times_are_finer_than_uvloops_clock_of_whole_milliseconds() -> None:
     async def predict() -> Prediction:
         batcher = DynamicBatcher([FakeEngine(delay=0.0015)], RecordingObserver())
         batcher.start()
-        prediction = await batcher.submit(image(1))
+        prediction = await classify(batcher, image(1))
         await batcher.close()
         return prediction
 
@@ -153,7 +153,7 @@ async def test_if_the_loop_dies_all_requests_end(start: Start, method: str) -> N
     assert all(isinstance(result, Prediction | InferenceFailed) for result in results)
     assert isinstance(results[-1], InferenceFailed)
     with pytest.raises(NotReady):
-        await batcher.submit(image(11))
+        await classify(batcher, image(11))
 
 
 async def test_an_observer_that_fails_while_the_engine_is_busy_is_noticed(start: Start) -> None:

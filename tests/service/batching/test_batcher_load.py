@@ -1,6 +1,7 @@
 """Everything at once: a storm, and streams that must not starve each other."""
 
 import asyncio
+import math
 import random
 from collections import Counter
 from collections.abc import Awaitable
@@ -9,7 +10,7 @@ import pytest
 
 from service.batching.batcher import Prediction
 from tests.fakes import FakeEngine, image
-from tests.service.batchers import RecordingObserver, Start, holding, submitted
+from tests.service.batchers import RecordingObserver, Start, classify, classify_many, holding, submitted
 
 
 async def test_observers_record_every_image_once(start: Start) -> None:
@@ -42,8 +43,8 @@ async def test_in_a_storm_everything_ends_exactly_once_and_with_its_own_answer(s
             await asyncio.sleep(chance.random() * 0.004)
             wanted = [chance.randrange(65536) for _ in range(chance.choice([1, 1, 1, 2, 20]))]
             sent += len(wanted)
-            deadline = chance.choice([None, loop.time() + chance.random() * 0.02])
-            request = asyncio.create_task(batcher.submit_many([image(n) for n in wanted], deadline=deadline))
+            deadline = chance.choice([math.inf, loop.time() + chance.random() * 0.02])
+            request = asyncio.create_task(classify_many(batcher, [image(n) for n in wanted], deadline=deadline))
             if chance.random() < 0.2:
                 loop.call_later(chance.random() * 0.01, request.cancel)
             (result,) = await asyncio.gather(request, return_exceptions=True)
@@ -73,12 +74,12 @@ async def test_small_requests_do_not_starve_under_a_stream_of_large_ones(start: 
 
     async def flood() -> None:
         while not stop:
-            await batcher.submit_many([image(1)] * 64)
+            await classify_many(batcher, [image(1)] * 64)
 
     floods = [asyncio.create_task(flood()) for _ in range(3)]
     for _ in range(50):
         before = len(engine.batches)
-        await batcher.submit(image(2))
+        await classify(batcher, image(2))
         # At most the batch that runs, half a batch for each of the three, and its own.
         assert len(engine.batches) - before <= 4
     stop = True
@@ -92,10 +93,10 @@ async def test_large_requests_do_not_starve_under_a_stream_of_small_ones(start: 
 
     async def flood() -> None:
         while not stop:
-            await batcher.submit(image(1))
+            await classify(batcher, image(1))
 
     floods = [asyncio.create_task(flood()) for _ in range(32)]
-    large: Awaitable[list[Prediction]] = batcher.submit_many([image(2)] * 64)
+    large: Awaitable[list[Prediction]] = classify_many(batcher, [image(2)] * 64)
     before = len(engine.batches)
     await large
     # 32 small ones and half a batch of the large one in each turn: 16 turns of five batches.

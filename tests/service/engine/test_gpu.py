@@ -19,6 +19,7 @@ from service.repository.golden_check import check_golden
 from service.repository.store import EngineOptions, ModelStore
 from service.repository.versions import open_engines
 from tests.fakes import make_model_folder, tiny_images, tiny_logits
+from tests.service.batchers import classify
 from tests.service.gpu_models import make_half_folder, make_hungry_folder
 from tests.service.stores import StoreRecorder
 
@@ -136,7 +137,7 @@ async def test_swaps_under_load_fail_no_request_and_mix_no_answers(tmp_path: Pat
             index = (index + 1) % 50
             with store.lease() as live:
                 assert live.provider == "cuda"
-                prediction = await live.batcher.submit(images[index])
+                prediction = await classify(live.batcher, images[index])
             np.testing.assert_allclose(prediction.logits, expected[live.version][index], atol=1e-3)
             answers[live.version] += 1
 

@@ -14,6 +14,7 @@ from service.errors import Draining, InferenceFailed
 from service.repository.folder import GOLDEN_FILE
 from service.repository.store import EngineOptions, ModelStore, NoUsableVersionError
 from tests.fakes import FakeEngine, image, make_model_folder, tiny_images, tiny_logits
+from tests.service.batchers import classify
 from tests.service.stores import AnyGolden, FakeOpener, Make, Opener, StoreRecorder, assert_serves
 
 
@@ -46,9 +47,9 @@ async def test_a_request_keeps_its_model_from_decode_to_answer(make: Make, tmp_p
         assert first is second is not store.live
         await asyncio.sleep(0.02)  # time enough for a batcher to be closed too early
         assert not opener.engines[1].closed
-        assert (await first.batcher.submit(image(5))).logits[:2].tolist() == [5, 1]
+        assert (await classify(first.batcher, image(5))).logits[:2].tolist() == [5, 1]
         with store.lease() as new:
-            assert (await new.batcher.submit(image(5))).logits[:2].tolist() == [5, 2]
+            assert (await classify(new.batcher, image(5))).logits[:2].tolist() == [5, 2]
     assert await asyncio.to_thread(opener.engines[1].closing.wait, 5)
 
 
@@ -59,7 +60,7 @@ async def test_requests_queued_without_a_lease_are_served(make: Make, tmp_path: 
     await store.load()
     opener.engines[1].hold()
     batcher = store.lease().batcher
-    queued = [asyncio.create_task(batcher.submit(image(number))) for number in range(6)]
+    queued = [asyncio.create_task(classify(batcher, image(number))) for number in range(6)]
     await asyncio.sleep(0)
     make_model_folder(tmp_path, 2)
     await store.reload()
@@ -85,7 +86,7 @@ async def test_fifty_swaps_under_load_fail_no_request_and_mix_no_answers(make: M
             index = (index + 1) % 50
             with store.lease() as live:
                 await asyncio.sleep(0)  # a decode, during which the model may be swapped
-                prediction = await live.batcher.submit(images[index])
+                prediction = await classify(live.batcher, images[index])
             np.testing.assert_allclose(prediction.logits, expected[live.version][index], atol=1e-4)
             answers[live.version] += 1
             if live is store.live:
@@ -112,11 +113,11 @@ async def test_closing_serves_the_queue_of_the_old_model_too(make: Make, tmp_pat
     opener.engines[1].hold()
     lease = store.lease()
     with lease:
-        old = [asyncio.create_task(lease.batcher.submit(image(number))) for number in range(9)]
+        old = [asyncio.create_task(classify(lease.batcher, image(number))) for number in range(9)]
         await asyncio.sleep(0)
         make_model_folder(tmp_path, 2)
         await store.reload()
-        new = asyncio.create_task(store.lease().batcher.submit(image(9)))
+        new = asyncio.create_task(classify(store.lease().batcher, image(9)))
         await asyncio.sleep(0)
         closing = asyncio.create_task(store.close())
         await new
@@ -148,7 +149,7 @@ async def test_closing_waits_for_no_request_that_holds_an_old_model(make: Make, 
         assert opener.engines[1].closed
         assert opener.engines[2].closed
         with pytest.raises(Draining):
-            await old.batcher.submit(image(1))
+            await classify(old.batcher, image(1))
 
 
 async def test_an_engine_that_hangs_fails_the_store(tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ async def test_an_engine_that_hangs_fails_the_store(tmp_path: Path) -> None:
     await store.load()
     opener.engines[3].hold()
     with store.lease() as live:
-        lost = asyncio.create_task(live.batcher.submit(image(1)))
+        lost = asyncio.create_task(classify(live.batcher, image(1)))
     await asyncio.wait_for(store.failed.wait(), 5)
     assert store.failure.startswith("version 3: engine-0: a batch of 1 did not end")
     await asyncio.wait([lost])
@@ -178,7 +179,7 @@ async def test_on_a_device_that_has_gone_nothing_is_freed(tmp_path: Path) -> Non
     with store.lease() as live:
         while not store.failed.is_set():
             with pytest.raises(InferenceFailed):
-                await live.batcher.submit(image(1))
+                await classify(live.batcher, image(1))
     assert "batches failed in a row" in store.failure
     await store.close()
     assert not opener.engines[3].closed
