@@ -58,6 +58,8 @@ def with_workers(settings: Settings) -> Settings:
 
 def tls_problem(settings: Settings) -> str | None:
     """Return why the TLS files can't be used; None where they can, or where there are none."""
+    if settings.tls_cert is None:
+        return None
     service = Service(settings)
     try:
         configuration(PerceiverApp(service)).load()
