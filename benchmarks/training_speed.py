@@ -20,13 +20,13 @@ from benchmarks.common import BenchmarkError, describe_run, print_run, report, r
 from training.checkpoint import RunConfig
 from training.config import PRESETS, Precision
 from training.data.dataset import DataSet, Split
-from training.distributed import World, join, leave
+from training.distributed import World, join, shut_down
 from training.precision import choose_precision
 from training.train import Trainer
 
 # Sizes of the matrix products, until one takes this long. A processor that emulates bfloat16 needs 0.1 s for the first
 # and minutes for the last, which no signal interrupts.
-MATRICES, LONG_PRODUCT_SECONDS = (512, 1024, 2048, 4096), 0.05
+MATRICES, LONG_PRODUCT_S = (512, 1024, 2048, 4096), 0.05
 
 
 def main() -> int:
@@ -62,7 +62,7 @@ def main() -> int:
         if world.is_main:
             report(rows, about, args.csv)
     finally:
-        leave(world)
+        shut_down(world)
     return 0
 
 
@@ -149,7 +149,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, rounds: int = 8) -> fl
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         seconds = min(time_product(a, b) for _ in range(rounds))
         best = max(best, 2 * size**3 / seconds / 1e9)
-        if seconds > LONG_PRODUCT_SECONDS:
+        if seconds > LONG_PRODUCT_S:
             break
     return best
 

@@ -50,7 +50,7 @@ from service.engine.onnx_engine import EngineError
 from service.repository.folder import CHECKPOINT_FILE, GOLDEN_FILE, Golden, save_golden
 from training.checkpoint import digest
 from training.data.dataset import DataSet
-from training.transfer import flatterers
+from training.transfer import validation_overlaps
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,9 @@ def build(source: Source, options: Options) -> ExportedModel:
         variants = make_variants(graph, metadata, reference, data, golden, options)
     except (ArtifactError, EngineError) as error:
         raise ExportError(f"the service's engine can't run the exported model: {error}") from error
-    leakage = data is not None and bool(flatterers(source.run, data_path(source, options.data), own_val=data.own_val))
+    leakage = data is not None and bool(
+        validation_overlaps(source.run, data_path(source, options.data), has_val=data.has_val)
+    )
     duplicates = {} if data is None or has_changed(source, data) else data.copies()
     return ExportedModel(content, golden, metadata, flops, comparisons, variants, leakage, duplicates)
 

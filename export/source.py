@@ -15,12 +15,12 @@ from training.data import cifar
 from training.data.dataset import DataError, DataSet
 from training.data.load import load_for
 from training.evaluate import Metrics
-from training.metrics_log import MACHINE, Line, read_lines
+from training.metrics_log import MACHINE_FIELDS, MetricsEntry, read_metrics
 from training.model import Perceiver, count_parameters
 from training.preprocessing import Preprocess
 from training.report_schema import CURVES, PLOTS, Report
 from training.report_schema import FILE as REPORT_FILE
-from training.transfer import find
+from training.transfer import find_checkpoint
 
 RANDOM_CLASSES = 100
 METRICS_FILE = "metrics.json"  # of a version folder
@@ -75,7 +75,7 @@ class Source:
     checkpoint_sha256: str
     git_commit: str | None
     epoch: int
-    epochs: tuple[Line, ...] = ()
+    epochs: tuple[MetricsEntry, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
@@ -95,8 +95,8 @@ class Source:
     @property
     def machines(self) -> list[Machine]:
         """The machines that the epochs name, in order of time."""
-        named = [epoch for epoch in self.epochs if all(name in epoch for name in MACHINE)]
-        return list(dict.fromkeys(Machine(*(epoch[name] for name in MACHINE)) for epoch in named))
+        named = [epoch for epoch in self.epochs if all(name in epoch for name in MACHINE_FIELDS)]
+        return list(dict.fromkeys(Machine(*(epoch[name] for name in MACHINE_FIELDS)) for epoch in named))
 
     @property
     def parameters(self) -> int:
@@ -116,7 +116,7 @@ def load_source(path: Path) -> Source:
     if not path.exists():
         raise ExportError(f"{path}: does not exist; name the folder of a run, or a .safetensors file in it.")
     try:
-        checkpoint = find(path)
+        checkpoint = find_checkpoint(path)
         # Before reading, so that `export.build` notices if a run in progress replaces the file.
         sha256 = digest(checkpoint) if checkpoint.is_file() else ""
         model, preprocess, header = load_model(checkpoint)
@@ -185,10 +185,10 @@ def read_exported(folder: Path, key: str) -> Any:
         return None
 
 
-def read_epochs(folder: Path) -> tuple[Line, ...]:
+def read_epochs(folder: Path) -> tuple[MetricsEntry, ...]:
     """Read the epochs of a run, or those in a version's `metrics.json`; empty if damaged: only the card needs them."""
     try:
-        epochs = read_lines(folder) or read_exported(folder, "epochs") or []
+        epochs = read_metrics(folder) or read_exported(folder, "epochs") or []
     except ValueError:
         return ()
     return tuple(epochs) if all("epoch" in epoch for epoch in epochs) else ()

@@ -11,11 +11,11 @@ import torch
 
 # <malloc.h> of the GNU C library.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LARGEST = 2**31 - 1  # what an int holds, bytes
+MAX_INT = 2**31 - 1  # what an int holds, bytes
 
 # torch's own allocator on a GPU alone has a class for it. These are the words of that on a CPU, of CUDA and of its
 # libraries, which take memory for themselves: the first product fails so beside a service that leaves little.
-WANT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+OUT_OF_MEMORY_MESSAGES = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
 
 
 def keep_freed_memory() -> bool:
@@ -32,11 +32,11 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST)) and bool(mallopt(M_TRIM_THRESHOLD, LARGEST))
+    return bool(mallopt(M_MMAP_THRESHOLD, MAX_INT)) and bool(mallopt(M_TRIM_THRESHOLD, MAX_INT))
 
 
-def is_want_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether torch or numpy ran out of memory."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in str(error) for words in WANT_OF_MEMORY
+        words in str(error) for words in OUT_OF_MEMORY_MESSAGES
     )

@@ -30,7 +30,7 @@ from training.preprocessing import Preprocess
 HEADER = "perceiver"
 
 # Of a disk without room, wherever it is noticed: there may be no checkpoint yet.
-MAKE_ROOM = "make room; a run that has a checkpoint goes on with --resume"
+DISK_FULL_ADVICE = "make room; a run that has a checkpoint goes on with --resume"
 
 
 class CheckpointError(Exception):
@@ -159,7 +159,7 @@ def save(path: Path, tensors: dict[str, Tensor], header: Header) -> None:
         save_file(held, partial, metadata={HEADER: header.model_dump_json()})
     except SafetensorError as error:  # also where the disk is full
         partial.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: can't be written ({error}): {MAKE_ROOM}.") from error
+        raise CheckpointError(f"{path}: can't be written ({error}): {DISK_FULL_ADVICE}.") from error
     with partial.open("rb+") as file:
         os.fsync(file.fileno())  # a power cut would else leave a name without its bytes
     mask = os.umask(0)
@@ -202,12 +202,12 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def add_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Put ``prefix.`` before every name."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
-def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def strip_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose name starts with ``prefix.``, without it."""
     return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(prefix + ".")}
 
@@ -239,8 +239,8 @@ def load_model(path: Path) -> tuple[Perceiver, Preprocess, Header]:
     tensors, header = load(path)
     model = Perceiver(header.run.model)
     preprocess = Preprocess(header.run.model.image_size)
-    load_into(model, under("model", tensors), path)
-    load_into(preprocess, under("preprocess", tensors), path)
+    load_into(model, strip_prefix("model", tensors), path)
+    load_into(preprocess, strip_prefix("preprocess", tensors), path)
     return model.eval(), preprocess, header
 
 

@@ -161,7 +161,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def flag_with(name: str, value: object) -> str:
+def format_flag(name: str, value: object) -> str:
     """A field of the configurations as it is set on the command line."""
     if isinstance(value, bool):
         return _flag(name if value else f"no_{name}")
@@ -205,7 +205,7 @@ def choose_preset(args: argparse.Namespace) -> Preset | None:
         raise ValueError(f"--latent-std {changes['latent_std']} changes nothing with --init, which has latents.")
     for name, (is_used, lacking) in USED_ONLY.items():
         if name in changes and not is_used(chosen):
-            raise ValueError(f"{flag_with(name, changes[name])} changes nothing {lacking}.")
+            raise ValueError(f"{format_flag(name, changes[name])} changes nothing {lacking}.")
     if chosen.model.input_size > chosen.model.image_size:
         raise ValueError(
             f"--input-size {chosen.model.input_size} would be shrunk again, without filtering, to --image-size "

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from training import checkpoint
 from training.checkpoint import CheckpointError, Origin, RunConfig
-from training.cli import flag_with
+from training.cli import format_flag
 from training.model import Perceiver
 from training.preprocessing import Preprocess
 from training.transfer import load_origin
@@ -33,15 +33,15 @@ class Teacher(nn.Module):
         self.preprocess = Preprocess(origin.run.model.image_size)
         self.requires_grad_(False).eval()
 
-    def take(self, path: Path) -> None:
+    def load_weights(self, path: Path) -> None:
         """Take the weights of the checkpoint that the origin tells of.
 
         Raises:
             CheckpointError: it can't be read, or is another one by now.
         """
         tensors, _ = load_origin(path, self.origin)
-        checkpoint.load_into(self.model, checkpoint.under("model", tensors), path)
-        checkpoint.load_into(self.preprocess, checkpoint.under("preprocess", tensors), path)
+        checkpoint.load_into(self.model, checkpoint.strip_prefix("model", tensors), path)
+        checkpoint.load_into(self.preprocess, checkpoint.strip_prefix("preprocess", tensors), path)
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
@@ -64,11 +64,11 @@ def check_teacher(run: RunConfig) -> None:
     if theirs.model.image_size != run.model.image_size:
         raise CheckpointError(
             f"--distillation {run.train.distillation} shows the same pixels to the model of {flag}, which takes other "
-            f"sizes than this one: it could with {flag_with('image_size', theirs.model.image_size)}."
+            f"sizes than this one: it could with {format_flag('image_size', theirs.model.image_size)}."
         )
 
 
-def distilled(loss: Tensor, logits: Tensor, teacher: Tensor, share: float, temperature: float) -> Tensor:
+def distillation_loss(loss: Tensor, logits: Tensor, teacher: Tensor, share: float, temperature: float) -> Tensor:
     """Loss of targets that are in part a teacher's answers (Hinton et al. 2015, section 2).
 
     Args:

@@ -21,7 +21,7 @@ from training.allocator import keep_freed_memory
 T = TypeVar("T")
 
 # Rank 0 may download or read a large folder of images while the others wait, for which NCCL would have ten minutes.
-TIMEOUT = timedelta(hours=2)
+PROCESS_GROUP_TIMEOUT = timedelta(hours=2)
 
 
 class PeerFailed(Exception):  # noqa: N818 -- says what happened, elsewhere
@@ -76,7 +76,7 @@ class World:
                 tensor.copy_(on_device)
         return value
 
-    def from_main(self, work: Callable[[], T]) -> T:
+    def run_on_main(self, work: Callable[[], T]) -> T:
         """Do ``work`` in rank 0, which may download, read, and refuse; returns its result everywhere.
 
         Raises:
@@ -110,7 +110,7 @@ class World:
         dist.all_reduce(total)
         return total / self.size
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until all processes are here."""
         self.any(False)
 
@@ -178,18 +178,18 @@ def join(device: str) -> World:
         if local >= count:
             raise ValueError(f"torchrun starts more processes than the {count} CUDA devices of this machine.")
         where = torch.device("cuda", local)
-        use(where)
+        claim_device(where)
         torch.set_float32_matmul_precision("high")
     else:
         keep_freed_memory()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(0, 1, where)
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=TIMEOUT)
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=PROCESS_GROUP_TIMEOUT)
     return World(dist.get_rank(), size, where)
 
 
-def use(device: torch.device) -> None:
+def claim_device(device: torch.device) -> None:
     """Make a CUDA device this process's, and try it.
 
     torch counts devices by asking the driver, which may be too old for this build of torch, as the build may have no
@@ -207,7 +207,7 @@ def use(device: torch.device) -> None:
         raise ValueError(f"CUDA device {device.index} can't be used: {reason}. --device cpu does without.") from error
 
 
-def leave(world: World, failed_with: int | None = None) -> None:
+def shut_down(world: World, failed_with: int | None = None) -> None:
     """Leave the process group.
 
     After a failure NCCL would wait for peers that wait for this process, so the process ends here and now, with

@@ -8,12 +8,12 @@ from typing import Any
 
 FILE = "metrics.jsonl"
 # What tells of the machine and not of the model: no curve is drawn of it.
-MACHINE = ("device", "processes", "threads")
+MACHINE_FIELDS = ("device", "processes", "threads")
 
-Line = dict[str, Any]
+MetricsEntry = dict[str, Any]
 
 
-def read_lines(folder: Path) -> list[Line]:
+def read_metrics(folder: Path) -> list[MetricsEntry]:
     """The epochs of a run; one that a killed run left unfinished is not among them.
 
     Raises:
@@ -35,15 +35,15 @@ def read_lines(folder: Path) -> list[Line]:
     return lines
 
 
-def append_line(folder: Path, line: Line) -> None:
+def append_metrics(folder: Path, line: MetricsEntry) -> None:
     """Add an epoch."""
     with (folder / FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
-def forget_lines_after(folder: Path, epoch: int) -> None:
+def truncate_after(folder: Path, epoch: int) -> None:
     """Drop epochs that were written after the checkpoint, by a run killed between the two."""
-    kept = "".join(json.dumps(line) + "\n" for line in read_lines(folder) if line["epoch"] <= epoch)
+    kept = "".join(json.dumps(line) + "\n" for line in read_metrics(folder) if line["epoch"] <= epoch)
     path, partial = folder / FILE, folder / f"{FILE}.partial"
     if path.exists() and path.read_text(encoding="utf-8") == kept:
         return

@@ -321,11 +321,11 @@ class Perceiver(nn.Module):
         al. 2012, section 4.1, average the answers to mirrored crops).
         """
         if self.training or not self.config.test_time_flip:
-            return self.answer(pixels)
+            return self.forward_view(pixels)
         views = torch.stack([pixels, pixels.flip(3)], dim=1).flatten(0, 1)
-        return self.answer(views).unflatten(0, (-1, 2)).mean(dim=1)
+        return self.forward_view(views).unflatten(0, (-1, 2)).mean(dim=1)
 
-    def answer(self, pixels: Tensor) -> Tensor:
+    def forward_view(self, pixels: Tensor) -> Tensor:
         """The logits of the pixels as they are; shapes as `forward`'s."""
         tokens = self.tokens(pixels)
         kept = self.draw_latents()

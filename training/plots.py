@@ -18,11 +18,11 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8A8A8A"
 _DPI = 130
 
 
-def shortened(name: str, most: int) -> str:
-    """Return a name on one line, without its middle where it has more than ``most`` signs."""
+def shorten(name: str, max_length: int) -> str:
+    """Return a name on one line, without its middle where it has more than ``max_length`` characters."""
     name = " ".join(name.split())
-    tail = most // 3
-    return name if len(name) <= most else f"{name[: most - tail - 1]}…{name[-tail:]}"
+    tail = max_length // 3
+    return name if len(name) <= max_length else f"{name[: max_length - tail - 1]}…{name[-tail:]}"
 
 
 def _style(axes: Axes, title: str, x_label: str, y_label: str) -> None:
@@ -103,7 +103,7 @@ def save_confusion(pairs: Sequence[ConfusedPair], path: Path) -> None:
     bars = axes.barh(rows, [pair.share for pair in pairs], color=BLUE, height=0.7)
     axes.bar_label(bars, [f"{pair.share:.1%}  ({pair.count})" for pair in pairs], padding=4, color="#444444")
     # Names are text, whatever signs are in them: of two dollar signs matplotlib would make a formula.
-    names = [(shortened(pair.true, 36), shortened(pair.predicted, 36)) for pair in pairs]
+    names = [(shorten(pair.true, 36), shorten(pair.predicted, 36)) for pair in pairs]
     axes.set_yticks(rows, [f"{true}  →  {predicted}" for true, predicted in names], parse_math=False)
     axes.set_ylim(len(pairs) - 0.4, -0.6)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -26,14 +26,14 @@ from training.evaluate import (
     most_confused,
     predict_logits,
 )
-from training.metrics_log import MACHINE, read_lines
+from training.metrics_log import MACHINE_FIELDS, read_metrics
 from training.model import count_parameters
 from training.out_of_distribution import ALTERED, COUNT, out_of_distribution
-from training.plots import save_answers, save_confusion, save_curves, save_reliability, shortened
+from training.plots import save_answers, save_confusion, save_curves, save_reliability, shorten
 from training.report_schema import Report
 
 SPLITS = {"test": "test images", "val": "validation images"}
-DRAWN = 6  # images of each kind
+IMAGES_PER_KIND = 6  # images of each kind
 
 # What to think of a report's figures, by the split that they are of.
 NOTES = {
@@ -42,12 +42,12 @@ NOTES = {
 }
 
 
-def announce(folder: Path, events: SummaryWriter, best_by: str) -> None:
+def log_epoch(folder: Path, events: SummaryWriter, best_by: str) -> None:
     """Show the last epoch of ``metrics.jsonl`` on the terminal, in TensorBoard's events and in ``curves.png``."""
-    lines = read_lines(folder)
+    lines = read_metrics(folder)
     line = lines[-1]
     for key, value in line.items():
-        if key not in ("epoch", "step", *MACHINE):
+        if key not in ("epoch", "step", *MACHINE_FIELDS):
             events.add_scalar(key, value, int(line["epoch"]))
     events.flush()
     save_curves(lines, folder / report_schema.CURVES, best_by)
@@ -89,7 +89,7 @@ def write_report(
     metrics = {name: measure(logits[name] / temperature, labels[name], name) for name in logits}
     uncalibrated = {f"{name}_uncalibrated": measure(logits[name], labels[name], name) for name in logits}
     shown = "val" if test is None else "test"
-    strange = draw_strangers(folder, header.run.labels, val, lambda split: logits_of(split) / temperature)
+    strange = report_out_of_distribution(folder, header.run.labels, val, lambda split: logits_of(split) / temperature)
     report = Report(
         preset=header.run.preset,
         dataset=header.run.dataset,
@@ -101,8 +101,8 @@ def write_report(
         note=NOTES[shown],
         **metrics,
         **uncalibrated,
-        most_confused=draw_mistakes(folder, logits[shown], temperature, labels[shown], header.run.labels),
-        superclasses=figures_by_superclass(logits[shown], labels[shown], header.run),
+        most_confused=report_errors(folder, logits[shown], temperature, labels[shown], header.run.labels),
+        superclasses=report_superclasses(logits[shown], labels[shown], header.run),
         confidence=(measure_confidence(logits[shown] / temperature, labels[shown], SPLITS[shown]), *strange),
     )
     partial = folder / f"{report_schema.FILE}.partial"
@@ -111,14 +111,14 @@ def write_report(
     return report
 
 
-def figures_by_superclass(logits: Tensor, labels: Tensor, run: RunConfig) -> tuple[SuperclassMetrics, ...]:
+def report_superclasses(logits: Tensor, labels: Tensor, run: RunConfig) -> tuple[SuperclassMetrics, ...]:
     """The figures of each superclass; none where the data set has no superclasses."""
     if run.superclasses is None or run.superclass_names is None:
         return ()
     return tuple(measure_superclasses(logits, labels, run.superclasses, run.superclass_names))
 
 
-def draw_mistakes(
+def report_errors(
     folder: Path, logits: Tensor, temperature: float, targets: Tensor, labels: Sequence[str]
 ) -> tuple[ConfusedPair, ...]:
     """Draw the worst confusions and the reliability diagrams; returns the confusions.
@@ -137,7 +137,7 @@ def draw_mistakes(
     return tuple(pairs)
 
 
-def draw_strangers(
+def report_out_of_distribution(
     folder: Path, labels: Sequence[str], val: Split, answer: Callable[[Split], Tensor]
 ) -> list[Confidence]:
     """Ask about images out of distribution and draw some with the answers; returns how sure those were.
@@ -155,7 +155,7 @@ def draw_strangers(
         logits = answer(Split(torch.from_numpy(images), targets))
         result.append(measure_confidence(logits, targets if kind in ALTERED else None, kind))
         sure, first = logits.softmax(-1).max(-1)
-        words = [f"{shortened(labels[i], 20)} {p:.0%}" for i, p in zip(first.tolist(), sure.tolist(), strict=True)]
-        rows[kind] = list(zip(images, words, strict=True))[:DRAWN]
+        words = [f"{shorten(labels[i], 20)} {p:.0%}" for i, p in zip(first.tolist(), sure.tolist(), strict=True)]
+        rows[kind] = list(zip(images, words, strict=True))[:IMAGES_PER_KIND]
     save_answers(rows, folder / "out_of_distribution.png")
     return result

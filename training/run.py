@@ -18,26 +18,26 @@ from types import FrameType
 import torch
 from pydantic import ValidationError
 
-from training.allocator import is_want_of_memory
-from training.checkpoint import MAKE_ROOM, CheckpointError, RunConfig
+from training.allocator import is_out_of_memory
+from training.checkpoint import DISK_FULL_ADVICE, CheckpointError, RunConfig
 from training.cli import DEFAULT_PRESET
 from training.config import Preset, TrainConfig
 from training.data.dataset import DataError, DataSet
 from training.data.load import load_for
 from training.distillation import check_teacher
-from training.distributed import PeerFailed, World, join, leave
+from training.distributed import PeerFailed, World, join, shut_down
 from training.model import count_parameters
 from training.precision import choose_precision, computes_in_bfloat16, describe_precision
-from training.run_dir import alone_in, refuse_among_classes, refuse_existing
+from training.run_dir import check_outside_classes, check_unused, lock_run_dir
 from training.train import Trainer
-from training.transfer import check_fits, find, origin_of
-from training.warnings import notes_on
+from training.transfer import check_compatible, find_checkpoint, read_origin
+from training.warnings import warnings_for
 
 # Below so many steps, a preset's batch is halved, but not below this size.
-STEPS_OF_FEW, SMALLEST_BATCH = 4, 8
+MIN_STEPS_PER_EPOCH, MIN_BATCH_SIZE = 4, 8
 
 # What a write that fails says of a disk without room; it names no file.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 DONE, FAILED, USER_ERROR, STOPPED, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -55,41 +55,41 @@ def execute(args: argparse.Namespace, preset: Preset | None) -> int:
     try:
         world = join(args.device)
     except ValueError as error:
-        return complain(error, USER_ERROR)
+        return print_error(error, USER_ERROR)
     status = FAILED
     try:
-        status = start_or_complain(args, preset, world)
+        status = start_or_print_error(args, preset, world)
     except KeyboardInterrupt:
         status = INTERRUPTED
         raise
     finally:
-        leave(world, None if status in (DONE, STOPPED) else status)
+        shut_down(world, None if status in (DONE, STOPPED) else status)
     return status
 
 
-def start_or_complain(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
+def start_or_print_error(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
     """`start`, and a sentence for what a user can put right."""
     try:
         return start(args, preset, world)
     except (ValueError, DataError, CheckpointError) as error:
-        return complain(error, USER_ERROR)
+        return print_error(error, USER_ERROR)
     except PeerFailed:
         return USER_ERROR
     except MemoryError as error:
-        return complain(
+        return print_error(
             f"too little memory for the data ({error}): use fewer images or a lower --input-size.", USER_ERROR
         )
     except FloatingPointError as error:
-        return complain(error, FAILED)
+        return print_error(error, FAILED)
     except OSError as error:
-        if error.errno in FULL:
-            return complain(f"{error.strerror}: {MAKE_ROOM}.", USER_ERROR)
+        if error.errno in DISK_FULL:
+            return print_error(f"{error.strerror}: {DISK_FULL_ADVICE}.", USER_ERROR)
         if error.filename is None:
             raise
-        return complain(f"{os.fsdecode(error.filename)}: {error.strerror}.", USER_ERROR)  # TensorBoard's are bytes
+        return print_error(f"{os.fsdecode(error.filename)}: {error.strerror}.", USER_ERROR)  # TensorBoard's are bytes
 
 
-def complain(problem: object, status: int) -> int:
+def print_error(problem: object, status: int) -> int:
     """Say what is wrong; returns ``status``."""
     print(f"error: {problem}", file=sys.stderr)
     return status
@@ -102,20 +102,22 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
         torch.set_num_threads(args.threads)
     with ExitStack() as held:
         # Read once, and the same images and checkpoints for all, whatever is at their paths by then.
-        run, data_set, folder = world.from_main(lambda: prepare(args, preset, world, held))
-        with memory_explained(run.train, world.device, resumed=preset is None):
+        run, data_set, folder = world.run_on_main(lambda: prepare(args, preset, world, held))
+        with explain_out_of_memory(run.train, world.device, resumed=preset is None):
             trainer = Trainer(run, data_set, folder, world)
             if preset is None:
                 trainer.resume()
             else:
-                trainer.begin_with(*(None if path is None else find(path) for path in (args.init, args.teacher)))
+                trainer.load_origins(
+                    *(None if path is None else find_checkpoint(path) for path in (args.init, args.teacher))
+                )
             if preset is not None and world.is_main:
                 (folder / "config.json").write_text(run.model_dump_json(indent=2) + "\n", encoding="utf-8")
             if world.is_main:
-                notes = (f"note: {note}" for note in notes_on(run, data_set, preset))
+                warnings = (f"warning: {warning}" for warning in warnings_for(run, data_set, preset))
                 asked = None if preset is None else preset.train.precision
                 precision = describe_precision(run.train.precision, asked, world.device)
-                print(describe(trainer), precision, *notes, sep="\n", flush=True)
+                print(describe(trainer), precision, *warnings, sep="\n", flush=True)
             with stop_by_signal(trainer):
                 finished = trainer.fit(deadline, args.max_steps)
             if not world.is_main:
@@ -159,27 +161,31 @@ def prepare(
         ValueError, DataError, CheckpointError: a sentence for the user.
     """
     if preset is None:
-        run, data_set = resumed(args)
+        run, data_set = load_run(args)
         folder = args.resume
     else:
         world.share(preset.train.batch_size)
-        init, teacher = (None if path is None else origin_of(find(path)) for path in (args.init, args.teacher))
+        init, teacher = (
+            None if path is None else read_origin(find_checkpoint(path)) for path in (args.init, args.teacher)
+        )
         if init is not None:
-            check_fits(find(args.init), init.run.model, preset.model)
+            check_compatible(find_checkpoint(args.init), init.run.model, preset.model)
         # Twice, because without --out the folder is named after data that has to be read first.
-        refuse_existing(args.out)
+        check_unused(args.out)
         data_set = load_for(preset, args.data)
-        if args.validation_fraction is not None and data_set.own_val:
+        if args.validation_fraction is not None and data_set.has_val:
             raise ValueError(
                 f"--validation-fraction {args.validation_fraction} changes nothing: {args.data} has its own val/."
             )
         folder = args.out or Path("runs") / f"{args.preset or DEFAULT_PRESET}-{data_set.name}"
-        refuse_existing(folder)
-        refuse_among_classes(folder, data_set)
+        check_unused(folder)
+        check_outside_classes(folder, data_set)
         precision = choose_precision(preset.train.precision, world.device)
         train = preset.train.model_copy(update={"precision": precision})
         if args.batch_size is None:
-            train = train.model_copy(update={"batch_size": batch_for_few(train.batch_size, len(data_set.train), world)})
+            train = train.model_copy(
+                update={"batch_size": reduce_batch_size(train.batch_size, len(data_set.train), world)}
+            )
         run = RunConfig(
             preset=args.preset or DEFAULT_PRESET,
             data=str(args.data) if args.data else None,
@@ -194,12 +200,12 @@ def prepare(
             teacher=teacher,
         )
         check_teacher(run)
-    held.enter_context(alone_in(folder))
+    held.enter_context(lock_run_dir(folder))
     return run, data_set, folder
 
 
-def batch_for_few(batch_size: int, images: int, world: World) -> int:
-    """Halve a preset's batch until an epoch has `STEPS_OF_FEW` steps: of few images, one step an epoch learns little.
+def reduce_batch_size(batch_size: int, images: int, world: World) -> int:
+    """Halve a preset's batch until an epoch has `MIN_STEPS_PER_EPOCH` steps, down to `MIN_BATCH_SIZE`.
 
     Args:
         batch_size: the preset's.
@@ -207,15 +213,15 @@ def batch_for_few(batch_size: int, images: int, world: World) -> int:
         world: its processes share the batch.
     """
     while (
-        math.ceil(images / batch_size) < STEPS_OF_FEW
-        and batch_size >= 2 * SMALLEST_BATCH
+        math.ceil(images / batch_size) < MIN_STEPS_PER_EPOCH
+        and batch_size >= 2 * MIN_BATCH_SIZE
         and batch_size % (2 * world.size) == 0
     ):
         batch_size //= 2
     return batch_size
 
 
-def resumed(args: argparse.Namespace) -> tuple[RunConfig, DataSet]:
+def load_run(args: argparse.Namespace) -> tuple[RunConfig, DataSet]:
     """Configuration and data of the run in a folder."""
     path = args.resume / "config.json"
     try:
@@ -293,12 +299,12 @@ def stop_by_signal(trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def memory_explained(train: TrainConfig, device: torch.device, *, resumed: bool) -> Iterator[None]:
+def explain_out_of_memory(train: TrainConfig, device: torch.device, *, resumed: bool) -> Iterator[None]:
     """Turn what torch and numpy raise when memory runs out into a ValueError with a sentence for the user."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_want_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         advice = "start with a lower --batch-size"
         if train.precision != "bfloat16" and computes_in_bfloat16(device):

@@ -14,7 +14,7 @@ from training.data.dataset import DataSet
 from training.file_lock import locked
 
 
-def refuse_existing(folder: Path | None) -> None:
+def check_unused(folder: Path | None) -> None:
     """Raise ValueError when the folder holds a run that can be resumed (or when a file is in its place)."""
     if folder is None:
         return
@@ -30,11 +30,11 @@ def refuse_existing(folder: Path | None) -> None:
             "either way name another --out."
         )
     # A run that ended before its first checkpoint may be started again where it was.
-    if folder.is_dir() and any(folder.iterdir()) and not _is_of_a_run(folder / "config.json"):
+    if folder.is_dir() and any(folder.iterdir()) and not _is_run_config(folder / "config.json"):
         raise ValueError(f"--out {folder}: holds other files; name a folder of the run's own.")
 
 
-def _is_of_a_run(config: Path) -> bool:
+def _is_run_config(config: Path) -> bool:
     """Whether a file is a run's configuration; other trainers call theirs so, too."""
     try:
         RunConfig.model_validate_json(config.read_bytes())
@@ -43,7 +43,7 @@ def _is_of_a_run(config: Path) -> bool:
     return True
 
 
-def refuse_among_classes(folder: Path, data_set: DataSet) -> None:
+def check_outside_classes(folder: Path, data_set: DataSet) -> None:
     """Raise ValueError when the run would lie among the class folders: the next run would take it for a class."""
     for classes in data_set.class_folders:
         if folder.resolve().is_relative_to(classes.resolve()):
@@ -53,7 +53,7 @@ def refuse_among_classes(folder: Path, data_set: DataSet) -> None:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def lock_run_dir(folder: Path) -> Iterator[None]:
     """Make the folder where it is missing, and hold its lock, which ends with the process at the latest.
 
     Raises:

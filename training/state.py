@@ -83,7 +83,7 @@ class TrainState:
         """Whether all weights are finite; waits for the device."""
         return all(bool(weights.isfinite().all()) for weights in self.model.parameters())
 
-    def take_in(self, val: Metrics) -> bool:
+    def record_validation(self, val: Metrics) -> bool:
         """Remember an epoch's figures; returns whether they are better than all before."""
         is_best = self.is_best(val)
         if (val.top1, -val.loss) > (self.best_top1, -self.best_top1_loss):
@@ -110,13 +110,13 @@ class TrainState:
         """
         tensors = self._weights() | {"loss_sum": self.loss_sum}
         if self.average is not None:
-            tensors |= checkpoint.prefixed("raw", self.model.state_dict())
+            tensors |= checkpoint.add_prefix("raw", self.model.state_dict())
             tensors["average.n"] = self.average.n_averaged
         if self.teacher is not None:
-            tensors |= checkpoint.prefixed("teacher", self.teacher.state_dict())
+            tensors |= checkpoint.add_prefix("teacher", self.teacher.state_dict())
         packed = [checkpoint.pack_optimizer(optimizer) for optimizer in self.optimizers]
         for i, (moments, _) in enumerate(packed):
-            tensors |= checkpoint.prefixed(f"optimizer.{i}", moments)
+            tensors |= checkpoint.add_prefix(f"optimizer.{i}", moments)
         state: dict[str, Any] = {
             "plateau": vars(self.plateau),
             "best_top1": self.best_top1,
@@ -127,8 +127,8 @@ class TrainState:
         checkpoint.save(path, tensors, checkpoint.make_header(self.run, self.epoch, self.step, val, state))
 
     def _weights(self) -> dict[str, Tensor]:
-        model = checkpoint.prefixed("model", self.evaluated.state_dict())
-        return model | checkpoint.prefixed("preprocess", self.preprocess.state_dict())
+        model = checkpoint.add_prefix("model", self.evaluated.state_dict())
+        return model | checkpoint.add_prefix("preprocess", self.preprocess.state_dict())
 
     def load_last(self, path: Path, images: int) -> None:
         """Go back to what `save_last` wrote.
@@ -157,7 +157,7 @@ class TrainState:
             )
         self._load_weights(tensors, path)
         for i, (optimizer, scalars) in enumerate(zip(self.optimizers, header.state["optimizers"], strict=True)):
-            checkpoint.unpack_optimizer(optimizer, checkpoint.under(f"optimizer.{i}", tensors), scalars)
+            checkpoint.unpack_optimizer(optimizer, checkpoint.strip_prefix(f"optimizer.{i}", tensors), scalars)
         self.plateau = Plateau(**header.state["plateau"])
         self.best_top1, self.seconds = header.state["best_top1"], header.state["seconds"]
         # A run of before ties were decided goes on as it began: the earlier epoch stays.
@@ -166,15 +166,15 @@ class TrainState:
         self.epoch, self.step = header.epoch, header.step
 
     def _load_weights(self, tensors: dict[str, Tensor], path: Path) -> None:
-        weights = checkpoint.under("model", tensors)
-        checkpoint.load_into(self.preprocess, checkpoint.under("preprocess", tensors), path)
+        weights = checkpoint.strip_prefix("model", tensors)
+        checkpoint.load_into(self.preprocess, checkpoint.strip_prefix("preprocess", tensors), path)
         if self.average is not None:
             checkpoint.load_into(self.average.module, weights, path)
             self.average.n_averaged.copy_(tensors["average.n"])
-            weights = checkpoint.under("raw", tensors)
+            weights = checkpoint.strip_prefix("raw", tensors)
         checkpoint.load_into(self.model, weights, path)
         if self.teacher is not None:
-            checkpoint.load_into(self.teacher, checkpoint.under("teacher", tensors), path)
+            checkpoint.load_into(self.teacher, checkpoint.strip_prefix("teacher", tensors), path)
 
 
 def initial_state(run: RunConfig, train: Tensor, val: Tensor, device: torch.device) -> TrainState:

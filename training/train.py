@@ -25,16 +25,16 @@ from training.config import TrainConfig
 from training.data import augment
 from training.data.dataset import DataSet
 from training.data.trivial_augment import trivial_augment
-from training.distillation import Teacher, distilled
+from training.distillation import Teacher, distillation_loss
 from training.distributed import World
 from training.evaluate import Metrics, measure, predict_logits
-from training.metrics_log import Line, append_line, forget_lines_after
+from training.metrics_log import MetricsEntry, append_metrics, truncate_after
 from training.optim import clip_gradients, schedule_factor, set_learning_rates
 from training.preprocessing import Preprocess
-from training.report import announce, write_report
+from training.report import log_epoch, write_report
 from training.report_schema import Report
 from training.state import initial_state, seed_step
-from training.transfer import begin_with
+from training.transfer import load_initial_weights
 
 AUTOCAST: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -42,7 +42,7 @@ AUTOCAST: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bf
 CUDA_STEPS_BETWEEN_STOP_CHECKS = 20
 
 # A stop waits for validation, and who asked may not: before one that takes longer, the epoch's steps are saved.
-LONG_VALIDATION_SECONDS = 5.0
+LONG_VALIDATION_S = 5.0
 
 
 def epoch_order(seed: int, epoch: int, count: int, batch_size: int) -> Tensor:
@@ -79,7 +79,7 @@ class TrainStep(nn.Module):
         if self.teacher is None:
             return loss
         teacher = self.teacher(self._pixels(self.teacher.preprocess, images, draws, weight))
-        return distilled(loss, logits, teacher, self.config.distillation, self.config.distillation_temperature)
+        return distillation_loss(loss, logits, teacher, self.config.distillation, self.config.distillation_temperature)
 
     def _pixels(self, preprocess: Preprocess, images: Tensor, draws: augment.Draws, weight: Tensor | None) -> Tensor:
         pixels: Tensor = preprocess(images)
@@ -205,7 +205,7 @@ class Trainer:
         """Validate, move the schedule on, write metrics and checkpoints; False when a signal stopped the validation."""
         state = self.state
         train_loss = self._finite_loss() / self.steps_per_epoch
-        if self.world.is_main and self.validation_seconds > LONG_VALIDATION_SECONDS and state.is_finite:
+        if self.world.is_main and self.validation_seconds > LONG_VALIDATION_S and state.is_finite:
             state.save_last(self.folder / "last.safetensors", None)
         # One process measures, and the others learn from it whether the run ends.
         val = self.world.broadcast(self.validate() if self.world.is_main else None)
@@ -215,16 +215,16 @@ class Trainer:
         if not math.isfinite(val.loss):
             raise FloatingPointError(self._diverged("validation", val.loss))
         state.loss_sum.zero_()
-        is_best = state.take_in(val)
+        is_best = state.record_validation(val)
         seconds, state.seconds = state.seconds, 0.0
         if self.world.is_main:
-            append_line(self.folder, self._line(train_loss, val, seconds))
+            append_metrics(self.folder, self._metrics_entry(train_loss, val, seconds))
             if is_best:
                 state.save_best(self.folder / "best.safetensors", val)
             state.save_last(self.folder / "last.safetensors", val)
         return True
 
-    def _line(self, train_loss: float, val: Metrics, seconds: float) -> Line:
+    def _metrics_entry(self, train_loss: float, val: Metrics, seconds: float) -> MetricsEntry:
         return {
             "epoch": self.state.epoch,
             "step": self.state.step,
@@ -279,22 +279,22 @@ class Trainer:
         """
         self.state.load_last(self.folder / "last.safetensors", len(self.train_split))
 
-    def begin_with(self, init: Path | None, teacher: Path | None) -> None:
+    def load_origins(self, init: Path | None, teacher: Path | None) -> None:
         """Take the weights of other runs before the first step.
 
         Args:
-            init: the checkpoint of ``run.init``; see `training.transfer.begin_with`.
+            init: the checkpoint of ``run.init``; see `training.transfer.load_initial_weights`.
             teacher: that of ``run.teacher``; without it ``init`` teaches, where the run has a teacher.
 
         Raises:
             CheckpointError: one can't be read, or is another one by now.
         """
         if init is not None:
-            begin_with(self.state.model, self.run, init)
+            load_initial_weights(self.state.model, self.run, init)
         if self.state.teacher is not None:
             path = teacher or init
             assert path is not None  # `training.cli` sees to it
-            self.state.teacher.take(path)
+            self.state.teacher.load_weights(path)
 
     def fit(self, deadline: float | None = None, max_steps: int | None = None) -> bool:
         """Train until done or told to stop; writes ``last`` either way.
@@ -324,17 +324,17 @@ class Trainer:
                     self._finite_loss()
                     if self.world.is_main:
                         self.state.save_last(self.folder / "last.safetensors", None)
-                    self.world.meet()  # torchrun gives the others 30 s once one process has ended
+                    self.world.barrier()  # torchrun gives the others 30 s once one process has ended
                     return False
                 if events is not None:
-                    announce(self.folder, events, self.config.best_by)
+                    log_epoch(self.folder, events, self.config.best_by)
         return True
 
     def _events(self) -> SummaryWriter | nullcontext[None]:
         """TensorBoard's events; those of epochs that are trained again are hidden, and their lines dropped."""
         if not self.world.is_main:
             return nullcontext()
-        forget_lines_after(self.folder, self.state.epoch)
+        truncate_after(self.folder, self.state.epoch)
         return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.state.epoch + 1)
 
     def report(self) -> Report:

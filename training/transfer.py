@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from training import checkpoint
 from training.checkpoint import CheckpointError, Header, Origin, RunConfig
-from training.cli import flag_with
+from training.cli import format_flag
 from training.config import ModelConfig
 from training.data.load import load_for
 from training.model import Perceiver
 
-Flatterer = Literal["share", "images"]
+Overlap = Literal["share", "images"]
 
 # What a model may differ in from the one whose weights it takes. What else must hold of the patches' size in pixels, of
 # the latents' number and of the blocks, which may only be more, is checked apart.
@@ -42,7 +42,7 @@ MAY_DIFFER = {
 }
 
 
-def find(path: Path) -> Path:
+def find_checkpoint(path: Path) -> Path:
     """The checkpoint that a path means.
 
     Args:
@@ -67,7 +67,7 @@ def find(path: Path) -> Path:
     )
 
 
-def origin_of(path: Path) -> Origin:
+def read_origin(path: Path) -> Origin:
     """Tell what a run begins with, or what teaches it.
 
     Args:
@@ -83,7 +83,7 @@ def origin_of(path: Path) -> Origin:
 
 
 def load_origin(path: Path, origin: Origin) -> tuple[dict[str, Tensor], Header]:
-    """Read the checkpoint that `origin_of` has seen.
+    """Read the checkpoint that `read_origin` has seen.
 
     Raises:
         CheckpointError: it can't be read, or is no longer that one.
@@ -93,7 +93,7 @@ def load_origin(path: Path, origin: Origin) -> tuple[dict[str, Tensor], Header]:
     return checkpoint.load(path)
 
 
-def check_fits(path: Path, theirs: ModelConfig, mine: ModelConfig) -> None:
+def check_compatible(path: Path, theirs: ModelConfig, mine: ModelConfig) -> None:
     """Raise CheckpointError, with the flags that would put it right, unless one model can take the other's weights."""
     free = MAY_DIFFER | ({"sharing"} if theirs.num_iterations == 1 else set())  # of which one iteration has none
     free |= {"self_heads", "self_head_dim"} if theirs.num_blocks == 0 else set()  # then all blocks are fresh
@@ -108,7 +108,7 @@ def check_fits(path: Path, theirs: ModelConfig, mine: ModelConfig) -> None:
     if differing:
         # Of the same kernel another grid would do too, but is seldom what is wanted.
         differing += [name for name in ("patch_size", "patch_overlap") if getattr(theirs, name) != getattr(mine, name)]
-        flags = " ".join(flag_with(name, getattr(theirs, name)) for name in differing)
+        flags = " ".join(format_flag(name, getattr(theirs, name)) for name in differing)
         raise CheckpointError(f"{path}: is of a model that this one can't begin with; it could with {flags}.")
     if theirs.kernel != mine.kernel:
         raise CheckpointError(
@@ -122,14 +122,14 @@ def check_fits(path: Path, theirs: ModelConfig, mine: ModelConfig) -> None:
         )
 
 
-def flatterer(run: RunConfig, theirs: RunConfig, path: Path | None, *, own_val: bool) -> Flatterer | None:
+def validation_overlap(run: RunConfig, theirs: RunConfig, path: Path | None, *, has_val: bool) -> Overlap | None:
     """Why images that validate a run may have trained another that it goes back to, as far as anybody knows.
 
     Args:
         run: whose images validate now.
         theirs: the other.
         path: of the run's data; they are read again where the other held out more of them, or had them at another size.
-        own_val: whether the data tell themselves what validates.
+        has_val: whether the data tell themselves what validates.
 
     Returns:
         "share" where the other held out fewer of the same images, "images" where those were others, None where
@@ -144,7 +144,7 @@ def flatterer(run: RunConfig, theirs: RunConfig, path: Path | None, *, own_val: 
     if run.labels != theirs.labels:
         # With a class more, others may be drawn for validation, of the old ones too.
         return "images" if run.dataset == theirs.dataset and set(run.labels) & set(theirs.labels) else None
-    if run.train.validation_fraction > theirs.train.validation_fraction and not own_val:
+    if run.train.validation_fraction > theirs.train.validation_fraction and not has_val:
         return "share"
     if None in digests:
         return None
@@ -156,8 +156,8 @@ def flatterer(run: RunConfig, theirs: RunConfig, path: Path | None, *, own_val: 
     return None if load_for(theirs, path).digest() == theirs.pictures_sha256 else "images"
 
 
-def flatterers(run: RunConfig, path: Path | None, *, own_val: bool) -> list[tuple[Flatterer, RunConfig]]:
-    """The runs that led to a run and may have trained on what validates it, with why; see `flatterer`.
+def validation_overlaps(run: RunConfig, path: Path | None, *, has_val: bool) -> list[tuple[Overlap, RunConfig]]:
+    """The runs that led to a run and may have trained on what validates it, with why; see `validation_overlap`.
 
     Of those that had the same images, divided the same way, only the first is looked at.
     """
@@ -165,11 +165,11 @@ def flatterers(run: RunConfig, path: Path | None, *, own_val: bool) -> list[tupl
     for theirs in (origin.run for origin in run.ancestry()):
         images = (theirs.dataset, theirs.pictures_sha256, theirs.labels)
         runs.setdefault((*images, theirs.model.input_size, theirs.train.validation_fraction), theirs)
-    reasons = ((flatterer(run, theirs, path, own_val=own_val), theirs) for theirs in runs.values())
+    reasons = ((validation_overlap(run, theirs, path, has_val=has_val), theirs) for theirs in runs.values())
     return [(why, theirs) for why, theirs in reasons if why is not None]
 
 
-def begin_with(model: Perceiver, run: RunConfig, path: Path) -> None:
+def load_initial_weights(model: Perceiver, run: RunConfig, path: Path) -> None:
     """Copy a checkpoint's weights into a fresh model.
 
     What belongs to positions in the image is interpolated where the patches, or latents on a grid, stand closer or
@@ -183,12 +183,12 @@ def begin_with(model: Perceiver, run: RunConfig, path: Path) -> None:
         path: a ``.safetensors`` file.
 
     Raises:
-        CheckpointError: it can't be read, or is no longer the one that `origin_of` has seen.
+        CheckpointError: it can't be read, or is no longer the one that `read_origin` has seen.
     """
     assert run.init is not None
     tensors, header = load_origin(path, run.init)
     theirs = header.run.model
-    weights = checkpoint.under("model", tensors)
+    weights = checkpoint.strip_prefix("model", tensors)
     for name in weights:
         if name.endswith("position_embedding"):
             weights[name] = resample(weights[name].T, run.model.num_tokens).T.contiguous()
@@ -203,9 +203,9 @@ def begin_with(model: Perceiver, run: RunConfig, path: Path) -> None:
         weights |= {name: fresh[name] for name in fresh if name.startswith("head.")}
     for i, transformer in enumerate(model.transformers):
         for j in range(theirs.num_blocks, len(transformer)):
-            block = checkpoint.under(f"transformers.{i}.{j}", fresh)
+            block = checkpoint.strip_prefix(f"transformers.{i}.{j}", fresh)
             block |= {name: torch.zeros_like(block[name]) for name in block if ".output." in name}
-            weights |= checkpoint.prefixed(f"transformers.{i}.{j}", block)
+            weights |= checkpoint.add_prefix(f"transformers.{i}.{j}", block)
     checkpoint.load_into(model, weights, path)
 
 

@@ -11,11 +11,11 @@ from training.checkpoint import RunConfig
 from training.config import Preset
 from training.data.dataset import DataSet
 from training.data.image_files import SUFFIXES
-from training.data.image_folder import LAYOUT, OTHER_NAMES, SPLITS
-from training.transfer import flatterers
+from training.data.image_folder import LAYOUT, SPLITS, VAL_ALIASES
+from training.transfer import validation_overlaps
 
 
-def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterator[str]:
+def warnings_for(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterator[str]:
     """What a user should know of a run, a sentence each.
 
     Args:
@@ -28,23 +28,23 @@ def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterat
             f"{len(data_set.train)} training images are few: a step takes {run.train.batch_size} of them and not the "
             f"preset's {preset.train.batch_size}, so that an epoch has more steps (--batch-size decides otherwise)."
         )
-    if data_set.passed_over:
-        suffixes = Counter(printable(file.suffix or file.name) for file in data_set.passed_over)
+    if data_set.skipped_files:
+        suffixes = Counter(printable(file.suffix or file.name) for file in data_set.skipped_files)
         shown = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(5))
-        first = printable(data_set.passed_over[0])
-        count = len(data_set.passed_over)
+        first = printable(data_set.skipped_files[0])
+        count = len(data_set.skipped_files)
         yield (
             f"{count} {'files are' if count > 1 else 'file is'} passed over ({shown}), the first is {first}: "
             "images lie in their class's own folder, whose name begins with no dot, and end with "
             f"{' '.join(sorted(SUFFIXES))}."
         )
-    splits = [label for label in data_set.labels if label.lower() in (*SPLITS, *OTHER_NAMES)]
+    splits = [label for label in data_set.labels if label.lower() in (*SPLITS, *VAL_ALIASES)]
     if splits and len(data_set.class_folders) == 1:  # where train/ is told from val/ and test/ there is no doubt
         shown = " and ".join(printable(data_set.class_folders[0] / name) for name in splits)
         yield f"{shown}: taken for a class of that name, since the images are not laid out as {LAYOUT}."
     if preset is not None:
-        yield from notes_on_validation(run, data_set)
-        yield from notes_on_copies(data_set)
+        yield from overlap_warnings(run, data_set)
+        yield from copy_warnings(data_set)
     if preset is not None and run.init is not None:
         theirs = run.init.run.model
         if theirs.grid != run.model.grid:
@@ -54,12 +54,12 @@ def notes_on(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterat
             )
         if theirs.num_latents != run.model.num_latents:
             yield f"{run.model.num_latents} latents are interpolated from a grid of {theirs.num_latents}."
-    yield from notes_on_unseen(data_set)
+    yield from unseen_class_warnings(data_set)
 
 
-def notes_on_unseen(data_set: DataSet) -> Iterator[str]:
+def unseen_class_warnings(data_set: DataSet) -> Iterator[str]:
     """Tell the classes that no image validates, or tests."""
-    few = "put some into val/" if data_set.own_val else "a class needs two images"
+    few = "put some into val/" if data_set.has_val else "a class needs two images"
     for name, split, wanted in (("validation", data_set.val, few), ("test", data_set.test, "put some into test/")):
         if split is None:
             continue
@@ -70,10 +70,10 @@ def notes_on_unseen(data_set: DataSet) -> Iterator[str]:
             yield f"no {name} image of {shown}: no figure tells how well that is known; {wanted}."
 
 
-def notes_on_validation(run: RunConfig, data_set: DataSet) -> Iterator[str]:
+def overlap_warnings(run: RunConfig, data_set: DataSet) -> Iterator[str]:
     """Tell where images that validate may have trained what the run begins with, learns from, or goes back to."""
     path = Path(run.data) if run.data else None
-    found = flatterers(run, path, own_val=data_set.own_val)
+    found = validation_overlaps(run, path, has_val=data_set.has_val)
     if any(why == "images" for why, _ in found):
         yield (
             "the images are not those of the run that --init or --teacher names, or of one before it: where one "
@@ -88,7 +88,7 @@ def notes_on_validation(run: RunConfig, data_set: DataSet) -> Iterator[str]:
         )
 
 
-def notes_on_copies(data_set: DataSet) -> Iterator[str]:
+def copy_warnings(data_set: DataSet) -> Iterator[str]:
     """Tell where what trains also validates or tests; of an image folder, whose copies somebody can take out."""
     if not data_set.class_folders:
         return

@@ -10,10 +10,10 @@ from export.card.markdown import bullet, code, duration, paragraph, table
 from export.source import Source
 from service.engine.metadata import ModelMetadata
 from training.checkpoint import Origin, RunConfig
-from training.cli import flag_with
+from training.cli import format_flag
 from training.config import PRESETS
 from training.data.dataset import CIFAR100
-from training.metrics_log import MACHINE
+from training.metrics_log import MACHINE_FIELDS
 
 STAGE_FOLDER = "runs/stage"
 FIRST_EPOCHS = (1, 2, 5)
@@ -62,7 +62,7 @@ def training_command(launcher: str, run: RunConfig, flags: Sequence[str]) -> str
     changes.pop("num_classes", None)  # follows from the data
     if run.dataset != CIFAR100:  # on a small data set the preset's is halved, unless the flag is given
         changes["batch_size"] = run.train.batch_size
-    return " ".join([*parts, *(flag_with(name, value) for name, value in changes.items())])
+    return " ".join([*parts, *(format_flag(name, value) for name, value in changes.items())])
 
 
 def describe_run(source: Source) -> str:
@@ -100,7 +100,7 @@ def describe_origin(origin: Origin) -> str:
 def on_machines(source: Source) -> str:
     """Return " on " and the machines; empty where no epoch names one."""
     machines = " and then ".join(map(str, source.machines))
-    unnamed = sum(not all(name in epoch for name in MACHINE) for epoch in source.epochs)
+    unnamed = sum(not all(name in epoch for name in MACHINE_FIELDS) for epoch in source.epochs)
     if not machines:
         return ""
     return f" on {machines}" + (f" ({unnamed} of the epochs do not name a machine)" if unnamed else "")

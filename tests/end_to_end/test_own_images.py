@@ -99,7 +99,7 @@ def test_a_folder_of_images_becomes_a_served_model_by_three_commands(tmp_path: P
         ["make", "train"],
     ]
     output = run(in_this_environment(train, tmp_path, "--epochs 3 --threads 1 --device cpu"))
-    assert "note: 145 training images are few: a step takes 32 of them" in output
+    assert "warning: 145 training images are few: a step takes 32 of them" in output
     run(in_this_environment(export, tmp_path, "--golden 8 --max-batch 4"))
     (image,) = (word.removeprefix("file=@") for word in ask if word.startswith("file=@"))
     served = in_this_environment(serve, tmp_path, "--provider cpu --intra-op-threads 1")

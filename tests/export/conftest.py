@@ -14,7 +14,7 @@ from training import checkpoint
 from training.checkpoint import RunConfig
 from training.config import ModelConfig, TrainConfig
 from training.evaluate import Confidence, ConfusedPair, Metrics, SuperclassMetrics
-from training.metrics_log import Line, append_line
+from training.metrics_log import MetricsEntry, append_metrics
 from training.model import Perceiver, count_parameters
 from training.preprocessing import Preprocess
 from training.report_schema import CURVES, PLOTS, Report
@@ -74,7 +74,7 @@ def confidence(pictures: str, n: int, mean: float) -> Confidence:
     return Confidence(pictures=pictures, n=n, mean=mean, above_half=mean / 2, top1=None)
 
 
-def epoch_line(epoch: int) -> Line:
+def epoch_line(epoch: int) -> MetricsEntry:
     figures = {"train_loss": 4.0 / epoch, "val_loss": 3.0 / epoch, "val_top1": 0.1 * epoch, "val_top5": 0.2 * epoch}
     return {"epoch": epoch, **figures, "seconds": 300.0, "device": "cpu", "processes": 2, "threads": 1}
 
@@ -95,8 +95,8 @@ def write_run(folder: Path, data: Path | None, model_config: ModelConfig = TINY,
         train=TrainConfig(epochs=7, mixup=0.5),
     )
     val = Metrics(split="val", n=20, top1=0.5, top5=1.0, loss=1.0, ece=0.1)
-    tensors = checkpoint.prefixed("model", model.state_dict())
-    tensors |= checkpoint.prefixed("preprocess", preprocess.state_dict())
+    tensors = checkpoint.add_prefix("model", model.state_dict())
+    tensors |= checkpoint.add_prefix("preprocess", preprocess.state_dict())
     header = checkpoint.make_header(run, 2, 10, val, {})
     checkpoint.save(folder / "best.safetensors", tensors, header)
     test = val.model_copy(update={"split": "test", "n": 30, "top1": 0.4321})
@@ -119,7 +119,7 @@ def write_run(folder: Path, data: Path | None, model_config: ModelConfig = TINY,
     )
     (folder / "report.json").write_text(report.model_dump_json())
     for epoch in (1, 2, 3):
-        append_line(folder, epoch_line(epoch))
+        append_metrics(folder, epoch_line(epoch))
     for name in (CURVES, *PLOTS):
         (folder / name).write_bytes(name.encode())
     return folder

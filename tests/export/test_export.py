@@ -23,7 +23,7 @@ from training.checkpoint import Origin, RunConfig, load_model
 from training.config import PRESETS
 from training.data.load import load
 from training.report_schema import CURVES, PLOTS
-from training.transfer import flatterers
+from training.transfer import validation_overlaps
 
 
 @pytest.fixture(scope="module")
@@ -113,14 +113,14 @@ def test_data_that_changed_between_runs_are_told_from_data_that_are_only_divided
         return first.model_copy(update={"train": train, "pictures_sha256": digest, "init": init})
 
     for fraction in (0.4, 0.2):
-        assert not flatterers(last(fraction), whole, own_val=False)
-    assert flatterers(last(0.6), whole, own_val=False)
+        assert not validation_overlaps(last(fraction), whole, has_val=False)
+    assert validation_overlaps(last(0.6), whole, has_val=False)
     # Of a run that began with the last one, what the first was trained on still tells.
     again = Origin(checkpoint_sha256="2" * 64, epoch=1, git_commit=None, run=last(0.6))
-    assert flatterers(last(0.6).model_copy(update={"init": again}), whole, own_val=False)
+    assert validation_overlaps(last(0.6).model_copy(update={"init": again}), whole, has_val=False)
     (whole / LABELS[0] / "0.png").unlink()
     for fraction in (0.4, 0.2):
-        assert flatterers(last(fraction), whole, own_val=False)
+        assert validation_overlaps(last(fraction), whole, has_val=False)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 17])

@@ -281,7 +281,7 @@ def test_the_card_says_where_validation_images_may_have_leaked(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for flatters in (False, True):
-        monkeypatch.setattr(build, "flatterers", lambda *args, found=flatters, **kwargs: ["a run"] * found)
+        monkeypatch.setattr(build, "validation_overlaps", lambda *args, found=flatters, **kwargs: ["a run"] * found)
         out = tmp_path / str(flatters)
         assert main([str(run), "--out", str(out), *ARGUMENTS]) == 0
         assert (

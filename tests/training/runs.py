@@ -10,7 +10,7 @@ import torch
 from tests.training.tiny import ALONE, data_set
 from training import checkpoint
 from training.checkpoint import RunConfig
-from training.metrics_log import read_lines
+from training.metrics_log import read_metrics
 from training.train import Trainer
 
 # Between them: every optimiser, average, mixing, schedule and precision, and all kinds of dropout.
@@ -49,10 +49,10 @@ def tensors_of(trainer: Trainer, name: str = "last") -> dict[str, torch.Tensor]:
     return checkpoint.load(trainer.folder / f"{name}.safetensors")[0]
 
 
-def lines_of(trainer: Trainer) -> list[dict[str, float]]:
+def metrics_of(trainer: Trainer) -> list[dict[str, float]]:
     """The epochs' lines without what a clock says."""
     timed = ("seconds", "pictures_per_second")
-    return [{key: value for key, value in line.items() if key not in timed} for line in read_lines(trainer.folder)]
+    return [{key: value for key, value in line.items() if key not in timed} for line in read_metrics(trainer.folder)]
 
 
 def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -69,4 +69,4 @@ def assert_same_run(one: Trainer, other: Trainer) -> None:
     states = [{**header.state, "seconds": None} for header in headers]
     assert states[0] == states[1]
     assert (headers[0].epoch, headers[0].step, headers[0].val) == (headers[1].epoch, headers[1].step, headers[1].val)
-    assert lines_of(one) == lines_of(other)
+    assert metrics_of(one) == metrics_of(other)

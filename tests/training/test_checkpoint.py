@@ -38,8 +38,8 @@ def written(path: Path, **changes: object) -> tuple[Perceiver, Preprocess, Heade
     run = run_config(changes)
     model, preprocess = model_of_seed(1, **changes), Preprocess(8, (1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
     header = checkpoint.make_header(run, 2, 10, VAL, {"plateau": {"factor": 0.2}})
-    tensors = checkpoint.prefixed("model", model.state_dict())
-    checkpoint.save(path, tensors | checkpoint.prefixed("preprocess", preprocess.state_dict()), header)
+    tensors = checkpoint.add_prefix("model", model.state_dict())
+    checkpoint.save(path, tensors | checkpoint.add_prefix("preprocess", preprocess.state_dict()), header)
     return model, preprocess, header
 
 
@@ -188,18 +188,18 @@ def train(model: Perceiver, optimizers: list[Optimizer], steps: range) -> None:
 def test_an_optimiser_goes_on_exactly_from_its_packed_state(tmp_path: Path, name: str, steps: int) -> None:
     config = TrainConfig.model_validate({"optimizer": name, "weight_decay": 0.1})
     model, optimizers = trained(1, config, steps)
-    tensors = checkpoint.prefixed("model", model.state_dict())
+    tensors = checkpoint.add_prefix("model", model.state_dict())
     packed = [checkpoint.pack_optimizer(optimizer) for optimizer in optimizers]
     for i, (moments, _) in enumerate(packed):
-        tensors |= checkpoint.prefixed(str(i), moments)
+        tensors |= checkpoint.add_prefix(str(i), moments)
     state = {"optimizers": [scalars for _, scalars in packed]}
     checkpoint.save(tmp_path / "last", tensors, checkpoint.make_header(run_config(), 0, steps, None, state))
 
     tensors, header = checkpoint.load(tmp_path / "last")
     resumed, fresh = trained(2, config, 0)
-    resumed.load_state_dict(checkpoint.under("model", tensors))
+    resumed.load_state_dict(checkpoint.strip_prefix("model", tensors))
     for i, (optimizer, scalars) in enumerate(zip(fresh, header.state["optimizers"], strict=True)):
-        checkpoint.unpack_optimizer(optimizer, checkpoint.under(str(i), tensors), scalars)
+        checkpoint.unpack_optimizer(optimizer, checkpoint.strip_prefix(str(i), tensors), scalars)
 
     for one in ((model, optimizers), (resumed, fresh)):
         train(*one, range(steps, steps + 3))
@@ -233,7 +233,7 @@ def test_a_full_disk_is_told_and_leaves_the_last_one_whole(tmp_path: Path) -> No
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
     try:
         with pytest.raises(CheckpointError, match=r"last\.safetensors: can't be written"):
-            checkpoint.save(path, checkpoint.prefixed("model", model.state_dict()), header)
+            checkpoint.save(path, checkpoint.add_prefix("model", model.state_dict()), header)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before

@@ -17,7 +17,7 @@ from PIL import Image
 from tests.training.commands import RECIPE, at_step
 from training import checkpoint
 from training.__main__ import main
-from training.metrics_log import read_lines
+from training.metrics_log import read_metrics
 from training.report_schema import CURVES, PLOTS
 
 
@@ -109,7 +109,7 @@ def assert_finishes_as(run: Path, whole: Path) -> None:
     assert main(["--resume", str(run), "--threads=1"]) == 0
     expected = tensors_of(whole)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors_of(run).items())
-    assert [line["val_loss"] for line in read_lines(run)] == [line["val_loss"] for line in read_lines(whole)]
+    assert [line["val_loss"] for line in read_metrics(run)] == [line["val_loss"] for line in read_metrics(whole)]
     reports = [json.loads((folder / "report.json").read_text()) for folder in (run, whole)]
     assert reports[0]["test"] == reports[1]["test"]
 

@@ -17,7 +17,7 @@ from PIL import Image
 from tests.training.commands import RECIPE, at_step, fake_cpu
 from training import train
 from training.__main__ import main
-from training.run_dir import alone_in
+from training.run_dir import lock_run_dir
 
 Arrange = Callable[[Path, Path], list[str]]
 
@@ -265,7 +265,7 @@ def test_a_run_that_another_process_writes(
     with monkeypatch.context() as patched:
         at_step(patched, 1, try_too)
         assert main(command) == 3
-    with alone_in(run):
+    with lock_run_dir(run):
         assert main(["--resume", str(run), "--threads=1"]) == 2
         assert said in capsys.readouterr().err
     assert main(["--resume", str(run), "--threads=1"]) == 0
@@ -318,7 +318,7 @@ def test_a_full_disk_is_told(
     def full(folder: Path, line: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(train, "append_line", full)
+    monkeypatch.setattr(train, "append_metrics", full)
     assert main([*RECIPE, "--data", str(image_dir), "--out", str(tmp_path / "run")]) == 2
     assert "error: No space left on device: make room" in capsys.readouterr().err
 
@@ -331,6 +331,6 @@ def test_a_file_that_can_not_be_written_is_named(
     def refused(folder: Path, line: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system", os.fsencode(folder / "events"))
 
-    monkeypatch.setattr(train, "append_line", refused)
+    monkeypatch.setattr(train, "append_metrics", refused)
     assert main([*RECIPE, "--data", str(image_dir), "--out", str(tmp_path / "run")]) == 2
     assert f"error: {tmp_path}/run/events: Read-only file system." in capsys.readouterr().err

@@ -15,9 +15,9 @@ from tests.training.tiny import ALONE, DROPOUT, data_set, run_config
 from training import checkpoint
 from training.__main__ import main
 from training.checkpoint import CheckpointError, RunConfig
-from training.distillation import Teacher, check_teacher, distilled
+from training.distillation import Teacher, check_teacher, distillation_loss
 from training.train import Trainer
-from training.transfer import origin_of
+from training.transfer import read_origin
 
 pytestmark = pytest.mark.usefixtures("without_curves")
 
@@ -31,13 +31,13 @@ def taught(folder: Path, **train: object) -> tuple[RunConfig, Path]:
     first.fit()
     path = folder / "best.safetensors"
     run = run_config(DROPOUT, **({"distillation": 0.5} | MIXED | train))
-    return run.model_copy(update={"init": origin_of(path)}), path
+    return run.model_copy(update={"init": read_origin(path)}), path
 
 
 def trainer_of(run: RunConfig, folder: Path, path: Path) -> Trainer:
     folder.mkdir()
     trainer = Trainer(run, data_set(), folder, ALONE)
-    trainer.begin_with(path, None)
+    trainer.load_origins(path, None)
     return trainer
 
 
@@ -52,7 +52,7 @@ def test_the_loss_is_that_of_the_paper(share: float, temperature: float) -> None
     logits = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     theirs, labels = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 3, 1, 1, 2])
     loss = torch.nn.functional.cross_entropy(logits, labels)
-    found = distilled(loss, logits, theirs, share, temperature)
+    found = distillation_loss(loss, logits, theirs, share, temperature)
     softened = ((values / temperature).softmax(dim=1) for values in (theirs, logits))
     expected = (1 - share) * loss + share * temperature**2 * divergence(*softened)
     torch.testing.assert_close(found, expected)
@@ -63,7 +63,7 @@ def test_the_loss_is_that_of_the_paper(share: float, temperature: float) -> None
 def test_who_answers_as_the_teacher_does_has_nothing_to_learn_from_it() -> None:
     theirs = torch.randn(5, 4, dtype=torch.float64)
     logits = theirs.clone().requires_grad_()
-    loss = distilled(logits.sum() * 0, logits, theirs, 1.0, 2.0)
+    loss = distillation_loss(logits.sum() * 0, logits, theirs, 1.0, 2.0)
     assert loss.item() == pytest.approx(0, abs=1e-12)
     loss.backward()
     assert logits.grad is not None
@@ -108,12 +108,12 @@ def test_a_teacher_that_is_served_with_two_views_is_asked_once(tmp_path: Path) -
     first = Trainer(run_config({"test_time_flip": True}, epochs=1), data_set(), tmp_path, ALONE)
     first.fit()
     path = tmp_path / "best.safetensors"
-    teacher = Teacher(origin_of(path))
-    teacher.take(path)
+    teacher = Teacher(read_origin(path))
+    teacher.load_weights(path)
     served, preprocess, _ = checkpoint.load_model(path)
     pixels = preprocess(data_set().val.images)
     with torch.no_grad():
-        torch.testing.assert_close(teacher(pixels), served.answer(pixels), rtol=0, atol=0)
+        torch.testing.assert_close(teacher(pixels), served.forward_view(pixels), rtol=0, atol=0)
         assert not torch.allclose(teacher(pixels), served(pixels))
 
 
@@ -148,7 +148,7 @@ def test_what_is_exported_holds_no_teacher(tmp_path: Path) -> None:
     trainer = trainer_of(run, tmp_path / "run", path)
     trainer.fit()
     tensors, _ = checkpoint.load(trainer.folder / "best.safetensors")
-    assert not checkpoint.under("teacher", tensors)
+    assert not checkpoint.strip_prefix("teacher", tensors)
 
 
 def test_a_teacher_of_other_classes_or_other_pixels_is_refused(tmp_path: Path) -> None:
@@ -169,11 +169,11 @@ def test_a_teacher_of_other_classes_or_other_pixels_is_refused(tmp_path: Path) -
 def test_a_teacher_of_any_architecture_teaches_a_model_that_begins_at_random(tmp_path: Path) -> None:
     _, path = taught(tmp_path)
     run = run_config({"dim": 12, "num_blocks": 0, "patch_size": 4}, epochs=1, distillation=0.5, **MIXED)
-    run = run.model_copy(update={"teacher": origin_of(path)})
+    run = run.model_copy(update={"teacher": read_origin(path)})
     assert run.taught_by == run.teacher
     trainer = Trainer(run, data_set(), tmp_path, ALONE)
     fresh = [weights.clone() for weights in trainer.state.model.parameters()]
-    trainer.begin_with(None, path)
+    trainer.load_origins(None, path)
     assert all(torch.equal(*pair) for pair in zip(fresh, trainer.state.model.parameters(), strict=True))
     assert trainer.state.teacher is not None
     began, _, _ = checkpoint.load_model(path)
@@ -181,7 +181,7 @@ def test_a_teacher_of_any_architecture_teaches_a_model_that_begins_at_random(tmp
         assert torch.equal(trainer.state.teacher.model.state_dict()[name], tensor), name
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises(CheckpointError, match="has changed since this run was prepared"):
-        trainer.begin_with(None, path)
+        trainer.load_origins(None, path)
 
 
 def test_of_a_beginning_and_a_teacher_each_has_its_part(tmp_path: Path) -> None:
@@ -190,9 +190,9 @@ def test_of_a_beginning_and_a_teacher_each_has_its_part(tmp_path: Path) -> None:
     tensors, header = checkpoint.load(teacher)
     tensors |= {name: tensor + 0.1 for name, tensor in tensors.items() if name.startswith("model.")}
     checkpoint.save(teacher, tensors, header)
-    run = run.model_copy(update={"teacher": origin_of(teacher)})
+    run = run.model_copy(update={"teacher": read_origin(teacher)})
     trainer = Trainer(run, data_set(), tmp_path, ALONE)
-    trainer.begin_with(init, teacher)
+    trainer.load_origins(init, teacher)
     assert trainer.state.teacher is not None
     for mine, path in ((trainer.state.model, init), (trainer.state.teacher.model, teacher)):
         for name, tensor in checkpoint.load_model(path)[0].state_dict().items():
@@ -202,7 +202,7 @@ def test_of_a_beginning_and_a_teacher_each_has_its_part(tmp_path: Path) -> None:
 def test_a_teacher_of_its_own_depth_and_patches_teaches(tmp_path: Path) -> None:
     _, path = taught(tmp_path)
     run = run_config(DROPOUT | {"num_blocks": 2}, epochs=1, distillation=1.0, **MIXED)
-    run = run.model_copy(update={"init": origin_of(path)})
+    run = run.model_copy(update={"init": read_origin(path)})
     trainer = trainer_of(run, tmp_path / "run", path)
     assert isinstance(trainer.state.teacher, Teacher)
     assert len(trainer.state.teacher.model.transformers[0]) == 1

@@ -18,7 +18,7 @@ from tests.training.tiny import ALONE, write_images
 from training import checkpoint, distributed
 from training.__main__ import main
 from training.distributed import World, join
-from training.metrics_log import read_lines
+from training.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,7 +66,7 @@ def test_two_processes_train_as_one_with_twice_their_batch(pair: tuple[Path, str
     for name, weight in two_processes.weights(alone).items():
         torch.testing.assert_close(together[name], weight, atol=2e-5, rtol=1e-4)
         assert not torch.equal(before[name], weight)
-    expected, found = read_lines(tmp_path), read_lines(pair[0] / "plain")
+    expected, found = read_metrics(tmp_path), read_metrics(pair[0] / "plain")
     assert len(expected) == len(found) == 2
     for one, other in zip(expected, found, strict=True):
         for key in ("step", "train_loss", "val_loss", "val_top1", "learning_rate"):
@@ -78,7 +78,7 @@ def test_processes_that_stopped_go_on_bit_for_bit(pair: tuple[Path, str]) -> Non
     assert seen(folder, 0)["stopped"] == seen(folder, 1)["stopped"] == [False, 7]
     whole, stopped = (checkpoint.load(folder / name / "last.safetensors")[0] for name in ("rich", "stopped"))
     assert all(torch.equal(tensor, stopped[name]) for name, tensor in whole.items())
-    for one, other in zip(read_lines(folder / "rich"), read_lines(folder / "stopped"), strict=True):
+    for one, other in zip(read_metrics(folder / "rich"), read_metrics(folder / "stopped"), strict=True):
         # The two processes' losses are added in another order.
         assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-6)
         assert other["val_loss"] == one["val_loss"]
@@ -113,7 +113,7 @@ def test_a_value_with_tensors_arrives_whole(pair: tuple[Path, str]) -> None:
 
 def test_the_command_leaves_one_run(pair: tuple[Path, str]) -> None:
     run = pair[0] / "run"
-    assert [line["epoch"] for line in read_lines(run)] == [1]
+    assert [line["epoch"] for line in read_metrics(run)] == [1]
     assert json.loads((run / "report.json").read_text())["test"]["n"] == 6
     assert len(list((run / "tensorboard").iterdir())) == 1
 
@@ -145,7 +145,7 @@ def test_with_nccl_who_fails_ends_at_once_and_says_why(
         try:
             raise RuntimeError("no room")
         finally:
-            distributed.leave(World(1, 2, torch.device(device)), failed_with)
+            distributed.shut_down(World(1, 2, torch.device(device)), failed_with)
 
     with pytest.raises(LeftAtOnceError if ends else RuntimeError, match="2" if ends else "no room"):
         work()

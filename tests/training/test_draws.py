@@ -14,7 +14,7 @@ from tests.training.tiny import DROPOUT, run_config
 from training.checkpoint import RunConfig
 from training.data import augment
 from training.train import Trainer
-from training.transfer import origin_of
+from training.transfer import read_origin
 
 pytestmark = pytest.mark.usefixtures("without_curves")
 
@@ -76,12 +76,12 @@ def assert_all_differ(one: list[dict[str, Tensor]], other: list[dict[str, Tensor
 
 
 def continued(run: RunConfig, path: Path) -> RunConfig:
-    return run.model_copy(update={"init": origin_of(path)})
+    return run.model_copy(update={"init": read_origin(path)})
 
 
 def begun(folder: Path, run: RunConfig, path: Path) -> Trainer:
     trainer = trainer_in(folder, run)
-    trainer.begin_with(path, None)
+    trainer.load_origins(path, None)
     return trainer
 
 

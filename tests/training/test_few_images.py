@@ -15,7 +15,7 @@ from tests.training.tiny import FLAGS
 from training import checkpoint
 from training.__main__ import main
 from training.distributed import World
-from training.run import batch_for_few
+from training.run import reduce_batch_size
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ from training.run import batch_for_few
     ],
 )
 def test_the_batch_of_few_images(batch_size: int, images: int, processes: int, expected: int) -> None:
-    assert batch_for_few(batch_size, images, World(0, processes, torch.device("cpu"))) == expected
+    assert reduce_batch_size(batch_size, images, World(0, processes, torch.device("cpu"))) == expected
 
 
 @pytest.mark.usefixtures("without_curves")
@@ -44,10 +44,12 @@ def test_few_images_are_told_and_trained_on(tmp_path: Path, capsys: pytest.Captu
     flags = [*FLAGS, "--epochs=1", "--threads=1", "--device=cpu", "--data", str(data)]
     assert main([*flags, "--out", str(tmp_path / "run")]) == 0
     output = capsys.readouterr().out
-    assert "note: 7 training images are few: a step takes 8 of them and not the preset's 256" in output
-    unseen = "note: no validation image of cow: no figure tells how well that is known; a class needs two images."
+    assert "warning: 7 training images are few: a step takes 8 of them and not the preset's 256" in output
+    unseen = "warning: no validation image of cow: no figure tells how well that is known; a class needs two images."
     assert unseen in output
-    assert f"note: 3 files are passed over (2 .heic, 1 .txt), the first is {data}/ant/a.heic: images lie in" in output
+    assert (
+        f"warning: 3 files are passed over (2 .heic, 1 .txt), the first is {data}/ant/a.heic: images lie in" in output
+    )
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["batch_size"] == 8
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert (report["val"]["n"], report["training_pictures"], report["test"]) == (2, 7, None)
@@ -65,7 +67,7 @@ def test_a_class_that_looks_like_a_split_is_told(tmp_path: Path, capsys: pytest.
     flags = [*FLAGS, "--epochs=1", "--threads=1", "--device=cpu", "--max-steps=1"]
     assert main([*flags, "--data", str(data), "--out", str(tmp_path / "run")]) == 3
     said = capsys.readouterr().out
-    assert f"note: {data}/test: taken for a class of that name, since the images are not laid out as DIR/" in said
+    assert f"warning: {data}/test: taken for a class of that name, since the images are not laid out as DIR/" in said
     for name in ("ant", "bee", "test"):  # here there is no doubt
         (data / "train").mkdir(exist_ok=True)
         (data / name).rename(data / "train" / name)
@@ -80,8 +82,8 @@ def test_splits_that_lack_a_class_are_told(tmp_path: Path, capsys: pytest.Captur
     flags = [*FLAGS, "--epochs=1", "--threads=1", "--device=cpu", "--max-steps=1"]
     assert main([*flags, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]) == 3
     said = capsys.readouterr().out
-    assert "note: no validation image of bee: no figure tells how well that is known; put some into val/." in said
-    assert "note: no test image of ant: no figure tells how well that is known; put some into test/." in said
+    assert "warning: no validation image of bee: no figure tells how well that is known; put some into val/." in said
+    assert "warning: no test image of ant: no figure tells how well that is known; put some into test/." in said
 
 
 @pytest.mark.usefixtures("without_curves")
@@ -101,5 +103,5 @@ def test_copies_of_training_pictures_are_told(tmp_path: Path, capsys: pytest.Cap
         (data / "test" / "ant" / f"link{index}.png").symlink_to(data / "train" / "ant" / f"{index}.png")
     assert main([*flags, "--out", str(tmp_path / "mixed")]) == 3
     told = capsys.readouterr().out
-    assert "note: 1 of the 7 validation images is a copy of training images: the figures" in told
-    assert "note: 2 of the 8 test images are copies of training images: the figures" in told
+    assert "warning: 1 of the 7 validation images is a copy of training images: the figures" in told
+    assert "warning: 2 of the 8 test images are copies of training images: the figures" in told

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from training.evaluate import ConfusedPair, calibration_bins
-from training.plots import save_answers, save_confusion, save_curves, save_reliability, shortened
+from training.plots import save_answers, save_confusion, save_curves, save_reliability, shorten
 
 
 @pytest.fixture
@@ -162,4 +162,4 @@ def test_long_names_leave_room_for_what_is_drawn(tmp_path: Path, figures: list[F
 
 
 def test_names_are_shortened_in_their_middle() -> None:
-    assert [shortened(name, 6) for name in ("abcdef", "abcdefg", " a\nb ")] == ["abcdef", "abc…fg", "a b"]
+    assert [shorten(name, 6) for name in ("abcdef", "abcdefg", " a\nb ")] == ["abcdef", "abc…fg", "a b"]

@@ -14,7 +14,7 @@ from tests.training.tiny import ALONE, data_set, run_config
 from training import checkpoint
 from training.data.dataset import Split
 from training.evaluate import predict_logits
-from training.metrics_log import append_line, forget_lines_after, read_lines
+from training.metrics_log import append_metrics, read_metrics, truncate_after
 from training.report_schema import PLOTS, Report
 from training.train import Trainer
 
@@ -124,17 +124,17 @@ def test_the_report_tells_how_sure_the_model_is_of_what_it_does_not_know(tmp_pat
 
 
 def test_lines_are_appended_read_and_forgotten(tmp_path: Path) -> None:
-    assert read_lines(tmp_path) == []
+    assert read_metrics(tmp_path) == []
     lines = [{"epoch": epoch, "train_loss": 0.1 * epoch} for epoch in (1, 2, 3)]
     for line in lines:
-        append_line(tmp_path, line)
-    assert read_lines(tmp_path) == lines
+        append_metrics(tmp_path, line)
+    assert read_metrics(tmp_path) == lines
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 4, "tr')
-    assert read_lines(tmp_path) == lines
-    forget_lines_after(tmp_path, 2)
-    append_line(tmp_path, {"epoch": 3, "train_loss": 7.0})
-    assert read_lines(tmp_path) == [*lines[:2], {"epoch": 3, "train_loss": 7.0}]
+    assert read_metrics(tmp_path) == lines
+    truncate_after(tmp_path, 2)
+    append_metrics(tmp_path, {"epoch": 3, "train_loss": 7.0})
+    assert read_metrics(tmp_path) == [*lines[:2], {"epoch": 3, "train_loss": 7.0}]
 
 
 def test_an_average_of_weights_is_what_the_report_measures(tmp_path: Path, without_curves: None) -> None:
@@ -148,14 +148,14 @@ def test_an_average_of_weights_is_what_the_report_measures(tmp_path: Path, witho
 
 def test_a_full_disk_takes_no_epochs_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for epoch in (1, 2, 3):
-        append_line(tmp_path, {"epoch": epoch})
+        append_metrics(tmp_path, {"epoch": epoch})
 
     def full(path: Path, text: str, encoding: str) -> None:
         path.open("w").close()
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    forget_lines_after(tmp_path, 3)  # nothing to write
+    truncate_after(tmp_path, 3)  # nothing to write
     with pytest.raises(OSError, match="No space"):
-        forget_lines_after(tmp_path, 2)
-    assert [line["epoch"] for line in read_lines(tmp_path)] == [1, 2, 3]
+        truncate_after(tmp_path, 2)
+    assert [line["epoch"] for line in read_metrics(tmp_path)] == [1, 2, 3]

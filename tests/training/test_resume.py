@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.runs import RECIPES, assert_same_run, assert_same_tensors, lines_of, tensors_of, trainer_in
+from tests.training.runs import RECIPES, assert_same_run, assert_same_tensors, metrics_of, tensors_of, trainer_in
 from tests.training.tiny import DROPOUT, run_config
 from training import checkpoint
 from training.checkpoint import CheckpointError
@@ -66,7 +66,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
     again.resume()
     assert again.fit()
     assert_same_tensors(before, tensors_of(again))
-    assert len(lines_of(again)) == 3
+    assert len(metrics_of(again)) == 3
 
 
 @pytest.mark.parametrize("slow", [False, True])
@@ -126,7 +126,7 @@ def test_lines_behind_the_checkpoint_are_written_anew(tmp_path: Path) -> None:
     killed.fit(max_steps=5)
     # As a run leaves it that is killed between its second line and the checkpoint, and in the middle of a third.
     with (killed.folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(lines_of(whole)[1]) + '\n{"epoch": 3, "st')
+        file.write(json.dumps(metrics_of(whole)[1]) + '\n{"epoch": 3, "st')
     resumed = trainer_in(tmp_path / "killed", run)
     resumed.resume()
     resumed.fit()

@@ -9,7 +9,7 @@ import pytest
 from tests.training.commands import RECIPE
 from tests.training.tiny import run_config
 from training.__main__ import main
-from training.run_dir import alone_in
+from training.run_dir import lock_run_dir
 
 CONFIG = run_config().model_dump_json()
 
@@ -46,5 +46,5 @@ def test_a_run_without_a_checkpoint_begins_again_where_it_was(tmp_path: Path, im
 
 def test_a_folder_that_can_not_be_written_to_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.run_dir.os.access", lambda folder, mode: False)  # whoever is root may write anywhere
-    with pytest.raises(ValueError, match="run: can't be written to; go on with a copy"), alone_in(tmp_path / "run"):
+    with pytest.raises(ValueError, match="run: can't be written to; go on with a copy"), lock_run_dir(tmp_path / "run"):
         pass

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.runs import assert_same_run, assert_same_tensors, lines_of, tensors_of, trainer_in
+from tests.training.runs import assert_same_run, assert_same_tensors, metrics_of, tensors_of, trainer_in
 from tests.training.tiny import ALONE, DROPOUT, data_set, run_config
 from training import checkpoint
 from training.config import PRESETS
 from training.distributed import World
-from training.metrics_log import read_lines
+from training.metrics_log import read_metrics
 from training.precision import choose_precision
 from training.state import seed_step
 from training.train import Trainer, epoch_order
@@ -58,7 +58,7 @@ def test_a_seed_repeats_a_run_and_another_seed_does_not(tmp_path: Path) -> None:
     for trainer in runs:
         trainer.fit()
     assert_same_run(runs[0], runs[1])
-    assert lines_of(runs[0]) != lines_of(runs[2])
+    assert metrics_of(runs[0]) != metrics_of(runs[2])
 
 
 def test_a_damaged_line_is_told_with_its_file(tmp_path: Path) -> None:
@@ -69,17 +69,17 @@ def test_a_damaged_line_is_told_with_its_file(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"metrics\.jsonl: line 2 is damaged \(.*\); take it out, or restore the file\."
     ):
-        read_lines(tmp_path)
+        read_metrics(tmp_path)
     path.write_bytes(b"\xff\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl: line 1 is damaged"):
-        read_lines(tmp_path)
+        read_metrics(tmp_path)
 
 
 def test_it_learns(tmp_path: Path) -> None:
     run = run_config(optimizer="adamw", learning_rate=0.01, epochs=8, early_stop_patience=0)
     trainer = trainer_in(tmp_path / "run", run)
     trainer.fit()
-    lines = lines_of(trainer)
+    lines = metrics_of(trainer)
     assert lines[-1]["val_top1"] > 0.8
     assert lines[-1]["val_loss"] < 0.6 * lines[0]["val_loss"]
     assert [line["epoch"] for line in lines] == list(range(1, 9))
@@ -103,10 +103,10 @@ def test_the_average_of_the_weights_is_what_is_evaluated_and_saved(tmp_path: Pat
             expected[name] = (decay * old + (1 - decay) * weight).detach().clone()
     trainer.state.seconds = 1.0
     trainer.finish_epoch()
-    saved = checkpoint.under("model", tensors_of(trainer, "best"))
+    saved = checkpoint.strip_prefix("model", tensors_of(trainer, "best"))
     for name, weight in expected.items():
         torch.testing.assert_close(saved[name], weight)
-    assert not torch.equal(saved["latents"], checkpoint.under("raw", tensors_of(trainer))["latents"])
+    assert not torch.equal(saved["latents"], checkpoint.strip_prefix("raw", tensors_of(trainer))["latents"])
 
 
 @pytest.mark.parametrize("best_by", ["top1", "loss"])
@@ -114,7 +114,7 @@ def test_the_best_epoch_is_chosen_by_what_the_recipe_says(tmp_path: Path, best_b
     run = run_config(optimizer="adamw", learning_rate=0.02, epochs=6, best_by=best_by)
     trainer = trainer_in(tmp_path / "run", run)
     trainer.fit()
-    lines = lines_of(trainer)
+    lines = metrics_of(trainer)
     key = {"top1": lambda line: (-line["val_top1"], line["val_loss"]), "loss": lambda line: line["val_loss"]}[best_by]
     _, header = checkpoint.load(trainer.folder / "best.safetensors")
     assert header.epoch == min(lines, key=key)["epoch"]
@@ -130,14 +130,14 @@ def test_the_training_loss_is_the_mean_of_the_epoch(tmp_path: Path) -> None:
         logits = trainer.state.model(trainer.state.preprocess(trainer.train_split.images))
     expected = torch.nn.functional.cross_entropy(logits, trainer.train_split.labels).item()
     trainer.fit()
-    assert [line["train_loss"] for line in lines_of(trainer)] == pytest.approx([expected] * 3, rel=1e-5)
+    assert [line["train_loss"] for line in metrics_of(trainer)] == pytest.approx([expected] * 3, rel=1e-5)
 
 
 def test_the_rate_falls_where_the_loss_rests(tmp_path: Path) -> None:
     recipe = {"schedule": "plateau", "plateau_factor": 0.2, "plateau_patience": 1, "plateau_threshold": 100}
     trainer = trainer_in(tmp_path, run_config(learning_rate=0.01, epochs=4, **recipe))
     assert trainer.fit()
-    assert [line["learning_rate"] for line in lines_of(trainer)] == pytest.approx([0.01, 0.01, 0.002, 0.0004])
+    assert [line["learning_rate"] for line in metrics_of(trainer)] == pytest.approx([0.01, 0.01, 0.002, 0.0004])
 
 
 def test_the_optimizer_takes_gradients_that_are_clipped(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_early_stop_ends_the_run(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path / "run", run)
     assert trainer.fit()
     assert trainer.state.epoch < 50
-    losses = [line["val_loss"] for line in lines_of(trainer)]
+    losses = [line["val_loss"] for line in metrics_of(trainer)]
     assert min(losses) == losses[-3]
 
 
@@ -194,7 +194,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(tmp_pat
     with pytest.raises(FloatingPointError, match=message):
         trainer.finish_epoch() if what == "validation" else trainer.fit()
     assert_same_tensors(before, tensors_of(trainer))
-    assert len(lines_of(trainer)) == 1
+    assert len(metrics_of(trainer)) == 1
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -217,8 +217,8 @@ def test_of_epochs_that_are_as_good_the_one_of_the_lowest_loss_is_kept(tmp_path:
             trainer = trainer_in(tmp_path / "run", run, val=1)
             trainer.resume()
         trainer.fit(max_steps=max_steps)
-    ranked = sorted(lines_of(trainer), key=lambda line: (-line["val_top1"], line["val_loss"]))
+    ranked = sorted(metrics_of(trainer), key=lambda line: (-line["val_top1"], line["val_loss"]))
     assert ranked[0]["epoch"] != next(
-        line["epoch"] for line in lines_of(trainer) if line["val_top1"] == ranked[0]["val_top1"]
+        line["epoch"] for line in metrics_of(trainer) if line["val_top1"] == ranked[0]["val_top1"]
     )
     assert checkpoint.load(trainer.folder / "best.safetensors")[1].epoch == ranked[0]["epoch"]

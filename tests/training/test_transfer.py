@@ -16,10 +16,17 @@ from training import checkpoint
 from training.__main__ import main
 from training.checkpoint import CheckpointError, RunConfig
 from training.data.dataset import DataError
-from training.metrics_log import read_lines
+from training.metrics_log import read_metrics
 from training.model import Perceiver
 from training.preprocessing import Preprocess
-from training.transfer import begin_with, check_fits, find, flatterer, origin_of, resample
+from training.transfer import (
+    check_compatible,
+    find_checkpoint,
+    load_initial_weights,
+    read_origin,
+    resample,
+    validation_overlap,
+)
 
 # Patches of 4 pixels, every 4 or every 2; the scores know where a token stands.
 WIDE = {"patch_size": 4, "cross_position_bias": True}
@@ -33,8 +40,8 @@ def saved(folder: Path, run: RunConfig, name: str = "best.safetensors") -> tuple
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    tensors = checkpoint.prefixed("model", model.state_dict())
-    tensors |= checkpoint.prefixed("preprocess", Preprocess(run.model.image_size).state_dict())
+    tensors = checkpoint.add_prefix("model", model.state_dict())
+    tensors |= checkpoint.add_prefix("preprocess", Preprocess(run.model.image_size).state_dict())
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save(folder / name, tensors, checkpoint.make_header(run, 7, 70, None, {}))
     return model, folder / name
@@ -43,7 +50,7 @@ def saved(folder: Path, run: RunConfig, name: str = "best.safetensors") -> tuple
 def begun(path: Path, run: RunConfig) -> Perceiver:
     torch.manual_seed(5)
     model = Perceiver(run.model)
-    begin_with(model, run.model_copy(update={"init": origin_of(path)}), path)
+    load_initial_weights(model, run.model_copy(update={"init": read_origin(path)}), path)
     return model
 
 
@@ -153,7 +160,7 @@ def test_another_architecture_is_refused_with_the_flags_that_would_fit(
 ) -> None:
     _, path = saved(tmp_path, run_config({"patch_size": 4}))
     with pytest.raises(CheckpointError, match=message):
-        check_fits(path, origin_of(path).run.model, run_config({"patch_size": 4} | change).model)
+        check_compatible(path, read_origin(path).run.model, run_config({"patch_size": 4} | change).model)
 
 
 def test_what_decides_nothing_of_the_other_may_differ(tmp_path: Path) -> None:
@@ -161,48 +168,48 @@ def test_what_decides_nothing_of_the_other_may_differ(tmp_path: Path) -> None:
     least = {"num_iterations": 1, "num_blocks": 0}
     model, path = saved(tmp_path, run_config(least))
     other = run_config(least | {"sharing": "none", "self_heads": 1, "num_blocks": 1})
-    check_fits(path, origin_of(path).run.model, other.model)
+    check_compatible(path, read_origin(path).run.model, other.model)
     pixels = torch.randn(4, 3, 8, 8)
     torch.testing.assert_close(begun(path, other)(pixels), model(pixels), rtol=0, atol=1e-6)
     with pytest.raises(CheckpointError, match=r"it could with --num-iterations 1\.$"):
-        check_fits(path, origin_of(path).run.model, run_config({"num_iterations": 2, "sharing": "none"}).model)
+        check_compatible(path, read_origin(path).run.model, run_config({"num_iterations": 2, "sharing": "none"}).model)
 
 
 def test_fourier_features_of_another_grid_are_refused(tmp_path: Path) -> None:
     _, path = saved(tmp_path, run_config(WIDE | {"position": "fourier"}))
     with pytest.raises(CheckpointError, match=r"Fourier features are of a grid of 2 x 2 patches, .* of 4 x 4"):
-        check_fits(path, origin_of(path).run.model, run_config(CLOSE | {"position": "fourier"}).model)
+        check_compatible(path, read_origin(path).run.model, run_config(CLOSE | {"position": "fourier"}).model)
 
 
 def test_the_flags_that_would_fit_fit_together(tmp_path: Path) -> None:
     _, path = saved(tmp_path, run_config())
     grid = run_config({"latent_init": "grid", "cross_position_bias": True}).model
     with pytest.raises(CheckpointError, match=r"--no-cross-position-bias --latent-init normal\.$"):
-        check_fits(path, origin_of(path).run.model, grid)
+        check_compatible(path, read_origin(path).run.model, grid)
 
 
 def test_a_checkpoint_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
     run = run_config()
     _, path = saved(tmp_path, run)
-    run = run.model_copy(update={"init": origin_of(path)})
+    run = run.model_copy(update={"init": read_origin(path)})
     saved(tmp_path, run_config(epochs=4))
     with pytest.raises(CheckpointError, match="has changed since this run was prepared"):
-        begin_with(Perceiver(run.model), run, path)
+        load_initial_weights(Perceiver(run.model), run, path)
 
 
 def test_checkpoints_are_found_in_runs_and_model_folders(tmp_path: Path) -> None:
     _, best = saved(tmp_path / "run", run_config())
-    assert find(tmp_path / "run") == find(best) == best
+    assert find_checkpoint(tmp_path / "run") == find_checkpoint(best) == best
     for version in (2, 10):
         saved(tmp_path / "models" / str(version), run_config(), "checkpoint.safetensors")
     newest = tmp_path / "models" / "10" / "checkpoint.safetensors"
     for no_version in ("011", "\N{ARABIC-INDIC DIGIT NINE}\N{ARABIC-INDIC DIGIT NINE}"):
         saved(tmp_path / "models" / no_version, run_config(), "checkpoint.safetensors")
     (tmp_path / "models" / "12").write_text("a file")
-    assert find(tmp_path / "models") == find(tmp_path / "models" / "10") == newest
+    assert find_checkpoint(tmp_path / "models") == find_checkpoint(tmp_path / "models" / "10") == newest
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="empty: holds no checkpoint; name a run's folder, a model folder"):
-        find(tmp_path / "empty")
+        find_checkpoint(tmp_path / "empty")
 
 
 # --- the command
@@ -221,9 +228,9 @@ def test_what_a_user_should_know_of_another_grid_or_other_images_is_told(
     closer = ["--patch-size=2", "--patch-overlap=3", "--num-latents=16"]
     assert main([*flags, *closer, "--data", str(grown), "--out", str(tmp_path / "other")]) == 0
     told = capsys.readouterr().out
-    assert "note: the images are not those of the run that --init or --teacher names" in told
-    assert "note: positions are interpolated from a grid of 2 x 2 patches to one of 4 x 4." in told
-    assert "note: 16 latents are interpolated from a grid of 4." in told
+    assert "warning: the images are not those of the run that --init or --teacher names" in told
+    assert "warning: positions are interpolated from a grid of 2 x 2 patches to one of 4 x 4." in told
+    assert "warning: 16 latents are interpolated from a grid of 4." in told
 
 
 @pytest.mark.usefixtures("without_curves")
@@ -249,18 +256,18 @@ def test_other_shares_of_the_same_images_are_told_only_where_they_mix(
     assert "--validation-fraction 0.2 or less keeps them apart" in capsys.readouterr().out
     write_folder(folder, {"cat": 21})
     assert main([*flags, "--validation-fraction=0.1", "--out", str(tmp_path / "others")]) == 0
-    assert "note: the images are not those of the run that --init or --teacher names" in capsys.readouterr().out
+    assert "warning: the images are not those of the run that --init or --teacher names" in capsys.readouterr().out
     # A class that comes first in the alphabet: others of each class are drawn.
     write_folder(folder, {"ant": 20})
     assert main([*flags, "--validation-fraction=0.2", "--out", str(tmp_path / "wider")]) == 0
-    assert "note: the images are not those of the run that --init or --teacher names" in capsys.readouterr().out
+    assert "warning: the images are not those of the run that --init or --teacher names" in capsys.readouterr().out
 
 
 def test_who_may_have_trained_on_what_validates_now(tmp_path: Path) -> None:
     run = run_config().model_copy(update={"pictures_sha256": "1" * 64})
     fraction = run.train.validation_fraction
 
-    def why(mine: dict[str, object], theirs: dict[str, object], *, own_val: bool = False) -> str | None:
+    def why(mine: dict[str, object], theirs: dict[str, object], *, has_val: bool = False) -> str | None:
         runs = [
             run.model_copy(
                 update={
@@ -270,7 +277,7 @@ def test_who_may_have_trained_on_what_validates_now(tmp_path: Path) -> None:
             )
             for changes in (mine, theirs)
         ]
-        return flatterer(*runs, tmp_path / "nowhere", own_val=own_val)
+        return validation_overlap(*runs, tmp_path / "nowhere", has_val=has_val)
 
     other = {"pictures_sha256": "2" * 64}
     unknown = {"pictures_sha256": None}
@@ -279,7 +286,7 @@ def test_who_may_have_trained_on_what_validates_now(tmp_path: Path) -> None:
     assert why({}, dict(unknown)) is None
     assert why({"fraction": 0.3}, dict(other)) == why({"fraction": 0.3}, dict(unknown)) == "share"
     assert why({"fraction": 0.3}, {}) is None  # of so few images both shares are the same
-    assert why({"fraction": 0.3}, dict(unknown), own_val=True) is None
+    assert why({"fraction": 0.3}, dict(unknown), has_val=True) is None
     assert why({"labels": ("ant", "bee", "cat", "dog")}, dict(other)) == "images"
     assert why({"labels": ("x", "y")}, dict(other)) is None
     assert why({"labels": ("ant", "bee", "cat", "dog"), "dataset": "elsewhere"}, dict(other)) is None
@@ -312,7 +319,7 @@ def test_a_run_that_begins_with_another_goes_on_from_its_figures(tmp_path: Path,
     # Its first epoch has changed next to nothing, so it validates as the best epoch of the other did.
     header = checkpoint.load(whole / "best.safetensors")[1]
     assert header.val is not None
-    assert read_lines(run)[0]["val_loss"] == pytest.approx(header.val.loss, rel=1e-3)
+    assert read_metrics(run)[0]["val_loss"] == pytest.approx(header.val.loss, rel=1e-3)
     init = json.loads((run / "config.json").read_text())["init"]
     assert init["checkpoint_sha256"] == checkpoint.digest(whole / "best.safetensors")
     assert (init["epoch"], init["run"]["preset"]) == (header.epoch, "compact")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tests.training.tiny import DROPOUT, FLAGS, data_set, run_config
 from training import report, run
 from training.__main__ import main
-from training.distributed import PeerFailed, World, join, leave
+from training.distributed import PeerFailed, World, join, shut_down
 from training.train import Trainer
 
 # The bias of a key changes nothing, so its gradient is rounding alone, of which Adam makes full steps.
@@ -42,7 +42,7 @@ def failing_first(world: World) -> str:
         raise ValueError("no")
 
     try:
-        world.from_main(refuse)
+        world.run_on_main(refuse)
     except (ValueError, PeerFailed) as error:
         return type(error).__name__
     return "nothing"
@@ -83,7 +83,7 @@ def broadcast(world: World) -> list[object]:
 
 def commands(folder: Path, world: World) -> dict[str, object]:
     """Exit statuses of the command itself, in the process group that is there: torch can't join one a second time."""
-    run.join, run.leave = lambda device: world, lambda world, failed_with: None
+    run.join, run.shut_down = lambda device: world, lambda world, failed_with: None
     if not world.is_main:
         run.load_for = lambda preset, path: sys.exit("reads what the first has read already")
     flags = [*FLAGS, "--device=cpu", "--epochs=1", "--batch-size=8"]
@@ -103,7 +103,7 @@ def all_of_it(folder: Path) -> None:
     seen = train(folder, mine, world) | {"commands": commands(folder, world)}
     (mine / "seen.json").write_text(json.dumps(seen))
     torch.distributed.barrier()  # neither tears the group down while the other still talks
-    leave(world)
+    shut_down(world)
     sys.stderr.flush()
     # gloo's threads outlive the group and now and then abort a process that takes its time to exit ("terminate called
     # without an active exception"); everything that is tested has been written by now.

@@ -28,21 +28,21 @@ def _dtype(spec: str | bytes, align: int = 0, copy: int = 0) -> np.dtype[Any]:
 def _encode(text: str, encoding: str) -> bytes:
     """Stand in for ``_codecs.encode``, with which Python 3 writes bytes into protocol 2."""
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"encoding {encoding!r} is not admitted")
+        raise pickle.UnpicklingError(f"encoding {encoding!r} is not allowed")
     return text.encode("latin1")
 
 
 # Taken from numpy's own answers, so that no private module is named here.
-_ADMITTED = {
+_ALLOWED = {
     ("multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
     ("multiarray", "scalar"): np.float64(0).__reduce__()[0],
     ("numeric", "_frombuffer"): np.empty(1).__reduce_ex__(5)[0],
 }
-_ADMITTED_NAMES: dict[tuple[str, str], Any] = {
+_ALLOWED_GLOBALS: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): _dtype,
     ("_codecs", "encode"): _encode,
-    **{(f"numpy.{core}.{module}", name): f for (module, name), f in _ADMITTED.items() for core in ("core", "_core")},
+    **{(f"numpy.{core}.{module}", name): f for (module, name), f in _ALLOWED.items() for core in ("core", "_core")},
 }
 
 
@@ -52,9 +52,9 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         """Return the admitted object, or raise UnpicklingError."""
         try:
-            return _ADMITTED_NAMES[module_name, global_name]
+            return _ALLOWED_GLOBALS[module_name, global_name]
         except KeyError:
-            raise pickle.UnpicklingError(f"{module_name}.{global_name} is not admitted") from None
+            raise pickle.UnpicklingError(f"{module_name}.{global_name} is not allowed") from None
 
 
 def read_pickle(path: Path) -> dict[bytes, Any]:

@@ -64,8 +64,8 @@ class DataSet:
     superclasses: index of the superclass of each class, None where the source has none.
     superclass_names: the superclasses' names, None where the source has none.
     class_folders: folders of which each folder is a class, or would be; none where the source is no image folder.
-    own_val: whether the source itself tells the validation images from the training images.
-    passed_over: files there, and in the other splits, that were not taken for images.
+    has_val: whether the source itself tells the validation images from the training images.
+    skipped_files: files there, and in the other splits, that were not taken for images.
     """
 
     name: str
@@ -76,8 +76,8 @@ class DataSet:
     superclasses: tuple[int, ...] | None = None
     superclass_names: tuple[str, ...] | None = None
     class_folders: tuple[Path, ...] = ()
-    own_val: bool = False
-    passed_over: tuple[Path, ...] = ()
+    has_val: bool = False
+    skipped_files: tuple[Path, ...] = ()
 
     def digest(self) -> str:
         """SHA-256 of what a run learns and chooses from: training and validation images and labels."""

@@ -24,7 +24,7 @@ ARCHIVE_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 ARCHIVE_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
 
 _CHUNK_BYTES = 1 << 18
-_TIMEOUT_SECONDS = 30
+_TIMEOUT_S = 30
 _ATTEMPTS = 3
 _HTTP_PARTIAL = 206
 _HTTP_RANGE_NOT_SATISFIABLE = 416
@@ -39,7 +39,7 @@ def _receive(url: str, partial: Path) -> bool:
     """Append to ``partial`` what is missing; return whether the server's whole file has arrived."""
     offset = partial.stat().st_size if partial.exists() else 0
     try:
-        response = urllib.request.urlopen(_request(url, offset), timeout=_TIMEOUT_SECONDS)  # noqa: S310 - as above
+        response = urllib.request.urlopen(_request(url, offset), timeout=_TIMEOUT_S)  # noqa: S310 - as above
     except urllib.error.HTTPError as error:
         with error:
             if error.code == _HTTP_RANGE_NOT_SATISFIABLE:
@@ -135,7 +135,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
+def _lock_cache(folder: Path) -> Iterator[None]:
     """Let the processes of one machine (torchrun starts several) download and unpack one after the other."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ def ensure_cifar100(cache_dir: Path, *, url: str = ARCHIVE_URL, md5: str = ARCHI
     if found := find(cache_dir):
         return found
     folder, archive = cache_dir / FOLDER, cache_dir / f"{FOLDER}.tar.gz"
-    with _one_at_a_time(cache_dir):
+    with _lock_cache(cache_dir):
         if find(folder) is None:  # another process may have been first
             if archive.is_file():
                 _check_archive(archive, md5)

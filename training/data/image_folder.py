@@ -16,7 +16,7 @@ from training.data.image_files import SUFFIXES, read_images
 
 SPLITS = ("train", "val", "test")
 # What others call the folder `val`: passed over, its images would be lost and some of train/ held out in their place.
-OTHER_NAMES = ("val", "valid", "validation", "dev")
+VAL_ALIASES = ("val", "valid", "validation", "dev")
 LAYOUT = "DIR/<class>/*.jpg, or DIR/train/<class>/*.jpg with val/ and test/ beside train/"
 
 
@@ -110,7 +110,7 @@ def _hold_out(full: _Listing, path: Path, fraction: float, seed: int) -> tuple[_
     return full.at(training), full.at(validation)
 
 
-def _passed_over(path: Path, places: Sequence[Path], taken: set[Path]) -> list[Path]:
+def _skipped_files(path: Path, places: Sequence[Path], taken: set[Path]) -> list[Path]:
     """Return the files at and below ``path`` that are not in ``taken``, sorted.
 
     Nothing that hides behind a dot, except the images of what would be a class without its dot.
@@ -142,7 +142,7 @@ def load(path: Path, *, input_size: int, validation_fraction: float, seed: int =
     train_path = path / "train" if has_splits else path
     if has_splits and not (path / "val").is_dir():
         for folder in _class_folders(path):
-            if folder.name.lower() in OTHER_NAMES:
+            if folder.name.lower() in VAL_ALIASES:
                 raise DataError(f"{folder}: is passed over under this name; rename it val, or remove it.")
     labels = _labels_of(train_path)
     train = _list_split(train_path, labels)
@@ -151,7 +151,7 @@ def load(path: Path, *, input_size: int, validation_fraction: float, seed: int =
     )
     listings = [listing for listing in (train, val, test) if listing is not None]
     places = tuple(path / name for name in SPLITS) if has_splits else (path,)
-    passed_over = _passed_over(path, places, {file for listing in listings for file in listing.paths})
+    skipped_files = _skipped_files(path, places, {file for listing in listings for file in listing.paths})
     if val is None:
         train, val = _hold_out(train, train_path, validation_fraction, seed)
     name = path.resolve().name
@@ -162,6 +162,6 @@ def load(path: Path, *, input_size: int, validation_fraction: float, seed: int =
         val=val.read(input_size, "validation images"),
         test=test.read(input_size, "test images") if test is not None else None,
         class_folders=places,
-        own_val=has_splits and (path / "val").is_dir(),
-        passed_over=tuple(passed_over),
+        has_val=has_splits and (path / "val").is_dir(),
+        skipped_files=tuple(skipped_files),
     )

@@ -99,21 +99,21 @@ class Malicious:
 def test_a_malicious_pickle_is_refused_before_it_runs(tmp_path: Path, attack: object, protocol: int) -> None:
     folder = write_cifar(tmp_path / FOLDER)
     (folder / "train").write_bytes(pickle.dumps(attack, protocol))
-    with pytest.raises(DataError, match=r"train: is not the official CIFAR-100 file.*is not admitted"):
+    with pytest.raises(DataError, match=r"train: is not the official CIFAR-100 file.*is not allowed"):
         load(tmp_path, input_size=32)
 
 
 def test_dotted_names_do_not_lead_out_of_what_is_admitted(tmp_path: Path) -> None:
     path = tmp_path / "meta"
     path.write_bytes(b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93.")
-    with pytest.raises(DataError, match=r"numpy\.ndarray\.tofile is not admitted"):
+    with pytest.raises(DataError, match=r"numpy\.ndarray\.tofile is not allowed"):
         read_pickle(path)
 
 
 def test_only_the_latin1_encoding_of_protocol_2_is_admitted(tmp_path: Path) -> None:
     path = tmp_path / "meta"
     path.write_bytes(b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x03\x00\x00\x00hex\x86R.")
-    with pytest.raises(DataError, match="encoding 'hex' is not admitted"):
+    with pytest.raises(DataError, match="encoding 'hex' is not allowed"):
         read_pickle(path)
 
 

@@ -77,7 +77,7 @@ def test_hidden_and_other_files_are_passed_over(tmp_path: Path) -> None:
     loaded = load(tmp_path, input_size=8)
     assert loaded.labels == ("cat", "dog")
     assert len(loaded.train) + len(loaded.val) == 4
-    assert loaded.passed_over == tuple(tmp_path / name for name in told)
+    assert loaded.skipped_files == tuple(tmp_path / name for name in told)
 
 
 def test_a_class_behind_a_dot_is_told_by_its_images(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_class_behind_a_dot_is_told_by_its_images(tmp_path: Path) -> None:
     (tmp_path / ".22 calibre" / "notes.txt").write_text("")
     loaded = load(tmp_path, input_size=8)
     assert loaded.labels == ("cat", "dog")
-    assert [file.parent.name for file in loaded.passed_over] == [".22 calibre"] * 2
+    assert [file.parent.name for file in loaded.skipped_files] == [".22 calibre"] * 2
 
 
 def test_what_lies_behind_links_is_told_as_well(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_what_lies_behind_links_is_told_as_well(tmp_path: Path) -> None:
         (tmp_path / "train" / name).write_text("")
     loaded = load(data, input_size=8)
     assert len(loaded.train) + len(loaded.val) == 4
-    assert [str(file.relative_to(data / "train")) for file in loaded.passed_over] == [
+    assert [str(file.relative_to(data / "train")) for file in loaded.skipped_files] == [
         "cat/a.heic", "dog/b.heic", "dog/deep/c.png"
     ]  # fmt: skip
 

@@ -57,7 +57,7 @@ def test_what_a_smaller_share_holds_out_is_part_of_what_a_larger_one_does(tmp_pa
     assert held_out[0] < held_out[1]
     for loaded in (few, many):
         assert len(loaded.train) + len(loaded.val) == 20
-        assert not loaded.own_val
+        assert not loaded.has_val
 
 
 def test_a_share_is_of_no_use_where_validation_images_are_given(tmp_path: Path) -> None:
@@ -65,4 +65,4 @@ def test_a_share_is_of_no_use_where_validation_images_are_given(tmp_path: Path) 
         write_folder(tmp_path / split, {"cat": count, "dog": count})
     for fraction in (0.2, 0.5):
         loaded = load(tmp_path, input_size=8, validation_fraction=fraction)
-        assert (len(loaded.train), len(loaded.val), loaded.own_val) == (20, 6, True)
+        assert (len(loaded.train), len(loaded.val), loaded.has_val) == (20, 6, True)
