@@ -185,6 +185,12 @@ class TrainConfig(BaseModel):
         description="strength of TrivialAugment, one operation an image; 1: the paper's; 0: off. What moves in is the "
         "image mirrored at its edge, whatever --flip says",
     )
+    corruption: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the images that are made grey, compressed as JPEG, made noisy or blurred, a quarter each",
+    )
     mixup: float = Field(0.0, ge=0, description="alpha of mixup's Beta distribution; 0: off")
     cutmix: float = Field(0.0, ge=0, description="alpha of CutMix's Beta distribution; 0: off")
     mix_probability: float = Field(0.5, ge=0, le=1, description="share of the batches that mixup or CutMix changes")

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from training.checkpoint import RunConfig
 from training.config import TrainConfig
 from training.data import augment
+from training.data.corruption import corrupt
 from training.data.dataset import DataSet
 from training.data.trivial_augment import trivial_augment
 from training.distillation import Teacher, distillation_loss
@@ -74,6 +75,8 @@ class TrainStep(nn.Module):
         images = augment.flip_and_shift(images, draws)
         if self.config.trivial_augment:
             images = trivial_augment(images, draws.operation, draws.strength)
+        if self.config.corruption:
+            images = corrupt(images, draws.corruption, draws.severity)
         logits = self.model(self._pixels(self.preprocess, images, draws, weight)).float()
         loss = augment.mixed_cross_entropy(logits, labels, weight, self.config.label_smoothing)
         if self.teacher is None:

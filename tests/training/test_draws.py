@@ -18,7 +18,14 @@ from training.transfer import read_origin
 
 pytestmark = pytest.mark.usefixtures("without_curves")
 
-RECIPE: dict[str, Any] = {"crop_padding": 2, "zoom": 0.2, "trivial_augment": 0.5, "mixup": 0.4, "mix_probability": 1.0}
+RECIPE: dict[str, Any] = {
+    "crop_padding": 2,
+    "zoom": 0.2,
+    "trivial_augment": 0.5,
+    "corruption": 0.5,
+    "mixup": 0.4,
+    "mix_probability": 1.0,
+}
 
 
 class Recorder:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.config import TrainConfig
+from training.data.corruption import CORRUPTIONS
 from training.data.trivial_augment import OPERATIONS
 
 
@@ -26,6 +27,8 @@ class Draws:
         zoom: float32 [B, 2], height and width; above 1 shows more than the image, below 1 less.
         operation: int64 [B], of `training.data.trivial_augment.OPERATIONS`.
         strength: float32 [B], -1..1, of the operation.
+        corruption: int64 [B], of `training.data.corruption.CORRUPTIONS`.
+        severity: float32 [B], 0..1, of the corruption.
     """
 
     flip: Tensor
@@ -33,6 +36,8 @@ class Draws:
     zoom: Tensor
     operation: Tensor
     strength: Tensor
+    corruption: Tensor
+    severity: Tensor
 
     def share(self, part: slice, device: torch.device) -> Draws:
         """The draws of some of the images, on ``device``."""
@@ -49,7 +54,11 @@ def draw(config: TrainConfig, count: int) -> Draws:
     if config.trivial_augment:
         operation = torch.randint(len(OPERATIONS), (count,))
         strength = (torch.rand(count) * 2 - 1) * config.trivial_augment
-    return Draws(flip, shift, zoom, operation, strength)
+    corruption, severity = torch.zeros(count, dtype=torch.int64), torch.zeros(count)
+    if config.corruption:
+        corruption = torch.randint(1, len(CORRUPTIONS), (count,)) * (torch.rand(count) < config.corruption)
+        severity = torch.rand(count)
+    return Draws(flip, shift, zoom, operation, strength, corruption, severity)
 
 
 def flip_and_shift(images: Tensor, draws: Draws) -> Tensor:

@@ -29,6 +29,8 @@ def draws_of(count: int, **changes: Tensor) -> Draws:
         "zoom": torch.ones(count, 2),
         "operation": torch.zeros(count, dtype=torch.int64),
         "strength": torch.zeros(count),
+        "corruption": torch.zeros(count, dtype=torch.int64),
+        "severity": torch.zeros(count),
     }
     return Draws(**(nothing | changes))
 
