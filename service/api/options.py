@@ -1,4 +1,4 @@
-"""What the head of a request to `/predict` asks for."""
+"""What the head of a request for inference asks for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,23 +20,20 @@ class RequestOptions:
     Attributes:
         content_length: bytes; None where the length is not announced.
         timeout: seconds from the body's last byte.
-        top_k: None where the default is wanted.
     """
 
     content_type: str
     content_length: int | None
     timeout: float
-    top_k: int | None
 
 
-def read_options(lines: Sequence[tuple[bytes, bytes]], query: bytes, max_timeout_ms: int) -> RequestOptions:
-    """Read the headers and the query string of a request; of a header that is given twice, the last.
+def read_options(lines: Sequence[tuple[bytes, bytes]], max_timeout_ms: int) -> RequestOptions:
+    """Read the headers of a request; of a header that is given twice, the last.
 
     Content-Encoding is the exception: each names one more coding of the body.
 
     Raises:
-        InvalidTimeout, InvalidTopK: not an integer, or below 1.
-        BadRequest: an unknown query parameter, which may be a misspelt one.
+        InvalidTimeout: not an integer, or below 1.
         UnsupportedEncoding: the body is compressed.
     """
     headers = dict(lines)
@@ -53,12 +50,18 @@ def read_options(lines: Sequence[tuple[bytes, bytes]], query: bytes, max_timeout
         # HTTP allows any number of leading zeros, and the parser has bounded the rest; int() takes 4,300 digits alone.
         content_length=None if length is None else int(length.lstrip(b"0") or b"0"),
         timeout=timeout_ms / 1000,
-        top_k=read_top_k(query) if query else None,
     )
 
 
 def read_top_k(query: bytes) -> int | None:
-    """Read the one parameter that there is."""
+    """Read the query string of `/predict`, which has one parameter; None where the default is wanted.
+
+    Raises:
+        InvalidTopK: not an integer, or below 1.
+        BadRequest: an unknown parameter, which may be a misspelt one.
+    """
+    if not query:
+        return None
     if len(query) > MAX_QUERY_BYTES:
         raise InvalidTopK(f"The query is longer than {MAX_QUERY_BYTES} bytes; there is one parameter, top_k.")
     return _read_top_k(query)

@@ -7,14 +7,12 @@ where the body is small, and an ASGI task where it is large or chunked; both cal
 import asyncio
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from service.api.keys import check_key
-from service.api.options import RequestOptions, checked_top_k, read_options
-from service.api.paths import PREDICT
+from service.api.options import RequestOptions, read_options
 from service.api.payload import check_content_type, check_size, parse_body
-from service.api.prediction_writer import PredictionWriter, server_timing
-from service.api.response import Headers, Response, error_response, json_response
+from service.api.response import Headers, Response, error_response
 from service.batching.admission import Ticket
 from service.batching.queue import Prediction
 from service.decoding.upload import Upload
@@ -22,13 +20,18 @@ from service.errors import ClientDisconnected, Overloaded
 from service.repository.versions import LiveModel
 
 if TYPE_CHECKING:
-    from service.api.predict import PredictEndpoint
+    from service.api.endpoint import InferenceEndpoint
 
 Respond = Callable[[Response | None], None]
 
 
 class InferenceRequest:
     """One request, as the batcher's `FutureLike` and as one of the requests in flight.
+
+    A kind of request says what its head may ask for (`_check_options`), and what its response is (`set_result`).
+
+    Attributes:
+        path: of the URL, as logs and metrics name it.
 
     Args:
         endpoint: what all requests share.
@@ -39,15 +42,14 @@ class InferenceRequest:
 
     __slots__ = (
         "_began", "_chunks", "_decode_seconds", "_endpoint", "_filenames", "_headers", "_is_cancelled", "_is_done",
-        "_live", "_options", "_query", "_received", "_request_id", "_respond", "_service", "_task", "_ticket",
-        "_top_k", "_until", "_writer",
+        "_live", "_options", "_query", "_received", "_request_id", "_respond", "_service", "_task", "_ticket", "_until",
     )  # fmt: skip
 
+    path: ClassVar[str]
     _options: RequestOptions
-    _writer: PredictionWriter
     _filenames: Sequence[str | None]
 
-    def __init__(self, endpoint: "PredictEndpoint", headers: Headers, query: bytes, respond: Respond) -> None:
+    def __init__(self, endpoint: "InferenceEndpoint", headers: Headers, query: bytes, respond: Respond) -> None:
         self._began = perf_counter()
         self._endpoint = endpoint
         self._service = service = endpoint.service
@@ -97,23 +99,27 @@ class InferenceRequest:
         if endpoint.keys:
             check_key(self._headers, endpoint.keys)
         service.check_ready()
-        self._options = options = read_options(self._headers, self._query, settings.request_timeout_ms)
+        self._options = options = read_options(self._headers, settings.request_timeout_ms)
         check_content_type(options.content_type)
-        if options.top_k is not None:
-            checked_top_k(options.top_k, endpoint.writer_of(service.lease()).classes)
+        self._check_options(service.lease())
         announced = options.content_length or 0
         check_size(announced, settings.max_body_bytes)
         if service.admission.is_full(size=announced):
             raise Overloaded(retry_after=service.admission.retry_after(announced))
 
+    def _check_options(self, live: LiveModel) -> None:
+        """Read what only this kind of request asks for, and check it against a model.
+
+        It is called for the head, and again with the model that serves the request, which may be another.
+        """
+        raise NotImplementedError
+
     def _decode(self) -> None:
         self._received = perf_counter()
         self._until = asyncio.get_running_loop().time() + self._options.timeout
-        # One model from here to the response, so that input size, labels and version belong together. Its classes may
-        # be fewer than those of the one that the head was checked against.
+        # One model from here to the response, so that input size, labels and version belong together.
         self._live = live = self._service.lease().__enter__()
-        self._writer = self._endpoint.writer_of(live)
-        self._top_k = checked_top_k(self._options.top_k, self._writer.classes)
+        self._check_options(live)
         chunks, self._chunks = self._chunks, []
         body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         decoder, uploads, images = self._service.decoder, None, None
@@ -146,8 +152,12 @@ class InferenceRequest:
         self._task = None
         self._decode_seconds = perf_counter() - self._received
         self._filenames = [upload.filename for upload in uploads]
-        self._live.batcher.submit([image.data for image in images], self, self._until)
+        self._submit(self._live, uploads, images)
         self._service.metrics.decoded(self._decode_seconds)
+
+    def _submit(self, live: LiveModel, uploads: Sequence[Upload], images: Sequence[Any]) -> None:
+        """Queue the images, each uint8 [H, W, 3]."""
+        live.batcher.submit([image.data for image in images], self, self._until)
 
     # The batcher's FutureLike
 
@@ -161,15 +171,7 @@ class InferenceRequest:
 
     def set_result(self, result: list[Prediction], /) -> None:
         """Respond with predictions, one an image."""
-        try:
-            body = self._writer.write(result, self._filenames, self._top_k)
-        except Exception as error:  # a logit is not a number
-            self.fail(error)
-            return
-        response = json_response(200, body, self._request_id)
-        timing = server_timing(result, self._decode_seconds, perf_counter() - self._began)
-        response.headers.append((b"server-timing", timing))
-        self._finish(200, response)
+        raise NotImplementedError
 
     def set_exception(self, exception: Exception, /) -> None:
         """Respond with an error."""
@@ -204,7 +206,7 @@ class InferenceRequest:
             self._live = None
         self._ticket.__exit__(None, None, None)
         self._service.in_flight.discard(self)
-        self._endpoint.log.finished("POST", PREDICT, status, perf_counter() - self._began, self._request_id)
+        self._endpoint.log.finished("POST", self.path, status, perf_counter() - self._began, self._request_id)
         respond: Respond = self._respond
         self._respond = _ignore  # it may hold this: a cycle that only a collection would free
         respond(response)

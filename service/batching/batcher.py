@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from service.batching.engine_pool import EnginePool, PooledEngine
 from service.batching.observer import BatchObserver
-from service.batching.queue import Batch, DropReason, FairQueue, FutureLike, Pixels, Prediction, Request
+from service.batching.queue import Batch, DropReason, FutureLike, Pixels, Prediction, PriorityQueue, Request
 from service.batching.timer import TICK_SECONDS, Timer
 from service.engine.onnx_engine import Engine
 from service.engine.thread import call_in_loop
@@ -70,7 +70,7 @@ class DynamicBatcher:
         self._max_failures = max_failures
         self._observer = observer
         self._on_failure = on_failure
-        self._queue = FairQueue()
+        self._queue = PriorityQueue()
         self._arrived = asyncio.Event()  # the queue is not empty
         self._idle = asyncio.Event()  # the queue is empty and no engine runs
         self._idle.set()
@@ -102,7 +102,14 @@ class DynamicBatcher:
         self._loop_task = self._loop.create_task(self._dispatch(), name="batcher")
         self._loop_task.add_done_callback(self._loop_ended)
 
-    def submit(self, images: Sequence[Pixels], future: FutureLike, deadline: float = math.inf) -> None:
+    def submit(
+        self,
+        images: Sequence[Pixels],
+        future: FutureLike,
+        deadline: float = math.inf,
+        *,
+        is_background: bool = False,
+    ) -> None:
         """Queue the images of one request and return at once; they succeed or fail together.
 
         `future` ends with one `Prediction` an image, or with an error:
@@ -114,6 +121,7 @@ class DynamicBatcher:
             images: at least one, each the memory of a uint8 [H, W, 3]; it must not change before `future` ends.
             future: its `done` is true once its client has gone; images that are still queued are dropped then.
             deadline: seconds on the clock of `loop.time()`; no image starts to run after it. Infinity for none.
+            is_background: whether the images wait until no others do; they delay others by at most one batch.
 
         Raises:
             NotReady: the batcher has not been started, or has failed; `future` is left alone.
@@ -126,7 +134,7 @@ class DynamicBatcher:
             size = len(image) if isinstance(image, bytes) else image.nbytes
             if size != self._bytes:
                 raise ValueError(f"an image must have {self._bytes} bytes, and has {size}")
-        self._queue.put(Request(images, future, deadline))
+        self._queue.put(Request(images, future, deadline, is_background=is_background))
         self._arrived.set()
         self._idle.clear()
         self._expiry_timer.wake()
@@ -182,10 +190,10 @@ class DynamicBatcher:
             member = await self._pool.claim()
             room = member.engine.max_batch_size
             if not self._delay:
-                room = self._pool.room(member, self._queue.images)
+                room = self._pool.room(member, self._queue.next.images)
             elif self._queue:  # the poll may have dropped all of it
                 await self._wait_for_more(room)  # for a whole batch, which engines do not share
-            batch = self._queue.pop(room, self._loop.time())
+            batch = self._queue.next.pop(room, self._loop.time())
             if batch.size:
                 self._start_run(self._pool.best(member, batch.size, self._queue.images), batch)
             else:
@@ -195,9 +203,9 @@ class DynamicBatcher:
 
     async def _wait_for_more(self, size: int) -> None:
         with suppress(TimeoutError):  # the delay of the oldest is over, or a deadline is near
-            while self._queue and self._queue.images < size:
+            while self._queue and self._queue.next.images < size:
                 in_time = self._queue.earliest_deadline() - self._loop.time() - 2 * TICK_SECONDS
-                async with asyncio.timeout(min(self._queue.oldest + self._delay - perf_counter(), in_time)):
+                async with asyncio.timeout(min(self._queue.next.oldest + self._delay - perf_counter(), in_time)):
                     self._arrived.clear()
                     await self._arrived.wait()
 
@@ -241,6 +249,8 @@ class DynamicBatcher:
         member.failures = 0
         batch.complete(logits, seconds)
         self._observer.batch(batch.size, seconds)
+        if batch.parts[0][0].is_background:
+            return  # its wait says nothing about that of others
         queued, started = self._observer.queued, batch.started
         for request, start, stop in batch.parts:
             for _ in range(start, stop):

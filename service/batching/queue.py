@@ -1,7 +1,8 @@
 """The batcher's queue: requests in the order of arrival, large ones in turns.
 
 A request of many images gives at most half a batch at its turn, then goes to the end of the queue. So it delays each
-request behind it by at most half a batch, however large it is.
+request behind it by at most half a batch, however large it is. Background requests have a queue of their own, from
+which a batch is taken only while the other is empty: they delay a request by at most the batch that runs.
 """
 
 import logging
@@ -78,6 +79,7 @@ class Request:
         images: at least one, each the memory of a uint8 [H, W, 3].
         future: ends with one `Prediction` an image, in order, or with the first error.
         deadline: loop time; infinity for none.
+        is_background: whether it waits until nothing else does.
 
     Attributes:
         enqueued: `perf_counter` at arrival; uvloop's loop time counts in whole milliseconds.
@@ -85,17 +87,20 @@ class Request:
         predictions: by index, of a request in several batches; engines may end them in any order.
     """
 
-    __slots__ = ("deadline", "enqueued", "future", "images", "predictions", "taken")
+    __slots__ = ("deadline", "enqueued", "future", "images", "is_background", "predictions", "taken")
 
     def __init__(
         self,
         images: Sequence[Pixels],
         future: FutureLike,
         deadline: float = math.inf,
+        *,
+        is_background: bool = False,
     ) -> None:
         self.images = images
         self.future = future
         self.deadline = deadline
+        self.is_background = is_background
         self.enqueued = perf_counter()
         self.taken = 0
         self.predictions: dict[int, Prediction] = {}
@@ -227,3 +232,41 @@ class FairQueue:
             dropped += ["deadline"] * left
         elif request.future.cancelled():
             dropped += ["cancelled"] * left
+
+
+class PriorityQueue:
+    """Two fair queues; the background one gives out images only while the other is empty."""
+
+    def __init__(self) -> None:
+        self._normal = FairQueue()
+        self._background = FairQueue()
+
+    def __bool__(self) -> bool:
+        return bool(self._normal) or bool(self._background)
+
+    @property
+    def images(self) -> int:
+        """Images in both queues."""
+        return self._normal.images + self._background.images
+
+    @property
+    def next(self) -> FairQueue:
+        """The queue that gives the next batch."""
+        return self._normal or self._background
+
+    def put(self, request: Request) -> None:
+        """Append a request to its queue."""
+        (self._background if request.is_background else self._normal).put(request)
+
+    def earliest_deadline(self) -> float:
+        """Return the earliest deadline, in loop time; one of the queues must not be empty."""
+        return min(queue.earliest_deadline() for queue in (self._normal, self._background) if queue)
+
+    def drop_expired(self, now: float) -> list[DropReason]:
+        """Drop all requests that are over at `now`; see `FairQueue.drop_expired`."""
+        return self._normal.drop_expired(now) + self._background.drop_expired(now)
+
+    def fail_all(self, error: Callable[[], Exception]) -> None:
+        """Empty both queues, and fail each future with its own exception."""
+        self._normal.fail_all(error)
+        self._background.fail_all(error)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
-from service.api.predict import FAULT
+from service.api.endpoint import FAULT
 from service.api.request import InferenceRequest
 from service.api.response import Response
 from service.errors import ServiceError

@@ -10,7 +10,16 @@ import pytest
 
 from service.batching.batcher import Prediction
 from tests.fakes import FakeEngine, image
-from tests.service.batchers import RecordingObserver, Start, classify, classify_many, holding, submitted
+from tests.service.batchers import (
+    RecordingObserver,
+    Start,
+    begun,
+    classify,
+    classify_many,
+    holding,
+    numbers,
+    submitted,
+)
 
 
 async def test_observers_record_every_image_once(start: Start) -> None:
@@ -103,3 +112,19 @@ async def test_large_requests_do_not_starve_under_a_stream_of_small_ones(start: 
     assert len(engine.batches) - before <= 16 * 5 + 2
     stop = True
     await asyncio.gather(*floods)
+
+
+async def test_background_images_delay_a_request_by_the_batch_that_runs_and_no_other(start: Start) -> None:
+    observer = RecordingObserver()
+    engine = FakeEngine(max_batch_size=4)
+    engine.hold()
+    batcher = start(engine, observer=observer)
+    future: asyncio.Future[list[Prediction]] = asyncio.get_running_loop().create_future()
+    batcher.submit([image(number).data for number in range(12)], future, is_background=True)
+    await begun(engine)  # the first four run
+    tasks = await submitted(batcher, 100, 101)
+    engine.let_go()
+    assert await numbers(tasks) == [100, 101]
+    assert [int(prediction.logits[0]) for prediction in await future] == list(range(12))
+    assert engine.batches == [[0, 1, 2, 3], [100, 101], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert len(observer.waits) == 2  # the waits of background images are none of theirs

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.batching.queue import Batch, FairQueue, Request
+from service.batching.queue import Batch, FairQueue, PriorityQueue, Request
 from service.errors import DeadlineExceeded, InferenceFailed
 from tests.fakes import CLASSES, image
 
@@ -215,3 +215,35 @@ def test_predictions_have_their_times_and_batch_size(bench: Bench) -> None:
     batch.complete(np.zeros((2, CLASSES), dtype=np.float32), 0.25)
     for prediction in request.future.result():
         assert (prediction.queue_seconds, prediction.inference_seconds, prediction.batch_size) == (1.5, 0.25, 2)
+
+
+def test_background_requests_wait_until_nothing_else_does(bench: Bench) -> None:
+    queue = PriorityQueue()
+    background = Request([image(number) for number in range(6)], bench.loop.create_future(), is_background=True)
+    queue.put(background)
+    queue.put(Request([image(10)], bench.loop.create_future()))
+    queue.put(Request([image(11)], bench.loop.create_future()))
+    assert queue.images == 8
+    assert numbers_of(queue.next.pop(4, 1.0)) == [10, 11]  # never together: the batch would take longer
+    assert numbers_of(queue.next.pop(4, 1.0)) == [0, 1, 2, 3]
+    queue.put(Request([image(12)], bench.loop.create_future()))
+    assert numbers_of(queue.next.pop(4, 1.0)) == [12]
+    assert numbers_of(queue.next.pop(4, 1.0)) == [4, 5]
+    assert not queue
+
+
+def test_background_requests_expire_and_fail_as_others(bench: Bench) -> None:
+    queue = PriorityQueue()
+    requests = [
+        Request([image(1)], bench.loop.create_future(), deadline, is_background=is_background)
+        for deadline in (5.0, 9.0)
+        for is_background in (False, True)
+    ]
+    for request in requests:
+        queue.put(request)
+    assert queue.earliest_deadline() == 5.0
+    assert queue.drop_expired(6.0) == ["deadline", "deadline"]
+    assert queue.images == 2
+    queue.fail_all(InferenceFailed)
+    assert not queue
+    assert [type(request.future.exception()) for request in requests] == [DeadlineExceeded] * 2 + [InferenceFailed] * 2
