@@ -3,18 +3,15 @@
 Run where the project is installed, in the environment that `make test` makes: python docs/write_reference.py
 """
 
-import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from service import errors
+from service.errors import ERRORS
 from service.metrics.registry import Metrics
 from service.settings import Settings
 
 TARGET = Path(__file__).parent / "reference.md"
-# Classes whose docstring speaks to programmers.
-WHEN = {errors.ServiceError: "A fault of this program; the log has the traceback under the request's id."}
 
 HEAD = """\
 # Reference: settings, answers, metrics
@@ -31,7 +28,7 @@ status 2.
 |---|---|---|---|
 """
 
-ERRORS = """
+ANSWERS = """
 ## Answers that are not a prediction
 
 One shape, `{"error": {"code", "message", "request_id"}}`; compare with the code, which stays. 503 carries `Retry-After`
@@ -78,13 +75,9 @@ def show(value: object) -> str:
 
 
 def answers() -> Iterator[str]:
-    """A row for each error class, by status and code."""
-    classes = [
-        kind for kind in vars(errors).values() if inspect.isclass(kind) and issubclass(kind, errors.ServiceError)
-    ]
-    for kind in sorted(classes, key=lambda kind: (kind.status, kind.code)):
-        when = WHEN.get(kind) or " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
-        yield f"| {kind.status} | `{kind.code}` | {when} |"
+    """A row for each error, by status and code."""
+    for kind in sorted(ERRORS, key=lambda kind: (kind.status, kind.code)):
+        yield f"| {kind.status} | `{kind.code}` | {kind.when} |"
 
 
 def metrics() -> Iterator[str]:
@@ -106,7 +99,7 @@ def collector_labels(collector: object) -> tuple[str, ...]:
 
 def page() -> str:
     """The whole page."""
-    parts = (HEAD, settings(), ERRORS, answers(), METRICS, metrics())
+    parts = (HEAD, settings(), ANSWERS, answers(), METRICS, metrics())
     return "".join(part if isinstance(part, str) else "".join(f"{row}\n" for row in part) for part in parts)
 
 

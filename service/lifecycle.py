@@ -8,7 +8,7 @@ from service.batching.admission import Admission
 from service.decoding.decoder import Decoder
 from service.errors import Draining, NotReady
 from service.metrics.registry import Metrics
-from service.repository.store import EngineOptions, LiveModel, ModelStore, NoUsableVersionError, OpenEngines
+from service.repository.store import LiveModel, ModelStore, NoUsableVersionError, OpenEngines
 from service.repository.versions import open_engines
 from service.settings import Settings
 
@@ -47,14 +47,7 @@ class Service:
         self.leaving = False
         self.draining = False
         self.in_flight: set[InFlight] = set()
-        self.store = ModelStore(
-            settings.model_dir,
-            engine_options(settings),
-            self.metrics,
-            pinned_version=settings.model_version,
-            poll_seconds=settings.model_poll_s,
-            open_engines=open_engines,
-        )
+        self.store = ModelStore(settings, self.metrics, open_engines=open_engines)
         self._failure = ""
         self._task: asyncio.Task[None] | None = None
         self.metrics.watch(
@@ -153,22 +146,3 @@ class Service:
         except Exception as error:
             logger.exception("watching the model folder failed")
             self.fail(f"Watching the model folder failed: {error!r}.")
-
-
-def engine_options(settings: Settings) -> EngineOptions:
-    """Pick what the engines and batchers need."""
-    return EngineOptions(
-        provider=settings.provider,
-        device_ids=settings.device_ids,
-        cpu_engines=settings.cpu_engines,
-        workers=settings.workers,
-        max_batch_size=settings.max_batch_size,
-        intra_op_threads=settings.intra_op_threads,
-        precision=settings.precision,
-        gpu_memory_limit_bytes=settings.gpu_memory_limit_bytes,
-        cuda_graphs=settings.cuda_graphs,
-        tune_batch_size=settings.tune_batch_size,
-        max_queue_delay_ms=settings.max_queue_delay_ms,
-        run_timeout_ms=settings.run_timeout_ms,
-        load_timeout_s=settings.load_timeout_s,
-    )

@@ -7,9 +7,11 @@ An empty variable counts as unset. `service.cli` collects errors and finds missp
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
+from annotated_types import Ge, Le
 from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MIB = 1024 * 1024
@@ -30,11 +32,6 @@ def auto_is_0(value: object) -> object:
     return 0 if value == "auto" else value
 
 
-def bounded(default: float, low: float, high: float, description: str) -> Any:
-    """Return a field with inclusive bounds; values outside are refused at the start."""
-    return Field(default, ge=low, le=high, description=f"{description} From {low} to {high}.")
-
-
 class Settings(BaseSettings):
     """Serve a Perceiver image classifier over HTTP. Every flag is also an environment variable; the flag wins."""
 
@@ -50,213 +47,147 @@ class Settings(BaseSettings):
         cli_exit_on_error=False,
         cli_hide_none_type=True,
         cli_show_env_vars=True,
+        use_attribute_docstrings=True,
     )
 
-    model_dir: Path = Field(
-        Path("models/perceiver-cifar100"),
-        description="Folder with one numbered folder per model version; the highest number serves.",
-    )
-    model_version: int | None = Field(
-        None, ge=1, description="Serve this version and no other; newer ones are listed and not taken."
-    )
-    model_poll_s: float = bounded(5.0, 0.1, 3600, "Seconds between two polls of the model folder for a new version.")
-    host: str = Field(
-        "127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 for all of IPv4, :: for all of IPv6."
-    )
-    port: int = bounded(8000, 0, 65535, "TCP port to listen on; 0 takes a free one and logs it.")
-    management_port: int | None = Field(
-        None,
-        ge=1,
-        le=65535,
-        description="TCP port of its own for /metrics, /health and /models, which the main port does not serve then. "
-        "With several workers each takes one of as many ports, from this one on. Unset: the main port has them.",
-    )
-    workers: Annotated[int, BeforeValidator(auto_is_0)] = bounded(
-        1,
-        0,
-        64,
-        "Processes that share the port, each a whole service with limits of its own; one that ends is replaced. "
-        "auto, or 0: one a core where the model runs on the CPU, else 1. Linux only, unless 1.",
-    )
+    model_dir: Path = Path("models/perceiver-cifar100")
+    """Folder with one numbered folder per model version; the highest number serves."""
+    model_version: int | None = Field(None, ge=1)
+    """Serve this version and no other; newer ones are listed and not taken."""
+    model_poll_s: float = Field(5.0, ge=0.1, le=3600)
+    """Seconds between two polls of the model folder for a new version."""
+    host: str = Field("127.0.0.1", min_length=1)
+    """Address to listen on; 0.0.0.0 for all of IPv4, :: for all of IPv6."""
+    port: int = Field(8000, ge=0, le=65535)
+    """TCP port to listen on; 0 takes a free one and logs it."""
+    management_port: int | None = Field(None, ge=1, le=65535)
+    """TCP port of its own for /metrics, /health and /models, which the main port does not serve then. With several
+    workers each takes one of as many ports, from this one on. Unset: the main port has them.
+    """
+    workers: Annotated[int, BeforeValidator(auto_is_0)] = Field(1, ge=0, le=64)
+    """Processes that share the port, each a whole service with limits of its own; one that ends is replaced. auto, or
+    0: one a core where the model runs on the CPU, else 1. Linux only, unless 1.
+    """
 
-    provider: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
-        "auto",
-        description="Where the model runs. auto takes CUDA where there is one; any other choice that is not "
-        "available stops the start, it is never replaced silently. tensorrt wants a TensorRT 10 of your own on "
-        "LD_LIBRARY_PATH (libnvinfer.so.10), and NVIDIA_TF32_OVERRIDE=0 for a float32 file; it has never been tried.",
-    )
+    provider: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
+    """Where the model runs. auto takes CUDA where there is one; any other choice that is not available stops the start,
+    it is never replaced silently. tensorrt wants a TensorRT 10 of your own on LD_LIBRARY_PATH (libnvinfer.so.10), and
+    NVIDIA_TF32_OVERRIDE=0 for a float32 file; it has never been tried.
+    """
     device_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], NoDecode, BeforeValidator(split_list)] = Field(
-        (0,),
-        min_length=1,
-        description="GPU numbers, separated by commas; each runs its own copy of the model. CUDA counts the fastest "
-        "first; with CUDA_DEVICE_ORDER=PCI_BUS_ID, as in the image, it counts as nvidia-smi and the metrics do.",
+        (0,), min_length=1
     )
-    precision: Literal["auto", "float32", "float16", "int8"] = Field(
-        "auto", description="Which of a version's files runs; auto takes what is best where the model runs."
-    )
-    gpu_memory_limit_bytes: int | None = Field(
-        None,
-        ge=MIB,
-        description="Bytes of GPU memory that onnxruntime's arena may take on each device for one model version; "
-        "unset: all of it. While a version takes over from another there are two; cuBLAS, CUDA graphs and buffers "
-        "come on top.",
-    )
-    cuda_graphs: bool = Field(True, description="Capture CUDA graphs at warm-up: faster, and takes more GPU memory.")
-    intra_op_threads: int = bounded(
-        0,
-        0,
-        1024,
-        "CPU threads of one run of the model; 0: one a physical core, of those that a container's limit leaves, shared "
-        "between the engines.",
-    )
-    cpu_engines: int = bounded(
-        0, 0, 64, "Number of engines on the CPU; 0: one a core, at most 4, or one if intra_op_threads are given."
-    )
-    max_batch_size: int = bounded(
-        32, 1, 1024, "Images in one run of the model at most. Larger: more throughput, more memory."
-    )
-    tune_batch_size: bool = Field(
-        True,
-        description="On a CPU: measure, while the model is loaded, whether a smaller batch size than max_batch_size is "
-        "faster in images a second, and run none that are larger, nor any that take over 0.1 s. Off: batches of up "
-        "to max_batch_size.",
-    )
-    max_queue_delay_ms: float = bounded(
-        0.0,
-        0,
-        1000,
-        "Milliseconds that an incomplete batch waits for more images. 0: a free model starts at once, "
-        "and batches form while it is busy.",
-    )
-    run_timeout_ms: int = bounded(
-        30_000,
-        10,
-        3_600_000,
-        "Milliseconds after which a run of the model counts as hung: the process turns unready and ends "
-        "with status 1, so that it is started anew.",
-    )
+    """GPU numbers, separated by commas; each runs its own copy of the model. CUDA counts the fastest first; with
+    CUDA_DEVICE_ORDER=PCI_BUS_ID, as in the image, it counts as nvidia-smi and the metrics do.
+    """
+    precision: Literal["auto", "float32", "float16", "int8"] = "auto"
+    """Which of a version's files runs; auto takes what is best where the model runs."""
+    gpu_memory_limit_bytes: int | None = Field(None, ge=MIB)
+    """Bytes of GPU memory that onnxruntime's arena may take on each device for one model version; unset: all of it.
+    While a version takes over from another there are two; cuBLAS, CUDA graphs and buffers come on top.
+    """
+    cuda_graphs: bool = True
+    """Capture CUDA graphs at warm-up: faster, and takes more GPU memory."""
+    intra_op_threads: int = Field(0, ge=0, le=1024)
+    """CPU threads of one run of the model; 0: one a physical core, of those that a container's limit leaves, shared
+    between the engines.
+    """
+    cpu_engines: int = Field(0, ge=0, le=64)
+    """Number of engines on the CPU; 0: one a core, at most 4, or one if intra_op_threads are given."""
+    max_batch_size: int = Field(32, ge=1, le=1024)
+    """Images in one run of the model at most. Larger: more throughput, more memory."""
+    tune_batch_size: bool = True
+    """On a CPU: measure, while the model is loaded, whether a smaller batch size than max_batch_size is faster in
+    images a second, and run none that are larger, nor any that take over 0.1 s. Off: batches of up to max_batch_size.
+    """
+    max_queue_delay_ms: float = Field(0.0, ge=0, le=1000)
+    """Milliseconds that an incomplete batch waits for more images. 0: a free model starts at once, and batches form
+    while it is busy.
+    """
+    run_timeout_ms: int = Field(30_000, ge=10, le=3_600_000)
+    """Milliseconds after which a run of the model counts as hung: the process turns unready and ends with status 1, so
+    that it is started anew.
+    """
+    load_timeout_s: float = Field(600.0, ge=0.1, le=86_400)
+    """Seconds that a model version may take to load, warm up and pass its checks; then it is refused. Building a
+    TensorRT engine takes minutes.
+    """
 
-    load_timeout_s: float = bounded(
-        600.0,
-        0.1,
-        86_400,
-        "Seconds that a model version may take to load, warm up and pass its checks; then it is refused. Building a "
-        "TensorRT engine takes minutes.",
-    )
+    max_queue_size: int = Field(512, ge=1, le=1_000_000)
+    """Images accepted and not yet answered; above it 503 with Retry-After. At least max_images."""
+    max_queue_bytes: int = Field(256 * MIB, ge=1024, le=1024 * 1024 * MIB)
+    """Bytes of request bodies held in memory at once; above it 503 with Retry-After. At least max_body_bytes."""
+    request_timeout_ms: int = Field(10_000, ge=1, le=600_000)
+    """Milliseconds from the last byte of a request's body until its run begins; an image still queued then is not run:
+    504. Clients may ask for less with X-Request-Timeout-Ms.
+    """
+    drain_delay_s: float = Field(0.0, ge=0, le=600)
+    """Seconds after SIGTERM in which requests are still accepted while /health/ready returns 503 already, so that a
+    load balancer has turned away when the drain begins: longer than its probes need to notice. 0: the drain begins at
+    once.
+    """
+    drain_timeout_s: float = Field(30.0, ge=0, le=3600)
+    """Seconds that accepted requests get to finish after SIGTERM (and drain_delay_s); then they get 503, and the
+    process ends within six seconds more.
+    """
 
-    max_queue_size: int = bounded(
-        512,
-        1,
-        1_000_000,
-        "Images accepted and not yet answered; above it 503 with Retry-After. At least max_images.",
-    )
-    max_queue_bytes: int = bounded(
-        256 * MIB,
-        1024,
-        1024 * 1024 * MIB,
-        "Bytes of request bodies held in memory at once; above it 503 with Retry-After. At least max_body_bytes.",
-    )
-    request_timeout_ms: int = bounded(
-        10_000,
-        1,
-        600_000,
-        "Milliseconds from the last byte of a request's body until its run begins; an image still queued then is not "
-        "run: 504. "
-        "Clients may ask for less with X-Request-Timeout-Ms.",
-    )
-    drain_delay_s: float = bounded(
-        0.0,
-        0,
-        600,
-        "Seconds after SIGTERM in which requests are still accepted while /health/ready returns 503 already, so that a "
-        "load balancer has turned away when the drain begins: longer than its probes need to notice. 0: the drain "
-        "begins at once.",
-    )
-    drain_timeout_s: float = bounded(
-        30.0,
-        0,
-        3600,
-        "Seconds that accepted requests get to finish after SIGTERM (and drain_delay_s); then they get 503, "
-        "and the process ends within six seconds more.",
-    )
+    max_body_bytes: int = Field(32 * MIB, ge=1024, le=1024 * MIB)
+    """Bytes of one request body; more is refused while reading: 413. At most max_queue_bytes."""
+    max_pixels: int = Field(50_000_000, ge=1, le=89_000_000)
+    """Width times height of one image, read from its header before decoding; more: 413. A decoding thread needs up to
+    12 bytes a pixel, of a WebP file 16.
+    """
+    max_request_pixels: int = Field(400_000_000, ge=1, le=1_000_000_000_000)
+    """Pixels of all images of one request together; more: 413. At least max_pixels."""
+    max_images: int = Field(64, ge=1, le=10_000)
+    """Images in one request; more: 413. At most max_queue_size."""
+    inline_decode_bytes: int = Field(32 * 1024, ge=0, le=MIB)
+    """JPEG and PNG files of up to this many bytes are decoded on the event loop, if inline_decode_pixels allows it too;
+    others go to a thread. 0: all go to a thread.
+    """
+    inline_decode_pixels: int = Field(256 * 256, ge=0, le=4_000_000)
+    """Pixels of all images of a request together, as above."""
+    decode_threads: int = Field(0, ge=0, le=256)
+    """Threads that decode large images, in each worker; 0: one a CPU that it may use, at most 4."""
 
-    max_body_bytes: int = bounded(
-        32 * MIB,
-        1024,
-        1024 * MIB,
-        "Bytes of one request body; more is refused while reading: 413. At most max_queue_bytes.",
-    )
-    max_pixels: int = bounded(
-        50_000_000,
-        1,
-        89_000_000,
-        "Width times height of one image, read from its header before decoding; more: 413. A decoding "
-        "thread needs up to 12 bytes a pixel, of a WebP file 16.",
-    )
-    max_request_pixels: int = bounded(
-        400_000_000,
-        1,
-        1_000_000_000_000,
-        "Pixels of all images of one request together; more: 413. At least max_pixels.",
-    )
-    max_images: int = bounded(64, 1, 10_000, "Images in one request; more: 413. At most max_queue_size.")
-    inline_decode_bytes: int = bounded(
-        32 * 1024,
-        0,
-        MIB,
-        "JPEG and PNG files of up to this many bytes are decoded on the event loop, if inline_decode_pixels allows "
-        "it too; others go to a thread. 0: all go to a thread.",
-    )
-    inline_decode_pixels: int = bounded(
-        256 * 256, 0, 4_000_000, "Pixels of all images of a request together, as above."
-    )
-    decode_threads: int = bounded(
-        0, 0, 256, "Threads that decode large images, in each worker; 0: one a CPU that it may use, at most 4."
-    )
+    max_connections: int = Field(1024, ge=1, le=1_000_000)
+    """Open connections to the main port, in each worker; others get 503."""
+    header_timeout_s: float = Field(10.0, ge=0.1, le=600)
+    """Seconds for a request's headers, and for a TLS handshake; a slower client is disconnected."""
+    body_timeout_s: float = Field(30.0, ge=0.1, le=3600)
+    """Seconds for a request's body; a slower client gets 408 and is disconnected."""
+    write_timeout_s: float = Field(30.0, ge=0.1, le=3600)
+    """Seconds that a client may leave a response unread; then it is disconnected."""
+    keep_alive_s: int = Field(65, ge=1, le=3600)
+    """Seconds that an idle connection stays open; longer than the load balancer's own limit."""
 
-    max_connections: int = bounded(
-        1024, 1, 1_000_000, "Open connections to the main port, in each worker; others get 503."
-    )
-    header_timeout_s: float = bounded(
-        10.0, 0.1, 600, "Seconds for a request's headers, and for a TLS handshake; a slower client is disconnected."
-    )
-    body_timeout_s: float = bounded(
-        30.0, 0.1, 3600, "Seconds for a request's body; a slower client gets 408 and is disconnected."
-    )
-    write_timeout_s: float = bounded(
-        30.0, 0.1, 3600, "Seconds that a client may leave a response unread; then it is disconnected."
-    )
-    keep_alive_s: int = bounded(
-        65, 1, 3600, "Seconds that an idle connection stays open; longer than the load balancer's own limit."
-    )
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(split_list)] = ()
+    """Keys, separated by commas, one of which a client must send to /predict and /models. None: open to all. Flags can
+    be read by other users of the machine: prefer the variable or the file.
+    """
+    api_keys_file: Path | None = None
+    """More of them from a file, one key a line; # starts a comment."""
+    admin_key: SecretStr | None = None
+    """Key for POST /models/reload; none: reloading there is off."""
+    admin_key_file: Path | None = None
+    """More of them from a file, one key a line."""
+    cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_list)] = ()
+    """Origins, separated by commas, whose web pages may call the service; * for any. Each request costs more CPU then,
+    as with the access log.
+    """
+    tls_cert: Path | None = None
+    """PEM file with the certificate chain; needs tls_key: serves HTTPS."""
+    tls_key: Path | None = None
+    """PEM file with the private key. Both are read at the start: restart it after a renewal."""
 
-    api_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(split_list)] = Field(
-        (),
-        description="Keys, separated by commas, one of which a client must send to /predict and /models. "
-        "None: open to all. Flags can be read by other users of the machine: prefer the variable or the file.",
-    )
-    api_keys_file: Path | None = Field(
-        None, description="More of them from a file, one key a line; # starts a comment."
-    )
-    admin_key: SecretStr | None = Field(None, description="Key for POST /models/reload; none: reloading there is off.")
-    admin_key_file: Path | None = Field(None, description="More of them from a file, one key a line.")
-    cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_list)] = Field(
-        (),
-        description="Origins, separated by commas, whose web pages may call the service; * for any. "
-        "Each request costs more CPU then, as with the access log.",
-    )
-    tls_cert: Path | None = Field(None, description="PEM file with the certificate chain; needs tls_key: serves HTTPS.")
-    tls_key: Path | None = Field(
-        None, description="PEM file with the private key. Both are read at the start: restart it after a renewal."
-    )
-
-    log_format: Literal["plain", "json"] = Field("plain", description="One line or one JSON object per log record.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level logged.")
-    access_log: bool = Field(
-        False,
-        description="Log a line per request; the metrics count them in any case. CORS preflights are in neither. "
-        "Each request costs about a third more CPU then.",
-    )
+    log_format: Literal["plain", "json"] = "plain"
+    """One line or one JSON object per log record."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe level logged."""
+    access_log: bool = False
+    """Log a line per request; the metrics count them in any case. CORS preflights are in neither. Each request costs
+    about a third more CPU then.
+    """
 
     @field_validator("api_keys", "admin_key")
     @classmethod
@@ -317,6 +248,20 @@ class Settings(BaseSettings):
         """Every admin key, of the setting and the file; empty: reloading over HTTP is off."""
         of_setting = () if self.admin_key is None else (self.admin_key.get_secret_value(),)
         return of_setting + _read_keys(self.admin_key_file)
+
+
+def _describe_bounds(field: FieldInfo) -> None:
+    """Put the bounds of a field, which are inclusive, behind its description."""
+    bounds = {type(bound): bound for bound in field.metadata}
+    text = " ".join((field.description or "").split())
+    if Ge in bounds and Le in bounds:
+        text += f" From {bounds[Ge].ge} to {bounds[Le].le}."
+    field.description = text
+
+
+for _field in Settings.model_fields.values():
+    _describe_bounds(_field)
+Settings.model_rebuild(force=True)  # the JSON schema shows them too
 
 
 def _is_key(key: str) -> bool:

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Final
 from urllib.parse import parse_qsl
 
-from service.errors import BadRequest, InvalidTimeout, InvalidTopK, UnsupportedEncoding
+from service.errors import BadRequest, InvalidTimeout, InvalidTopK, ServiceError, UnsupportedEncoding
 
 DEFAULT_TOP_K: Final = 5
 MAX_QUERY_BYTES: Final = 1000
@@ -79,7 +79,7 @@ def _read_top_k(query: bytes) -> int | None:
     return top_k
 
 
-def positive(text: str, otherwise: BadRequest) -> int:
+def positive(text: str, otherwise: ServiceError) -> int:
     """Read an integer of at least 1, or raise."""
     if not (text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS and int(text) >= 1):
         raise otherwise

@@ -32,8 +32,8 @@ def error_response(error: ServiceError, request_id: str) -> Response:
     """Return an error's response; its body is the JSON of `ErrorResponse`."""
     content = {"error": {"code": error.code, "message": error.message, "request_id": request_id}}
     response = json_response(error.status, json.dumps(content).encode(), request_id)
-    if isinstance(error, Unavailable):
+    if error.status == Unavailable.status:
         response.headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))
-    if isinstance(error, Unauthorized):
+    if error.status == Unauthorized.status:
         response.headers.append((b"www-authenticate", b"Bearer"))
     return response

@@ -14,7 +14,7 @@ from service.api.schemas import (
     error_responses,
 )
 from service.lifecycle import Service
-from service.repository.store import VersionStatus
+from service.repository.versions import VersionRecord
 
 NOT_READY = error_responses([errors.Unavailable, errors.NotReady, errors.Draining])
 KEYED = error_responses([errors.Unauthorized])
@@ -119,7 +119,7 @@ def health_of(service: Service) -> HealthResponse:
     )
 
 
-def models_of(service: Service, versions: list[VersionStatus]) -> ModelsResponse:
+def models_of(service: Service, versions: list[VersionRecord]) -> ModelsResponse:
     """Describe all versions."""
     live = service.store.live
     return ModelsResponse(
@@ -128,7 +128,7 @@ def models_of(service: Service, versions: list[VersionStatus]) -> ModelsResponse
             VersionResponse(
                 version=version.number,
                 state=version.state,
-                reason=version.reason or None,
+                reason=version.public_reason or None,
                 metadata=version.metadata,
             )
             for version in versions

@@ -109,33 +109,12 @@ CONNECTION_ERRORS: tuple[type[errors.ServiceError], ...] = (
     errors.Unavailable,
 )
 
-# The errors that each status of /predict can mean.
-PREDICT_ERRORS: tuple[type[errors.ServiceError], ...] = (
-    *CONNECTION_ERRORS,
-    errors.InvalidTopK,
-    errors.InvalidTimeout,
-    errors.InvalidJson,
-    errors.InvalidBase64,
-    errors.InvalidForm,
-    errors.NoImage,
-    errors.NotAnImage,
-    errors.TruncatedImage,
-    errors.Unauthorized,
-    errors.BodyTimeout,
-    errors.BodyTooLarge,
-    errors.TooManyPixels,
-    errors.ImageTooCostly,
-    errors.TooManyImages,
-    errors.UnsupportedFormat,
-    errors.UnsupportedMediaType,
-    errors.UnsupportedEncoding,
-    errors.ServiceError,
-    errors.InferenceFailed,
-    errors.Overloaded,
-    errors.NotReady,
-    errors.Draining,
-    errors.DeadlineExceeded,
-)
+PREDICT_ERRORS = [
+    kind
+    for kind in errors.ERRORS
+    if kind not in (errors.ReloadDisabled, errors.FolderUnavailable, errors.NotFound, errors.MethodNotAllowed)
+    and kind is not errors.ClientDisconnected  # never sent
+]
 
 # Declared for an operation where the settings hold a key for it.
 SECURITY_SCHEMES = {
@@ -161,7 +140,7 @@ def error_responses(kinds: Iterable[type[errors.ServiceError]]) -> dict[int | st
     for kind in kinds:
         entry = described.setdefault(kind.status, {"description": "", "model": ErrorResponse})
         entry["description"] = f"{entry['description']}`{kind.code}`: {kind.default} ".lstrip()
-        if issubclass(kind, errors.Unavailable):
+        if kind.status == errors.Unavailable.status:
             entry["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
     return described
 

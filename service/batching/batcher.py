@@ -48,8 +48,8 @@ class DynamicBatcher:
         on_failure: called once with the reason when the batcher fails.
 
     Attributes:
-        failed: set when an engine hangs or keeps failing, or the loop has ended; the process should be replaced.
-        failure: the reason; "" until then.
+        failure: that an engine hangs or keeps failing, or that the loop has ended, so that the process should be
+            replaced; "" until then.
     """
 
     def __init__(
@@ -77,7 +77,6 @@ class DynamicBatcher:
         self._loop_task: asyncio.Task[None] | None = None
         self._expiry_timer = Timer(self._drop_expired)
         self._refusal: Callable[[], Exception] | None = NotReady
-        self.failed = asyncio.Event()
         self.failure = ""
 
     @property
@@ -293,12 +292,11 @@ class DynamicBatcher:
 
     def _fail(self, reason: str) -> None:
         """Fail queued requests and refuse new ones; batches that run on other engines still end."""
-        if self.failed.is_set():
+        if self.failure:
             return
         logger.critical("the batcher has failed: %s", reason)
         self.failure = reason
         self._refusal = NotReady
-        self.failed.set()
         if self._loop_task is not None:
             self._loop_task.cancel()
         self._queue.fail_all(InferenceFailed)

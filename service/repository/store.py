@@ -11,7 +11,6 @@ serves from memory until another one passes.
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,58 +22,45 @@ from service.errors import NotReady
 from service.repository.folder import GOLDEN_FILE, Golden, ModelVersion, load_golden
 from service.repository.golden_check import GoldenMismatchError, check_golden
 from service.repository.versions import (
-    EngineOptions,
     LiveModel,
     NoUsableVersionError,
     StoreObserver,
     VersionRecord,
-    VersionStatus,
     open_engines,
     open_in_thread,
     scan,
 )
+from service.settings import Settings
 
-__all__ = ["EngineOptions", "LiveModel", "ModelStore", "NoUsableVersionError", "StoreObserver", "VersionStatus"]
+__all__ = ["LiveModel", "ModelStore", "NoUsableVersionError", "StoreObserver"]
 
 logger = logging.getLogger(__name__)
 
 # A network disk that hangs must not block the store.
 SCAN_TIMEOUT_S = 10.0
 
-OpenEngines = Callable[[Path, EngineOptions], Sequence[Engine]]
+OpenEngines = Callable[[Path, Settings], Sequence[Engine]]
 
 
 class ModelStore:
     """Keeps the right version of a model folder live. Belongs to one event loop; versions load in threads.
 
     Args:
-        folder: holds one folder for each version.
-        options: how versions are loaded.
+        settings: name the model folder, and say how its versions are loaded.
         observer: counts batches and versions.
-        pinned_version: the only version that may serve; None: the highest.
-        poll_seconds: time between two polls of the folder by `watch`.
         open_engines: opens the engines of a version folder; the default opens `OnnxEngine`s.
 
     Attributes:
         live: the model that serves; None before `load`. Take a `lease` to use it.
-        failed: set when a batcher fails; the process should be replaced.
-        failure: the reason; "" until then.
+        failure: why a batcher has failed, so that the process should be replaced; "" until then.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        options: EngineOptions,
-        observer: StoreObserver,
-        *,
-        pinned_version: int | None = None,
-        poll_seconds: float = 5.0,
-        open_engines: OpenEngines = open_engines,
+        self, settings: Settings, observer: StoreObserver, *, open_engines: OpenEngines = open_engines
     ) -> None:
-        self._folder = folder
-        self._options = options
-        self._pinned = pinned_version
-        self._poll_seconds = poll_seconds
+        self._settings = settings
+        self._folder = settings.model_dir
+        self._pinned = settings.model_version
         self._observer = observer
         self._open_engines = open_engines
         self._records: dict[int, VersionRecord] = {}
@@ -84,7 +70,6 @@ class ModelStore:
         self._is_gone = False
         self._retiring: dict[asyncio.Task[None], LiveModel] = {}
         self.live: LiveModel | None = None
-        self.failed = asyncio.Event()
         self.failure = ""
 
     async def load(self) -> None:
@@ -102,11 +87,11 @@ class ModelStore:
         """Poll the folder for new versions for ever; run it as a task."""
         read_error = ""
         while True:
-            await asyncio.sleep(self._poll_seconds)
+            await asyncio.sleep(self._settings.model_poll_s)
             try:
                 await self.reload()
             except OSError as error:  # the folder may be unreachable for a moment; the live version serves on
-                if str(error) != read_error:  # once, and not every poll_seconds
+                if str(error) != read_error:  # once, and not at every poll
                     logger.error("%s: can't be polled for new versions: %s", self._folder, error)
                 read_error = str(error)
             except Exception:
@@ -114,7 +99,7 @@ class ModelStore:
             else:
                 read_error = ""
 
-    async def reload(self) -> list[VersionStatus]:
+    async def reload(self) -> list[VersionRecord]:
         """Scan the folder now, swap to a better version if there is one, and return `versions()`.
 
         Raises:
@@ -140,12 +125,12 @@ class ModelStore:
             raise NotReady
         return self.live
 
-    def versions(self) -> list[VersionStatus]:
+    def versions(self) -> list[VersionRecord]:
         """List the versions in the folder and the live one, ascending."""
-        statuses = {number: record.status() for number, record in self._records.items()}
-        if self.live is not None:
-            statuses[self.live.version] = VersionStatus(self.live.version, "live", "", self.live.metadata)
-        return [statuses[number] for number in sorted(statuses)]
+        records = dict(self._records)
+        if self._live_record is not None:
+            records[self._live_record.number] = self._live_record
+        return [records[number] for number in sorted(records)]
 
     @property
     def refused_versions(self) -> int:
@@ -186,7 +171,7 @@ class ModelStore:
         found = await self._scanning.run(partial(scan, self._folder), SCAN_TIMEOUT_S)
         known = self._records
         if self._live_record is not None:  # its folder may have been unreachable for a moment
-            known = {self._live_record.version.number: self._live_record, **known}
+            known = {self._live_record.number: self._live_record, **known}
         self._records = {
             version.number: known[version.number]
             if version.number in known and known[version.number].matches(fingerprint)
@@ -221,7 +206,7 @@ class ModelStore:
 
     async def _try(self, record: VersionRecord) -> bool:
         """Make a version live, or record why it is refused."""
-        number = record.version.number
+        number = record.number
         try:
             model = await self._open(record.version)
         except Exception as error:  # no broken folder may end the live version
@@ -239,25 +224,25 @@ class ModelStore:
     async def _open(self, version: ModelVersion) -> LiveModel:
         """Open the best file for the provider; float32 if a variant's golden check fails on this processor."""
         try:
-            return await self._open_file(version, self._options)
+            return await self._open_file(version, self._settings)
         except GoldenMismatchError as error:
-            if self._options.precision != "auto" or error.precision == "float32":
+            if self._settings.precision != "auto" or error.precision == "float32":
                 raise
             logger.warning("version %d: float32 instead of %s, since %s", version.number, error.precision, error)
-            return await self._open_file(version, replace(self._options, precision="float32"))
+            return await self._open_file(version, self._settings.model_copy(update={"precision": "float32"}))
 
-    async def _open_file(self, version: ModelVersion, options: EngineOptions) -> LiveModel:
+    async def _open_file(self, version: ModelVersion, settings: Settings) -> LiveModel:
         """Load, warm up and verify a version within `load_timeout_s`."""
         try:
-            async with asyncio.timeout(options.load_timeout_s) as limit:
+            async with asyncio.timeout(settings.load_timeout_s) as limit:
                 golden = await run_in_thread(partial(load_golden, version.path / GOLDEN_FILE))
-                engines = await open_in_thread(partial(self._open_engines, version.path, options))
+                engines = await open_in_thread(partial(self._open_engines, version.path, settings))
                 return await self._checked(version, engines, golden)
         except TimeoutError as error:
             if not limit.expired():
                 raise
             raise EngineError(
-                f"{version.path}: was not loaded, warm and checked within {options.load_timeout_s:g} s"
+                f"{version.path}: was not loaded, warm and checked within {settings.load_timeout_s:g} s"
             ) from error
 
     async def _checked(self, version: ModelVersion, engines: Sequence[Engine], golden: Golden) -> LiveModel:
@@ -265,8 +250,8 @@ class ModelStore:
         batcher = DynamicBatcher(
             engines,
             self._observer,
-            max_queue_delay_ms=self._options.max_queue_delay_ms,
-            run_timeout_ms=self._options.run_timeout_ms,
+            max_queue_delay_ms=self._settings.max_queue_delay_ms,
+            run_timeout_ms=self._settings.run_timeout_ms,
             on_failure=partial(self._batcher_failed, version.number),
         )
         try:
@@ -300,7 +285,7 @@ class ModelStore:
         try:
             await self._describing.run(partial(self._describe, provider), SCAN_TIMEOUT_S)
         except TimeoutError as error:
-            if not self._is_hanging:  # once, and not every poll_seconds
+            if not self._is_hanging:  # once, and not at every poll
                 logger.error("%s: the metadata of a version can't be read: %s", self._folder, error.strerror)
             self._is_hanging = True
         else:
@@ -308,11 +293,10 @@ class ModelStore:
 
     def _describe(self, provider: Provider) -> None:
         for record in self._records.values():
-            record.describe(self._options, provider)
+            record.describe(self._settings, provider)
 
     def _batcher_failed(self, version: int, reason: str) -> None:
         self.failure = f"version {version}: {reason}"
-        self.failed.set()
 
     def _why_none(self) -> str:
         if self._pinned is not None and self._pinned not in self._records:

@@ -19,15 +19,14 @@ from service.engine.onnx_engine import (
     Engine,
     EngineError,
     OnnxEngine,
-    PrecisionChoice,
     Provider,
-    ProviderChoice,
     choose_file,
     read_metadata,
     resolve_provider,
 )
 from service.engine.thread import run_in_thread
 from service.repository.folder import GOLDEN_FILE, ModelVersion, list_versions
+from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -57,50 +56,6 @@ class StoreObserver(BatchObserver, Protocol):
 
     def golden_checked(self, max_abs_difference: float) -> None:
         """Record the largest difference of a logit on the golden images, passed or not."""
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How a version is loaded: the arguments of `OnnxEngine` and `DynamicBatcher`, and a time limit.
-
-    Attributes:
-        device_ids: GPUs, one engine each; ignored on the CPU.
-        cpu_engines, intra_op_threads: engines on the CPU, and threads of each; see `engines_of_cpu`.
-        workers: processes that share the cores, this one included.
-        precision: which of the version's files runs; "auto" takes the best for the provider.
-        load_timeout_s: seconds to load, warm up and check a version.
-    """
-
-    provider: ProviderChoice = "auto"
-    device_ids: Sequence[int] = (0,)
-    cpu_engines: int = 0
-    workers: int = 1
-    max_batch_size: int = 32
-    intra_op_threads: int = 0
-    precision: PrecisionChoice = "auto"
-    buckets: Sequence[int] | None = None
-    gpu_memory_limit_bytes: int | None = None
-    cuda_graphs: bool = True
-    tune_batch_size: bool = False
-    max_queue_delay_ms: float = 0
-    run_timeout_ms: float = 30_000
-    load_timeout_s: float = 600
-
-
-@dataclass(frozen=True)
-class VersionStatus:
-    """One line of `GET /models`.
-
-    Attributes:
-        state: an "available" version is lower than the live one, or not the pinned one.
-        reason: why it was refused, without paths, see `without_folders`; "" otherwise.
-        metadata: None if it can't be read.
-    """
-
-    number: int
-    state: Literal["live", "available", "refused"]
-    reason: str
-    metadata: ModelMetadata | None
 
 
 class LiveModel:
@@ -166,20 +121,29 @@ class VersionRecord:
             return fingerprint == self.fingerprint
         return [file[:3] for file in fingerprint] == [file[:3] for file in self.fingerprint]
 
-    def status(self) -> VersionStatus:
-        """Return the state as `GET /models` shows it."""
-        state: Literal["live", "available", "refused"]
-        why = self.reason or self.read_error
-        state = "live" if self.serving else "refused" if why else "available"
-        reason = without_folders(why, self.version.path.parent)
-        return VersionStatus(self.version.number, state, reason, self.metadata)
+    @property
+    def number(self) -> int:
+        """The number of its folder."""
+        return self.version.number
 
-    def describe(self, options: EngineOptions, provider: Provider) -> None:
+    @property
+    def state(self) -> Literal["live", "available", "refused"]:
+        """The state as `GET /models` shows it; "available" is lower than the live one, or not the pinned one."""
+        return "live" if self.serving else "refused" if self.reason or self.read_error else "available"
+
+    @property
+    def public_reason(self) -> str:
+        """Why it is refused, without paths, see `without_folders`; "" if it is not."""
+        if self.state != "refused":
+            return ""
+        return without_folders(self.reason or self.read_error, self.version.path.parent)
+
+    def describe(self, settings: Settings, provider: Provider) -> None:
         """Read the metadata of an untried version, or record why that fails."""
         if self.metadata is None and not self.reason:
             before, self.read_error = self.read_error, ""
             try:
-                self.metadata = read_metadata(choose_file(self.version.path, provider, options.precision))
+                self.metadata = read_metadata(choose_file(self.version.path, provider, settings.precision))
             except (ArtifactError, EngineError) as error:
                 self.reason = str(error)
             except OSError as error:  # missing rights, or a network disk is gone for a moment
@@ -222,26 +186,26 @@ def _fingerprint(folder: Path) -> Fingerprint:
     return tuple(sorted(files))
 
 
-def open_engines(folder: Path, options: EngineOptions) -> list[Engine]:
-    """Open a version on every GPU of `options`, or with several engines on the CPU.
+def open_engines(folder: Path, settings: Settings) -> list[Engine]:
+    """Open a version on every GPU of `settings`, or with several engines on the CPU.
 
     Raises:
         EngineError, ArtifactError: as `OnnxEngine`.
     """
-    provider = resolve_provider(options.provider, options.device_ids[0])
-    path = choose_file(folder, provider, options.precision)
-    on_gpus = [{"device_id": device_id} for device_id in options.device_ids]
+    provider = resolve_provider(settings.provider, settings.device_ids[0])
+    path = choose_file(folder, provider, settings.precision)
+    on_gpus = [{"device_id": device_id} for device_id in settings.device_ids]
     engines: list[Engine] = []
     with ExitStack() as opened:
-        for arguments in on_gpus if provider != "cpu" else engines_of_cpu(options):
-            engine = _open_engine(path, options, provider, arguments)
+        for arguments in on_gpus if provider != "cpu" else engines_of_cpu(settings):
+            engine = _open_engine(path, settings, provider, arguments)
             opened.callback(engine.close)
             engines.append(engine)
         opened.pop_all()
     return engines
 
 
-def engines_of_cpu(options: EngineOptions) -> list[dict[str, Any]]:
+def engines_of_cpu(settings: Settings) -> list[dict[str, Any]]:
     """Return the arguments of each `OnnxEngine` on the CPU that differ from the common ones.
 
     The threads of one run wait for each other after every product; runs of one thread each never wait. So engines
@@ -250,10 +214,10 @@ def engines_of_cpu(options: EngineOptions) -> list[dict[str, Any]]:
     The default is one engine a core, at most `MAX_CPU_ENGINES` since each takes memory; one if `intra_op_threads` is
     set.
     """
-    cores, threads = max(1, usable_cores() // options.workers), options.intra_op_threads
-    count = options.cpu_engines or (1 if threads else min(cores, MAX_CPU_ENGINES))
+    cores, threads = max(1, usable_cores() // settings.workers), settings.intra_op_threads
+    count = settings.cpu_engines or (1 if threads else min(cores, MAX_CPU_ENGINES))
     if count == 1:
-        return [{} if threads or options.workers == 1 else {"intra_op_threads": cores}]
+        return [{} if threads or settings.workers == 1 else {"intra_op_threads": cores}]
     engines: list[dict[str, Any]] = [{"intra_op_threads": threads or max(1, cores // count)}] * count
     if threads or cores == 1:
         return engines
@@ -278,13 +242,12 @@ async def open_in_thread(open_them: Callable[[], Sequence[Engine]]) -> Sequence[
         raise
 
 
-def _open_engine(path: Path, options: EngineOptions, provider: Provider, arguments: dict[str, Any]) -> Engine:
+def _open_engine(path: Path, settings: Settings, provider: Provider, arguments: dict[str, Any]) -> Engine:
     every: dict[str, Any] = {
-        "max_batch_size": options.max_batch_size,
-        "intra_op_threads": options.intra_op_threads,
-        "buckets": options.buckets,
-        "gpu_memory_limit_bytes": options.gpu_memory_limit_bytes,
-        "cuda_graphs": options.cuda_graphs,
-        "tune_batch_size": options.tune_batch_size,
+        "max_batch_size": settings.max_batch_size,
+        "intra_op_threads": settings.intra_op_threads,
+        "gpu_memory_limit_bytes": settings.gpu_memory_limit_bytes,
+        "cuda_graphs": settings.cuda_graphs,
+        "tune_batch_size": settings.tune_batch_size,
     }
     return OnnxEngine(path, provider=provider, **(every | arguments))

@@ -51,7 +51,7 @@ def size_of_head(url: bytes, headers: Iterable[tuple[bytes, bytes]]) -> int:
     return len(url) + sum(len(name) + len(value) for name, value in headers)
 
 
-def too_large() -> HeadersTooLarge:
+def too_large() -> ServiceError:
     """Return what is said of a head beyond the limits."""
     return HeadersTooLarge(f"The headers are larger than {MAX_HEADER_BYTES} bytes, or more than {MAX_HEADER_LINES}.")
 

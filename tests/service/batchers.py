@@ -4,7 +4,7 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 from service.batching.batcher import DynamicBatcher, Prediction
 from tests.fakes import FakeEngine, Images, image
@@ -42,6 +42,20 @@ class RecordingObserver:
 
 
 Start = Callable[..., DynamicBatcher]
+
+
+class CanFail(Protocol):
+    """A batcher, or a store of models that have them."""
+
+    failure: str
+
+
+async def failure_of(what: CanFail) -> str:
+    """Wait until it has failed; return why."""
+    async with asyncio.timeout(20):
+        while not what.failure:  # noqa: ASYNC110 - it has no event for this
+            await asyncio.sleep(0.005)
+    return what.failure
 
 
 async def classify_many(

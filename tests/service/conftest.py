@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from service.batching.batcher import DynamicBatcher
-from service.repository.store import ModelStore
+from service.repository.store import ModelStore, OpenEngines
+from service.repository.versions import StoreObserver, open_engines
 from tests.fakes import FakeEngine, make_model_folder
 from tests.service.batchers import RecordingObserver, Start
-from tests.service.stores import OPTIONS, Make, StoreRecorder
+from tests.service.stores import Make, StoreRecorder, store_settings
 
 
 @pytest.fixture
@@ -40,8 +41,11 @@ async def start() -> AsyncIterator[Start]:
 async def make(tmp_path: Path) -> AsyncIterator[Make]:
     stores: list[ModelStore] = []
 
-    def make(**arguments: object) -> ModelStore:
-        stores.append(ModelStore(tmp_path, OPTIONS, **{"observer": StoreRecorder(), **arguments}))
+    def make(
+        observer: StoreObserver | None = None, open_engines: OpenEngines = open_engines, **settings: object
+    ) -> ModelStore:
+        observer = observer or StoreRecorder()
+        stores.append(ModelStore(store_settings(tmp_path, **settings), observer, open_engines=open_engines))
         return stores[-1]
 
     yield make

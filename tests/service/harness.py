@@ -18,7 +18,6 @@ from service.engine.metadata import MODEL_FILE
 from service.engine.onnx_engine import Engine
 from service.lifecycle import Service
 from service.repository.folder import GOLDEN_FILE, Golden, save_golden
-from service.repository.versions import EngineOptions
 from service.server.server import Server, configuration
 from service.server.sockets import bind, claim_port
 from service.settings import Settings
@@ -120,7 +119,7 @@ async def running(folder: Path, engine: FakeEngine | None = None, **settings: ob
     """Serve until the block ends; ready when it begins."""
     engine = engine or FakeEngine()
 
-    def open_engines(path: Path, options: EngineOptions) -> list[Engine]:
+    def open_engines(path: Path, settings: Settings) -> list[Engine]:
         return [engine]
 
     values = {

@@ -9,12 +9,17 @@ import numpy as np
 
 from service.engine.metadata import ModelMetadata
 from service.engine.onnx_engine import Engine
-from service.repository.store import EngineOptions, ModelStore
+from service.repository.store import ModelStore
 from service.repository.versions import open_engines
+from service.settings import Settings
 from tests.fakes import FakeEngine, tiny_images, tiny_logits, tiny_metadata
 from tests.service.batchers import RecordingObserver, classify
 
-OPTIONS = EngineOptions(provider="cpu", max_batch_size=4, intra_op_threads=1)
+
+def store_settings(folder: Path, **changes: object) -> Settings:
+    """Settings of a store of the tiny model; values outside their bounds are taken."""
+    settings = Settings(provider="cpu", max_batch_size=4, intra_op_threads=1, tune_batch_size=False)
+    return settings.model_copy(update={"model_dir": folder, **changes})
 
 
 class StoreRecorder(RecordingObserver):
@@ -47,11 +52,11 @@ class Opener:
         self.may_open = threading.Event()
         self.may_open.set()
 
-    def __call__(self, folder: Path, options: EngineOptions) -> Sequence[Engine]:
+    def __call__(self, folder: Path, settings: Settings) -> Sequence[Engine]:
         self.opened.append(int(folder.name))
         self.thread = threading.get_ident()
         assert self.may_open.wait(5)
-        return open_engines(folder, options)
+        return open_engines(folder, settings)
 
 
 class FakeOpener:
@@ -61,7 +66,7 @@ class FakeOpener:
         self.engines: dict[int, FakeEngine] = {}
         self.held = False  # whether what it opens hangs in its first run
 
-    def __call__(self, folder: Path, options: EngineOptions) -> Sequence[Engine]:
+    def __call__(self, folder: Path, settings: Settings) -> Sequence[Engine]:
         version = int(folder.name)
         self.engines[version] = AnyGolden(tag=version)
         if self.held:

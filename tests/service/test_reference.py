@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from service import errors
+from service.errors import ERRORS
 from service.metrics.gpu import GpuCollector
 from service.metrics.registry import Metrics
 from service.settings import Settings
@@ -63,8 +63,7 @@ def test_every_setting_has_a_default_a_consequence_and_a_unit(name: str) -> None
 
 
 def test_every_status_and_code_is_told() -> None:
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.ServiceError)]
-    for kind in kinds:
+    for kind in ERRORS:
         assert f"| {kind.status} | `{kind.code}` |" in REFERENCE
         assert re.search(rf"^\| [\d, ]*\b{kind.status}\b", OPERATIONS, re.MULTILINE), f"{kind.status}: what to do?"
 

@@ -223,7 +223,7 @@ def test_what_a_user_should_know_of_another_grid_or_other_images_is_told(
     (image,) = (grown / "train" / "ant").glob("000.png")
     flags = [*RECIPE, "--epochs=1", "--init", str(whole)]
     assert main([*flags, "--data", str(image_dir), "--out", str(tmp_path / "same")]) == 0
-    assert "note:" not in capsys.readouterr().out
+    assert "warning:" not in capsys.readouterr().out
     shutil.copyfile(image, image.with_name("more.png"))
     closer = ["--patch-size=2", "--patch-overlap=3", "--num-latents=16"]
     assert main([*flags, *closer, "--data", str(grown), "--out", str(tmp_path / "other")]) == 0
@@ -246,7 +246,7 @@ def test_other_shares_of_the_same_images_are_told_only_where_they_mix(
     assert main([*flags, "--validation-fraction=0.1", "--out", str(tmp_path / "fewer")]) == 0
     told = capsys.readouterr().out
     assert "36 training and 4 validation images" in told
-    assert "note:" not in told
+    assert "warning:" not in told
     assert main([*flags, "--validation-fraction=0.3", "--out", str(tmp_path / "more")]) == 0
     assert "--validation-fraction 0.2 or less keeps them apart" in capsys.readouterr().out
     # And so in the next generation, which divides as the last one did.

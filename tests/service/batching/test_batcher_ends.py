@@ -149,7 +149,7 @@ async def test_closing_waits_for_runs_and_aborts_the_queue(start: Start) -> None
     await closing
     assert engine.closed
     assert await numbers([first]) == [0]
-    assert not batcher.failed.is_set()
+    assert not batcher.failure
     await batcher.close()
 
 

@@ -9,7 +9,17 @@ import uvloop
 from service.batching.batcher import DynamicBatcher, Prediction
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady
 from tests.fakes import FakeEngine, Images, Logits, image
-from tests.service.batchers import RecordingObserver, Start, begun, classify, classify_many, holding, numbers, submitted
+from tests.service.batchers import (
+    RecordingObserver,
+    Start,
+    begun,
+    classify,
+    classify_many,
+    failure_of,
+    holding,
+    numbers,
+    submitted,
+)
 
 
 async def test_a_failing_batch_fails_its_own_members_alone(start: Start, caplog: pytest.LogCaptureFixture) -> None:
@@ -24,7 +34,7 @@ async def test_a_failing_batch_fails_its_own_members_alone(start: Start, caplog:
     assert await numbers([first, *good]) == [0, 5, 6]
     assert observer.failed_batches == [4]
     assert "the device says no" in caplog.text
-    assert not batcher.failed.is_set()
+    assert not batcher.failure
 
 
 async def test_a_large_request_fails_with_the_first_of_its_batches_and_the_rest_never_runs(start: Start) -> None:
@@ -55,10 +65,10 @@ async def test_an_engine_that_keeps_failing_fails_the_batcher(start: Start) -> N
     engine.fail = lambda batch: RuntimeError("the device has gone")
     batcher = start(engine, max_failures=3, on_failure=reasons.append)
     for _ in range(3):
-        assert not batcher.failed.is_set()
+        assert not batcher.failure
         with pytest.raises(InferenceFailed):
             await classify(batcher, image(1))
-    assert batcher.failed.is_set()
+    assert batcher.failure
     assert reasons == [batcher.failure]
     assert "3 batches failed in a row, the last with RuntimeError('the device has gone')" in batcher.failure
     with pytest.raises(NotReady):
@@ -72,7 +82,7 @@ async def test_failures_that_are_not_in_a_row_do_not(start: Start) -> None:
     for number in range(8):
         with suppress(InferenceFailed):
             await classify(batcher, image(number))
-    assert not batcher.failed.is_set()
+    assert not batcher.failure
     assert int((await classify(batcher, image(8))).logits[0]) == 8
 
 
@@ -80,7 +90,7 @@ async def test_an_engine_that_hangs_is_found_out(start: Start, caplog: pytest.Lo
     observer = RecordingObserver()
     engine, batcher, first = await holding(start, observer=observer, run_timeout_ms=300)
     queued = await submitted(batcher, 1, 2)
-    await asyncio.wait_for(batcher.failed.wait(), 5)
+    await failure_of(batcher)
     results = await asyncio.gather(first, *queued, return_exceptions=True)
     assert [type(result) for result in results] == [InferenceFailed] * 3
     assert "did not end within 0.3 s" in batcher.failure
@@ -109,7 +119,7 @@ async def test_when_one_engine_has_gone_batches_on_the_others_still_end(start: S
     broken.let_go()
     with pytest.raises(InferenceFailed):
         await lost
-    assert batcher.failed.is_set()
+    assert batcher.failure
     draining = asyncio.create_task(batcher.drain())
     healthy.let_go()
     assert await numbers([saved]) == [2]
@@ -121,7 +131,7 @@ async def test_a_run_that_ends_in_time_leaves_no_watchdog_behind(start: Start) -
     for number in range(5):
         await classify(batcher, image(number))
     await asyncio.sleep(0.3)
-    assert not batcher.failed.is_set()
+    assert not batcher.failure
 
 
 def test_times_are_finer_than_uvloops_clock_of_whole_milliseconds() -> None:
@@ -147,7 +157,7 @@ async def test_if_the_loop_dies_all_requests_end(start: Start, method: str) -> N
     observer.broken = {method}
     engine.fail = lambda batch: RuntimeError("no") if method == "failed_batch" else None
     engine.let_go()
-    await asyncio.wait_for(batcher.failed.wait(), 5)
+    await failure_of(batcher)
     results = await asyncio.gather(first, *queued, return_exceptions=True)
     assert len(results) == 10
     assert all(isinstance(result, Prediction | InferenceFailed) for result in results)
@@ -161,7 +171,7 @@ async def test_an_observer_that_fails_while_the_engine_is_busy_is_noticed(start:
     engine, batcher, first = await holding(start, observer=observer)
     observer.broken = {"dropped"}
     (late,) = await submitted(batcher, 1, deadline=asyncio.get_running_loop().time())
-    await asyncio.wait_for(batcher.failed.wait(), 5)
+    await failure_of(batcher)
     assert "an observer failed" in batcher.failure
     assert [type(error) for error in await asyncio.gather(late, return_exceptions=True)] == [DeadlineExceeded]
     engine.let_go()
@@ -173,7 +183,7 @@ async def test_if_the_loop_is_cancelled_from_outside_that_is_noticed(start: Star
     queued = await submitted(batcher, 1, 2)
     (loop_task,) = [task for task in asyncio.all_tasks() if task.get_name() == "batcher"]
     loop_task.cancel()
-    await asyncio.wait_for(batcher.failed.wait(), 5)
+    await failure_of(batcher)
     assert "loop has ended" in batcher.failure
     engine.let_go()
     assert await numbers([first]) == [0]  # it was running, and is answered

@@ -73,7 +73,7 @@ async def test_in_a_storm_everything_ends_exactly_once_and_with_its_own_answer(s
     )
     assert ran + observer.drops.total() <= sent  # the rest belongs to requests that had failed already
     assert batcher.queue_length == 0
-    assert not batcher.failed.is_set()
+    assert not batcher.failure
 
 
 async def test_small_requests_do_not_starve_under_a_stream_of_large_ones(start: Start) -> None:

@@ -16,12 +16,13 @@ from service.engine.runners import default_buckets
 from service.engine.session import SessionSpec, open_session
 from service.repository.folder import GOLDEN_FILE, list_versions, load_golden
 from service.repository.golden_check import check_golden
-from service.repository.store import EngineOptions, ModelStore
+from service.repository.store import ModelStore
 from service.repository.versions import open_engines
+from service.settings import Settings
 from tests.fakes import make_model_folder, tiny_images, tiny_logits
 from tests.service.batchers import classify
 from tests.service.gpu_models import make_half_folder, make_hungry_folder
-from tests.service.stores import StoreRecorder
+from tests.service.stores import StoreRecorder, store_settings
 
 SHIPPED = list_versions(Path(__file__).parents[3] / "models" / "perceiver-cifar100")[-1].path
 MIB = 1 << 20
@@ -92,11 +93,11 @@ def test_the_captured_graph_of_each_bucket_gives_the_logits_of_plain_kernels() -
 
 def test_the_float16_file_runs_where_there_is_one(tmp_path: Path) -> None:
     version = make_half_folder(tmp_path)
-    (half,) = open_engines(version, EngineOptions(provider="auto", max_batch_size=4))
+    (half,) = open_engines(version, Settings(provider="auto", max_batch_size=4))
     assert (half.provider, half.metadata.precision) == ("cuda", "float16")
     half.warm_up()
     check_golden(half, load_golden(version / GOLDEN_FILE))
-    (single,) = open_engines(version, EngineOptions(provider="auto", precision="float32"))
+    (single,) = open_engines(version, Settings(provider="auto", precision="float32"))
     assert single.metadata.precision == "float32"
 
 
@@ -125,7 +126,7 @@ async def test_swaps_under_load_fail_no_request_and_mix_no_answers(tmp_path: Pat
     make_model_folder(tmp_path, 1)
     hidden, shown = tmp_path / ".2", tmp_path / "2"
     make_model_folder(tmp_path, 2).rename(hidden)
-    store = ModelStore(tmp_path, EngineOptions(provider="cuda", max_batch_size=4), StoreRecorder())
+    store = ModelStore(store_settings(tmp_path, provider="cuda", max_batch_size=4), StoreRecorder())
     await store.load()
     images = tiny_images(50, seed=7)
     expected = {version: tiny_logits(images, version) for version in (1, 2)}

@@ -1,7 +1,6 @@
 """Which version serves, and why one is refused. With tiny real models, and fake engines where a test must hold them."""
 
 import asyncio
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -11,10 +10,10 @@ import pytest
 from service.engine.onnx_engine import EngineError
 from service.errors import NotReady
 from service.repository import versions as versions_module
-from service.repository.store import EngineOptions, ModelStore, NoUsableVersionError
+from service.repository.store import ModelStore, NoUsableVersionError
 from service.repository.versions import without_folders
 from tests.fakes import Defect, FakeEngine, make_model_folder, tiny_images, tiny_logits, tiny_metadata
-from tests.service.stores import OPTIONS, FakeOpener, Make, Opener, StoreRecorder, answer, assert_serves, lines
+from tests.service.stores import FakeOpener, Make, Opener, StoreRecorder, answer, assert_serves, lines, store_settings
 
 REASONS: dict[Defect, str] = {
     "corrupt_onnx": "can't load this file",
@@ -53,7 +52,7 @@ async def test_the_highest_version_serves(make: Make, tmp_path: Path) -> None:
 async def test_a_pinned_version_serves_whatever_comes(make: Make, tmp_path: Path) -> None:
     for version in (1, 2):
         make_model_folder(tmp_path, version)
-    store = make(pinned_version=1)
+    store = make(model_version=1)
     await store.load()
     make_model_folder(tmp_path, 3)
     await store.reload()
@@ -66,20 +65,20 @@ async def test_naming_a_version_folder_instead_of_its_parent_is_explained(tmp_pa
     with pytest.raises(
         NoUsableVersionError, match=f"this is the folder of a version; name its parent, {tmp_path}/things$"
     ):
-        await ModelStore(version, OPTIONS, StoreRecorder()).load()
+        await ModelStore(store_settings(version), StoreRecorder()).load()
 
 
 async def test_naming_a_folder_of_several_models_is_explained(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "things", 1)
     make_model_folder(tmp_path / "animals", 2)
     with pytest.raises(NoUsableVersionError, match=f"is none; name one of them, as {tmp_path}/animals$"):
-        await ModelStore(tmp_path, OPTIONS, StoreRecorder()).load()
+        await ModelStore(store_settings(tmp_path), StoreRecorder()).load()
 
 
 async def test_a_pinned_version_that_is_not_there_is_named(make: Make, tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1)
     with pytest.raises(NoUsableVersionError, match="version 7 is pinned and missing; the versions are: 1"):
-        await make(pinned_version=7).load()
+        await make(model_version=7).load()
 
 
 @pytest.mark.parametrize("missing", [True, False])
@@ -87,7 +86,7 @@ async def test_a_folder_without_versions_is_named(missing: bool, tmp_path: Path)
     folder = tmp_path / "models"
     if not missing:
         folder.mkdir()
-    store = ModelStore(folder, OPTIONS, StoreRecorder())
+    store = ModelStore(store_settings(folder), StoreRecorder())
     message = "models: there is no such folder" if missing else "models: holds no version"
     with pytest.raises(NoUsableVersionError, match=message):
         await store.load()
@@ -121,7 +120,7 @@ async def test_the_provider_that_can_not_be_had_is_a_reason(tmp_path: Path, monk
     monkeypatch.setattr(versions_module, "resolve_provider", refuses)
     make_model_folder(tmp_path, 1)
     with pytest.raises(NoUsableVersionError, match="provider cuda was asked for and can't run here"):
-        await ModelStore(tmp_path, EngineOptions(provider="cuda"), StoreRecorder()).load()
+        await ModelStore(store_settings(tmp_path, provider="cuda"), StoreRecorder()).load()
 
 
 # Verification
@@ -139,11 +138,11 @@ async def test_a_broken_version_is_refused_with_its_reason_and_the_old_one_goes_
     old, new = await store.reload()
     assert (old.state, new.state) == ("live", "refused")
     assert store.refused_versions == 1
-    assert REASONS[defect] in new.reason
+    assert REASONS[defect] in new.public_reason
     ((number, reason),) = observer.refused
-    assert (number, without_folders(reason, tmp_path)) == (2, new.reason)
+    assert (number, without_folders(reason, tmp_path)) == (2, new.public_reason)
     assert f"version 2: refused: {reason}" in caplog.text  # in full
-    assert str(tmp_path) not in new.reason
+    assert str(tmp_path) not in new.public_reason
     await assert_serves(store, 1)
 
 
@@ -161,7 +160,7 @@ async def test_a_refused_version_is_tried_again_only_when_its_files_change(make:
     await store.reload()
     assert opener.opened == [2, 1, 2]
     await assert_serves(store, 2)
-    assert [status.reason for status in store.versions()] == ["", ""]
+    assert [status.public_reason for status in store.versions()] == ["", ""]
 
 
 async def test_the_golden_difference_is_reported_passed_or_not(make: Make, tmp_path: Path) -> None:
@@ -213,7 +212,7 @@ async def test_a_requested_variant_is_not_replaced(make: Make, tmp_path: Path) -
     other = make_model_folder(tmp_path / "elsewhere", 2, precision="int8")
     (other / "model.onnx").rename(version / "model.int8.onnx")
     with pytest.raises(NoUsableVersionError, match="golden"):
-        await ModelStore(tmp_path, EngineOptions(provider="cpu", precision="int8"), StoreRecorder()).load()
+        await ModelStore(store_settings(tmp_path, precision="int8"), StoreRecorder()).load()
 
 
 async def test_engines_of_a_cpu_serve_together_and_a_version_takes_over_from_them(
@@ -221,7 +220,7 @@ async def test_engines_of_a_cpu_serve_together_and_a_version_takes_over_from_the
 ) -> None:
     """As by default on two cores: two engines and one for an image alone, real ones, with measured batch sizes."""
     monkeypatch.setattr(versions_module, "usable_cores", lambda: 2)
-    store = ModelStore(tmp_path, replace(OPTIONS, intra_op_threads=0, tune_batch_size=True), StoreRecorder())
+    store = ModelStore(store_settings(tmp_path, intra_op_threads=0, tune_batch_size=True), StoreRecorder())
     for version in (1, 2):
         make_model_folder(tmp_path, version)
         await store.reload()

@@ -10,9 +10,9 @@ import pytest
 from service.engine.onnx_engine import EngineError, read_metadata
 from service.repository import store as store_module
 from service.repository import versions as versions_module
-from service.repository.store import EngineOptions, ModelStore, NoUsableVersionError
+from service.repository.store import ModelStore, NoUsableVersionError
 from tests.fakes import FakeEngine, make_model_folder
-from tests.service.stores import Make, StoreRecorder, assert_serves, lines
+from tests.service.stores import Make, StoreRecorder, assert_serves, lines, store_settings
 
 
 def background_threads() -> int:
@@ -63,7 +63,7 @@ async def test_a_folder_that_hangs_is_logged_once_and_scanned_when_it_is_back(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_model_folder(tmp_path, 1)
-    store = make(poll_seconds=0.001)
+    store = make(model_poll_s=0.001)
     await store.load()
     is_back, polls = threading.Event(), 0
     await all_are_back()
@@ -110,8 +110,7 @@ async def test_where_one_engine_fails_and_another_hangs_all_are_closed_when_they
     engines[3].runs_alone = True
     before = set(threading.enumerate())
     store = ModelStore(
-        tmp_path,
-        EngineOptions("cpu", load_timeout_s=0.2),
+        store_settings(tmp_path, load_timeout_s=0.2),
         StoreRecorder(),
         open_engines=lambda folder, options: engines,
     )

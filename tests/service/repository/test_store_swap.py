@@ -12,10 +12,11 @@ import pytest
 from service.engine.onnx_engine import Engine
 from service.errors import Draining, InferenceFailed
 from service.repository.folder import GOLDEN_FILE
-from service.repository.store import EngineOptions, ModelStore, NoUsableVersionError
+from service.repository.store import ModelStore, NoUsableVersionError
+from service.settings import Settings
 from tests.fakes import FakeEngine, image, make_model_folder, tiny_images, tiny_logits
-from tests.service.batchers import classify
-from tests.service.stores import AnyGolden, FakeOpener, Make, Opener, StoreRecorder, assert_serves
+from tests.service.batchers import classify, failure_of
+from tests.service.stores import AnyGolden, FakeOpener, Make, Opener, StoreRecorder, assert_serves, store_settings
 
 
 async def test_loading_happens_beside_the_event_loop(make: Make, tmp_path: Path) -> None:
@@ -155,13 +156,12 @@ async def test_closing_waits_for_no_request_that_holds_an_old_model(make: Make, 
 async def test_an_engine_that_hangs_fails_the_store(tmp_path: Path) -> None:
     make_model_folder(tmp_path, 3)
     opener = FakeOpener()
-    options = EngineOptions(provider="cpu", run_timeout_ms=20)
-    store = ModelStore(tmp_path, options, StoreRecorder(), open_engines=opener)
+    store = ModelStore(store_settings(tmp_path, run_timeout_ms=20), StoreRecorder(), open_engines=opener)
     await store.load()
     opener.engines[3].hold()
     with store.lease() as live:
         lost = asyncio.create_task(classify(live.batcher, image(1)))
-    await asyncio.wait_for(store.failed.wait(), 5)
+    await failure_of(store)
     assert store.failure.startswith("version 3: engine-0: a batch of 1 did not end")
     await asyncio.wait([lost])
     assert lost.exception() is not None
@@ -173,11 +173,11 @@ async def test_on_a_device_that_has_gone_nothing_is_freed(tmp_path: Path) -> Non
     """There onnxruntime's destructors throw, which aborts the process."""
     make_model_folder(tmp_path, 3)
     opener = FakeOpener()
-    store = ModelStore(tmp_path, EngineOptions(provider="cpu"), StoreRecorder(), open_engines=opener)
+    store = ModelStore(store_settings(tmp_path), StoreRecorder(), open_engines=opener)
     await store.load()
     opener.engines[3].fail = lambda batch: RuntimeError("CUDA failure 700: an illegal memory access was encountered")
     with store.lease() as live:
-        while not store.failed.is_set():
+        while not store.failure:
             with pytest.raises(InferenceFailed):
                 await classify(live.batcher, image(1))
     assert "batches failed in a row" in store.failure
@@ -200,15 +200,13 @@ async def test_a_version_that_takes_too_long_to_warm_up_is_refused_and_closed_wh
 ) -> None:
     make_model_folder(tmp_path, 1)
     opener = FakeOpener()
-    store = ModelStore(
-        tmp_path, EngineOptions(provider="cpu", load_timeout_s=0.2), StoreRecorder(), open_engines=opener
-    )
+    store = ModelStore(store_settings(tmp_path, load_timeout_s=0.2), StoreRecorder(), open_engines=opener)
     await store.load()
     opener.held = True
     make_model_folder(tmp_path, 2)
     await store.reload()
     (_, refused) = store.versions()
-    assert (refused.state, refused.reason) == ("refused", "2: was not loaded, warm and checked within 0.2 s")
+    assert (refused.state, refused.public_reason) == ("refused", "2: was not loaded, warm and checked within 0.2 s")
     assert store.lease().version == 1
     hung = opener.engines[2]
     assert not hung.closed
@@ -222,13 +220,11 @@ async def test_a_version_that_takes_too_long_to_open_is_refused_and_closed_when_
     may_open = threading.Event()
     engine = AnyGolden(tag=1)
 
-    def open_late(folder: Path, options: EngineOptions) -> Sequence[Engine]:
+    def open_late(folder: Path, settings: Settings) -> Sequence[Engine]:
         assert may_open.wait(5)
         return [engine]
 
-    store = ModelStore(
-        tmp_path, EngineOptions(provider="cpu", load_timeout_s=0.2), StoreRecorder(), open_engines=open_late
-    )
+    store = ModelStore(store_settings(tmp_path, load_timeout_s=0.2), StoreRecorder(), open_engines=open_late)
     with pytest.raises(NoUsableVersionError, match=r"not loaded, warm and checked within 0\.2 s"):
         await store.load()
     may_open.set()
@@ -239,19 +235,17 @@ async def test_a_version_that_takes_too_long_to_open_is_refused_and_closed_when_
 async def test_a_disks_own_timeout_is_reported_as_such(tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1)
 
-    def gone(folder: Path, options: EngineOptions) -> Sequence[Engine]:
+    def gone(folder: Path, settings: Settings) -> Sequence[Engine]:
         raise TimeoutError(110, "Connection timed out", str(folder))
 
-    store = ModelStore(tmp_path, EngineOptions(provider="cpu"), StoreRecorder(), open_engines=gone)
+    store = ModelStore(store_settings(tmp_path), StoreRecorder(), open_engines=gone)
     with pytest.raises(NoUsableVersionError, match="Connection timed out"):
         await store.load()
 
 
 async def test_golden_images_that_can_not_be_read_in_time_refuse_the_version_and_block_nothing(tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1)
-    store = ModelStore(
-        tmp_path, EngineOptions(provider="cpu", load_timeout_s=1), StoreRecorder(), open_engines=FakeOpener()
-    )
+    store = ModelStore(store_settings(tmp_path, load_timeout_s=1), StoreRecorder(), open_engines=FakeOpener())
     await store.load()
     golden = make_model_folder(tmp_path, 2) / GOLDEN_FILE
     golden.unlink()
@@ -259,7 +253,7 @@ async def test_golden_images_that_can_not_be_read_in_time_refuse_the_version_and
     async with asyncio.timeout(10):
         await store.reload()
     (live, refused) = store.versions()
-    assert (live.state, refused.reason) == ("live", "2: was not loaded, warm and checked within 1 s")
+    assert (live.state, refused.public_reason) == ("live", "2: was not loaded, warm and checked within 1 s")
     threads = [thread for thread in threading.enumerate() if thread.name == "background"]
     assert threads
     assert all(thread.daemon for thread in threads)  # or the process could not end

@@ -14,8 +14,8 @@ from service.engine.metadata import MODEL_FILE
 from service.engine.onnx_engine import Engine, EngineError
 from service.repository import store as store_module
 from service.repository import versions as versions_module
-from service.repository.store import EngineOptions, VersionStatus
-from service.repository.versions import open_engines
+from service.repository.versions import VersionRecord, open_engines
+from service.settings import Settings
 from tests.fakes import FakeEngine, make_model_folder, tiny_images, tiny_logits
 from tests.service.stores import Make, Opener, StoreRecorder, answer, assert_serves, lines
 
@@ -36,11 +36,11 @@ async def test_watching_finds_a_new_version_and_survives_errors(
 ) -> None:
     make_model_folder(tmp_path, 1)
     observer = StoreRecorder()
-    store = make(poll_seconds=0.01, observer=observer)
+    store = make(model_poll_s=0.01, observer=observer)
     await store.load()
     has_failed = asyncio.Event()
 
-    async def failing() -> list[VersionStatus]:
+    async def failing() -> list[VersionRecord]:
         monkeypatch.undo()
         has_failed.set()
         raise OSError("the network drive is away")
@@ -148,7 +148,7 @@ async def test_an_untried_version_with_broken_metadata_is_refused(make: Make, tm
     await store.load()
     assert lines(store) == [(1, "refused"), (2, "live")]
     assert store.refused_versions == 0  # it would not serve anyway
-    assert "must be JSON" in store.versions()[0].reason
+    assert "must be JSON" in store.versions()[0].public_reason
 
 
 async def test_the_live_version_serves_on_when_its_file_is_truncated(make: Make, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ async def test_a_live_version_with_spoilt_files_counts_as_refused(make: Make, tm
 async def test_with_a_pinned_version_no_other_counts_as_refused(make: Make, tmp_path: Path) -> None:
     make_model_folder(tmp_path, 1)
     make_model_folder(tmp_path, 2, defect="broken_metadata")
-    store = make(pinned_version=1)
+    store = make(model_version=1)
     await store.load()
     assert lines(store) == [(1, "live"), (2, "refused")]
     assert store.refused_versions == 0
@@ -204,7 +204,7 @@ async def test_a_folder_that_can_not_be_read_is_logged_once(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_model_folder(tmp_path, 1)
-    store = make(poll_seconds=0.001)
+    store = make(model_poll_s=0.001)
     await store.load()
     polls = 0
 
@@ -229,11 +229,11 @@ async def test_an_error_that_returns_is_logged_again(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_model_folder(tmp_path, 1)
-    store = make(poll_seconds=0.001)
+    store = make(model_poll_s=0.001)
     polls = 0
     ended = asyncio.Event()
 
-    async def reload() -> list[VersionStatus]:
+    async def reload() -> list[VersionRecord]:
         nonlocal polls
         polls += 1
         if polls == 6:
@@ -279,9 +279,9 @@ async def test_a_refused_version_frees_its_memory_at_once(make: Make, tmp_path: 
         def warm_up(self) -> None:
             raise EngineError("there is no memory for it")
 
-    def opened(folder: Path, options: EngineOptions) -> list[Engine]:
+    def opened(folder: Path, settings: Settings) -> list[Engine]:
         if folder.name == "1":
-            return open_engines(folder, options)
+            return open_engines(folder, settings)
         opened = [Failing(), FakeEngine(), FakeEngine()]
         opened[-1].runs_alone = True
         engines.extend(map(weakref.ref, opened))

@@ -9,8 +9,8 @@ import pytest
 
 from service.engine.onnx_engine import EngineError
 from service.repository import versions as versions_module
-from service.repository.store import EngineOptions
 from service.repository.versions import VersionRecord, open_engines, scan, without_folders
+from service.settings import Settings
 from tests.fakes import FakeEngine, make_model_folder, tiny_images, tiny_logits
 
 
@@ -38,7 +38,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> list[DeviceEngine]:
 
 def test_each_gpu_gets_an_engine(devices: list[DeviceEngine], tmp_path: Path) -> None:
     folder = make_model_folder(tmp_path)
-    options = EngineOptions(
+    options = Settings(
         device_ids=(0, 2), max_batch_size=16, gpu_memory_limit_bytes=2**30, cuda_graphs=False, tune_batch_size=True
     )
     assert [engine.device_id for engine in devices] == []
@@ -47,7 +47,6 @@ def test_each_gpu_gets_an_engine(devices: list[DeviceEngine], tmp_path: Path) ->
     assert devices[0].options == {
         "max_batch_size": 16,
         "intra_op_threads": 0,
-        "buckets": None,
         "gpu_memory_limit_bytes": 2**30,
         "cuda_graphs": False,
         "tune_batch_size": True,
@@ -56,7 +55,7 @@ def test_each_gpu_gets_an_engine(devices: list[DeviceEngine], tmp_path: Path) ->
 
 def test_if_one_gpu_fails_the_engines_on_the_others_are_closed(devices: list[DeviceEngine], tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="CUDA device 7"):
-        open_engines(make_model_folder(tmp_path), EngineOptions(device_ids=(0, 1, 7)))
+        open_engines(make_model_folder(tmp_path), Settings(device_ids=(0, 1, 7)))
     assert [engine.closed for engine in devices] == [True, True]
 
 
@@ -83,7 +82,9 @@ def test_engines_on_the_cpu_share_its_cores(
     monkeypatch.setattr(versions_module, "OnnxEngine", DeviceEngine)
     monkeypatch.setattr(versions_module, "usable_cores", lambda: cores)
     DeviceEngine.made.clear()
-    options = EngineOptions("cpu", device_ids=(5, 6), cpu_engines=engines, intra_op_threads=asked, tune_batch_size=True)
+    options = Settings(
+        provider="cpu", device_ids=(5, 6), cpu_engines=engines, intra_op_threads=asked, tune_batch_size=True
+    )
     opened = open_engines(make_model_folder(tmp_path), options)
     assert opened == DeviceEngine.made
     assert [engine.options["intra_op_threads"] for engine in DeviceEngine.made] == threads
@@ -95,7 +96,7 @@ def test_engines_on_the_cpu_share_its_cores(
 
 
 def test_engines_on_the_cpu_are_real_and_give_the_same_answers(tmp_path: Path) -> None:
-    engines = open_engines(make_model_folder(tmp_path), EngineOptions(provider="cpu", cpu_engines=2))
+    engines = open_engines(make_model_folder(tmp_path), Settings(provider="cpu", cpu_engines=2))
     image = tiny_images(1)
     assert [engine.runs_alone for engine in engines[:2]] == [False, False]
     for engine in engines:
@@ -103,7 +104,7 @@ def test_engines_on_the_cpu_are_real_and_give_the_same_answers(tmp_path: Path) -
 
 
 def test_a_gpu_ignores_cpu_engines(devices: list[DeviceEngine], tmp_path: Path) -> None:
-    assert len(open_engines(make_model_folder(tmp_path), EngineOptions(cpu_engines=4))) == 1
+    assert len(open_engines(make_model_folder(tmp_path), Settings(cpu_engines=4))) == 1
     assert devices[0].options["intra_op_threads"] == 0
 
 
@@ -182,18 +183,18 @@ def test_a_version_that_can_not_be_read_is_refused_alone_and_until_it_can(
 
     monkeypatch.setattr(Path, "is_file", failing)
     record = VersionRecord(version, before)
-    record.describe(EngineOptions(), "cpu")
-    assert (record.status().state, record.metadata) == ("refused", None)
-    assert "Permission denied" in record.status().reason
+    record.describe(Settings(), "cpu")
+    assert (record.state, record.metadata) == ("refused", None)
+    assert "Permission denied" in record.public_reason
     # It remains a candidate and is read again, since the error may pass.
     assert record.reason == ""
     assert "version 1: can't be read: " in caplog.text
     caplog.clear()
-    record.describe(EngineOptions(), "cpu")
+    record.describe(Settings(), "cpu")
     assert caplog.text == ""  # once, and not at every poll
     monkeypatch.undo()
-    record.describe(EngineOptions(), "cpu")
-    assert (record.status().state, record.status().reason) == ("available", "")
+    record.describe(Settings(), "cpu")
+    assert (record.state, record.public_reason) == ("available", "")
     assert record.metadata is not None
 
 
