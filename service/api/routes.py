@@ -95,10 +95,10 @@ def add_models(router: APIRouter, service: Service) -> None:
     async def reload() -> ModelsResponse:
         """Look into the model folder now instead of at the next poll; needs the admin key."""
         try:
-            versions = await service.store.reload()
+            records = await service.store.reload()
         except OSError as error:
             raise errors.FolderUnavailable(f"The model folder can't be looked into: {error.strerror}.") from error
-        return models_of(service, versions)
+        return models_of(service, records)
 
 
 def health_of(service: Service) -> HealthResponse:
@@ -119,18 +119,15 @@ def health_of(service: Service) -> HealthResponse:
     )
 
 
-def models_of(service: Service, versions: list[VersionRecord]) -> ModelsResponse:
+def models_of(service: Service, records: list[VersionRecord]) -> ModelsResponse:
     """Describe all versions."""
     live = service.store.live
     return ModelsResponse(
         live=None if live is None else live.version,
         versions=[
             VersionResponse(
-                version=version.number,
-                state=version.state,
-                reason=version.public_reason or None,
-                metadata=version.metadata,
+                version=record.number, state=record.state, reason=record.public_reason or None, metadata=record.metadata
             )
-            for version in versions
+            for record in records
         ],
     )

@@ -3,7 +3,6 @@
 Label values are bounded whatever clients send: a route is one of the app's or "other", a reason is an error code.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
@@ -134,7 +133,7 @@ class Metrics:
         self.decode_seconds.observe(seconds)
 
     def rejected(self, code: str) -> None:
-        """Count a request that ended in an error of the hierarchy."""
+        """Count a request that ended in an error."""
         self.rejections.labels(code).inc()
 
     # The batcher
@@ -172,28 +171,6 @@ class Metrics:
     def golden_checked(self, max_abs_difference: float) -> None:
         """Set the difference of the last golden check."""
         self.golden_difference.set(max_abs_difference)
-
-    # Gauges that are read at a scrape
-
-    def watch(
-        self,
-        *,
-        ready: Callable[[], bool],
-        queue_length: Callable[[], int],
-        admitted_images: Callable[[], int],
-        admitted_bytes: Callable[[], int],
-        max_batch_size: Callable[[], int],
-        refused_versions: Callable[[], int],
-        max_queue_size: int,
-    ) -> None:
-        """Set the functions that the gauges read at each scrape, and the constant `max_queue_size`."""
-        self.max_queue_size.set(max_queue_size)
-        self.ready.set_function(ready)
-        self.queue_length.set_function(queue_length)
-        self.admitted_images.set_function(admitted_images)
-        self.admitted_bytes.set_function(admitted_bytes)
-        self.max_batch_size.set_function(max_batch_size)
-        self.refused_versions.set_function(refused_versions)
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """Return all metrics and their content type: OpenMetrics if `accept` names it, else the classic text."""

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
-from service.batching.batcher import DynamicBatcher
-from service.batching.observer import BatchObserver
+from service.batching.batcher import BatchObserver, DynamicBatcher
 from service.engine.cpus import usable_cores
 from service.engine.metadata import MODEL_FILES, ArtifactError, ModelMetadata
 from service.engine.onnx_engine import (
