@@ -5,6 +5,7 @@ Shape letters: N images of a batch, H and W the model's input size, C classes.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -227,7 +228,7 @@ class OnnxEngine:
         # Logged first: on a GPU that has gone, freeing the session ends the process.
         logger.warning("%s: no CUDA graphs, kernels are launched one by one: %s", self.path, reason)
         self.close()  # before another session needs the memory
-        self._spec = self._spec.without_graphs()
+        self._spec = replace(self._spec, cuda_graphs=False)
         self.max_batch_size = self._spec.max_batch_size
         self.metadata, self._runner = _open(self.path, self._spec, self._buckets)
 

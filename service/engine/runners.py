@@ -34,29 +34,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY_WORDS)
 
 
-class Runner(Protocol):
-    """Runs one batch.
+class HostRunner:
+    """Runs batches as they are: on a CPU, padded rows would take full time.
 
     Attributes:
         sizes: batch sizes to run at warm-up, descending; the first is the largest that can run.
         warm_up_runs: runs until a size is at full speed.
     """
-
-    sizes: Sequence[int]
-    warm_up_runs: int
-
-    def run(self, images: Images) -> Logits:
-        """Classify uint8 [N, H, W, 3], N <= sizes[0]; return float32 [N, C]."""
-
-    def shrink(self, failed: int) -> int:
-        """Remove the batch size that ran out of memory with `failed` images; return the new largest, 0 for none."""
-
-    def drop(self, size: int) -> None:
-        """Remove one of `sizes`; the next larger takes its batches."""
-
-
-class HostRunner:
-    """Runs batches as they are: on a CPU, padded rows would take full time."""
 
     def __init__(self, session: Any, max_batch_size: int) -> None:
         self._session = session
@@ -75,7 +59,7 @@ class HostRunner:
         self._session.run([OUTPUT_NAME], {INPUT_NAME: images}, options)
 
     def shrink(self, failed: int) -> int:
-        """Halve the size that failed."""
+        """Halve the size that failed with `failed` images; return the new largest, 0 for none."""
         half = (failed + 1) // 2 if failed > 1 else 0
         self.sizes = _descending({1, half}) if half else ()
         return half
@@ -102,7 +86,7 @@ class BucketRunner:
     """Pads batches to a few sizes, each with buffers bound once.
 
     A captured graph needs fixed shapes and addresses, and on a GPU a padded row costs less than launching kernels
-    one by one. Rows are independent, so padded rows may hold anything.
+    one by one. Rows are independent, so padded rows may hold anything. Attributes as of `HostRunner`.
     """
 
     def __init__(self, bind: Callable[[int], BoundBatch], sizes: Sequence[int], warm_up_runs: int = 1) -> None:
@@ -112,14 +96,14 @@ class BucketRunner:
         self._bound = {size: bind(size) for size in self.sizes}
 
     def run(self, images: Images) -> Logits:
-        """Classify uint8 [N, H, W, 3]; return float32 [N, C]."""
+        """Classify uint8 [N, H, W, 3], N <= sizes[0]; return float32 [N, C]."""
         n = len(images)
         batch = self._bound[self._bucket(n)]
         batch.images[:n] = images
         return batch.run()[:n]
 
     def shrink(self, failed: int) -> int:
-        """Drop the bucket that failed and all above it, with their buffers; the smallest one stays.
+        """Drop the bucket that failed and all above it; return the new largest, 0 if only the smallest is left.
 
         Another process may free its memory later, and without a bucket nothing could run then.
         """
@@ -138,6 +122,9 @@ class BucketRunner:
 
     def _bucket(self, n: int) -> int:
         return min(size for size in self.sizes if size >= n)
+
+
+Runner = HostRunner | BucketRunner
 
 
 def default_buckets(max_batch_size: int) -> list[int]:
