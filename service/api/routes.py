@@ -1,17 +1,23 @@
-"""All routes but `/predict`: HTTP in, one call, HTTP out."""
+"""All routes: HTTP in, one call, HTTP out. Of `/predict` there is the description alone."""
 
 from fastapi import APIRouter, Request, Response
 
 from service import errors
+from service.api.paths import PREDICT
 from service.api.schemas import (
     CONNECTION_ERRORS,
+    PREDICT_ERRORS,
+    PREDICT_PARAMETERS,
+    PREDICTED,
     ErrorResponse,
     HealthResponse,
     ModelsResponse,
+    PredictResponse,
     QueueState,
     StatusResponse,
     VersionResponse,
     error_responses,
+    predict_bodies,
 )
 from service.lifecycle import Service
 from service.repository.versions import VersionRecord
@@ -27,6 +33,7 @@ NOT_HEALTHY: dict[int | str, dict[str, object]] = {
 def create_router(service: Service) -> APIRouter:
     """Return the routes of a service."""
     router = APIRouter(responses=FAILED, generate_unique_id_function=lambda route: route.name)
+    add_predict(router, service.settings.max_images)
     add_health(router, service)
     add_models(router, service)
 
@@ -51,6 +58,24 @@ METRICS: dict[int | str, dict[str, object]] = {
         }
     }
 }
+
+
+def add_predict(router: APIRouter, max_images: int) -> None:
+    """Describe `POST /predict`, which `PredictEndpoint` answers before a router is asked."""
+
+    @router.post(
+        PREDICT,
+        tags=["predict"],
+        summary="Classify one or several images",
+        responses=PREDICTED | error_responses(PREDICT_ERRORS),
+        openapi_extra={
+            "parameters": PREDICT_PARAMETERS,
+            "requestBody": {"required": True, "content": predict_bodies(max_images)},
+        },
+    )
+    async def predict() -> PredictResponse:
+        """JPEG, PNG, WebP, BMP, GIF (first frame) or TIFF, in any of the bodies below."""
+        raise NotImplementedError
 
 
 def add_health(router: APIRouter, service: Service) -> None:
