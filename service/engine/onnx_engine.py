@@ -13,10 +13,10 @@ import numpy as np
 
 from service.engine.batch_size_tuning import fastest_size
 from service.engine.capture_lock import capture_lock
-from service.engine.cuda import cuda_runner, open_cuda_session
+from service.engine.cuda import BucketRunner, cuda_runner, open_cuda_session
 from service.engine.cuda_probe import why_no_graphs
 from service.engine.metadata import ModelMetadata
-from service.engine.runners import HostRunner, Images, Logits, Runner, default_buckets, is_out_of_memory
+from service.engine.runners import HostRunner, Images, Logits, default_buckets, is_out_of_memory
 from service.engine.session import (
     EngineError,
     PrecisionChoice,
@@ -44,6 +44,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+Runner = HostRunner | BucketRunner
 
 
 class Engine(Protocol):
