@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import threading
 from multiprocessing import connection, parent_process
 from typing import Final
@@ -18,7 +19,7 @@ from service.engine.cpus import usable_cores
 from service.engine.onnx_engine import EngineError, resolve_provider
 from service.lifecycle import Service
 from service.logging import configure as configure_logging
-from service.server.server import Server, configuration, log_addresses
+from service.server.server import NO_PASS_PHRASE, Server, configuration, log_addresses
 from service.server.sockets import BACKLOG, bind, claim_port
 from service.settings import Settings
 
@@ -60,14 +61,11 @@ def tls_problem(settings: Settings) -> str | None:
     """Return why the TLS files can't be used; None where they can, or where there are none."""
     if settings.tls_cert is None:
         return None
-    service = Service(settings)
     try:
-        configuration(PerceiverApp(service)).load()
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert, settings.tls_key, NO_PASS_PHRASE)
     except OSError as error:  # ssl.SSLError is one
         files = f"{settings.tls_cert} and {settings.tls_key}"
         return f"the TLS files {files} can't be used: {error}; they must be PEM, with no pass phrase"
-    finally:
-        service.decoder.close()
     return None
 
 

@@ -50,15 +50,13 @@ class Service:
         self.store = ModelStore(settings, self.metrics, open_engines=open_engines)
         self._failure = ""
         self._task: asyncio.Task[None] | None = None
-        self.metrics.watch(
-            ready=lambda: self.probed_status == "ready",
-            queue_length=lambda: self.queue_length,
-            admitted_images=lambda: self.admission.images,
-            admitted_bytes=lambda: self.admission.bytes,
-            max_batch_size=lambda: self.max_batch_size,
-            refused_versions=lambda: self.store.refused_versions,
-            max_queue_size=settings.max_queue_size,
-        )
+        self.metrics.max_queue_size.set(settings.max_queue_size)
+        self.metrics.ready.set_function(lambda: self.probed_status == "ready")
+        self.metrics.queue_length.set_function(lambda: self.queue_length)
+        self.metrics.admitted_images.set_function(lambda: self.admission.images)
+        self.metrics.admitted_bytes.set_function(lambda: self.admission.bytes)
+        self.metrics.max_batch_size.set_function(lambda: self.max_batch_size)
+        self.metrics.refused_versions.set_function(lambda: self.store.refused_versions)
 
     def fail(self, reason: str) -> None:
         """Record why the process can't go on."""

@@ -7,7 +7,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
-from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from service.api.asgi import Asgi
@@ -17,7 +16,7 @@ from service.api.predict import PredictEndpoint
 from service.api.request_log import RequestLog
 from service.api.response import error_response
 from service.api.routes import create_router
-from service.api.schemas import SECURITY, SECURITY_SCHEMES, predict_operation, predict_schemas
+from service.api.schemas import SECURITY, SECURITY_SCHEMES
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
 from service.lifecycle import Service
 
@@ -28,7 +27,7 @@ ROUTER_ERRORS: dict[int, type[ServiceError]] = {404: NotFound, 405: MethodNotAll
 
 
 class PerceiverApp(FastAPI):
-    """FastAPI for all routes but `/predict`, whose path its router knows for the methods that it does not take.
+    """FastAPI for all routes but `/predict`, which its router only describes.
 
     Attributes:
         predict: answers POST /predict; the server gives it small requests without ASGI.
@@ -42,7 +41,6 @@ class PerceiverApp(FastAPI):
             description=DESCRIPTION,
             version=package_version(),
             lifespan=lifespan,
-            routes=[Route(PREDICT, self.predict, methods=["POST"])],
             exception_handlers={HTTPException: answer_error, ServiceError: answer_error, Exception: answer_error},
             telemetry={"tracing": False, "metrics": False, "logs": False},
             redirect_slashes=False,
@@ -66,12 +64,11 @@ class PerceiverApp(FastAPI):
         document = super().openapi()
         service: Service = self.state.service
         live = service.store.live
-        classes = None if live is None else len(live.metadata.labels)
-        operation = predict_operation(classes, service.settings.max_images)
-        document["paths"][PREDICT] = {"post": operation}
-        components = document.setdefault("components", {})
-        components.setdefault("schemas", {}).update(predict_schemas())
-        components["securitySchemes"] = SECURITY_SCHEMES
+        operation = document["paths"][PREDICT]["post"]
+        if live is not None:
+            (top_k,) = [one for one in operation["parameters"] if one["name"] == "top_k"]
+            top_k["schema"]["maximum"] = len(live.metadata.labels)
+        document["components"]["securitySchemes"] = SECURITY_SCHEMES
         if self._asks_clients:
             operation["security"] = document["paths"]["/models"]["get"]["security"] = SECURITY
         if self._asks_administrators:

@@ -57,7 +57,7 @@ class InferenceRequest:
         self._query = query
         self._respond = respond
         self._request_id = endpoint.log.request_id(headers)
-        self._ticket: Ticket = service.admission.admit(images=0)
+        self._ticket = Ticket(service.admission)
         self._live: LiveModel | None = None
         self._task: asyncio.Task[None] | None = None
         self._chunks: list[bytes] = []
@@ -204,7 +204,7 @@ class InferenceRequest:
         if self._live is not None:
             self._live.__exit__()
             self._live = None
-        self._ticket.__exit__(None, None, None)
+        self._ticket.release()
         self._service.in_flight.discard(self)
         self._endpoint.log.finished("POST", self.path, status, perf_counter() - self._began, self._request_id)
         respond: Respond = self._respond

@@ -1,17 +1,23 @@
-"""All routes but `/predict`: HTTP in, one call, HTTP out."""
+"""All routes: HTTP in, one call, HTTP out. Of `/predict` there is the description alone."""
 
 from fastapi import APIRouter, Request, Response
 
 from service import errors
+from service.api.paths import PREDICT
 from service.api.schemas import (
     CONNECTION_ERRORS,
+    PREDICT_ERRORS,
+    PREDICT_PARAMETERS,
+    PREDICTED,
     ErrorResponse,
     HealthResponse,
     ModelsResponse,
+    PredictResponse,
     QueueState,
     StatusResponse,
     VersionResponse,
     error_responses,
+    predict_bodies,
 )
 from service.lifecycle import Service
 from service.repository.versions import VersionRecord
@@ -27,6 +33,7 @@ NOT_HEALTHY: dict[int | str, dict[str, object]] = {
 def create_router(service: Service) -> APIRouter:
     """Return the routes of a service."""
     router = APIRouter(responses=FAILED, generate_unique_id_function=lambda route: route.name)
+    add_predict(router, service.settings.max_images)
     add_health(router, service)
     add_models(router, service)
 
@@ -51,6 +58,24 @@ METRICS: dict[int | str, dict[str, object]] = {
         }
     }
 }
+
+
+def add_predict(router: APIRouter, max_images: int) -> None:
+    """Describe `POST /predict`, which `PredictEndpoint` answers before a router is asked."""
+
+    @router.post(
+        PREDICT,
+        tags=["predict"],
+        summary="Classify one or several images",
+        responses=PREDICTED | error_responses(PREDICT_ERRORS),
+        openapi_extra={
+            "parameters": PREDICT_PARAMETERS,
+            "requestBody": {"required": True, "content": predict_bodies(max_images)},
+        },
+    )
+    async def predict() -> PredictResponse:
+        """JPEG, PNG, WebP, BMP, GIF (first frame) or TIFF, in any of the bodies below."""
+        raise NotImplementedError
 
 
 def add_health(router: APIRouter, service: Service) -> None:
@@ -95,10 +120,10 @@ def add_models(router: APIRouter, service: Service) -> None:
     async def reload() -> ModelsResponse:
         """Look into the model folder now instead of at the next poll; needs the admin key."""
         try:
-            versions = await service.store.reload()
+            records = await service.store.reload()
         except OSError as error:
             raise errors.FolderUnavailable(f"The model folder can't be looked into: {error.strerror}.") from error
-        return models_of(service, versions)
+        return models_of(service, records)
 
 
 def health_of(service: Service) -> HealthResponse:
@@ -119,18 +144,15 @@ def health_of(service: Service) -> HealthResponse:
     )
 
 
-def models_of(service: Service, versions: list[VersionRecord]) -> ModelsResponse:
+def models_of(service: Service, records: list[VersionRecord]) -> ModelsResponse:
     """Describe all versions."""
     live = service.store.live
     return ModelsResponse(
         live=None if live is None else live.version,
         versions=[
             VersionResponse(
-                version=version.number,
-                state=version.state,
-                reason=version.public_reason or None,
-                metadata=version.metadata,
+                version=record.number, state=record.state, reason=record.public_reason or None, metadata=record.metadata
             )
-            for version in versions
+            for record in records
         ],
     )

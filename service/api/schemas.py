@@ -1,13 +1,9 @@
-"""The shapes of all answers, and the description of `POST /predict` for OpenAPI.
-
-`/predict` is no FastAPI route function (see `service.api.predict`), so what FastAPI would derive is written here.
-"""
+"""The shapes of all answers, and what the OpenAPI document says of `POST /predict` beside them."""
 
 from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from pydantic.json_schema import models_json_schema
 
 from service import errors
 from service.engine.metadata import ModelMetadata
@@ -123,7 +119,6 @@ SECURITY_SCHEMES = {
 }
 SECURITY: list[dict[str, list[str]]] = [{"bearer": []}, {"header": []}]
 
-SCHEMA_PATH = "#/components/schemas/{model}"
 BASE64 = {
     "type": "string",
     "contentEncoding": "base64",
@@ -177,67 +172,36 @@ def predict_bodies(max_images: int) -> dict[str, Any]:
     }
 
 
-def predict_operation(classes: int | None, max_images: int) -> dict[str, Any]:
-    """Return the OpenAPI operation object of `POST /predict`; `classes` is the live model's number, if there is one."""
-    responses: dict[str, Any] = {
-        "200": {
-            "description": "The most probable classes of each image.",
-            "headers": {
-                "Server-Timing": {
-                    "description": "Milliseconds: decode, queue, inference, total.",
-                    "schema": {"type": "string"},
-                },
-                "X-Request-Id": {"schema": {"type": "string"}},
+PREDICTED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The most probable classes of each image.",
+        "headers": {
+            "Server-Timing": {
+                "description": "Milliseconds: decode, queue, inference, total.",
+                "schema": {"type": "string"},
             },
-            "content": {"application/json": {"schema": {"$ref": SCHEMA_PATH.format(model="PredictResponse")}}},
-        }
+            "X-Request-Id": {"schema": {"type": "string"}},
+        },
     }
-    for status, entry in error_responses(PREDICT_ERRORS).items():
-        del entry["model"]
-        content = {"application/json": {"schema": {"$ref": SCHEMA_PATH.format(model="ErrorResponse")}}}
-        responses[str(status)] = entry | {"content": content}
-    return {
-        "tags": ["predict"],
-        "summary": "Classify one or several images",
-        "description": "JPEG, PNG, WebP, BMP, GIF (first frame) or TIFF, in any of the bodies below.",
-        "operationId": "predict",
-        "parameters": predict_parameters(classes),
-        "requestBody": {"required": True, "content": predict_bodies(max_images)},
-        "responses": responses,
-    }
-
-
-def predict_parameters(classes: int | None) -> list[dict[str, Any]]:
-    """Return the OpenAPI parameters of `POST /predict`."""
-    most = {} if classes is None else {"maximum": classes}
-    return [
-        {
-            "name": "top_k",
-            "in": "query",
-            "description": "Classes an image, 1 to the number of classes.",
-            "schema": {"type": "integer", "minimum": 1, "default": 5} | most,
-        },
-        {
-            "name": "X-Request-Timeout-Ms",
-            "in": "header",
-            "description": "Milliseconds from the body's last byte in which the run must have begun; "
-            "capped by the service's own limit.",
-            "schema": {"type": "integer", "minimum": 1, "maximum": 9_999_999_999},
-        },
-        {
-            "name": "X-Request-Id",
-            "in": "header",
-            "description": "1 to 64 of A-Z a-z 0-9 . _ -; anything else is replaced. Comes back in the answer.",
-            "schema": {"type": "string"},
-        },
-    ]
-
-
-def predict_schemas() -> dict[str, Any]:
-    """Return the OpenAPI component schemas that `predict_operation` refers to."""
-    models: list[tuple[type[BaseModel], Literal["serialization"]]] = [
-        (PredictResponse, "serialization"),
-        (ErrorResponse, "serialization"),
-    ]
-    schemas: dict[str, Any] = models_json_schema(models, ref_template=SCHEMA_PATH)[1]["$defs"]
-    return schemas
+}
+PREDICT_PARAMETERS: list[dict[str, Any]] = [
+    {
+        "name": "top_k",
+        "in": "query",
+        "description": "Classes an image, 1 to the number of classes.",
+        "schema": {"type": "integer", "minimum": 1, "default": 5},
+    },
+    {
+        "name": "X-Request-Timeout-Ms",
+        "in": "header",
+        "description": "Milliseconds from the body's last byte in which the run must have begun; "
+        "capped by the service's own limit.",
+        "schema": {"type": "integer", "minimum": 1, "maximum": 9_999_999_999},
+    },
+    {
+        "name": "X-Request-Id",
+        "in": "header",
+        "description": "1 to 64 of A-Z a-z 0-9 . _ -; anything else is replaced. Comes back in the answer.",
+        "schema": {"type": "string"},
+    },
+]

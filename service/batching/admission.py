@@ -2,8 +2,6 @@
 
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
 
 from service.errors import BodyTooLarge, Overloaded, TooManyImages
 
@@ -34,14 +32,6 @@ class Admission:
         self._rate = self._byte_rate = 0.0
         self._window_start = 0.0
         self._window_count = self._window_bytes = 0
-
-    def admit(self, *, images: int = 1, bytes: int = 0) -> "Ticket":  # noqa: A002 - the unit is the best name
-        """Return a ticket, `with admission.admit(images=1, bytes=n) as ticket:`; entering it admits or refuses.
-
-        Raises:
-            Overloaded, TooManyImages, BodyTooLarge: as `Ticket.add`.
-        """
-        return Ticket(self, images, bytes)
 
     def is_full(self, images: int = 1, size: int = 0) -> bool:
         """Whether so many more images, or so many more bytes, would exceed a bound."""
@@ -95,16 +85,15 @@ class Admission:
 
 
 class Ticket:
-    """The share of one request; leaving the `with` block gives it back, with or without an error."""
+    """The share of one request in what is in flight."""
 
     __slots__ = ("_admission", "bytes", "images")
 
-    def __init__(self, admission: Admission, images: int, size: int) -> None:
+    def __init__(self, admission: Admission) -> None:
         self._admission = admission
-        self.images = images
-        self.bytes = size
+        self.images = self.bytes = 0
 
-    def add(self, *, images: int = 0, bytes: int = 0) -> None:  # noqa: A002 - as in `Admission.admit`
+    def add(self, *, images: int = 0, bytes: int = 0) -> None:  # noqa: A002 - the unit is the best name
         """Admit more for this request, as its body is read.
 
         Raises:
@@ -115,12 +104,7 @@ class Ticket:
         self.images += images
         self.bytes += bytes
 
-    def __enter__(self) -> Self:
-        images, size, self.images, self.bytes = self.images, self.bytes, 0, 0
-        self.add(images=images, bytes=size)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def release(self) -> None:
+        """Give all of it back, at the end of the request."""
         self._admission._give_back(self.images, self.bytes)
+        self.images = self.bytes = 0

@@ -15,25 +15,38 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from time import perf_counter
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.batching.engine_pool import EnginePool, PooledEngine
-from service.batching.observer import BatchObserver
-from service.batching.queue import Batch, DropReason, FutureLike, Pixels, Prediction, PriorityQueue, Request
+from service.batching.queue import Batch, DropReason, FutureLike, Pixels, PriorityQueue, Request
 from service.batching.timer import TICK_SECONDS, Timer
 from service.engine.onnx_engine import Engine
 from service.engine.thread import call_in_loop
 from service.errors import Draining, InferenceFailed, NotReady
 
-__all__ = ["BatchObserver", "DynamicBatcher", "Prediction"]
-
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 RunResult = NDArray[np.float32] | Exception
+
+
+class BatchObserver(Protocol):
+    """Counts images and batches. Called in the event loop; must be quick."""
+
+    def batch(self, size: int, seconds: float) -> None:
+        """Record a batch of `size` images that took `seconds`."""
+
+    def queued(self, seconds: float) -> None:
+        """Record the wait of one image that was run."""
+
+    def dropped(self, reason: DropReason) -> None:
+        """Record an image that left the queue without a run."""
+
+    def failed_batch(self, size: int) -> None:
+        """Record a batch that failed or hung."""
 
 
 class DynamicBatcher:

@@ -1,10 +1,13 @@
-"""Batches on an NVIDIA GPU: buffers bound once for each batch size, run as captured CUDA graphs."""
+"""Batches on an NVIDIA GPU: padded into buffers bound once for each batch size, run as captured CUDA graphs.
+
+Shape letters: N images of a batch, B bucket size, H and W input size, C classes.
+"""
 
 import ctypes
 import functools
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from numpy.typing import NDArray
 
 from service.engine.capture_lock import capture_lock
 from service.engine.metadata import INPUT_NAME, OUTPUT_NAME, ModelMetadata
-from service.engine.runners import BucketRunner, Images, Logits
+from service.engine.runners import Images, Logits, descending
 from service.engine.session import SessionSpec, open_session
 
 logger = logging.getLogger(__name__)
@@ -71,6 +74,48 @@ class CudaBatch:
         if copy(logits.ctypes.data, self._output.data_ptr(), logits.nbytes, DEVICE_TO_HOST):
             return logits
         return np.asarray(self._output.numpy(), dtype=np.float32)
+
+
+class BucketRunner:
+    """Pads batches to a few sizes, each with buffers bound once.
+
+    A captured graph needs fixed shapes and addresses, and on a GPU a padded row costs less than launching kernels
+    one by one. Rows are independent, so padded rows may hold anything. Attributes as of `HostRunner`.
+    """
+
+    def __init__(self, bind: Callable[[int], CudaBatch], sizes: Sequence[int], warm_up_runs: int = 1) -> None:
+        self.warm_up_runs = warm_up_runs
+        # Largest first, so that the arena allocates one block that all smaller sizes fit into.
+        self.sizes: Sequence[int] = descending(sizes)
+        self._bound = {size: bind(size) for size in self.sizes}
+
+    def run(self, images: Images) -> Logits:
+        """Classify uint8 [N, H, W, 3], N <= sizes[0]; return float32 [N, C]."""
+        n = len(images)
+        batch = self._bound[self._bucket(n)]
+        batch.images[:n] = images
+        return batch.run()[:n]
+
+    def shrink(self, failed: int) -> int:
+        """Drop the bucket that failed and all above it; return the new largest, 0 if only the smallest is left.
+
+        That one stays: another process may free its memory later, and without a bucket nothing could run then.
+        """
+        too_large = self._bucket(failed)
+        if too_large == self.sizes[-1]:
+            return 0
+        for size in [size for size in self.sizes if size >= too_large]:
+            del self._bound[size]
+        self.sizes = descending(self._bound)
+        return self.sizes[0]
+
+    def drop(self, size: int) -> None:
+        """Free the buffers of one bucket; its batches are padded to the next one."""
+        del self._bound[size]
+        self.sizes = descending(self._bound)
+
+    def _bucket(self, n: int) -> int:
+        return min(size for size in self.sizes if size >= n)
 
 
 def _run_options(graph: int) -> Any:

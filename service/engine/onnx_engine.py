@@ -5,6 +5,7 @@ Shape letters: N images of a batch, H and W the model's input size, C classes.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -12,10 +13,10 @@ import numpy as np
 
 from service.engine.batch_size_tuning import fastest_size
 from service.engine.capture_lock import capture_lock
-from service.engine.cuda import cuda_runner, open_cuda_session
+from service.engine.cuda import BucketRunner, cuda_runner, open_cuda_session
 from service.engine.cuda_probe import why_no_graphs
 from service.engine.metadata import ModelMetadata
-from service.engine.runners import HostRunner, Images, Logits, Runner, default_buckets, is_out_of_memory
+from service.engine.runners import HostRunner, Images, Logits, default_buckets, is_out_of_memory
 from service.engine.session import (
     EngineError,
     PrecisionChoice,
@@ -43,6 +44,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+Runner = HostRunner | BucketRunner
 
 
 class Engine(Protocol):
@@ -227,7 +230,7 @@ class OnnxEngine:
         # Logged first: on a GPU that has gone, freeing the session ends the process.
         logger.warning("%s: no CUDA graphs, kernels are launched one by one: %s", self.path, reason)
         self.close()  # before another session needs the memory
-        self._spec = self._spec.without_graphs()
+        self._spec = replace(self._spec, cuda_graphs=False)
         self.max_batch_size = self._spec.max_batch_size
         self.metadata, self._runner = _open(self.path, self._spec, self._buckets)
 

@@ -1,10 +1,10 @@
-"""Two ways to run a batch through a session: as it is, or padded into buffers bound once.
+"""Batches on a CPU, which run as they are, and what all runners need.
 
-Shape letters: N images of a batch, B bucket size, H and W input size, C classes.
+Shape letters: N images of a batch, H and W input size, C classes.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -34,34 +34,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY_WORDS)
 
 
-class Runner(Protocol):
-    """Runs one batch.
+class HostRunner:
+    """Runs batches as they are: on a CPU, padded rows would take full time.
 
     Attributes:
         sizes: batch sizes to run at warm-up, descending; the first is the largest that can run.
         warm_up_runs: runs until a size is at full speed.
     """
 
-    sizes: Sequence[int]
-    warm_up_runs: int
-
-    def run(self, images: Images) -> Logits:
-        """Classify uint8 [N, H, W, 3], N <= sizes[0]; return float32 [N, C]."""
-
-    def shrink(self, failed: int) -> int:
-        """Remove the batch size that ran out of memory with `failed` images; return the new largest, 0 for none."""
-
-    def drop(self, size: int) -> None:
-        """Remove one of `sizes`; the next larger takes its batches."""
-
-
-class HostRunner:
-    """Runs batches as they are: on a CPU, padded rows would take full time."""
-
     def __init__(self, session: Any, max_batch_size: int) -> None:
         self._session = session
         self.warm_up_runs = 1
-        self.sizes: Sequence[int] = _descending({1, max_batch_size})
+        self.sizes: Sequence[int] = descending({1, max_batch_size})
 
     def run(self, images: Images) -> Logits:
         """Classify uint8 [N, H, W, 3]; return float32 [N, C]."""
@@ -75,9 +59,9 @@ class HostRunner:
         self._session.run([OUTPUT_NAME], {INPUT_NAME: images}, options)
 
     def shrink(self, failed: int) -> int:
-        """Halve the size that failed."""
+        """Halve the size that failed with `failed` images; return the new largest, 0 for none."""
         half = (failed + 1) // 2 if failed > 1 else 0
-        self.sizes = _descending({1, half}) if half else ()
+        self.sizes = descending({1, half}) if half else ()
         return half
 
     def drop(self, size: int) -> None:
@@ -85,65 +69,11 @@ class HostRunner:
         self.sizes = [one for one in self.sizes if one != size]
 
 
-class BoundBatch(Protocol):
-    """Buffers of one batch size, bound to a session once.
-
-    Attributes:
-        images: uint8 [B, H, W, 3] in host memory, to be filled before a run.
-    """
-
-    images: Images
-
-    def run(self) -> Logits:
-        """Copy `images` to the device, run, and return a new float32 [B, C]."""
-
-
-class BucketRunner:
-    """Pads batches to a few sizes, each with buffers bound once.
-
-    A captured graph needs fixed shapes and addresses, and on a GPU a padded row costs less than launching kernels
-    one by one. Rows are independent, so padded rows may hold anything.
-    """
-
-    def __init__(self, bind: Callable[[int], BoundBatch], sizes: Sequence[int], warm_up_runs: int = 1) -> None:
-        self.warm_up_runs = warm_up_runs
-        # Largest first, so that the arena allocates one block that all smaller sizes fit into.
-        self.sizes: Sequence[int] = _descending(sizes)
-        self._bound = {size: bind(size) for size in self.sizes}
-
-    def run(self, images: Images) -> Logits:
-        """Classify uint8 [N, H, W, 3]; return float32 [N, C]."""
-        n = len(images)
-        batch = self._bound[self._bucket(n)]
-        batch.images[:n] = images
-        return batch.run()[:n]
-
-    def shrink(self, failed: int) -> int:
-        """Drop the bucket that failed and all above it, with their buffers; the smallest one stays.
-
-        Another process may free its memory later, and without a bucket nothing could run then.
-        """
-        too_large = self._bucket(failed)
-        if too_large == self.sizes[-1]:
-            return 0
-        for size in [size for size in self.sizes if size >= too_large]:
-            del self._bound[size]
-        self.sizes = _descending(self._bound)
-        return self.sizes[0]
-
-    def drop(self, size: int) -> None:
-        """Free the buffers of one bucket; its batches are padded to the next one."""
-        del self._bound[size]
-        self.sizes = _descending(self._bound)
-
-    def _bucket(self, n: int) -> int:
-        return min(size for size in self.sizes if size >= n)
-
-
 def default_buckets(max_batch_size: int) -> list[int]:
     """Return powers of two up to `max_batch_size`, and that itself: at most half of a batch is padding."""
     return sorted({1 << power for power in range(max_batch_size.bit_length())} | {max_batch_size})
 
 
-def _descending(sizes: Iterable[int]) -> list[int]:
+def descending(sizes: Iterable[int]) -> list[int]:
+    """Return each size once, the largest first."""
     return sorted(set(sizes), reverse=True)

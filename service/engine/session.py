@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,10 +69,6 @@ class SessionSpec:
     max_batch_size: int = 32
     gpu_memory_limit_bytes: int | None = None
     cuda_graphs: bool = False
-
-    def without_graphs(self) -> "SessionSpec":
-        """Return the same without CUDA graphs."""
-        return replace(self, cuda_graphs=False)
 
 
 def resolve_provider(choice: ProviderChoice, device_id: int = 0) -> Provider:

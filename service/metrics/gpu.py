@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Final
 
 from prometheus_client.core import GaugeMetricFamily
@@ -19,21 +18,14 @@ except ImportError:  # the CPU installation does not have it
 READ_TIMEOUT_S: Final = 1.0
 
 
-@dataclass(frozen=True)
-class Reading:
-    """The readings of one GPU.
-
-    Attributes:
-        up: whether it answered; a GPU that has fallen off the bus does not.
-        used: bytes of memory in use; None if unknown, as for a slice of a divided GPU (MIG).
-        total: bytes of memory; None if unknown.
-        busy: share of time in which a kernel ran, 0..1; None if the GPU is divided.
-    """
-
-    up: bool
-    used: int | None = None
-    total: int | None = None
-    busy: float | None = None
+METRICS: Final = {
+    "perceiver_gpu_up": "1 while the GPU answers the driver, 0 when it is lost or the driver hangs.",
+    "perceiver_gpu_memory_used_bytes": "Bytes in use on the GPU, by all processes.",
+    "perceiver_gpu_memory_total_bytes": "Bytes of memory that the GPU has.",
+    "perceiver_gpu_utilization_ratio": "Share of time in which a kernel ran, 0..1.",
+}
+Reading = dict[str, float]  # of one GPU, by metric; a divided GPU and a slice of one (MIG) do not have all of them
+DOWN: Final[Reading] = {"perceiver_gpu_up": 0}
 
 
 class GpuCollector(Collector):
@@ -56,52 +48,44 @@ class GpuCollector(Collector):
             self._reading = asyncio.ensure_future(self._thread.call(self._read))
         reading = self._reading  # another scrape may wait for it as well
         answered, _ = await asyncio.wait([reading], timeout=READ_TIMEOUT_S)
-        self._readings = reading.result() if answered else [Reading(up=False)] * len(self._gpus)
+        self._readings = reading.result() if answered else [DOWN] * len(self._gpus)
 
     def _read(self) -> list[Reading]:
         return [read(number) for number in self._gpus]
 
     def describe(self) -> list[GaugeMetricFamily]:
         """Return the metrics without samples, with or without a GPU."""
-        described = {
-            "perceiver_gpu_up": "1 while the GPU answers the driver, 0 when it is lost or the driver hangs.",
-            "perceiver_gpu_memory_used_bytes": "Bytes in use on the GPU, by all processes.",
-            "perceiver_gpu_memory_total_bytes": "Bytes of memory that the GPU has.",
-            "perceiver_gpu_utilization_ratio": "Share of time in which a kernel ran, 0..1.",
-        }
-        return [GaugeMetricFamily(name, text, labels=["gpu"]) for name, text in described.items()]
+        return [GaugeMetricFamily(name, text, labels=["gpu"]) for name, text in METRICS.items()]
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield the last readings."""
         if not self._readings:
             return
-        families = self.describe()
-        for number, reading in zip(self._gpus, self._readings, strict=True):
-            values = (float(reading.up), reading.used, reading.total, reading.busy)
-            for family, value in zip(families, values, strict=True):
-                if value is not None:
-                    family.add_metric([str(number)], value)
-        yield from families
+        for family in self.describe():
+            for number, reading in zip(self._gpus, self._readings, strict=True):
+                if family.name in reading:
+                    family.add_metric([str(number)], reading[family.name])
+            yield family
 
 
 def read(number: int) -> Reading:
     """Read one GPU. Its handle is got each time, since a lost GPU has none until it is back."""
-    used = total = busy = None
     try:
         handle = pynvml.nvmlDeviceGetHandleByIndex(number)
     except pynvml.NVMLError:
-        return Reading(up=False)
+        return DOWN
+    reading: Reading = {"perceiver_gpu_up": 1}
     try:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     except pynvml.NVMLError as error:
         # A process with one slice of a divided GPU may not read the whole's memory.
         if error.value not in (pynvml.NVML_ERROR_NO_PERMISSION, pynvml.NVML_ERROR_NOT_SUPPORTED):
-            return Reading(up=False)
+            return DOWN
     else:
-        used, total = memory.used, memory.total
+        reading |= {"perceiver_gpu_memory_used_bytes": memory.used, "perceiver_gpu_memory_total_bytes": memory.total}
     with suppress(pynvml.NVMLError):
-        busy = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
-    return Reading(True, used, total, busy)
+        reading["perceiver_gpu_utilization_ratio"] = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+    return reading
 
 
 def _gpus() -> list[int]:

@@ -3,10 +3,10 @@
 Label values are bounded whatever clients send: a route is one of the app's or "other", a reason is an error code.
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.gc_collector import GCCollector
 
@@ -27,84 +27,56 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        self.requests = Counter(
+        counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
+        histogram = partial(PendingHistogram, registry=registry)
+        seconds = partial(histogram, buckets=SECONDS)
+        self.requests = counter(
             "perceiver_requests",
             "HTTP requests that were read, by route and status code; earlier responses count as rejections only.",
             ["route", "code"],
-            registry=registry,
         )
-        self.request_seconds = PendingHistogram(
+        self.request_seconds = seconds(
             "perceiver_request_seconds",
             "Seconds from the headers of a request to /predict to its response, whatever its method and status.",
-            buckets=SECONDS,
-            registry=registry,
         )
-        self.decode_seconds = PendingHistogram(
+        self.decode_seconds = seconds(
             "perceiver_decode_seconds",
             "Seconds a request took from its last byte to arrays, the wait for a decoding thread included.",
-            buckets=SECONDS,
-            registry=registry,
         )
-        self.queue_seconds = PendingHistogram(
-            "perceiver_queue_seconds", "Seconds an image waited for its batch.", buckets=SECONDS, registry=registry
-        )
-        self.inference_seconds = Histogram(
-            "perceiver_inference_seconds", "Seconds of one run of the model.", buckets=SECONDS, registry=registry
-        )
-        self.batch_size = Histogram(
-            "perceiver_batch_size", "Images in one run of the model.", buckets=IMAGES, registry=registry
-        )
-        self.images = Counter("perceiver_images", "Images classified.", registry=registry)
-        self.failed_batches = Counter("perceiver_failed_batches", "Runs of the model that failed.", registry=registry)
-        self.rejections = Counter(
-            "perceiver_rejections", "Requests answered with an error, by its code.", ["reason"], registry=registry
-        )
+        self.queue_seconds = seconds("perceiver_queue_seconds", "Seconds an image waited for its batch.")
+        self.inference_seconds = seconds("perceiver_inference_seconds", "Seconds of one run of the model.")
+        self.batch_size = histogram("perceiver_batch_size", "Images in one run of the model.", buckets=IMAGES)
+        self.images = counter("perceiver_images", "Images classified.")
+        self.failed_batches = counter("perceiver_failed_batches", "Runs of the model that failed.")
+        self.rejections = counter("perceiver_rejections", "Requests answered with an error, by its code.", ["reason"])
         # An alarm uses it, and Prometheus sees no increase in a counter that begins with its first event.
         self.rejections.labels(Unavailable.code)
-        self.deadline_misses = Counter(
-            "perceiver_deadline_misses",
-            "Images dropped from the queue because their deadline had passed.",
-            registry=registry,
+        self.deadline_misses = counter(
+            "perceiver_deadline_misses", "Images dropped from the queue because their deadline had passed."
         )
-        self.cancellations = Counter(
-            "perceiver_cancellations",
-            "Images dropped from the queue because their client had left.",
-            registry=registry,
+        self.cancellations = counter(
+            "perceiver_cancellations", "Images dropped from the queue because their client had left."
         )
-        self.model_info = Gauge(
-            "perceiver_model_info",
-            "1 for the model that serves.",
-            ["name", "version", "provider", "precision"],
-            registry=registry,
+        self.model_info = gauge(
+            "perceiver_model_info", "1 for the model that serves.", ["name", "version", "provider", "precision"]
         )
-        self.reloads = Counter(
-            "perceiver_model_reloads", "Model versions loaded, by result.", ["result"], registry=registry
-        )
-        self.refused_versions = Gauge(
+        self.reloads = counter("perceiver_model_reloads", "Model versions loaded, by result.", ["result"])
+        self.refused_versions = gauge(
             "perceiver_model_refused_versions",
             "Versions in the model folder that would serve in place of the live one, and were refused.",
-            registry=registry,
         )
-        self.golden_difference = Gauge(
+        self.golden_difference = gauge(
             "perceiver_golden_max_abs_difference",
             "Largest difference of a logit on the golden images, at the last check that passed or failed.",
-            registry=registry,
         )
-        self.ready = Gauge("perceiver_ready", "1 while /health/ready returns 200.", registry=registry)
-        self.queue_length = Gauge("perceiver_queue_length", "Images waiting for a batch.", registry=registry)
-        self.admitted_images = Gauge(
-            "perceiver_admitted_images", "Images accepted and not yet answered.", registry=registry
-        )
-        self.admitted_bytes = Gauge(
-            "perceiver_admitted_bytes", "Bytes of the request bodies of these.", registry=registry
-        )
-        self.max_queue_size = Gauge(
-            "perceiver_max_queue_size", "Images that may be accepted and not yet answered.", registry=registry
-        )
-        self.max_batch_size = Gauge(
+        self.ready = gauge("perceiver_ready", "1 while /health/ready returns 200.")
+        self.queue_length = gauge("perceiver_queue_length", "Images waiting for a batch.")
+        self.admitted_images = gauge("perceiver_admitted_images", "Images accepted and not yet answered.")
+        self.admitted_bytes = gauge("perceiver_admitted_bytes", "Bytes of the request bodies of these.")
+        self.max_queue_size = gauge("perceiver_max_queue_size", "Images that may be accepted and not yet answered.")
+        self.max_batch_size = gauge(
             "perceiver_max_batch_size",
             "Images that one run may have now: the setting, or less since a CPU was measured or memory ran out.",
-            registry=registry,
         )
         self._request_counters: dict[tuple[str, int], Counter] = {}  # labels() checks its arguments on each call
         for result in ("loaded", "refused"):
@@ -134,7 +106,7 @@ class Metrics:
         self.decode_seconds.observe(seconds)
 
     def rejected(self, code: str) -> None:
-        """Count a request that ended in an error of the hierarchy."""
+        """Count a request that ended in an error."""
         self.rejections.labels(code).inc()
 
     # The batcher
@@ -172,28 +144,6 @@ class Metrics:
     def golden_checked(self, max_abs_difference: float) -> None:
         """Set the difference of the last golden check."""
         self.golden_difference.set(max_abs_difference)
-
-    # Gauges that are read at a scrape
-
-    def watch(
-        self,
-        *,
-        ready: Callable[[], bool],
-        queue_length: Callable[[], int],
-        admitted_images: Callable[[], int],
-        admitted_bytes: Callable[[], int],
-        max_batch_size: Callable[[], int],
-        refused_versions: Callable[[], int],
-        max_queue_size: int,
-    ) -> None:
-        """Set the functions that the gauges read at each scrape, and the constant `max_queue_size`."""
-        self.max_queue_size.set(max_queue_size)
-        self.ready.set_function(ready)
-        self.queue_length.set_function(queue_length)
-        self.admitted_images.set_function(admitted_images)
-        self.admitted_bytes.set_function(admitted_bytes)
-        self.max_batch_size.set_function(max_batch_size)
-        self.refused_versions.set_function(refused_versions)
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """Return all metrics and their content type: OpenMetrics if `accept` names it, else the classic text."""

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
-from service.batching.batcher import DynamicBatcher
-from service.batching.observer import BatchObserver
+from service.batching.batcher import BatchObserver, DynamicBatcher
 from service.engine.cpus import usable_cores
 from service.engine.metadata import MODEL_FILES, ArtifactError, ModelMetadata
 from service.engine.onnx_engine import (
@@ -194,11 +193,19 @@ def open_engines(folder: Path, settings: Settings) -> list[Engine]:
     """
     provider = resolve_provider(settings.provider, settings.device_ids[0])
     path = choose_file(folder, provider, settings.precision)
+    common: dict[str, Any] = {
+        "provider": provider,
+        "max_batch_size": settings.max_batch_size,
+        "intra_op_threads": settings.intra_op_threads,
+        "gpu_memory_limit_bytes": settings.gpu_memory_limit_bytes,
+        "cuda_graphs": settings.cuda_graphs,
+        "tune_batch_size": settings.tune_batch_size,
+    }
     on_gpus = [{"device_id": device_id} for device_id in settings.device_ids]
     engines: list[Engine] = []
     with ExitStack() as opened:
         for arguments in on_gpus if provider != "cpu" else engines_of_cpu(settings):
-            engine = _open_engine(path, settings, provider, arguments)
+            engine = OnnxEngine(path, **(common | arguments))
             opened.callback(engine.close)
             engines.append(engine)
         opened.pop_all()
@@ -240,14 +247,3 @@ async def open_in_thread(open_them: Callable[[], Sequence[Engine]]) -> Sequence[
     except asyncio.CancelledError:
         is_late.set()
         raise
-
-
-def _open_engine(path: Path, settings: Settings, provider: Provider, arguments: dict[str, Any]) -> Engine:
-    every: dict[str, Any] = {
-        "max_batch_size": settings.max_batch_size,
-        "intra_op_threads": settings.intra_op_threads,
-        "gpu_memory_limit_bytes": settings.gpu_memory_limit_bytes,
-        "cuda_graphs": settings.cuda_graphs,
-        "tune_batch_size": settings.tune_batch_size,
-    }
-    return OnnxEngine(path, provider=provider, **(every | arguments))

@@ -2,7 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from uvicorn.config import Config
 
@@ -10,35 +10,25 @@ from service.api.predict import PredictEndpoint
 from service.batching.timer import Timer
 from service.lifecycle import Service
 
+if TYPE_CHECKING:
+    from service.server.timeouts import TimedProtocol
+
 POLL_SECONDS: Final = 0.1  # how much later than its limit a slow client may be disconnected
-
-
-class Connection(Protocol):
-    """A connection that a clock watches.
-
-    Attributes:
-        due: loop time at which its time is up; infinity while it has any.
-    """
-
-    due: float
-
-    def time_is_up(self) -> None:
-        """End what has taken too long."""
 
 
 class ConnectionClock:
     """Polls the open connections for those whose time is up."""
 
     def __init__(self) -> None:
-        self._connections: set[Connection] = set()
+        self._connections: set[TimedProtocol] = set()
         self._timer = Timer(self._poll, POLL_SECONDS)
 
-    def add(self, connection: Connection) -> None:
+    def add(self, connection: "TimedProtocol") -> None:
         """Watch a connection."""
         self._connections.add(connection)
         self._timer.wake()
 
-    def discard(self, connection: Connection) -> None:
+    def discard(self, connection: "TimedProtocol") -> None:
         """Forget a connection."""
         self._connections.discard(connection)
 

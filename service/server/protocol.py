@@ -9,11 +9,9 @@ import math
 from typing import Any, cast
 
 import httptools
-from uvicorn.config import Config
-from uvicorn.server import ServerState
 
 from service.errors import BadRequest, ServiceError, Unavailable
-from service.server.connections import Listener, ServerConfig
+from service.server.connections import Listener
 from service.server.request_head import (
     MAX_HEADER_BYTES,
     MAX_HEADER_LINES,
@@ -35,28 +33,16 @@ class HttpProtocol(TimedProtocol):
     """
 
     listener: Listener
-
-    def __init__(
-        self,
-        config: Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
-        assert isinstance(config, ServerConfig)
-        self._clock = config.clock
-        self._predict = config.predict
-        self._refusal: ServiceError | None = None  # what a callback has raised, of which the parser raises its own
-        self._bare_bytes = 0  # since the last of a body, or the end of a head: of a head that grows, or of trailers
-        self._max_bare_bytes = 0  # that a head which ends in the data at hand can have
+    _refusal: ServiceError | None = None  # what a callback has raised, of which the parser raises its own
+    _bare_bytes = 0  # since the last of a body, or the end of a head: of a head that grows, or of trailers
+    _max_bare_bytes = 0  # that a head which ends in the data at hand can have
 
     # The connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the connection, and give it its time for the first request's headers."""
         super().connection_made(transport)
-        self._clock.add(self)
+        self.shared.clock.add(self)
         self._set_due()
         self.listener.connections += 1
         if self.listener.connections > self.service.settings.max_connections:
@@ -64,7 +50,7 @@ class HttpProtocol(TimedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Watch it no more; the client that is being answered has left."""
-        self._clock.discard(self)
+        self.shared.clock.discard(self)
         self.listener.connections -= 1
         super().connection_lost(exc)
 
@@ -162,7 +148,7 @@ class HttpProtocol(TimedProtocol):
         headers, self.headers = self.headers, []  # what comes after the body, as a trailer, is none of the head
         if self.parser.get_method() == b"POST" and not self.listener.is_management:
             cycle = DirectCycle(self, keep_alive=keep_alive)
-            if (request := self._predict.direct(self.url, headers, cycle.respond)) is not None:
+            if (request := self.shared.predict.direct(self.url, headers, cycle.respond)) is not None:
                 cycle.request, self.cycle = request, cast("Any", cycle)
                 request.start()
                 return

@@ -28,6 +28,7 @@ from service.settings import Settings
 logger = logging.getLogger(__name__)
 
 YOUNG_OBJECTS = 20_000
+NO_PASS_PHRASE = "none"  # noqa: S105 - of a TLS key that has one: OpenSSL would ask for it on the terminal
 
 
 class Server(uvicorn.Server):
@@ -56,27 +57,19 @@ class Server(uvicorn.Server):
                 self.force_exit = self.should_exit = True
             return
         self._was_interrupted = sig == signal.SIGINT
-        if delay := leave(self.service):
-            self._drain_from = time.monotonic() + delay
-        else:
-            self._drain_after_leaving()
+        delay = self.service.settings.drain_delay_s if self.service.status == "ready" else 0.0  # nobody is served yet
+        self.service.leaving = True
+        if not delay:
+            self.drain()
+            return
+        self._drain_from = time.monotonic() + delay
+        logger.info("leaving: probes are told, and requests are still accepted for %g s", delay)
 
-    def _drain_after_leaving(self) -> None:
-        log_drain(len(self.service.in_flight))
-        self.drain(self.service.settings.drain_timeout_s)
-
-    def drain(self, seconds: float) -> None:
-        """Refuse what comes, and end when what was accepted has been answered, or after so many seconds."""
+    def drain(self) -> None:
+        """Refuse what comes, and end when what was accepted has been answered, or after `drain_timeout_s`."""
+        logger.info("draining: %d requests are being answered", len(self.service.in_flight))
         self.service.draining = True
-        self._drain_until = time.monotonic() + seconds
-
-    def _abort(self) -> None:
-        """Respond to what was not finished in time, while there still are connections to do it on."""
-        self.service.abort()
-
-    def report_failure(self) -> None:
-        """Log why the service can't go on."""
-        logger.critical("%s", self.service.failure)
+        self._drain_until = time.monotonic() + self.service.settings.drain_timeout_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so.
@@ -126,7 +119,7 @@ class Server(uvicorn.Server):
                 self.service.abort()
             return True
         if self.service.failure:
-            self.report_failure()
+            logger.critical("%s", self.service.failure)
             self.failed = True
             self.config.timeout_graceful_shutdown = 1
             return True
@@ -135,27 +128,13 @@ class Server(uvicorn.Server):
             settle()
         if not self.service.draining:
             if time.monotonic() >= self._drain_from:
-                self._drain_after_leaving()
+                self.drain()
             return False
         left = self._drain_until - time.monotonic()
         if left <= 0:
-            self._abort()
+            self.service.abort()  # while there still are connections to respond on
         self.config.timeout_graceful_shutdown = max(1, math.ceil(left))
         return not self.service.in_flight or left <= 0
-
-
-def leave(service: Service) -> float:
-    """Have probes told that the process leaves; return the seconds until the drain, 0 where nobody is served yet."""
-    delay = service.settings.drain_delay_s if service.status == "ready" else 0.0
-    service.leaving = True
-    if delay:
-        logger.info("leaving: probes are told, and requests are still accepted for %g s", delay)
-    return delay
-
-
-def log_drain(in_flight: int) -> None:
-    """Log that nothing new is accepted from now on."""
-    logger.info("draining: %d requests are being answered", in_flight)
 
 
 def settle() -> None:
@@ -192,7 +171,7 @@ def configuration(app: PerceiverApp) -> ServerConfig:
         timeout_keep_alive=settings.keep_alive_s,
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
-        ssl_keyfile_password="none",  # noqa: S106 - for a key that has one: OpenSSL would ask for it on the terminal
+        ssl_keyfile_password=NO_PASS_PHRASE,
     )
     config.service = service
     config.predict = app.predict

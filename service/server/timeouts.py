@@ -28,6 +28,7 @@ class TimedProtocol(HttpToolsProtocol):
     """One connection, which a `ConnectionClock` watches.
 
     Attributes:
+        shared: what all connections share.
         due: loop time at which it has taken too long for what it is at; infinity while that is the service's affair.
     """
 
@@ -40,6 +41,7 @@ class TimedProtocol(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         assert isinstance(config, ServerConfig)
+        self.shared = config
         self.service = config.service
         self.due = math.inf
         self._is_idle = False  # between an answer and the next request's first byte

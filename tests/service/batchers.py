@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
-from service.batching.batcher import DynamicBatcher, Prediction
+from service.batching.batcher import DynamicBatcher
+from service.batching.queue import Prediction
 from tests.fakes import FakeEngine, Images, image
 
 

@@ -6,7 +6,8 @@ from contextlib import suppress
 import pytest
 import uvloop
 
-from service.batching.batcher import DynamicBatcher, Prediction
+from service.batching.batcher import DynamicBatcher
+from service.batching.queue import Prediction
 from service.errors import DeadlineExceeded, InferenceFailed, NotReady
 from tests.fakes import FakeEngine, Images, Logits, image
 from tests.service.batchers import (

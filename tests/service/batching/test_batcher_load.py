@@ -8,7 +8,7 @@ from collections.abc import Awaitable
 
 import pytest
 
-from service.batching.batcher import Prediction
+from service.batching.queue import Prediction
 from tests.fakes import FakeEngine, image
 from tests.service.batchers import (
     RecordingObserver,
