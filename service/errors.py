@@ -7,6 +7,13 @@ path, a key or a traceback. Standard library only, so that the engine's side can
 from typing import ClassVar, Final
 
 
+def printable(text: str) -> str:
+    """Return a text with its control characters, and all that can't be seen, escaped as Python's literals."""
+    if text.isprintable():
+        return text
+    return "".join([each if each.isprintable() else ascii(each)[1:-1] for each in text])
+
+
 class ServiceError(Exception):
     """Any answer that is not a prediction; by itself, a fault of this program.
 
@@ -25,7 +32,7 @@ class ServiceError(Exception):
     when: ClassVar[str] = "A fault of this program; the log has the traceback under the request's id."
 
     def __init__(self, message: str | None = None, *, retry_after: float = 1.0) -> None:
-        self.message = message or self.default
+        self.message = printable(message or self.default)  # it may quote what a client has sent
         self.retry_after = retry_after
         super().__init__(self.message)
 
@@ -57,7 +64,12 @@ InvalidJson = _error(
     'The body must be JSON of the form {"image": "<base64>"} or {"images": ["<base64>", ...]}.',
     "The body says that it is JSON and is not, or not of the documented shape.",
 )
-InvalidBase64 = _error(400, "invalid_base64", "The image is not valid base64.", "An image in JSON is not base64.")
+InvalidBase64 = _error(
+    400,
+    "invalid_base64",
+    "The image is not valid base64.",
+    "An image in JSON, or a part of a form that says so, is not base64.",
+)
 InvalidForm = _error(400, "invalid_form", "The body is not valid multipart/form-data.")
 NoImage = _error(400, "no_image", "The request holds no image.")
 NotAnImage = _error(400, "not_an_image", "The bytes are not an image; send a JPEG, PNG, WebP, BMP, GIF or TIFF file.")

@@ -57,7 +57,6 @@ def configure(settings: Settings) -> None:
                 # Their debug records hold pieces of bodies and image files. Their warnings are about clients' input:
                 # the response has the error, and a client must not fill the disk.
                 "PIL": {"level": "CRITICAL"},
-                "python_multipart": {"level": "CRITICAL"},
                 "uvicorn": {"level": "ERROR"},
             },
         }

@@ -6,6 +6,7 @@ from typing import Final
 from service.api.endpoint import InferenceEndpoint
 from service.api.options import MAX_DIGITS, checked_top_k, read_top_k
 from service.api.paths import PREDICT
+from service.api.payload import Payload
 from service.api.prediction_writer import PredictionWriter, server_timing
 from service.api.request import InferenceRequest, Respond
 from service.api.request_log import RequestLog
@@ -22,14 +23,19 @@ NOT_DIRECT: Final = frozenset({b"origin", b"expect", b"transfer-encoding"})
 class PredictRequest(InferenceRequest):
     """A request for the most probable classes of each image."""
 
-    __slots__ = ("_top_k", "_writer")
+    __slots__ = ("_asked_top_k", "_top_k", "_writer")
 
     path = PREDICT
     _endpoint: "PredictEndpoint"
 
     def _check_options(self, live: LiveModel) -> None:
         self._writer = self._endpoint.writer_of(live)
-        self._top_k = checked_top_k(read_top_k(self._query), self._writer.classes)
+        self._asked_top_k = read_top_k(self._query)
+        self._top_k = checked_top_k(self._asked_top_k, self._writer.classes)
+
+    def _check_fields(self, payload: Payload) -> None:
+        if payload.top_k is not None and self._asked_top_k is None:
+            self._top_k = checked_top_k(payload.top_k, self._writer.classes)
 
     def set_result(self, result: list[Prediction], /) -> None:
         """Respond with predictions, one an image."""
