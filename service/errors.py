@@ -51,7 +51,12 @@ def _error(status: int, code: str, default: str, when: str = "") -> type[Service
 BadRequest = _error(
     400, "bad_request", "The request is not valid.", "Not understood as it is; sending it again won't help."
 )
-InvalidTopK = _error(400, "invalid_top_k", "top_k must be an integer between 1 and the number of classes.")
+InvalidTopK = _error(
+    400,
+    "invalid_top_k",
+    "top_k must be an integer between 1 and the number of classes.",
+    "`top_k` is not an integer between 1 and the number of classes, or above `max_top_k`.",
+)
 InvalidTimeout = _error(
     400,
     "invalid_timeout",
@@ -85,6 +90,12 @@ NotFound = _error(404, "not_found", "There is nothing at this path; /docs lists 
 MethodNotAllowed = _error(405, "method_not_allowed", "This path does not take this method.")
 HeadersTimeout = _error(408, "headers_timeout", "The request's headers did not arrive in time.")
 BodyTimeout = _error(408, "body_timeout", "The body did not arrive in time.")
+LengthRequired = _error(
+    411,
+    "length_required",
+    "The request announces no body: send Content-Length, or Transfer-Encoding: chunked.",
+    "A request to `/predict` that does not announce its body, of which HTTP says then that there is none.",
+)
 BodyTooLarge = _error(
     413, "body_too_large", "The body is too large.", "More bytes than `max_body_bytes`; found while reading, not after."
 )

@@ -178,8 +178,8 @@ def predict_bodies(max_images: int) -> dict[str, Any]:
     }
 
 
-def predict_operation(classes: int | None, max_images: int) -> dict[str, Any]:
-    """Return the OpenAPI operation object of `POST /predict`; `classes` is the live model's number, if there is one."""
+def predict_operation(max_top_k: int, max_images: int) -> dict[str, Any]:
+    """Return the OpenAPI operation object of `POST /predict`."""
     responses: dict[str, Any] = {
         "200": {
             "description": "The most probable classes of each image.",
@@ -202,21 +202,20 @@ def predict_operation(classes: int | None, max_images: int) -> dict[str, Any]:
         "summary": "Classify one or several images",
         "description": "JPEG, PNG, WebP, BMP, GIF (first frame) or TIFF, in any of the bodies below.",
         "operationId": "predict",
-        "parameters": predict_parameters(classes),
+        "parameters": predict_parameters(max_top_k),
         "requestBody": {"required": True, "content": predict_bodies(max_images)},
         "responses": responses,
     }
 
 
-def predict_parameters(classes: int | None) -> list[dict[str, Any]]:
+def predict_parameters(max_top_k: int) -> list[dict[str, Any]]:
     """Return the OpenAPI parameters of `POST /predict`."""
-    most = {} if classes is None else {"maximum": classes}
     return [
         {
             "name": "top_k",
             "in": "query",
-            "description": "Classes an image, 1 to the number of classes.",
-            "schema": {"type": "integer", "minimum": 1, "default": 5} | most,
+            "description": "Classes an image, 1 to the number of classes, within the service's own limit.",
+            "schema": {"type": "integer", "minimum": 1, "maximum": max_top_k, "default": min(5, max_top_k)},
         },
         {
             "name": "X-Request-Timeout-Ms",

@@ -143,6 +143,23 @@ async def test_many_small_jpegs_leave_the_event_loop() -> None:
 # Options
 
 
+@pytest.mark.parametrize("inside_form", [True, False])
+async def test_top_k_is_bounded_by_a_setting(tmp_path: Path, *, inside_form: bool) -> None:
+    async with running(tmp_path, max_top_k=3) as run:
+        for top_k, expected in ((None, 200), (3, 200), (4, 400)):
+            given = {} if top_k is None else {"top_k": str(top_k)}
+            options = {"data": given} if inside_form else {"params": given}
+            response = await run.client.post("/predict", files={"file": png(1)}, **options)
+            assert response.status_code == expected
+            if expected == 200:
+                assert len(response.json()["predictions"][0]["top"]) == 3
+            else:
+                assert response.json()["error"]["message"] == "top_k is 4, and this service allows at most 3."
+        document = (await run.client.get("/openapi.json")).json()
+        schema = document["paths"]["/predict"]["post"]["parameters"][0]["schema"]
+        assert (schema["maximum"], schema["default"]) == (3, 3)
+
+
 @pytest.mark.parametrize(("query", "expected"), [("", 5), ("?top_k=1", 1), ("?top_k=5", 5), ("?top_k=05", 5)])
 async def test_top_k(tmp_path: Path, query: str, expected: int) -> None:
     async with running(tmp_path) as run:
