@@ -50,6 +50,22 @@ def test_plain(capsys: pytest.CaptureFixture[str]) -> None:
     assert line.endswith("WARNING  said this request_id=abc\n")
 
 
+@pytest.mark.parametrize("break_", ["\n", "\r", "\r\n", "\v", "\x85", "\u2028"])
+def test_what_a_plain_record_quotes_forges_no_line(capsys: pytest.CaptureFixture[str], break_: str) -> None:
+    configure(Settings())
+    forged = f"cat{break_}2026-11-30 00:00:00,000 INFO     listening \x1b[2Jon everything"
+    logging.getLogger("service.x").warning("the label %s", forged, extra={"request_id": forged})
+    try:
+        raise ValueError(forged)
+    except ValueError:
+        logging.getLogger("service.x").exception("failed: %s", forged)
+    written = capsys.readouterr().err
+    lines = written.splitlines()
+    assert [line[24:32].strip() for line in lines if not line.startswith(" ")] == ["WARNING", "ERROR"]
+    assert all(line.isprintable() for line in lines)
+    assert f"the label cat{ascii(break_)[1:-1]}2026-11-30 00:00:00,000 INFO     listening \\x1b[2Jon" in lines[0]
+
+
 def test_the_level_is_obeyed_and_libraries_stay_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     configure(Settings(log_level="debug"))
     for name in ("PIL.TiffImagePlugin", "uvicorn.error"):
