@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 from pydantic import SecretStr, ValidationError
 from pydantic_core import ErrorDetails
@@ -42,7 +43,7 @@ def load_settings(arguments: Sequence[str], environment: Mapping[str, str] = os.
     Raises:
         UsageError: a value is out of bounds, a flag or a PERCEIVER_ variable is unknown, or limits contradict.
     """
-    problems = unknown_variables(environment)
+    problems = unknown_variables(environment) + empty_flags(arguments)
     try:
         settings = CliApp.run(Settings, cli_args=list(arguments))
     except SettingsError as error:
@@ -69,6 +70,16 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
         raise UsageError([LINKED])
     unknown = [name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in known]
     return [f"{name} is not a setting{did_you_mean(name.upper(), known)}" for name in sorted(unknown)]
+
+
+def empty_flags(arguments: Sequence[str]) -> list[str]:
+    """Return a sentence for each flag with an empty value, as of a shell's unset variable: it would open the service.
+
+    An empty environment variable counts as unset: docker compose passes on those that its user has not set.
+    """
+    flags = [argument[:-1] for argument in arguments if argument.startswith("--") and argument.endswith("=")]
+    flags += [name for name, value in pairwise(arguments) if not value and name.startswith("--") and "=" not in name]
+    return [f"{name} is given an empty value; leave the flag out, or give it one." for name in flags]
 
 
 def flag_problem(message: str) -> str:

@@ -7,6 +7,13 @@ path, a key or a traceback. Standard library only, so that the engine's side can
 from typing import ClassVar, Final
 
 
+def printable(text: str) -> str:
+    """Return a text with its control characters, and all that can't be seen, escaped as Python's literals."""
+    if text.isprintable():
+        return text
+    return "".join([each if each.isprintable() else ascii(each)[1:-1] for each in text])
+
+
 class ServiceError(Exception):
     """Any answer that is not a prediction; by itself, a fault of this program.
 
@@ -25,7 +32,7 @@ class ServiceError(Exception):
     when: ClassVar[str] = "A fault of this program; the log has the traceback under the request's id."
 
     def __init__(self, message: str | None = None, *, retry_after: float = 1.0) -> None:
-        self.message = message or self.default
+        self.message = printable(message or self.default)  # it may quote what a client has sent
         self.retry_after = retry_after
         super().__init__(self.message)
 
@@ -44,7 +51,12 @@ def _error(status: int, code: str, default: str, when: str = "") -> type[Service
 BadRequest = _error(
     400, "bad_request", "The request is not valid.", "Not understood as it is; sending it again won't help."
 )
-InvalidTopK = _error(400, "invalid_top_k", "top_k must be an integer between 1 and the number of classes.")
+InvalidTopK = _error(
+    400,
+    "invalid_top_k",
+    "top_k must be an integer between 1 and the number of classes.",
+    "`top_k` is not an integer between 1 and the number of classes, or above `max_top_k`.",
+)
 InvalidTimeout = _error(
     400,
     "invalid_timeout",
@@ -57,7 +69,12 @@ InvalidJson = _error(
     'The body must be JSON of the form {"image": "<base64>"} or {"images": ["<base64>", ...]}.',
     "The body says that it is JSON and is not, or not of the documented shape.",
 )
-InvalidBase64 = _error(400, "invalid_base64", "The image is not valid base64.", "An image in JSON is not base64.")
+InvalidBase64 = _error(
+    400,
+    "invalid_base64",
+    "The image is not valid base64.",
+    "An image in JSON, or a part of a form that says so, is not base64.",
+)
 InvalidForm = _error(400, "invalid_form", "The body is not valid multipart/form-data.")
 NoImage = _error(400, "no_image", "The request holds no image.")
 NotAnImage = _error(400, "not_an_image", "The bytes are not an image; send a JPEG, PNG, WebP, BMP, GIF or TIFF file.")
@@ -73,6 +90,12 @@ NotFound = _error(404, "not_found", "There is nothing at this path; /docs lists 
 MethodNotAllowed = _error(405, "method_not_allowed", "This path does not take this method.")
 HeadersTimeout = _error(408, "headers_timeout", "The request's headers did not arrive in time.")
 BodyTimeout = _error(408, "body_timeout", "The body did not arrive in time.")
+LengthRequired = _error(
+    411,
+    "length_required",
+    "The request announces no body: send Content-Length, or Transfer-Encoding: chunked.",
+    "A request to `/predict` that does not announce its body, of which HTTP says then that there is none.",
+)
 BodyTooLarge = _error(
     413, "body_too_large", "The body is too large.", "More bytes than `max_body_bytes`; found while reading, not after."
 )

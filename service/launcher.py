@@ -41,6 +41,8 @@ def run(settings: Settings) -> int:
     except (OSError, UnicodeError) as error:  # a name that is none raises the latter
         log_bind_error(settings, error)
         return 1
+    if not settings.client_keys():
+        logger.info("no API keys: open to all; api_keys and api_keys_file ask for one")
     if settings.workers == 1:
         return serve(make_server(settings), sockets)
     return supervise(settings, sockets)

@@ -7,6 +7,7 @@ import time
 import warnings
 from typing import Final
 
+from service.errors import printable
 from service.settings import Settings
 
 # Attributes of a record that are logged after its message.
@@ -31,7 +32,10 @@ class JsonFormatter(logging.Formatter):
 
 
 class PlainFormatter(logging.Formatter):
-    """Time, level, message, and EXTRAS."""
+    """Time, level, message, and EXTRAS in one line; a traceback below it is indented.
+
+    What a record quotes (a label, a path, an error) can neither begin a line of its own nor move the cursor.
+    """
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-8s %(message)s")
@@ -39,7 +43,11 @@ class PlainFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         """Return the line without a traceback."""
         extras = [f"{name}={value}" for name in EXTRAS if (value := getattr(record, name, None)) is not None]
-        return " ".join([super().formatMessage(record), *extras])
+        return printable(" ".join([super().formatMessage(record), *extras]))
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, and the traceback."""
+        return "\n    ".join(map(printable, super().format(record).split("\n")))
 
 
 def configure(settings: Settings) -> None:
@@ -57,7 +65,6 @@ def configure(settings: Settings) -> None:
                 # Their debug records hold pieces of bodies and image files. Their warnings are about clients' input:
                 # the response has the error, and a client must not fill the disk.
                 "PIL": {"level": "CRITICAL"},
-                "python_multipart": {"level": "CRITICAL"},
                 "uvicorn": {"level": "ERROR"},
             },
         }

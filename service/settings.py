@@ -141,6 +141,8 @@ class Settings(BaseSettings):
     """Pixels of all images of one request together; more: 413. At least max_pixels."""
     max_images: int = Field(64, ge=1, le=10_000)
     """Images in one request; more: 413. At most max_queue_size."""
+    max_top_k: int = Field(100, ge=1, le=1_000_000)
+    """Number of classes that top_k may ask for; more: 400. Each takes about a microsecond an image."""
     inline_decode_bytes: int = Field(32 * 1024, ge=0, le=MIB)
     """JPEG and PNG files of up to this many bytes are decoded on the event loop, if inline_decode_pixels allows it too;
     others go to a thread. 0: all go to a thread.

@@ -1,5 +1,6 @@
 """The application: lifespan and wiring, nothing else."""
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -7,11 +8,12 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from service.api.asgi import Asgi
 from service.api.keys import RequireKey
-from service.api.paths import PREDICT
+from service.api.paths import PATHS, PREDICT
 from service.api.predict import PredictEndpoint
 from service.api.request_log import RequestLog
 from service.api.response import error_response
@@ -21,9 +23,6 @@ from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
 from service.lifecycle import Service
 
 DESCRIPTION = "Send an image, get its label. Errors are one JSON shape with a stable code."
-
-
-ROUTER_ERRORS: dict[int, type[ServiceError]] = {404: NotFound, 405: MethodNotAllowed}
 
 
 class PerceiverApp(FastAPI):
@@ -36,11 +35,14 @@ class PerceiverApp(FastAPI):
     def __init__(self, service: Service) -> None:
         log = RequestLog(service)
         self.predict = PredictEndpoint(service, log)
+        self._document: tuple[int | None, bytes] | None = None
         super().__init__(
             title="Perceiver image classifier",
             description=DESCRIPTION,
             version=package_version(),
             lifespan=lifespan,
+            # FastAPI's own route to the document encodes it anew for each request.
+            routes=[Route("/openapi.json", self._answer_openapi)],
             exception_handlers={HTTPException: answer_error, ServiceError: answer_error, Exception: answer_error},
             telemetry={"tracing": False, "metrics": False, "logs": False},
             redirect_slashes=False,
@@ -62,18 +64,29 @@ class PerceiverApp(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """Return the OpenAPI document."""
         document = super().openapi()
-        service: Service = self.state.service
-        live = service.store.live
+        settings = self.state.service.settings
+        classes = self._classes()
+        max_top_k = settings.max_top_k if classes is None else min(classes, settings.max_top_k)
         operation = document["paths"][PREDICT]["post"]
-        if live is not None:
-            (top_k,) = [one for one in operation["parameters"] if one["name"] == "top_k"]
-            top_k["schema"]["maximum"] = len(live.metadata.labels)
+        (top_k,) = [one for one in operation["parameters"] if one["name"] == "top_k"]
+        top_k["schema"] |= {"maximum": max_top_k, "default": min(5, max_top_k)}
         document["components"]["securitySchemes"] = SECURITY_SCHEMES
         if self._asks_clients:
             operation["security"] = document["paths"]["/models"]["get"]["security"] = SECURITY
         if self._asks_administrators:
             document["paths"]["/models/reload"]["post"]["security"] = SECURITY
         return document
+
+    def _classes(self) -> int | None:
+        live = self.state.service.store.live
+        return None if live is None else len(live.metadata.labels)
+
+    async def _answer_openapi(self, request: Request) -> Response:
+        """Answer with the document, which is written once for each number of classes."""
+        classes = self._classes()
+        if self._document is None or self._document[0] != classes:
+            self._document = (classes, json.dumps(self.openapi()).encode())
+        return Response(self._document[1], media_type="application/json")
 
 
 @asynccontextmanager
@@ -92,7 +105,7 @@ async def answer_error(request: Request, exception: Exception) -> Response:
     if isinstance(exception, ServiceError):
         error = exception
     elif isinstance(exception, HTTPException):
-        error = ROUTER_ERRORS.get(exception.status_code, BadRequest)()
+        error = router_error(exception.status_code, request.scope["path"])
         headers = dict(exception.headers or {})
         if "GET" in headers.get("Allow", ""):  # the router names the methods of one route; HEAD has its own at a path
             headers["Allow"] = "GET, HEAD"
@@ -102,6 +115,17 @@ async def answer_error(request: Request, exception: Exception) -> Response:
     response = error_response(error, request.state.request_id)
     headers |= {name.decode(): value.decode() for name, value in response.headers}
     return Response(response.body, response.status, headers)
+
+
+def router_error(status: int, path: str) -> ServiceError:
+    """Return what is said of a request that no route takes."""
+    if status == 405:
+        return MethodNotAllowed()
+    if status != 404:
+        return BadRequest()
+    if (meant := "/" + path.strip("/").lower()) in PATHS:
+        return NotFound(f"There is nothing at {path[:80]}; the path is {meant}.")
+    return NotFound()
 
 
 def package_version() -> str:

@@ -86,10 +86,12 @@ def positive(text: str, otherwise: ServiceError) -> int:
     return int(text)
 
 
-def checked_top_k(top_k: int | None, classes: int) -> int:
+def checked_top_k(top_k: int | None, classes: int, max_top_k: int) -> int:
     """Return how many classes to name; the default is 5, or all of fewer."""
     if top_k is None:
-        return min(DEFAULT_TOP_K, classes)
+        return min(DEFAULT_TOP_K, classes, max_top_k)
     if top_k > classes:
         raise InvalidTopK(f"top_k is {top_k}, and this model has {classes} classes.")
+    if top_k > max_top_k:
+        raise InvalidTopK(f"top_k is {top_k}, and this service allows at most {max_top_k}.")
     return top_k

@@ -6,32 +6,55 @@ Images are counted while the body is parsed. A URL in a body is never fetched.
 import re
 from binascii import a2b_base64
 from codecs import BOM_UTF8
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 from urllib.parse import unquote_to_bytes
 
 import msgspec
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import parse_options_header
 
 from imaging.formats import is_image
+from service.api.options import positive
 from service.decoding.upload import Upload, which
 from service.errors import (
     BodyTooLarge,
     InvalidBase64,
     InvalidForm,
     InvalidJson,
+    InvalidTopK,
     NoImage,
+    ServiceError,
     TooManyImages,
     UnsupportedMediaType,
 )
 
 FORM: Final = "multipart/form-data"
 JSON: Final = "application/json"
-BLANKS: Final = b" \t\r\n\f\v"
+BYTES: Final = frozenset({"application/octet-stream", "binary/octet-stream"})  # the second is what S3 says
+URL_SAFE: Final = bytes.maketrans(b"-_", b"+/")  # RFC 4648, section 5
 # RFC 5987
 EXTENDED_NAME: Final = re.compile(rb";\s*filename\*=\"?(utf-8|iso-8859-1)'[^';]{0,40}'([^\";]*)", re.IGNORECASE)
 SPARE_STRINGS: Final = 1000  # in JSON, beside the images; where there are more, no object is made of them
+SPARE_PARTS: Final = 100  # in a form, beside the images
+MAX_PART_HEAD_BYTES: Final = 4096  # the quoted strings in one take quadratic time
+END_OF_DELIMITER: Final = re.compile(rb"(--)|[ \t]*\r\n")  # the closing one's, or what ends the line of another
+FOLD: Final = re.compile(rb"\r\n(?=[ \t])")  # RFC 5322, section 2.2.3
+IDENTITY: Final = frozenset({b"", b"binary", b"8bit", b"7bit"})  # Content-Transfer-Encoding that changes nothing
+
+
+@dataclass(slots=True)
+class Payload:
+    """What a body holds.
+
+    Attributes:
+        uploads: the image files in their order; never empty.
+        top_k: of a form's field; at least 1, None where there is none.
+    """
+
+    uploads: list[Upload]
+    top_k: int | None = None
 
 
 def check_size(size: int, max_bytes: int) -> None:
@@ -48,7 +71,7 @@ def media_type_of(content_type: str) -> str:
         UnsupportedMediaType
     """
     media_type = content_type.partition(";")[0].strip().lower()
-    if media_type.startswith("image/") or media_type in ("", "application/octet-stream", FORM, JSON):
+    if media_type.startswith("image/") or media_type in ("", FORM, JSON) or media_type in BYTES:
         return media_type
     raise UnsupportedMediaType()
 
@@ -63,8 +86,8 @@ def check_content_type(content_type: str) -> None:
         boundary_of(content_type)
 
 
-def parse_body(content_type: str, body: bytes, *, max_images: int) -> list[Upload]:
-    """Take the image files out of a body; never empty.
+def parse_body(content_type: str, body: bytes, *, max_images: int) -> Payload:
+    """Take the image files out of a body.
 
     Args:
         content_type: the header's value; "" where there is none, which is read as application/octet-stream.
@@ -72,19 +95,19 @@ def parse_body(content_type: str, body: bytes, *, max_images: int) -> list[Uploa
         max_images: most images that a request may hold.
 
     Raises:
-        UnsupportedMediaType, InvalidForm, InvalidJson, InvalidBase64, NoImage, TooManyImages
+        UnsupportedMediaType, InvalidForm, InvalidJson, InvalidBase64, InvalidTopK, NoImage, TooManyImages
     """
     media_type = media_type_of(content_type)
     if media_type == FORM:
-        uploads = parse_form(content_type, body, max_images)
+        payload = parse_form(content_type, body, max_images)
     elif media_type == JSON:
-        uploads = parse_json(body, max_images)
+        payload = Payload(parse_json(body, max_images))
     else:
-        uploads = [Upload(body)]
-    for index, upload in enumerate(uploads):
+        payload = Payload([Upload(body)])
+    for index, upload in enumerate(payload.uploads):
         if not upload.data:
-            raise NoImage(f"{which(uploads, index)}The image is empty: it has 0 bytes.")
-    return uploads
+            raise NoImage(f"{which(payload.uploads, index)}The image is empty: it has 0 bytes.")
+    return payload
 
 
 class JsonBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -122,7 +145,7 @@ def parse_json(body: bytes, max_images: int) -> list[Upload]:
 
 
 def decode_base64(text: str, where: str) -> bytes:
-    """Decode base64, bare or as a data: URL; line breaks are allowed, other characters are not."""
+    """Decode base64 of either alphabet, padded or not, bare or as a data: URL; line breaks alone are skipped."""
     scheme = text[:6].lower()
     if scheme.startswith("data:"):
         head, comma, text = text.partition(",")
@@ -131,11 +154,30 @@ def decode_base64(text: str, where: str) -> bytes:
     elif scheme.startswith(("http:", "https:", "file:", "ftp:")):
         raise InvalidBase64(f"{where} is a URL, and URLs are not fetched; send the image itself in base64.")
     try:
-        return a2b_base64(text.encode("ascii").translate(None, BLANKS), strict_mode=True)
+        return decode_bytes(text.encode("ascii"), where)
+    except UnicodeEncodeError as error:
+        raise not_base64(where) from error
+
+
+def decode_bytes(text: bytes, where: str) -> bytes:
+    """Decode the bytes of base64, as `decode_base64`."""
+    text = text.translate(URL_SAFE, b"\r\n")
+    if len(text) % 4 and not text.endswith(b"="):
+        text += b"=" * (-len(text) % 4)
+    try:
+        return a2b_base64(text, strict_mode=True)
     except ValueError as error:
-        raise InvalidBase64(
-            f"{where} is not valid base64: the alphabet is A-Z, a-z, 0-9, + and /, padded with = to a multiple of 4."
-        ) from error
+        if b" " in text:  # decoded as a web form's value, + becomes a blank: skipped, it would be another image
+            raise InvalidBase64(f"{where} holds blanks in its base64; where they were +, send + as it is.") from error
+        raise not_base64(where) from error
+
+
+def not_base64(where: str) -> ServiceError:
+    """Return what is said of text with other characters, or of a wrong length."""
+    return InvalidBase64(
+        f"{where} is not valid base64: the alphabet is A-Z, a-z, 0-9, + and / (or - and _), in lines or not, "
+        "padded with = to a multiple of 4 or not at all."
+    )
 
 
 def check_count(images: int, max_images: int) -> None:
@@ -152,19 +194,93 @@ def boundary_of(content_type: str) -> bytes:
     return boundary
 
 
-def parse_form(content_type: str, body: bytes, max_images: int) -> list[Upload]:
-    """Read every file of a multipart/form-data body, whatever its field is called."""
-    form = Form(max_images)
-    try:
-        parser = MultipartParser(boundary_of(content_type), form.callbacks())
-        parser.write(body)
-    except FormParserError as error:
-        raise InvalidForm(f"The body is not valid multipart/form-data: {error}.") from error
-    if not form.ended:
-        raise InvalidForm("The form ends before its closing boundary.")
-    if not form.uploads:
+def parse_form(content_type: str, body: bytes, max_images: int) -> Payload:
+    """Read every file of a multipart/form-data body, whatever its field is called, and the field `top_k`."""
+    payload = Payload([])
+    for number, (head, content) in enumerate(parts_of(body, boundary_of(content_type)), 1):
+        if number > max_images + SPARE_PARTS:
+            raise InvalidForm(f"The form has more than {max_images + SPARE_PARTS} parts.")
+        headers = part_headers(head)
+        disposition = headers.get(b"content-disposition", b"")
+        options = parse_options_header(disposition)[1]
+        field = options.get(b"name", b"").decode("utf-8", "replace")
+        filename = options.get(b"filename")
+        if filename is None:
+            filename = extended_name(disposition)
+        content = transfer_decoded(content, headers, field)
+        if not content and filename == b"":
+            continue  # what a browser sends for a file input in which nothing was chosen
+        if filename is None and not holds_image(content, headers):
+            if field == "top_k":
+                payload.top_k = positive(content.decode("latin-1"), InvalidTopK())
+            continue  # a token against forgery, a note: the commonest habit of clients
+        check_count(len(payload.uploads) + 1, max_images)
+        payload.uploads.append(Upload(content, None if filename is None else filename.decode("utf-8", "replace")))
+    if not payload.uploads:
         raise NoImage("The form holds no file; send one with: curl -F file=@image.jpg")
-    return form.uploads
+    return payload
+
+
+def parts_of(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the head and the content of each part of a form; what stands before the first and behind the last is none.
+
+    Raises:
+        InvalidForm: there is no closing boundary, or a head is too large.
+    """
+    delimiter = b"\r\n--" + boundary  # RFC 2046, section 5.1.1: its line end is no content
+    begin = None
+    at = -2 if body.startswith(delimiter[2:]) else body.find(delimiter)
+    while at != -1:
+        after = at + len(delimiter)
+        if (line := END_OF_DELIMITER.match(body, after)) is not None:  # else content that begins like one
+            if begin is not None:
+                yield part_of(body, begin, at)
+            if line[1]:
+                return
+            begin = after = line.end()
+        at = body.find(delimiter, after)
+    raise InvalidForm("The form ends before its closing boundary.")
+
+
+def part_of(body: bytes, begin: int, end: int) -> tuple[bytes, bytes]:
+    """Return the head and the content of the part at these bytes."""
+    if body.startswith(b"\r\n", begin):
+        return b"", body[begin + 2 : end]
+    head_end = body.find(b"\r\n\r\n", begin, end)
+    if head_end == -1:  # no content, not even an empty one
+        head_end = end
+    if head_end - begin > MAX_PART_HEAD_BYTES:
+        raise InvalidForm(f"The headers of a part of the form are larger than {MAX_PART_HEAD_BYTES} bytes.")
+    return body[begin:head_end], body[head_end + 4 : end]
+
+
+def part_headers(head: bytes) -> dict[bytes, bytes]:
+    """Return the headers of a part, names in lower case; a value may be folded over several lines."""
+    headers = {}
+    for line in FOLD.sub(b"", head).split(b"\r\n") if head else ():
+        name, colon, value = line.partition(b":")
+        if not colon:
+            raise InvalidForm(f"A header of a part of the form has no colon: {line[:40].decode('latin-1')!a}.")
+        headers[name.strip().lower()] = value.strip()
+    return headers
+
+
+def transfer_decoded(content: bytes, headers: dict[bytes, bytes], field: str) -> bytes:
+    """Undo a part's Content-Transfer-Encoding, which RFC 7578 deprecates and mail libraries write."""
+    coding = headers.get(b"content-transfer-encoding", b"").lower()
+    if coding in IDENTITY:
+        return content
+    where = f"The form's field {field[:40]!r}"
+    if coding == b"base64":
+        return decode_bytes(content, where)
+    shown = coding[:40].decode("latin-1")
+    raise InvalidForm(f"{where} has the Content-Transfer-Encoding {shown!a}; send binary or base64.")
+
+
+def holds_image(content: bytes, headers: dict[bytes, bytes]) -> bool:
+    """Whether a part without a file name is an image all the same, as from `curl -F 'file=<image.jpg'`."""
+    media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower().decode("latin-1")
+    return media_type.startswith("image/") or media_type in BYTES or is_image(content)
 
 
 def extended_name(disposition: bytes) -> bytes | None:
@@ -176,65 +292,3 @@ def extended_name(disposition: bytes) -> bytes | None:
         return None
     charset, name = found[1].decode(), unquote_to_bytes(found[2].rstrip())
     return name.decode(charset, "replace").encode()
-
-
-class Form:
-    """Collects the files of a form from the parser's callbacks.
-
-    Attributes:
-        uploads: the files in their order; a file input that was left empty is none.
-        ended: whether the closing boundary was seen.
-    """
-
-    def __init__(self, max_images: int) -> None:
-        self.max_images = max_images
-        self.uploads: list[Upload] = []
-        self.ended = False
-
-    def callbacks(self) -> Any:
-        """Return what MultipartParser calls; all of the body comes in one write, so no value comes in pieces."""
-        return {
-            "on_part_begin": self._begin,
-            "on_header_field": self._name,
-            "on_header_value": self._value,
-            "on_part_data": self._data,
-            "on_part_end": self._end,
-            "on_end": self._finish,
-        }
-
-    def _begin(self) -> None:
-        self.headers: dict[bytes, bytes] = {}
-        self.chunks: list[bytes] = []
-
-    def _name(self, data: bytes, start: int, end: int) -> None:
-        self.header = data[start:end].lower()
-
-    def _value(self, data: bytes, start: int, end: int) -> None:
-        self.headers[self.header] = data[start:end]
-
-    def _data(self, data: bytes, start: int, end: int) -> None:
-        self.chunks.append(data[start:end])
-
-    def _end(self) -> None:
-        disposition = self.headers.get(b"content-disposition", b"")
-        options = parse_options_header(disposition)[1]
-        filename = options.get(b"filename")
-        if filename is None:
-            filename = extended_name(disposition)
-        data = b"".join(self.chunks)
-        if not data and filename == b"":
-            return  # what a browser sends for a file input in which nothing was chosen
-        if filename is None and not self._holds_image(data):
-            field = options.get(b"name", b"").decode("utf-8", "replace")[:40]
-            raise InvalidForm(f"The field {field!r} is not a file; options such as top_k go into the query string.")
-        check_count(len(self.uploads) + 1, self.max_images)
-        self.uploads.append(Upload(data, None if filename is None else filename.decode("utf-8", "replace")))
-
-    def _holds_image(self, data: bytes) -> bool:
-        """Whether a part without a file name is an image all the same, as from `curl -F 'file=<image.jpg'`."""
-        if self.headers.get(b"content-type", b"").startswith((b"image/", b"application/octet-stream")):
-            return True
-        return is_image(data)
-
-    def _finish(self) -> None:
-        self.ended = True

@@ -6,11 +6,13 @@ from typing import Final
 from service.api.endpoint import InferenceEndpoint
 from service.api.options import MAX_DIGITS, checked_top_k, read_top_k
 from service.api.paths import PREDICT
+from service.api.payload import Payload
 from service.api.prediction_writer import PredictionWriter, server_timing
 from service.api.request import InferenceRequest, Respond
 from service.api.request_log import RequestLog
 from service.api.response import Headers, json_response
 from service.batching.queue import Prediction
+from service.errors import LengthRequired
 from service.lifecycle import Service
 from service.repository.versions import LiveModel
 
@@ -22,14 +24,22 @@ NOT_DIRECT: Final = frozenset({b"origin", b"expect", b"transfer-encoding"})
 class PredictRequest(InferenceRequest):
     """A request for the most probable classes of each image."""
 
-    __slots__ = ("_top_k", "_writer")
+    __slots__ = ("_asked_top_k", "_top_k", "_writer")
 
     path = PREDICT
     _endpoint: "PredictEndpoint"
 
     def _check_options(self, live: LiveModel) -> None:
         self._writer = self._endpoint.writer_of(live)
-        self._top_k = checked_top_k(read_top_k(self._query), self._writer.classes)
+        self._asked_top_k = read_top_k(self._query)
+        self._top_k = self._checked_top_k(self._asked_top_k)
+
+    def _check_fields(self, payload: Payload) -> None:
+        if payload.top_k is not None and self._asked_top_k is None:
+            self._top_k = self._checked_top_k(payload.top_k)
+
+    def _checked_top_k(self, top_k: int | None) -> int:
+        return checked_top_k(top_k, self._writer.classes, self._service.settings.max_top_k)
 
     def set_result(self, result: list[Prediction], /) -> None:
         """Respond with predictions, one an image."""
@@ -67,12 +77,17 @@ class PredictEndpoint(InferenceEndpoint):
         """Return the request of a POST's head, for a connection to drive; None where ASGI has to.
 
         It depends on the head alone: a small body of known length, and no header that asks for more.
+
+        Raises:
+            LengthRequired
         """
         path, _, query = url.partition(b"?")
         if path != PATH or b"#" in query:
             return None
         fields = dict(headers)
         size = fields.get(b"content-length", b"")
+        if not size and b"transfer-encoding" not in fields:
+            raise LengthRequired()
         if not NOT_DIRECT.isdisjoint(fields) or len(size) > MAX_DIGITS or not size.isdigit():
             return None
         if int(size) > self._max_direct_bytes:

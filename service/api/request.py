@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from service.api.keys import check_key
 from service.api.options import RequestOptions, read_options
-from service.api.payload import check_content_type, check_size, parse_body
+from service.api.payload import Payload, check_content_type, check_size, parse_body
 from service.api.response import Headers, Response, error_response
 from service.batching.admission import Ticket
 from service.batching.queue import Prediction
@@ -124,8 +124,7 @@ class InferenceRequest:
         body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         decoder, uploads, images = self._service.decoder, None, None
         if self._service.decoder.is_small(body) or self._options.content_type.startswith("image/"):
-            uploads = self._parse(body)
-            self._ticket.add(images=len(uploads))
+            uploads = self._admit(self._parse(body))
             images = decoder.decode_inline(uploads, live.metadata)
         if uploads is not None and images is not None:
             self._queue(uploads, images)
@@ -137,15 +136,22 @@ class InferenceRequest:
         decoder = self._service.decoder
         try:
             if uploads is None:
-                uploads = await decoder.in_thread(lambda _: self._parse(body), self._until)
-                self._ticket.add(images=len(uploads))
+                uploads = self._admit(await decoder.in_thread(lambda _: self._parse(body), self._until))
             images = await decoder.decode(uploads, live.metadata, self._until)
             self._queue(uploads, images)
         except Exception as error:
             self.fail(error)
 
-    def _parse(self, body: bytes) -> list[Upload]:
+    def _parse(self, body: bytes) -> Payload:
         return parse_body(self._options.content_type, body, max_images=self._service.settings.max_images)
+
+    def _admit(self, payload: Payload) -> list[Upload]:
+        self._ticket.add(images=len(payload.uploads))
+        self._check_fields(payload)
+        return payload.uploads
+
+    def _check_fields(self, payload: Payload) -> None:
+        """Read the fields of a form that this kind of request knows."""
 
     def _queue(self, uploads: Sequence[Upload], images: Sequence[Any]) -> None:
         assert self._live is not None

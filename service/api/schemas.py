@@ -124,7 +124,7 @@ BASE64 = {
     "contentEncoding": "base64",
     "contentMediaType": "image/*",
     "minLength": 4,
-    "description": "Bare, or as a data: URL.",
+    "description": "Of either alphabet, padded or not, bare or as a data: URL.",
 }
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 
@@ -148,7 +148,8 @@ def predict_bodies(max_images: int) -> dict[str, Any]:
         "multipart/form-data": {
             "schema": {
                 "type": "object",
-                "description": f"One or several files, under any field names; {max_images} at most together.",
+                "description": f"One or several files, under any field names; {max_images} at most together. "
+                "A text field top_k counts where the query has none; other text fields are ignored.",
                 "properties": {"file": files},
                 "minProperties": 1,
                 "additionalProperties": files,
@@ -188,7 +189,7 @@ PREDICT_PARAMETERS: list[dict[str, Any]] = [
     {
         "name": "top_k",
         "in": "query",
-        "description": "Classes an image, 1 to the number of classes.",
+        "description": "Classes an image, 1 to the number of classes, within the service's own limit.",
         "schema": {"type": "integer", "minimum": 1, "default": 5},
     },
     {

@@ -56,6 +56,19 @@ class Golden:
         return len(self.images)
 
 
+def check_files(folder: Path) -> None:
+    """Refuse a version folder with a named pipe, a socket or a device, of which a read may never end.
+
+    Links are followed, as those of a Kubernetes ConfigMap.
+
+    Raises:
+        ArtifactError: an entry is neither a file nor a folder.
+    """
+    for entry in sorted(folder.iterdir()):
+        if entry.exists() and not (entry.is_file() or entry.is_dir()):
+            raise ArtifactError(f"{entry}: must be a regular file, and is none (a pipe, a socket or a device)")
+
+
 def save_golden(path: Path, golden: Golden) -> None:
     """Write `golden.npz`, compressed."""
     np.savez_compressed(path, images=golden.images, labels=golden.labels, logits=golden.logits)

@@ -19,7 +19,7 @@ from service.engine.metadata import MODEL_FILE
 from service.engine.onnx_engine import Engine, EngineError, Provider
 from service.engine.thread import BackgroundPoll, run_in_thread
 from service.errors import NotReady
-from service.repository.folder import GOLDEN_FILE, Golden, ModelVersion, load_golden
+from service.repository.folder import GOLDEN_FILE, Golden, ModelVersion, check_files, load_golden
 from service.repository.golden_check import GoldenMismatchError, check_golden
 from service.repository.versions import (
     LiveModel,
@@ -235,6 +235,7 @@ class ModelStore:
         """Load, warm up and verify a version within `load_timeout_s`."""
         try:
             async with asyncio.timeout(settings.load_timeout_s) as limit:
+                await run_in_thread(partial(check_files, version.path))
                 golden = await run_in_thread(partial(load_golden, version.path / GOLDEN_FILE))
                 engines = await open_in_thread(partial(self._open_engines, version.path, settings))
                 return await self._checked(version, engines, golden)

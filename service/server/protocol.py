@@ -148,7 +148,12 @@ class HttpProtocol(TimedProtocol):
         headers, self.headers = self.headers, []  # what comes after the body, as a trailer, is none of the head
         if self.parser.get_method() == b"POST" and not self.listener.is_management:
             cycle = DirectCycle(self, keep_alive=keep_alive)
-            if (request := self.shared.predict.direct(self.url, headers, cycle.respond)) is not None:
+            try:
+                request = self.shared.predict.direct(self.url, headers, cycle.respond)
+            except ServiceError as error:
+                self._refused(error)
+                raise
+            if request is not None:
                 cycle.request, self.cycle = request, cast("Any", cycle)
                 request.start()
                 return

@@ -81,7 +81,13 @@ class TimedProtocol(HttpToolsProtocol):
             return
         response = error_response(error, uuid4().hex)
         self.transport.write(response_bytes(response, self.server_state.default_headers, closes=True))
-        self.close()
+        if self._is_deaf and self.transport.can_write_eof():
+            # Closed with more to read, the connection would be reset, and the client might never see this response.
+            self.transport.write_eof()
+            self._in_head = False
+            self.due = self.loop.time() + LINGER_SECONDS
+        else:
+            self.close()
         self.service.metrics.rejected(error.code)
 
     def close(self) -> None:

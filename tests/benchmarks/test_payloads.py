@@ -32,7 +32,7 @@ def test_the_service_reads_what_is_sent(form: Form, per_request: int) -> None:
         assert first == "POST /predict?top_k=1 HTTP/1.1"
         assert (headers["host"], headers["x-api-key"]) == ("h:1", "k")
         assert int(headers["content-length"]) == len(body)
-        read += [upload.data for upload in parse_body(headers["content-type"], body, max_images=3)]
+        read += [upload.data for upload in parse_body(headers["content-type"], body, max_images=3).uploads]
     assert read == [image.data for image in images]
     assert len(requests) == -(-4 // per_request)
 

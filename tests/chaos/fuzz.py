@@ -175,7 +175,7 @@ def try_all(target: str, first: int, stop: int, seed: int, current: Any, pipe: C
     """Body of a child."""
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
-    # Pillow warns of odd metadata, python-multipart logs what it refuses, and libtiff writes to stderr by itself.
+    # Pillow warns of odd metadata, and libtiff writes to stderr by itself.
     warnings.simplefilter("ignore")
     logging.disable()
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

@@ -27,8 +27,10 @@ SIZE = (8, 6)
 POLICIES: list[tuple[Crop, Filter]] = [("center", "bicubic"), ("none", "box")]
 
 FORM = (
+    b'--b\r\nContent-Disposition: form-data; name="top_k"\r\n\r\n3\r\n'
     b"--b\r\nContent-Disposition: form-data; name=f; filename=x\r\nContent-Type: image/png\r\n\r\ndata\r\n"
-    b'--b\r\nContent-Disposition: form-data; name="g"; filename="y"\r\n\r\nmore\r\n--b--\r\n'
+    b'--b\r\nContent-Disposition: form-data; name="g";\r\n filename="y"\r\n'
+    b"Content-Transfer-Encoding: base64\r\n\r\nbW9yZQ\r\n--b--\r\n"
 )
 BODIES: dict[str, tuple[str, bytes]] = {
     "form": ("multipart/form-data; boundary=b", FORM),
@@ -123,8 +125,9 @@ def parse(content_type: bytes, body: bytes) -> str:
     result = outcome(lambda: parse_body(content_type.decode("latin-1"), body, max_images=MAX_IMAGES))
     if isinstance(result, ServiceError):
         return refused(result)
-    assert 1 <= len(result) <= MAX_IMAGES
-    assert all(isinstance(upload, Upload) and upload.data for upload in result)
+    assert 1 <= len(result.uploads) <= MAX_IMAGES
+    assert all(isinstance(upload, Upload) and upload.data for upload in result.uploads)
+    assert result.top_k is None or result.top_k >= 1
     return "uploads"
 
 

@@ -20,7 +20,7 @@ def _restore_logging() -> Iterator[None]:
     root.handlers[:] = handlers
     root.setLevel(level)
     logging.captureWarnings(False)
-    for name in ("PIL", "python_multipart", "uvicorn"):
+    for name in ("PIL", "uvicorn"):
         logging.getLogger(name).setLevel(logging.NOTSET)
 
 
@@ -50,9 +50,25 @@ def test_plain(capsys: pytest.CaptureFixture[str]) -> None:
     assert line.endswith("WARNING  said this request_id=abc\n")
 
 
+@pytest.mark.parametrize("break_", ["\n", "\r", "\r\n", "\v", "\x85", "\u2028"])
+def test_what_a_plain_record_quotes_forges_no_line(capsys: pytest.CaptureFixture[str], break_: str) -> None:
+    configure(Settings())
+    forged = f"cat{break_}2026-11-30 00:00:00,000 INFO     listening \x1b[2Jon everything"
+    logging.getLogger("service.x").warning("the label %s", forged, extra={"request_id": forged})
+    try:
+        raise ValueError(forged)
+    except ValueError:
+        logging.getLogger("service.x").exception("failed: %s", forged)
+    written = capsys.readouterr().err
+    lines = written.splitlines()
+    assert [line[24:32].strip() for line in lines if not line.startswith(" ")] == ["WARNING", "ERROR"]
+    assert all(line.isprintable() for line in lines)
+    assert f"the label cat{ascii(break_)[1:-1]}2026-11-30 00:00:00,000 INFO     listening \\x1b[2Jon" in lines[0]
+
+
 def test_the_level_is_obeyed_and_libraries_stay_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     configure(Settings(log_level="debug"))
-    for name in ("PIL.TiffImagePlugin", "python_multipart.multipart", "uvicorn.error"):
+    for name in ("PIL.TiffImagePlugin", "uvicorn.error"):
         logging.getLogger(name).debug("pieces of a body")
     logging.getLogger("uvicorn.error").warning("Invalid HTTP request received.")
     logging.getLogger("service.x").debug("mine")
@@ -67,7 +83,6 @@ def test_what_a_client_has_sent_wrong_does_not_fill_the_log(capsys: pytest.Captu
         warnings.simplefilter("default")
         configure(Settings(log_level="debug"))
         logging.getLogger("PIL.TiffImagePlugin").error("More samples per pixel than can be decoded: 9")
-        logging.getLogger("python_multipart.multipart").warning("Found invalid character 9 in header at 9")
         warnings.warn_explicit("Corrupt EXIF data", UserWarning, "TiffImagePlugin.py", 9, "PIL.TiffImagePlugin")
         assert capsys.readouterr().err == ""
         warnings.warn_explicit("of our own", UserWarning, "decoding.py", 9, "service.decoding.decoder", registry={})

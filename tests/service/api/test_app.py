@@ -8,7 +8,7 @@ from service.lifecycle import Service
 from service.repository import store
 from service.settings import Settings
 from tests.fakes import FakeEngine, make_model_folder
-from tests.service.harness import error_of, fake_folder, listening, running
+from tests.service.harness import error_of, fake_folder, listening, png, running
 
 
 def on_cpu(folder: Path, **settings: object) -> Settings:
@@ -61,6 +61,14 @@ async def test_unknown_paths_and_methods_have_the_shape_of_all_errors(tmp_path: 
             assert method == "HEAD" or error_of(response.content) == code
             assert response.headers["x-request-id"]
         assert (await run.client.get("/predict")).headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize("path", ["/predict/", "/PREDICT", "//predict//"])
+async def test_a_path_that_is_nearly_one_names_it(tmp_path: Path, path: str) -> None:
+    async with running(tmp_path) as run:
+        response = await run.client.post(f"http://127.0.0.1:{run.port}{path}", content=png(1))
+        assert response.status_code == 404
+        assert response.json()["error"]["message"] == f"There is nothing at {path}; the path is /predict."
 
 
 @pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready", "/metrics", "/models", "/docs"])

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from service.api.app import PerceiverApp
+from tests.fakes import tiny_metadata
 from tests.service.harness import error_of, png, read_answer, request_head, running
 
 JSON_ROUTES = ["/health", "/health/live", "/health/ready", "/models", "/openapi.json"]
@@ -131,7 +133,7 @@ async def test_the_openapi_document_is_valid_and_describes_every_status(tmp_path
         document = (await run.client.get("/openapi.json")).json()
         operation = document["paths"]["/predict"]["post"]
         assert set(operation["responses"]) == {
-            *("200", "400", "401", "408", "413", "415", "431", "500", "501", "503", "504")
+            *("200", "400", "401", "408", "411", "413", "415", "431", "500", "501", "503", "504")
         }
         assert set(operation["requestBody"]["content"]) == {
             "multipart/form-data",
@@ -154,6 +156,21 @@ async def test_the_openapi_document_is_valid_and_describes_every_status(tmp_path
         docs = await run.client.get("/docs")
         assert docs.status_code == 200
         assert "swagger" in docs.text
+
+
+async def test_the_openapi_document_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    original = PerceiverApp.openapi
+    monkeypatch.setattr(PerceiverApp, "openapi", lambda app: written.append(app) or original(app))
+    async with running(tmp_path) as run:
+        bodies = {(await run.client.get("/openapi.json")).content for _ in range(3)}
+        assert (len(bodies), len(written)) == (1, 1)
+        live = run.service.store.live
+        assert live is not None
+        live.metadata = tiny_metadata(labels=("a", "b", "c", "d"))  # as another version's
+        document = (await run.client.get("/openapi.json")).json()
+        assert document["paths"]["/predict"]["post"]["parameters"][0]["schema"]["maximum"] == 4
+        assert len(written) == 2
 
 
 def _references(node: object) -> list[str]:

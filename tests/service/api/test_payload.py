@@ -4,15 +4,20 @@ import base64
 import json
 import tracemalloc
 from codecs import BOM_UTF8
+from email.mime.image import MIMEImage
+from email.mime.multipart import MIMEMultipart
+from email.mime.text import MIMEText
+from pathlib import Path
 
 import pytest
 
-from service.api.payload import parse_body
+from service.api.payload import MAX_PART_HEAD_BYTES, SPARE_PARTS, Payload, parse_body
 from service.decoding.upload import Upload
 from service.errors import (
     InvalidBase64,
     InvalidForm,
     InvalidJson,
+    InvalidTopK,
     NoImage,
     TooManyImages,
     UnsupportedMediaType,
@@ -35,11 +40,16 @@ def file_part(name: str = "file", filename: str = "a.png") -> str:
 
 
 def parse(content_type: str, body: bytes, max_images: int = 4) -> list[Upload]:
+    return parse_payload(content_type, body, max_images).uploads
+
+
+def parse_payload(content_type: str, body: bytes, max_images: int = 4) -> Payload:
     return parse_body(content_type, body, max_images=max_images)
 
 
 @pytest.mark.parametrize(
-    "content_type", ["image/png", "IMAGE/JPEG; q=1", "image/anything", "application/octet-stream", ""]
+    "content_type",
+    ["image/png", "IMAGE/JPEG; q=1", "image/anything", "application/octet-stream", "binary/octet-stream", ""],
 )
 def test_a_raw_body_is_the_image(content_type: str) -> None:
     assert parse(content_type, DATA) == [Upload(DATA)]
@@ -127,9 +137,92 @@ def test_of_several_images_the_empty_one_is_named() -> None:
         parse("application/json", json.dumps({"images": [TEXT, ""]}).encode())
 
 
-def test_a_text_field_is_an_error_that_names_it() -> None:
-    with pytest.raises(InvalidForm, match="'top_k' is not a file"):
-        parse(FORM, form((file_part(), DATA), ('Content-Disposition: form-data; name="top_k"', b"3")))
+def field(name: str, value: bytes) -> tuple[str, bytes]:
+    return f'Content-Disposition: form-data; name="{name}"', value
+
+
+def test_text_fields_beside_the_file_are_ignored_but_for_top_k() -> None:
+    body = form(field("csrf_token", b"x"), (file_part(), DATA), field("top_k", b"3"), field("notes", b"\xff"))
+    assert parse_payload(FORM, body) == Payload([Upload(DATA, "a.png")], top_k=3)
+    with pytest.raises(InvalidTopK):
+        parse(FORM, form((file_part(), DATA), field("top_k", b"three")))
+
+
+def test_a_form_of_text_fields_alone_says_how_to_send_a_file() -> None:
+    with pytest.raises(NoImage, match="curl -F file=@"):  # what comes of `curl -F file=image.jpg`
+        parse(FORM, form(field("file", b"image.jpg")))
+
+
+def test_what_stands_before_the_first_boundary_and_behind_the_last_is_ignored() -> None:
+    body = form((file_part(), DATA))
+    for preamble in (b"x\r\n", b"This is a MIME message.\r\n\r\n", b"\r\n", b"--frontierX\r\n"):
+        assert parse(FORM, preamble + body + b"\r\nmore\r\n") == [Upload(DATA, "a.png")]
+
+
+def test_boundaries_may_have_blanks_behind_them() -> None:
+    body = form((file_part(), DATA), (file_part(), b"x"))
+    assert parse(FORM, body.replace(b"--frontier\r\n", b"--frontier \t\r\n")) == parse(FORM, body)
+
+
+def test_a_line_that_begins_like_a_boundary_is_content() -> None:
+    content = b"a\r\n--frontierX\r\n--frontier-\r\n--frontie\r\nb"
+    assert parse(FORM, form((file_part(), content))) == [Upload(content, "a.png")]
+
+
+def test_headers_of_a_part_may_be_folded() -> None:
+    headers = 'Content-Disposition: form-data;\r\n name="file";\r\n\tfilename="a.png"'
+    assert parse(FORM, form((headers, DATA))) == [Upload(DATA, "a.png")]
+
+
+def test_a_form_that_a_mail_library_writes() -> None:
+    message = MIMEMultipart("form-data")
+    for part, name in ((MIMEText("2"), "top_k"), (MIMEImage(DATA, "png"), 'file"; filename="ein langer Name.png')):
+        part["Content-Disposition"] = f'form-data; name="{name}"'
+        message.attach(part)
+    head, _, body = message.as_bytes(policy=message.policy.clone(linesep="\r\n")).partition(b"\r\n\r\n")
+    content_type = head.partition(b"Content-Type: ")[2].partition(b"\r\nMIME")[0].replace(b"\r\n", b"").decode()
+    assert parse_payload(content_type, body) == Payload([Upload(DATA, "ein langer Name.png")], top_k=2)
+
+
+@pytest.mark.parametrize("coding", ["base64", "BASE64", "binary", "8bit", "7bit"])
+def test_content_transfer_encodings(coding: str) -> None:
+    content = base64.encodebytes(DATA * 9) if coding.lower() == "base64" else DATA * 9
+    headers = f"{file_part()}\r\nContent-Transfer-Encoding: {coding}"
+    assert parse(FORM, form((headers, content))) == [Upload(DATA * 9, "a.png")]
+
+
+def test_other_content_transfer_encodings_are_named() -> None:
+    headers = f"{file_part()}\r\nContent-Transfer-Encoding: quoted-printable"
+    with pytest.raises(InvalidForm, match="field 'file' has the Content-Transfer-Encoding 'quoted-printable'"):
+        parse(FORM, form((headers, DATA)))
+    with pytest.raises(InvalidBase64, match="field 'file' is not valid base64"):
+        parse(FORM, form((headers.replace("quoted-printable", "base64"), DATA)))
+
+
+@pytest.mark.parametrize("content_type", ["image/png", "application/octet-stream", "Binary/Octet-Stream; x=y"])
+def test_a_part_of_a_binary_type_is_a_file(content_type: str) -> None:
+    assert parse(FORM, form((f"{field('file', b'')[0]}\r\nContent-Type: {content_type}", b"x"))) == [Upload(b"x")]
+
+
+@pytest.mark.parametrize("headers", [file_part("file", ""), field("note", b"")[0], "X: y"])
+def test_the_parts_of_a_form_are_bounded(headers: str) -> None:
+    parts = [(headers, b"")] * (4 + SPARE_PARTS - 1)
+    assert parse(FORM, form(*parts, (file_part(), DATA))) == [Upload(DATA, "a.png")]
+    with pytest.raises(InvalidForm, match=f"more than {4 + SPARE_PARTS} parts"):
+        parse(FORM, form(*parts, (headers, b""), (file_part(), DATA)))
+
+
+def test_parts_without_headers_or_without_content_are_none() -> None:
+    body = form((file_part(), DATA)).removeprefix(b"--frontier\r\n")
+    for part in (b"\r\ntext\r\n", b"X: y\r\n", b"X: y\r\n\r\n\r\n"):
+        assert parse(FORM, b"--frontier\r\n" + part + b"--frontier\r\n" + body) == [Upload(DATA, "a.png")]
+
+
+def test_headers_of_a_part_that_are_none_are_refused() -> None:
+    with pytest.raises(InvalidForm, match=r"no colon: 'no\\x00colon'"):
+        parse(FORM, form(("no\0colon", DATA)))
+    with pytest.raises(InvalidForm, match="larger than 4096 bytes"):
+        parse(FORM, form((f"X: {'y' * MAX_PART_HEAD_BYTES}", DATA)))
 
 
 @pytest.mark.parametrize(
@@ -176,8 +269,19 @@ def test_base64_as_data_url_or_with_line_breaks() -> None:
         f"data:;base64,{TEXT}",
         f"DATA:image/png;BASE64,{TEXT}",
         "\n".join(TEXT[i : i + 8] for i in range(0, 40, 8)),
+        f"{TEXT}\r\n",
+        TEXT.rstrip("="),
+        TEXT.replace("/", "_"),
     ]
-    assert parse("application/json", json.dumps({"images": texts}).encode()) == [Upload(DATA)] * len(texts)
+    body = json.dumps({"images": texts}).encode()
+    assert parse("application/json", body, len(texts)) == [Upload(DATA)] * len(texts)
+
+
+def test_base64_of_either_alphabet() -> None:
+    every = bytes(range(256))
+    for text in (base64.b64encode(every), base64.urlsafe_b64encode(every)):
+        for sent in (text, text.rstrip(b"=")):
+            assert parse("application/json", b'{"image": "%b"}' % sent) == [Upload(every)]
 
 
 @pytest.mark.parametrize(
@@ -185,17 +289,29 @@ def test_base64_as_data_url_or_with_line_breaks() -> None:
     [
         "not base64!",
         "HTTPS://example.org/a.png",
-        TEXT[:-1],
+        TEXT.rstrip("=")[:-1],
+        f"{TEXT[:4]} {TEXT[4:]}",
+        f" {TEXT}",
+        f"{TEXT[:4]}\t{TEXT[4:]}",
+        "QQ=",
         "====",
         "data:image/png,abc",
         f"data:image/png;base64{TEXT}",
         "ä",
-        TEXT.replace("i", "_"),
+        TEXT.replace("i", "."),
     ],
 )
 def test_bad_base64_is_refused_and_located(text: str) -> None:
     with pytest.raises(InvalidBase64, match=r"images\[1\]"):
         parse("application/json", json.dumps({"images": [TEXT, text]}).encode())
+
+
+def test_base64_whose_plus_became_a_blank_is_no_other_image() -> None:
+    text = (Path(__file__).parent / "base64_plus_as_blank.txt").read_text()
+    with pytest.raises(InvalidBase64, match=r"holds blanks in its base64; where they were \+"):
+        parse("application/json", json.dumps({"image": text}).encode())
+    (upload,) = parse("application/json", json.dumps({"image": text.replace(" ", "+")}).encode())
+    assert upload.data.startswith(b"\xff\xd8\xff")
 
 
 @pytest.mark.parametrize("url", ["http://localhost/a.png", "https://example.org/a.png", "file:///etc/passwd"])
@@ -264,6 +380,13 @@ def test_what_is_wrong_with_json_is_told() -> None:
         parse("application/json", b'{"images": ["aaaa", 1]}')
     with pytest.raises(InvalidJson, match=r"is not JSON: .*trailing"):
         parse("application/json", b'{"image": "aaaa"}}')
+
+
+def test_keys_that_are_no_text_are_escaped() -> None:
+    with pytest.raises(InvalidJson) as caught:
+        parse("application/json", b'{"\\u0000\\n\\u202e": 1}')
+    assert "\\x00\\n\\u202e" in caught.value.message
+    assert caught.value.message.isprintable()
 
 
 def test_json_may_begin_with_a_byte_order_mark_and_escape_its_slashes() -> None:

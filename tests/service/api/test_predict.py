@@ -64,6 +64,16 @@ async def test_a_form_with_several_files_keeps_their_order_and_names(tmp_path: P
         assert probabilities == pytest.approx([1 / (1 + 4 * np.exp(-number)) for number in (1, 2, 3)], abs=1e-6)
 
 
+async def test_top_k_may_be_a_field_of_a_form_and_the_query_goes_before_it(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        for query, fields, expected in (("", {"top_k": "2", "note": "x"}, 2), ("?top_k=3", {"top_k": "2"}, 3)):
+            files = [("file", ("a.png", png(1)))]
+            response = await run.client.post(f"/predict{query}", files=files, data=fields)
+            assert len(response.json()["predictions"][0]["top"]) == expected
+        response = await run.client.post("/predict", files=files, data={"top_k": "6"})
+        assert (response.status_code, error_of(response.content)) == (400, "invalid_top_k")
+
+
 async def test_json_with_one_and_with_several_images(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         one = await run.client.post("/predict", json={"image": base64_of(1)})
@@ -131,6 +141,23 @@ async def test_many_small_jpegs_leave_the_event_loop() -> None:
 
 
 # Options
+
+
+@pytest.mark.parametrize("inside_form", [True, False])
+async def test_top_k_is_bounded_by_a_setting(tmp_path: Path, *, inside_form: bool) -> None:
+    async with running(tmp_path, max_top_k=3) as run:
+        for top_k, expected in ((None, 200), (3, 200), (4, 400)):
+            given = {} if top_k is None else {"top_k": str(top_k)}
+            options = {"data": given} if inside_form else {"params": given}
+            response = await run.client.post("/predict", files={"file": png(1)}, **options)
+            assert response.status_code == expected
+            if expected == 200:
+                assert len(response.json()["predictions"][0]["top"]) == 3
+            else:
+                assert response.json()["error"]["message"] == "top_k is 4, and this service allows at most 3."
+        document = (await run.client.get("/openapi.json")).json()
+        schema = document["paths"]["/predict"]["post"]["parameters"][0]["schema"]
+        assert (schema["maximum"], schema["default"]) == (3, 3)
 
 
 @pytest.mark.parametrize(("query", "expected"), [("", 5), ("?top_k=1", 1), ("?top_k=5", 5), ("?top_k=05", 5)])

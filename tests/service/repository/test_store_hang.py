@@ -1,6 +1,7 @@
 """A disk or an engine that hangs blocks neither the live version nor the next poll."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,42 @@ async def test_a_folder_that_hangs_is_logged_once_and_scanned_when_it_is_back(
     watching.cancel()
     await asyncio.wait([watching])
     await assert_serves(store, 2)
+
+
+@pytest.mark.parametrize("name", ["golden.npz", "model.onnx", "weights.bin"])
+@pytest.mark.parametrize("is_linked", [True, False])
+async def test_a_version_with_a_pipe_is_refused_at_once(
+    make: Make, tmp_path: Path, *, name: str, is_linked: bool
+) -> None:
+    folder = tmp_path / "models"
+    make_model_folder(folder, 1)
+    store = make(model_dir=folder)
+    async with asyncio.timeout(10):
+        await store.load()
+        path = make_model_folder(folder, 2) / name
+        path.unlink(missing_ok=True)
+        pipe = tmp_path / "pipe" if is_linked else path
+        os.mkfifo(pipe)
+        if is_linked:
+            path.symlink_to(pipe)
+        await store.reload()
+        assert lines(store) == [(1, "live"), (2, "refused")]
+        make_model_folder(folder, 3)
+        await store.reload()
+        await assert_serves(store, 3)
+
+
+async def test_a_version_whose_files_are_links_as_in_a_config_map_is_served(make: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    real = make_model_folder(tmp_path, 1).rename(tmp_path / "..2026_11_30")
+    (folder / "1").mkdir(parents=True)
+    (folder / "1" / "..data").symlink_to(real)
+    (folder / "1" / "gone").symlink_to(tmp_path / "nowhere")
+    for file in real.iterdir():
+        (folder / "1" / file.name).symlink_to(Path("..data") / file.name)
+    store = make(model_dir=folder)
+    await store.load()
+    await assert_serves(store, 1)
 
 
 class WarmingEngine(FakeEngine):

@@ -71,6 +71,22 @@ async def test_a_broken_body_is_that_of_its_request(
         assert "/health/live" not in (await run.client.get("/metrics")).text
 
 
+@pytest.mark.parametrize("size", [0, 2000, 2_000_000])
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_a_body_of_which_the_head_says_nothing_gets_a_sentence(tmp_path: Path, size: int, version: str) -> None:
+    """As from `curl -H 'Content-Length:'`. The sentence arrives even where much is sent behind the head."""
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        writer.write(request_head(None).replace(b"HTTP/1.1", f"HTTP/{version}".encode()) + bytes(size))
+        status, headers, body = await read_answer(reader)
+        assert (status, error_of(body), headers["connection"]) == (411, "length_required", "close")
+        assert b"Content-Length" in body
+        assert await ended(reader)
+        assert await run.metric('perceiver_rejections_total{reason="length_required"}') == 1
+        writer.close()
+        assert (await run.client.post("/models/reload")).status_code == 403  # which needs no body
+
+
 async def test_a_broken_body_that_nobody_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timeouts, "LINGER_SECONDS", 0.2)
     async with running(tmp_path) as run:
