@@ -1,7 +1,6 @@
 """One version takes over from another while requests are under way."""
 
 import asyncio
-import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 
 from service.engine.onnx_engine import Engine
 from service.errors import Draining, InferenceFailed
-from service.repository.folder import GOLDEN_FILE
+from service.repository import store as store_module
 from service.repository.store import ModelStore, NoUsableVersionError
 from service.settings import Settings
 from tests.fakes import FakeEngine, image, make_model_folder, tiny_images, tiny_logits
@@ -243,13 +242,15 @@ async def test_a_disks_own_timeout_is_reported_as_such(tmp_path: Path) -> None:
         await store.load()
 
 
-async def test_golden_images_that_can_not_be_read_in_time_refuse_the_version_and_block_nothing(tmp_path: Path) -> None:
+async def test_golden_images_that_can_not_be_read_in_time_refuse_the_version_and_block_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_model_folder(tmp_path, 1)
     store = ModelStore(store_settings(tmp_path, load_timeout_s=1), StoreRecorder(), open_engines=FakeOpener())
     await store.load()
-    golden = make_model_folder(tmp_path, 2) / GOLDEN_FILE
-    golden.unlink()
-    os.mkfifo(golden)  # as a disk far away that is not there: opening it does not end
+    make_model_folder(tmp_path, 2)
+    is_back = threading.Event()  # a disk far away: reading from it does not end
+    monkeypatch.setattr(store_module, "load_golden", lambda path: is_back.wait(30))
     async with asyncio.timeout(10):
         await store.reload()
     (live, refused) = store.versions()
@@ -257,5 +258,5 @@ async def test_golden_images_that_can_not_be_read_in_time_refuse_the_version_and
     threads = [thread for thread in threading.enumerate() if thread.name == "background"]
     assert threads
     assert all(thread.daemon for thread in threads)  # or the process could not end
-    golden.open("wb").close()
+    is_back.set()
     await store.close()
