@@ -46,7 +46,7 @@ class Process:
 
     def url(self) -> str:
         """Where it listens, once it does."""
-        return self.wait(lambda: self.stderr.partition("listening on ")[2].partition("\n")[0].partition('"')[0])
+        return self.wait(lambda: self.stderr.partition("starting on ")[2].partition(", not ready yet")[0])
 
     @contextmanager
     def ready(self) -> Iterator[httpx.Client]:

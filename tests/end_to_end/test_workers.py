@@ -74,6 +74,7 @@ def workers(folder: Path, *arguments: str, module: str = "service", **variables:
         service = Workers(process, process.url(), management)
         process.wait(service.all_ready)
         pids = service.pids
+        process.wait(lambda: all(f"Ready: {service.url}, worker {pid}" in process.stderr for pid in pids))
         assert len(pids) == WORKERS
         try:
             yield service
