@@ -60,6 +60,7 @@ clean: ## Remove the environments and caches (no data, no runs)
 # The tests run on onnxruntime-gpu, as production does; without its CUDA libraries it serves on the CPU.
 $(DEV)/.installed: pyproject.toml constraints.txt
 	$(FITTING)
+	@echo "Installing in $(DEV) (once, some minutes: with torch)"
 	$(PYTHON) -m venv --clear $(DEV)
 	$(DEV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
 	touch $@
@@ -68,6 +69,7 @@ $(DEV)/.installed: pyproject.toml constraints.txt
 $(SERVE)/.installed: pyproject.toml constraints.txt constraints-cuda.txt
 	$(if $(filter cpu gpu,$(RUNTIME)),,$(error RUNTIME is cpu or gpu, not "$(RUNTIME)"))
 	$(FITTING)
+	@echo "Installing in $(SERVE) (once, about a minute)"
 	$(PYTHON) -m venv --clear $(SERVE)
 	$(SERVE)/bin/python -m pip install --quiet --constraint constraints.txt --constraint constraints-cuda.txt --editable '.[$(RUNTIME)]'
 	touch $@

@@ -16,7 +16,9 @@ HEAD = """\
 # default, the one written here. Single quotes around a value with $ or #: else Compose takes $word for a variable, and
 # the rest goes. Written by `python docker/env_example.py`.
 
-# Which compose files, and which profiles, `docker compose` takes when it is not told: gpu adds NVIDIA's exporter.
+# Which compose files, and which profiles, `docker compose` takes when it is not told. docker/compose.cpu.yml is for a
+# host without a GPU, docker/compose.keys.yml for keys from files, docker/compose.replicas.yml for several replicas; a
+# colon stands between them, as in docker-compose.yml:docker/compose.cpu.yml. Profile gpu adds NVIDIA's exporter.
 #COMPOSE_FILE=docker-compose.yml
 #COMPOSE_PROFILES=
 
@@ -54,6 +56,9 @@ HEAD = """\
 # How long, and how much, Prometheus keeps; the first limit that is reached counts.
 #PROMETHEUS_RETENTION=30d
 #PROMETHEUS_RETENTION_SIZE=10GB
+
+# With docker/compose.replicas.yml: how many there are.
+#REPLICAS=2
 
 # Written into the images' labels and tags; the revision also into the checkpoints that are trained there.
 #VERSION=local

@@ -74,7 +74,8 @@ def tls_problem(settings: Settings) -> str | None:
 def log_bind_error(settings: Settings, error: OSError | UnicodeError) -> None:
     """Say why the port can't be listened on, and what to do."""
     reason = (getattr(error, "strerror", None) or str(error)).lower()
-    logger.error("can't listen on %s:%d: %s; name another with --host and --port", settings.host, settings.port, reason)
+    other = "name another with --host and --port (HOST= and PORT= of make serve)"
+    logger.error("can't listen on %s:%d: %s; %s", settings.host, settings.port, reason, other)
 
 
 # One process

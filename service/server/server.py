@@ -9,11 +9,13 @@ import asyncio
 import gc
 import logging
 import math
+import os
 import signal
 import socket
 import time
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 YOUNG_OBJECTS = 20_000
 NO_PASS_PHRASE = "none"  # noqa: S105 - of a TLS key that has one: OpenSSL would ask for it on the terminal
+SAMPLE = "docs/apple.png"  # in the repository, where `make serve` runs
 
 
 class Server(uvicorn.Server):
@@ -44,6 +47,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.service: Service = config.service
         self.management_sockets: list[socket.socket] = []
+        self._address = ""
         self.failed = self.was_ready = self._was_interrupted = False
         self._drain_from = self._drain_until = math.inf
 
@@ -90,9 +94,11 @@ class Server(uvicorn.Server):
         self.servers += [await self._listen(one, management) for one in self.management_sockets]
         self.started = True
         settings = self.service.settings
+        self._address = address(sockets[0], settings)
         if settings.workers == 1:  # else the supervisor has said it
             log_addresses(sockets, settings)
-        log_addresses(self.management_sockets, settings, "management on")
+        for one in self.management_sockets:
+            logger.info("management on %s", address(one, settings))
 
     async def _listen(self, sock: socket.socket, listener: Listener) -> asyncio.Server:
         tls, settings = self.config.ssl, self.service.settings
@@ -126,6 +132,7 @@ class Server(uvicorn.Server):
         if not self.was_ready and self.service.status == "ready":
             self.was_ready = True
             settle()
+            log_ready(self._address, self.service.settings)
         if not self.service.draining:
             if time.monotonic() >= self._drain_from:
                 self.drain()
@@ -145,12 +152,29 @@ def settle() -> None:
     gc.set_threshold(YOUNG_OBJECTS)
 
 
-def log_addresses(sockets: Iterable[socket.socket], settings: Settings, what: str = "listening on") -> None:
-    """Log where sockets listen."""
+def address(one: socket.socket, settings: Settings) -> str:
+    """Return the URL at which a socket listens."""
     scheme = "http" if settings.tls_cert is None else "https"
+    host, port = one.getsockname()[:2]
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def log_addresses(sockets: Iterable[socket.socket], settings: Settings) -> None:
+    """Log where probes are answered while the model is loaded."""
     for one in sockets:
-        host, port = one.getsockname()[:2]
-        logger.info("%s %s://%s:%d", what, scheme, f"[{host}]" if ":" in host else host, port)
+        logger.info("starting on %s, not ready yet", address(one, settings))
+
+
+def log_ready(url: str, settings: Settings) -> None:
+    """Log that images are classified, and a command that shows it where that would do."""
+    # Nobody connects to the address that stands for all.
+    url = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+    if settings.workers > 1:
+        logger.info("Ready: %s, worker %d", url, os.getpid())
+    elif settings.tls_cert or settings.client_keys() or not Path(SAMPLE).is_file():
+        logger.info("Ready: %s", url)
+    else:
+        logger.info("Ready: %s - try: curl -F file=@%s %s/predict", url, SAMPLE, url)
 
 
 def configuration(app: PerceiverApp) -> ServerConfig:

@@ -52,6 +52,12 @@ def test_make_serve_takes_a_folder_whatever_its_name(folder: str) -> None:
     assert not {"'", '"'} & set(command)  # in which the shell would leave a ~ alone
 
 
+def test_make_serve_says_that_it_installs_and_for_how_long() -> None:
+    done = make_serve("RUNTIME=cpu").stdout
+    said = 'echo "Installing in .venv-serve-cpu (once, about a minute)"'
+    assert done.index(said) < done.index("pip install") < done.index("-m service")
+
+
 @pytest.mark.parametrize("runtime", ["cuda", ""])
 def test_a_runtime_that_there_is_not_is_refused_before_anything_is_installed(runtime: str) -> None:
     """pip would only warn, and the service would end with a traceback for want of onnxruntime."""

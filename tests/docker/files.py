@@ -15,7 +15,8 @@ DOCKER = ROOT / "docker"
 COMPOSE = ROOT / "docker-compose.yml"
 CPU = DOCKER / "compose.cpu.yml"
 KEYS = DOCKER / "compose.keys.yml"
-COMPOSE_FILES = (COMPOSE, CPU, KEYS)
+REPLICAS = DOCKER / "compose.replicas.yml"
+COMPOSE_FILES = (COMPOSE, CPU, KEYS, REPLICAS)
 DOCKERFILES = tuple(sorted(DOCKER.glob("*.Dockerfile")))
 RULES = tuple(sorted((DOCKER / "prometheus" / "rules").glob("*.yml")))
 

@@ -84,7 +84,10 @@ def configuration(targets: dict[str, str], seconds: float) -> Yaml:
     config["global"] |= dict.fromkeys(("scrape_interval", "evaluation_interval"), f"{int(seconds * 1000)}ms")
     config["rule_files"] = [str(DOCKER / "prometheus" / pattern) for pattern in config["rule_files"]]
     for job in config["scrape_configs"]:
-        for group in job.get("static_configs", []):
+        for found in job.pop("dns_sd_configs", []):  # there is no such name here
+            addresses = [f"{name}:{found['port']}" for name in found["names"]]
+            job["static_configs"] = [{"targets": addresses}]
+        for group in job["static_configs"]:
             group["targets"] = [targets.get(target, target) for target in group["targets"]]
     return config
 

@@ -18,6 +18,7 @@ from tests.docker.files import (
     CPU,
     DOCKER,
     KEYS,
+    REPLICAS,
     ROOT,
     Reset,
     Yaml,
@@ -27,7 +28,7 @@ from tests.docker.files import (
     variables,
 )
 
-SERVICES: dict[str, Yaml] = compose()["services"]
+SERVICES: dict[str, Yaml] = compose()["services"] | {"nginx": compose(REPLICAS)["services"]["nginx"]}
 OWN = ("service", "training")
 EXAMPLE = (ROOT / ".env.example").read_text()
 
@@ -80,7 +81,11 @@ def docker_compose_problem() -> str:
 
 
 @pytest.mark.skipif(bool(docker_compose_problem()), reason=docker_compose_problem() or "-")
-@pytest.mark.parametrize("more", [(), (CPU,), (KEYS,), (CPU, KEYS)], ids=lambda more: "+".join(p.name for p in more))
+@pytest.mark.parametrize(
+    "more",
+    [(), (CPU,), (KEYS,), (CPU, KEYS), (REPLICAS,), (REPLICAS, CPU, KEYS)],
+    ids=lambda more: "+".join(p.name for p in more),
+)
 def test_docker_compose_reads_them(more: tuple[Path, ...]):
     files = [argument for path in (COMPOSE, *more) for argument in ("-f", str(path))]
     command = ["docker", "compose", *files, "--profile", "gpu", "--profile", "training", "config"]
@@ -91,6 +96,8 @@ def test_docker_compose_reads_them(more: tuple[Path, ...]):
         devices = merged[name]["deploy"]["resources"].get("reservations", {}).get("devices", [])
         assert bool(devices) == (CPU not in more)
     assert merged["service"]["environment"]["PERCEIVER_PROVIDER"] == ("cpu" if CPU in more else "cuda")
+    published = {name for name, service in merged.items() if service.get("ports")}
+    assert published == {"nginx" if REPLICAS in more else "service", "prometheus", "grafana"}
 
 
 def test_every_image_is_pinned_to_a_version():
@@ -167,6 +174,31 @@ def test_dashboard_waits_for_a_healthy_prometheus():
     assert "HEALTHCHECK" in (DOCKER / "service.Dockerfile").read_text()
 
 
+def test_replicas_are_reached_through_nginx_alone():
+    replicas = compose(REPLICAS)
+    (inside,) = replicas["networks"]
+    assert replicas["networks"][inside] == {"internal": True}
+    services = replicas["services"]
+    assert services["service"]["networks"] == [inside]
+    assert isinstance(services["service"]["ports"], Reset)
+    assert services["nginx"]["networks"] == services["prometheus"]["networks"] == ["default", inside]
+    assert filled_in(services["service"]["deploy"]["replicas"]) == "2"
+
+
+def test_nginx_finds_its_configuration_and_the_replicas():
+    nginx = SERVICES["nginx"]
+    command = nginx["entrypoint"]
+    text = on_the_host("nginx", command[command.index("-c") + 1]).read_text()
+    port = container_port("service")
+    dockerfile = (DOCKER / "service.Dockerfile").read_text()
+    assert f"EXPOSE {port}\n" in dockerfile
+    assert f"server service:{port} resolve" in text
+    assert f"listen {container_port('nginx')};" in text
+    assert nginx["user"] != "0:0"
+    assert nginx["ports"][0].rpartition(":")[0] == SERVICES["service"]["ports"][0].rpartition(":")[0]
+    assert nginx["stop_grace_period"] == SERVICES["service"]["stop_grace_period"]
+
+
 def test_grafana_asks_prometheus_through_no_proxy():
     assert SERVICES["grafana"]["environment"]["NO_PROXY"] == "prometheus"
 
@@ -190,11 +222,11 @@ def test_prometheus_scrapes_what_runs():
     port = container_port("service")
     assert f"EXPOSE {port}\n" in dockerfile
     assert f"PERCEIVER_PORT={port} " in dockerfile
-    targets = [
-        target for job in prometheus_config()["scrape_configs"] for target in job["static_configs"][0]["targets"]
-    ]
+    service, *others = prometheus_config()["scrape_configs"]
+    (found,) = service["dns_sd_configs"]
+    assert (found["names"], found["type"], found["port"]) == (["service"], "A", port)
+    targets = [target for job in others for target in job["static_configs"][0]["targets"]]
     assert targets == [
-        f"service:{port}",
         f"localhost:{container_port('prometheus')}",
         f"grafana:{container_port('grafana')}",
         "dcgm-exporter:9400",  # the port of NVIDIA's image

@@ -1,8 +1,5 @@
 """A real nginx in front of real services, as docker/nginx/perceiver.conf has it: what clients get through it."""
 
-import shutil
-import socket
-import subprocess
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -11,19 +8,19 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
-import pytest
 
 from tests.chaos.slow_service import MODULE, VARIABLE
-from tests.end_to_end.process import ROOT, SECONDS, Process, on_model, started
+from tests.end_to_end.nginx import changed, free_port, needs_nginx, running
+from tests.end_to_end.process import SECONDS, Process, on_model, started
 from tests.end_to_end.test_service_process import IMAGE, post
 from tests.end_to_end.test_tls import needs_openssl, tls
 from tests.fakes import make_model_folder
 from tests.service.harness import png
 
-pytestmark = [needs_openssl, pytest.mark.skipif(shutil.which("nginx") is None, reason="runs nginx")]
+pytestmark = [needs_openssl, needs_nginx]
 
 WRAPPER = """
-daemon off; master_process off; pid {0}/nginx.pid; error_log {0}/error.log info;
+pid {0}/nginx.pid; error_log {0}/error.log info;
 events {{ worker_connections 256; }}
 http {{
     client_body_temp_path {0}/t1; proxy_temp_path {0}/t2;
@@ -33,15 +30,8 @@ http {{
 """
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 def configuration(folder: Path, port: int, services: list[str]) -> str:
     """The file that is shipped, with the addresses of here."""
-    text = (ROOT / "docker/nginx/perceiver.conf").read_text()
     tls(folder)
     changes = {
         "listen 443 ssl": f"listen 127.0.0.1:{port} ssl",
@@ -51,10 +41,7 @@ def configuration(folder: Path, port: int, services: list[str]) -> str:
         "10.0.0.1:8000": services[0],
         "10.0.0.2:8000": services[1],
     }
-    for old, new in changes.items():
-        assert text.count(old) == 1
-        text = text.replace(old, new)
-    return text
+    return changed("perceiver.conf", folder, changes)
 
 
 @contextmanager
@@ -64,18 +51,16 @@ def nginx(folder: Path, *urls: str) -> Iterator[httpx.Client]:
     port = free_port()
     (folder / "perceiver.conf").write_text(configuration(folder, port, [url.removeprefix("http://") for url in urls]))
     (folder / "nginx.conf").write_text(WRAPPER.format(folder))
-    command = ["nginx", "-p", str(folder), "-c", str(folder / "nginx.conf")]
-    tested = subprocess.run([*command, "-t"], capture_output=True, text=True, check=False)
-    assert tested.returncode == 0, tested.stderr
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    try:
+    with (
+        running(folder / "nginx.conf"),
         # As a client, it asks anew where the port is not open yet.
-        transport = httpx.HTTPTransport(verify=False, retries=8)
-        with httpx.Client(base_url=f"https://127.0.0.1:{port}", transport=transport, timeout=SECONDS) as client:
-            yield client
-    finally:
-        process.kill()
-        process.wait()
+        httpx.Client(
+            base_url=f"https://127.0.0.1:{port}",
+            transport=httpx.HTTPTransport(verify=False, retries=8),
+            timeout=SECONDS,
+        ) as client,
+    ):
+        yield client
 
 
 @contextmanager

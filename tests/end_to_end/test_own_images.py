@@ -65,7 +65,7 @@ def serving(command: list[str], log: Path) -> Iterator[httpx.Client]:
         )
     try:
         until = time.monotonic() + SECONDS
-        while not (found := re.search(r"listening on (http://[\d.:]+)", log.read_text())):
+        while not (found := re.search(r"starting on (http://[\d.:]+)", log.read_text())):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < until, log.read_text()
             time.sleep(0.05)

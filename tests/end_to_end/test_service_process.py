@@ -1,5 +1,7 @@
 """The service as it is started in production: a process, signals, exit statuses, real HTTP, a real engine."""
 
+import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -55,6 +57,32 @@ def test_engines_of_a_cpu_answer_many_at_once_each_with_its_own(tmp_path: Path) 
         assert client.post("/predict", files=files[:1]).json()["predictions"][0]["top"][0]["index"] == labels[0]
         process.signal()
         assert process.exit_status() == 0
+
+
+@pytest.mark.parametrize("form", ["plain", "json"])
+def test_the_last_line_of_the_start_says_what_to_try(tmp_path: Path, form: str) -> None:
+    make_model_folder(tmp_path / "m")
+    arguments = ("--host", "0.0.0.0", "--log-format", form)
+    with started(tmp_path, *on_model(tmp_path / "m", *arguments)) as process, process.ready() as client:
+        process.wait(lambda: "Ready: " in process.stderr)
+        *before, last = process.stderr.splitlines()
+        assert not any(word in line.lower() for line in before for word in ("listening", "running", "ready:"))
+        said = json.loads(last)["message"] if form == "json" else last.partition(" INFO     ")[2]
+        ready, _, command = said.partition(" - try: ")
+        url = f"http://127.0.0.1:{client.base_url.port}"
+        assert ready == f"Ready: {url}"
+        assert command == f"curl -F file=@docs/apple.png {url}/predict"
+        curl = shutil.which("curl")
+        if curl is not None:
+            done = subprocess.run([curl, "-s", *command.split()[1:]], cwd=ROOT, capture_output=True, check=True)
+            assert json.loads(done.stdout)["predictions"][0]["filename"] == "apple.png"
+
+
+def test_a_command_that_would_be_refused_is_not_shown(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m")
+    with started(tmp_path, *on_model(tmp_path / "m", "--api-keys", "k")) as process, process.ready() as client:
+        process.wait(lambda: "Ready: " in process.stderr)
+        assert process.stderr.endswith(f"Ready: http://127.0.0.1:{client.base_url.port}\n")
 
 
 def test_sigterm_finishes_what_was_accepted_while_probes_say_503(tmp_path: Path) -> None:
@@ -244,6 +272,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         port = str(taken.getsockname()[1])
         with started(tmp_path, *on_model(tmp_path / "m", "--port", port)) as process:
             refused(process, 1, f"can't listen on 127.0.0.1:{port}: address already in use; name another with --host")
+            assert "--port (HOST= and PORT= of make serve)" in process.stderr
     with started(tmp_path, *on_model(tmp_path / "m", "--host", "no such host")) as process:
         refused(process, 1, "can't listen on no such host:0: ")
     with started(tmp_path, *on_model(tmp_path / "m", "--host", "a..b")) as process:
