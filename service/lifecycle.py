@@ -8,8 +8,8 @@ from service.batching.admission import Admission
 from service.decoding.decoder import Decoder
 from service.errors import Draining, NotReady
 from service.metrics.registry import Metrics
-from service.repository.store import LiveModel, ModelStore, NoUsableVersionError, OpenEngines
-from service.repository.versions import open_engines
+from service.repository.store import ModelStore, OpenEngines
+from service.repository.versions import LiveModel, NoUsableVersionError, open_engines
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,9 @@ class Service:
         self.metrics.queue_length.set_function(lambda: self.queue_length)
         self.metrics.admitted_images.set_function(lambda: self.admission.images)
         self.metrics.admitted_bytes.set_function(lambda: self.admission.bytes)
-        self.metrics.max_batch_size.set_function(lambda: self.max_batch_size)
+        self.metrics.max_batch_size.set_function(
+            lambda: 0 if self.store.live is None else self.store.live.batcher.max_batch_size
+        )
         self.metrics.refused_versions.set_function(lambda: self.store.refused_versions)
 
     def fail(self, reason: str) -> None:
@@ -127,11 +129,6 @@ class Service:
     def queue_length(self) -> int:
         """Images waiting for a batch."""
         return 0 if self.store.live is None else self.store.live.batcher.queue_length
-
-    @property
-    def max_batch_size(self) -> int:
-        """Images that one run of the live model may have now; 0 while there is none."""
-        return 0 if self.store.live is None else self.store.live.batcher.max_batch_size
 
     async def _serve_models(self) -> None:
         try:
