@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
-from typing import Final, Literal, Protocol
+from typing import Final, Literal
 
 from service.batching.admission import Admission
+from service.batching.queue import FutureLike
 from service.decoding.decoder import Decoder
 from service.errors import Draining, NotReady
 from service.metrics.registry import Metrics
@@ -13,13 +14,6 @@ from service.repository.versions import LiveModel, NoUsableVersionError, open_en
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-
-class InFlight(Protocol):
-    """A request that has no response yet."""
-
-    def fail(self, error: Exception) -> None:
-        """Respond with an error."""
 
 
 Status = Literal["ready", "loading", "draining", "failed"]
@@ -46,7 +40,7 @@ class Service:
         self.decoder = Decoder(settings)
         self.leaving = False
         self.draining = False
-        self.in_flight: set[InFlight] = set()
+        self.in_flight: set[FutureLike] = set()
         self.store = ModelStore(settings, self.metrics, open_engines=open_engines)
         self._failure = ""
         self._task: asyncio.Task[None] | None = None
@@ -84,7 +78,7 @@ class Service:
     def abort(self) -> None:
         """Respond with Draining to every request in flight; what is queued is not run."""
         for request in list(self.in_flight):
-            request.fail(Draining())
+            request.set_exception(Draining())
         self.store.abort()
 
     @property

@@ -104,6 +104,7 @@ class PerceiverApp(FastAPI):
         began = perf_counter()
         scope["state"]["request_id"] = request_id = self._log.request_id(scope["headers"])
         status = 0
+        method: str = scope["method"]
         path: str = scope["path"]
 
         async def send_with_id(message: Message) -> None:
@@ -120,6 +121,8 @@ class PerceiverApp(FastAPI):
                 raise NotFound()
             if self._has_management_port:
                 check_port(path, is_management=scope["state"]["is_management"])
+            if method == "HEAD":  # as some load balancers probe; the connection sends no body then
+                scope = {**scope, "method": "GET"}
             await self._routes(scope, receive, send_with_id)
         except (Exception, asyncio.CancelledError) as error:
             # FastAPI has answered, and counted, what its own routes raise.
@@ -131,7 +134,7 @@ class PerceiverApp(FastAPI):
                 if not isinstance(error, ClientDisconnected):
                     await send({"type": "http.response.body", "body": response.body})
         finally:
-            self._log.finished(scope["method"], path, status, perf_counter() - began, request_id)
+            self._log.finished(method, path, status, perf_counter() - began, request_id)
 
     def openapi(self) -> dict[str, Any]:
         """Return the OpenAPI document."""
@@ -179,7 +182,7 @@ async def answer_error(request: Request, exception: Exception) -> Response:
     elif isinstance(exception, HTTPException):
         error = router_error(exception.status_code, request.scope["path"])
         headers = dict(exception.headers or {})
-        if "GET" in headers.get("Allow", ""):  # the router names the methods of one route; HEAD has its own at a path
+        if "GET" in headers.get("Allow", ""):  # where a path has GET, HEAD is answered too
             headers["Allow"] = "GET, HEAD"
     else:
         error = ServiceError()
