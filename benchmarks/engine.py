@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from benchmarks.common import describe_run, find_model, print_run, report, run_command
 from benchmarks.matmul import measure_in_subprocess
-from service.engine.onnx_engine import Engine, EngineError, OnnxEngine, choose_file, resolve_provider
+from service.engine.onnx_engine import Engine, OnnxEngine
+from service.engine.session import EngineError, choose_file, resolve_provider
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 

@@ -24,7 +24,8 @@ from benchmarks.server import HOST, Server, parse_settings
 from benchmarks.summary import Summary, summarize
 from imaging.decoder import decode
 from imaging.formats import read_header
-from service.engine.onnx_engine import Engine, EngineError, OnnxEngine, choose_file, resolve_provider
+from service.engine.onnx_engine import Engine, OnnxEngine
+from service.engine.session import EngineError, choose_file, resolve_provider
 
 MAX_PIXELS = 50_000_000
 

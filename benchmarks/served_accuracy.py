@@ -24,7 +24,7 @@ from benchmarks.server import HOST, Server, parse_settings
 from benchmarks.summary import error_code
 from export.quantization.gate import MAX_TOP1_LOSS, MIN_LABELS_EQUAL
 from service.engine.metadata import ModelMetadata
-from service.engine.onnx_engine import EngineError, PrecisionChoice, choose_file, read_metadata, resolve_provider
+from service.engine.session import EngineError, PrecisionChoice, choose_file, read_metadata, resolve_provider
 from service.repository.folder import CHECKPOINT_FILE
 from training.checkpoint import CheckpointError, digest, load_model
 from training.data.dataset import DataError, DataSet, Split

@@ -46,7 +46,7 @@ from service.engine.metadata import (
     ResizePolicy,
     to_props,
 )
-from service.engine.onnx_engine import EngineError
+from service.engine.session import EngineError
 from service.repository.folder import CHECKPOINT_FILE, GOLDEN_FILE, Golden, save_golden
 from training.checkpoint import digest
 from training.data.dataset import DataSet

@@ -12,7 +12,8 @@ import numpy as np
 
 from export.errors import ExportError, GateError
 from export.graph.trained import Images, Logits
-from service.engine.onnx_engine import Engine, OnnxEngine, ProviderChoice
+from service.engine.onnx_engine import Engine, OnnxEngine
+from service.engine.session import ProviderChoice
 from service.repository.folder import GOLDEN_FILE, Golden
 
 # Rounding in float32 changes the logits of the reference preset by 4e-6; a larger difference is another function.

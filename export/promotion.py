@@ -7,7 +7,7 @@ from pathlib import Path
 from export.errors import ExportError
 from export.source import Source
 from service.engine.metadata import MODEL_FILE, MODEL_FILES, ArtifactError, ModelMetadata
-from service.engine.onnx_engine import EngineError, read_metadata
+from service.engine.session import EngineError, read_metadata
 from service.repository.folder import list_versions
 
 

@@ -27,14 +27,8 @@ from service.engine.metadata import (
     Precision,
     VariantGate,
 )
-from service.engine.onnx_engine import (
-    EngineError,
-    OnnxEngine,
-    Provider,
-    ProviderChoice,
-    read_metadata,
-    resolve_provider,
-)
+from service.engine.onnx_engine import OnnxEngine
+from service.engine.session import EngineError, Provider, ProviderChoice, read_metadata, resolve_provider
 from service.repository.folder import CHECKPOINT_FILE, GOLDEN_FILE, Golden, list_versions, load_golden
 
 

@@ -16,7 +16,7 @@ from uvicorn.supervisors import Multiprocess, multiprocess
 
 from service.api.app import PerceiverApp
 from service.engine.cpus import usable_cores
-from service.engine.onnx_engine import EngineError, resolve_provider
+from service.engine.session import EngineError, resolve_provider
 from service.lifecycle import Service
 from service.logging import configure as configure_logging
 from service.server.server import NO_PASS_PHRASE, Server, configuration, log_addresses

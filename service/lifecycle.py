@@ -2,24 +2,18 @@
 
 import asyncio
 import logging
-from typing import Final, Literal, Protocol
+from typing import Final, Literal
 
 from service.batching.admission import Admission
+from service.batching.queue import FutureLike
 from service.decoding.decoder import Decoder
 from service.errors import Draining, NotReady
 from service.metrics.registry import Metrics
-from service.repository.store import LiveModel, ModelStore, NoUsableVersionError, OpenEngines
-from service.repository.versions import open_engines
+from service.repository.store import ModelStore, OpenEngines
+from service.repository.versions import LiveModel, NoUsableVersionError, open_engines
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-
-class InFlight(Protocol):
-    """A request that has no response yet."""
-
-    def fail(self, error: Exception) -> None:
-        """Respond with an error."""
 
 
 Status = Literal["ready", "loading", "draining", "failed"]
@@ -46,7 +40,7 @@ class Service:
         self.decoder = Decoder(settings)
         self.leaving = False
         self.draining = False
-        self.in_flight: set[InFlight] = set()
+        self.in_flight: set[FutureLike] = set()
         self.store = ModelStore(settings, self.metrics, open_engines=open_engines)
         self._failure = ""
         self._task: asyncio.Task[None] | None = None
@@ -55,7 +49,9 @@ class Service:
         self.metrics.queue_length.set_function(lambda: self.queue_length)
         self.metrics.admitted_images.set_function(lambda: self.admission.images)
         self.metrics.admitted_bytes.set_function(lambda: self.admission.bytes)
-        self.metrics.max_batch_size.set_function(lambda: self.max_batch_size)
+        self.metrics.max_batch_size.set_function(
+            lambda: 0 if self.store.live is None else self.store.live.batcher.max_batch_size
+        )
         self.metrics.refused_versions.set_function(lambda: self.store.refused_versions)
 
     def fail(self, reason: str) -> None:
@@ -82,7 +78,7 @@ class Service:
     def abort(self) -> None:
         """Respond with Draining to every request in flight; what is queued is not run."""
         for request in list(self.in_flight):
-            request.fail(Draining())
+            request.set_exception(Draining())
         self.store.abort()
 
     @property
@@ -127,11 +123,6 @@ class Service:
     def queue_length(self) -> int:
         """Images waiting for a batch."""
         return 0 if self.store.live is None else self.store.live.batcher.queue_length
-
-    @property
-    def max_batch_size(self) -> int:
-        """Images that one run of the live model may have now; 0 while there is none."""
-        return 0 if self.store.live is None else self.store.live.batcher.max_batch_size
 
     async def _serve_models(self) -> None:
         try:

@@ -37,7 +37,7 @@ from benchmarks.server import HOST, Server, parse_settings
 from benchmarks.summary import Summary, medians, summarize
 from benchmarks.tiny_model import make_tiny_model
 from service.engine.metadata import MODEL_FILE
-from service.engine.onnx_engine import read_metadata
+from service.engine.session import read_metadata
 
 OURS = "this service"
 OWN_MODEL = {"provider": "cpu", "precision": "float32"}

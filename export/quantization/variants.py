@@ -18,7 +18,7 @@ from export.quantization.float16 import to_float16
 from export.quantization.gate import TIMED_BATCHES, EvalSet, describe, refusal, run_gate, too_few
 from export.quantization.int8 import quantize_layers, replace_layers
 from service.engine.metadata import MODEL_FILE, MODEL_FILES, ModelMetadata, VariantGate, to_props
-from service.engine.onnx_engine import EngineError, ProviderChoice, resolve_provider
+from service.engine.session import EngineError, ProviderChoice, resolve_provider
 from service.repository.folder import Golden
 
 VariantPrecision = Literal["int8", "float16"]

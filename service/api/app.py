@@ -1,40 +1,61 @@
-"""The application: lifespan and wiring, nothing else."""
+"""The application: which request goes where, CORS, errors in one shape, and the lifespan."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from time import perf_counter
+from typing import Any, Final
+from uuid import uuid4
 
 from fastapi import FastAPI, Request, Response
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.asgi import Asgi
 from service.api.keys import RequireKey
-from service.api.paths import PATHS, PREDICT
+from service.api.paths import MANAGEMENT, PATHS, PREDICT
 from service.api.predict import PredictEndpoint
 from service.api.request_log import RequestLog
 from service.api.response import error_response
 from service.api.routes import create_router
 from service.api.schemas import SECURITY, SECURITY_SCHEMES
-from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
+from service.errors import BadRequest, ClientDisconnected, MethodNotAllowed, NotFound, ServiceError
 from service.lifecycle import Service
 
 DESCRIPTION = "Send an image, get its label. Errors are one JSON shape with a stable code."
+EXPOSED_HEADERS: Final = ["X-Request-Id", "Server-Timing", "Retry-After"]
+
+
+class Cors(CORSMiddleware):
+    """Starlette's, but what it refuses is an error like all others."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Answer a preflight."""
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        error = error_response(BadRequest(f"{bytes(response.body).decode()}."), uuid4().hex)
+        headers = dict(response.headers) | {name.decode(): value.decode() for name, value in error.headers}
+        return Response(error.body, error.status, headers)
 
 
 class PerceiverApp(FastAPI):
     """FastAPI for all routes but `/predict`, which its router only describes.
+
+    FastAPI's layers and routing cost as much CPU a request as the decoding of a small image, and do nothing for an
+    endpoint that is an ASGI application itself.
 
     Attributes:
         predict: answers POST /predict; the server gives it small requests without ASGI.
     """
 
     def __init__(self, service: Service) -> None:
-        log = RequestLog(service)
-        self.predict = PredictEndpoint(service, log)
+        self._log = RequestLog(service)
+        self.predict = PredictEndpoint(service, self._log)
         self._document: tuple[int | None, bytes] | None = None
         super().__init__(
             title="Perceiver image classifier",
@@ -54,12 +75,66 @@ class PerceiverApp(FastAPI):
         settings = service.settings
         keys, admin_keys = settings.client_keys(), settings.administrator_keys()  # files are read once
         self._asks_clients, self._asks_administrators = bool(keys), bool(admin_keys)
-        routes = RequireKey(super().__call__, keys, admin_keys)
-        self._asgi = Asgi(settings, self.predict, routes, log)
+        self._routes = RequireKey(super().__call__, keys, admin_keys)
+        self._has_management_port = settings.management_port is not None
+        self._entry: ASGIApp = self._dispatch
+        if settings.cors_origins:  # outermost: a browser must be able to read errors too
+            self._entry = Cors(
+                self._dispatch,
+                allow_origins=settings.cors_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=EXPOSED_HEADERS,
+            )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection's request, or the lifespan."""
-        await self._asgi(scope, receive, send)
+        await self._entry(scope, receive, send)
+
+    async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._routes(scope, receive, send)
+        elif scope["path"] == PREDICT and scope["method"] == "POST" and not scope["state"]["is_management"]:
+            await self.predict(scope, receive, send)
+        else:
+            await self._observed(scope, receive, send)
+
+    async def _observed(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request with an id, a count, and errors in one shape."""
+        began = perf_counter()
+        scope["state"]["request_id"] = request_id = self._log.request_id(scope["headers"])
+        status = 0
+        method: str = scope["method"]
+        path: str = scope["path"]
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if not any(name == b"x-request-id" for name, _ in message["headers"]):
+                    message["headers"].append((b"x-request-id", request_id.encode()))
+            await send(message)
+
+        try:
+            if not path.isprintable():  # "/models\n" would match the route "/models", but no keyed path
+                path = ascii(path)
+                raise NotFound()
+            if self._has_management_port:
+                check_port(path, is_management=scope["state"]["is_management"])
+            if method == "HEAD":  # as some load balancers probe; the connection sends no body then
+                scope = {**scope, "method": "GET"}
+            await self._routes(scope, receive, send_with_id)
+        except (Exception, asyncio.CancelledError) as error:
+            # FastAPI has answered, and counted, what its own routes raise.
+            public = self._log.public_error(error, request_id, is_counted=bool(status))
+            if not status:
+                response = error_response(public, request_id)
+                head = {"type": "http.response.start", "status": response.status, "headers": response.headers}
+                await send_with_id(head)
+                if not isinstance(error, ClientDisconnected):
+                    await send({"type": "http.response.body", "body": response.body})
+        finally:
+            self._log.finished(method, path, status, perf_counter() - began, request_id)
 
     def openapi(self) -> dict[str, Any]:
         """Return the OpenAPI document."""
@@ -107,7 +182,7 @@ async def answer_error(request: Request, exception: Exception) -> Response:
     elif isinstance(exception, HTTPException):
         error = router_error(exception.status_code, request.scope["path"])
         headers = dict(exception.headers or {})
-        if "GET" in headers.get("Allow", ""):  # the router names the methods of one route; HEAD has its own at a path
+        if "GET" in headers.get("Allow", ""):  # where a path has GET, HEAD is answered too
             headers["Allow"] = "GET, HEAD"
     else:
         error = ServiceError()
@@ -134,3 +209,10 @@ def package_version() -> str:
         return version("perceiver-service")
     except PackageNotFoundError:
         return "0"
+
+
+def check_port(path: str, *, is_management: bool) -> None:
+    """Raise NotFound where a path is asked for on the other port."""
+    if (path in MANAGEMENT) != is_management:
+        there = "client" if is_management else "management"
+        raise NotFound(f"There is nothing at this path of this port; the {there} port may have it.")

@@ -9,7 +9,7 @@ from service.api.response import Headers
 from service.errors import ReloadDisabled, Unauthorized
 
 RELOAD: Final = ("POST", "/models/reload")
-KEYED: Final = frozenset({("GET", "/models"), ("HEAD", "/models")})  # /predict asks by itself
+KEYED: Final = frozenset({("GET", "/models")})  # /predict asks by itself
 
 
 class RequireKey:

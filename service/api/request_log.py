@@ -37,21 +37,17 @@ class RequestLog:
 
     def public_error(self, error: BaseException, request_id: str, *, is_counted: bool = False) -> ServiceError:
         """Return what a client is told of an error; log it where the service is to blame, and count it unless it is."""
-        public = self._public_error(error, request_id)
+        extra = {"request_id": request_id}
+        public = error if isinstance(error, ServiceError) else ServiceError()
+        if isinstance(error, CancelledError) and self._service.draining:
+            public = Draining()
+        elif not isinstance(error, ServiceError):
+            logger.error("request %s failed", request_id, exc_info=error, extra=extra)
+        elif error.status == ServiceError.status:
+            logger.error("request %s: %s", request_id, error.message, extra=extra)
         if not is_counted:
             self._service.metrics.rejected(public.code)
         return public
-
-    def _public_error(self, error: BaseException, request_id: str) -> ServiceError:
-        extra = {"request_id": request_id}
-        if isinstance(error, CancelledError) and self._service.draining:
-            return Draining()
-        if not isinstance(error, ServiceError):
-            logger.error("request %s failed", request_id, exc_info=error, extra=extra)
-            return ServiceError()
-        if error.status == ServiceError.status:
-            logger.error("request %s: %s", request_id, error.message, extra=extra)
-        return error
 
     def finished(self, method: str, path: str, status: int, seconds: float, request_id: str) -> None:
         """Count a request, and write its line."""

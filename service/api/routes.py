@@ -37,7 +37,6 @@ def create_router(service: Service) -> APIRouter:
     add_health(router, service)
     add_models(router, service)
 
-    @router.head("/metrics", include_in_schema=False)
     @router.get("/metrics", tags=["operation"], response_class=Response, responses=METRICS)
     async def metrics(request: Request) -> Response:
         """All metrics for Prometheus; OpenMetrics with exemplars where the Accept header asks for it."""
@@ -79,22 +78,19 @@ def add_predict(router: APIRouter, max_images: int) -> None:
 
 
 def add_health(router: APIRouter, service: Service) -> None:
-    """Add the probes. HEAD is answered too, since some load balancers ask that way."""
+    """Add the probes."""
 
-    @router.head("/health", include_in_schema=False)
     @router.get("/health", tags=["operation"], responses=NOT_HEALTHY)
     async def health(response: Response) -> HealthResponse:
         """Summary for people; 200 when predictions are served, 503 otherwise."""
         response.status_code = 200 if service.probed_status == "ready" else 503
         return health_of(service)
 
-    @router.head("/health/live", include_in_schema=False)
     @router.get("/health/live", tags=["operation"])
     async def live() -> StatusResponse:
         """200 while the process answers at all."""
         return StatusResponse(status="live")
 
-    @router.head("/health/ready", include_in_schema=False)
     @router.get("/health/ready", tags=["operation"], responses=NOT_READY)
     async def ready() -> StatusResponse:
         """200 when predictions are served: not before the golden check has passed, nor while draining."""
@@ -107,7 +103,6 @@ def add_health(router: APIRouter, service: Service) -> None:
 def add_models(router: APIRouter, service: Service) -> None:
     """Add the routes about model versions."""
 
-    @router.head("/models", include_in_schema=False)
     @router.get("/models", tags=["models"], responses=KEYED)
     async def models() -> ModelsResponse:
         """All versions in the model folder, which of them serves, and why one was refused."""

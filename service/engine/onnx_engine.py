@@ -19,29 +19,14 @@ from service.engine.metadata import ModelMetadata
 from service.engine.runners import HostRunner, Images, Logits, default_buckets, is_out_of_memory
 from service.engine.session import (
     EngineError,
-    PrecisionChoice,
     Provider,
     ProviderChoice,
     SessionSpec,
     check_graph,
-    choose_file,
     metadata_of,
     open_session,
-    read_metadata,
     resolve_provider,
 )
-
-__all__ = [
-    "Engine",
-    "EngineError",
-    "OnnxEngine",
-    "PrecisionChoice",
-    "Provider",
-    "ProviderChoice",
-    "choose_file",
-    "read_metadata",
-    "resolve_provider",
-]
 
 logger = logging.getLogger(__name__)
 

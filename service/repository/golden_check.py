@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.engine.metadata import Precision
-from service.engine.onnx_engine import Engine, EngineError
+from service.engine.onnx_engine import Engine
 from service.engine.runners import default_buckets
+from service.engine.session import EngineError
 from service.repository.folder import Golden
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from service.batching.batcher import DynamicBatcher
 from service.engine.metadata import MODEL_FILE
-from service.engine.onnx_engine import Engine, EngineError, Provider
+from service.engine.onnx_engine import Engine
+from service.engine.session import EngineError, Provider
 from service.engine.thread import BackgroundPoll, run_in_thread
 from service.errors import NotReady
 from service.repository.folder import GOLDEN_FILE, Golden, ModelVersion, check_files, load_golden
@@ -31,8 +32,6 @@ from service.repository.versions import (
     scan,
 )
 from service.settings import Settings
-
-__all__ = ["LiveModel", "ModelStore", "NoUsableVersionError", "StoreObserver"]
 
 logger = logging.getLogger(__name__)
 

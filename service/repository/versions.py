@@ -14,15 +14,8 @@ from typing import Any, Final, Literal, Protocol
 from service.batching.batcher import BatchObserver, DynamicBatcher
 from service.engine.cpus import usable_cores
 from service.engine.metadata import MODEL_FILES, ArtifactError, ModelMetadata
-from service.engine.onnx_engine import (
-    Engine,
-    EngineError,
-    OnnxEngine,
-    Provider,
-    choose_file,
-    read_metadata,
-    resolve_provider,
-)
+from service.engine.onnx_engine import Engine, OnnxEngine
+from service.engine.session import EngineError, Provider, choose_file, read_metadata, resolve_provider
 from service.engine.thread import run_in_thread
 from service.repository.folder import GOLDEN_FILE, ModelVersion, list_versions
 from service.settings import Settings

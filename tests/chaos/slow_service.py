@@ -10,7 +10,8 @@ import time
 
 import numpy as np
 
-from service.engine.onnx_engine import EngineError, OnnxEngine
+from service.engine.onnx_engine import OnnxEngine
+from service.engine.session import EngineError
 from service.repository import versions
 from tests.fakes import HEIGHT, WIDTH, Images, Logits
 

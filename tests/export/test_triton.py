@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from export.triton import CONFIG_FILE, triton_config, write_triton_config
-from service.engine.onnx_engine import read_metadata
+from service.engine.session import read_metadata
 from service.repository.folder import list_versions
 from tests.fakes import CLASSES, HEIGHT, WIDTH, make_model_folder, tiny_metadata
 

@@ -14,7 +14,8 @@ from export.quantization import gate, sensitivity
 from export.quantization.gate import describe, measure_speedup, refusal
 from export.source import load_data, load_source
 from service.engine.metadata import VariantGate
-from service.engine.onnx_engine import EngineError, OnnxEngine, read_metadata
+from service.engine.onnx_engine import OnnxEngine
+from service.engine.session import EngineError, read_metadata
 from tests.export.conftest import SIZE
 from tests.fakes import FakeEngine
 

@@ -32,7 +32,8 @@ from export.quantization.variants import TOLERANCE_FACTOR, Base, build_variant
 from export.source import load_data, load_source
 from export.verify import Version, _verify_file
 from service.engine.metadata import EvalMetrics, ModelMetadata, from_props, to_props
-from service.engine.onnx_engine import OnnxEngine, read_metadata
+from service.engine.onnx_engine import OnnxEngine
+from service.engine.session import read_metadata
 from tests.export.conftest import SIZE
 from tests.fakes import Images, Logits, tiny_metadata
 from training import checkpoint

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from service.engine import cuda as cuda_module
 from service.engine.capture_lock import CaptureLock
 from service.engine.cuda import RUNS_UNTIL_CAPTURED, BucketRunner, cuda_runner, page_locked_zeros
-from service.engine.onnx_engine import EngineError, OnnxEngine
+from service.engine.onnx_engine import OnnxEngine
 from service.engine.runners import default_buckets
-from service.engine.session import SessionSpec
+from service.engine.session import EngineError, SessionSpec
 from tests.fakes import (
     HEIGHT,
     WIDTH,

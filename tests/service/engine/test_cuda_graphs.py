@@ -11,8 +11,8 @@ from service.engine import cuda_probe as device_module
 from service.engine import onnx_engine as engine_module
 from service.engine.cuda import RUNS_UNTIL_CAPTURED, BucketRunner
 from service.engine.metadata import ModelMetadata
-from service.engine.onnx_engine import EngineError, OnnxEngine
-from service.engine.session import SessionSpec, open_session
+from service.engine.onnx_engine import OnnxEngine
+from service.engine.session import EngineError, SessionSpec, open_session
 from tests.fakes import Logits, tiny_images, tiny_logits
 from tests.service.engine.test_cuda import FakeBound
 

@@ -11,9 +11,9 @@ import pytest
 
 from service.engine.cuda import page_locked_zeros
 from service.engine.cuda_probe import why_no_cuda
-from service.engine.onnx_engine import EngineError, OnnxEngine
+from service.engine.onnx_engine import OnnxEngine
 from service.engine.runners import default_buckets
-from service.engine.session import SessionSpec, open_session
+from service.engine.session import EngineError, SessionSpec, open_session
 from service.repository.folder import GOLDEN_FILE, list_versions, load_golden
 from service.repository.golden_check import check_golden
 from service.repository.store import ModelStore

@@ -8,8 +8,9 @@ import pytest
 
 from service.engine import onnx_engine as engine_module
 from service.engine.metadata import MODEL_FILES, ArtifactError
-from service.engine.onnx_engine import EngineError, OnnxEngine, choose_file, read_metadata
+from service.engine.onnx_engine import OnnxEngine
 from service.engine.runners import HostRunner
+from service.engine.session import EngineError, choose_file, read_metadata
 from tests.fakes import (
     CLASSES,
     HEIGHT,

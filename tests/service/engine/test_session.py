@@ -3,8 +3,15 @@ from pathlib import Path
 import pytest
 
 from service.engine import session as session_module
-from service.engine.onnx_engine import EngineError, OnnxEngine
-from service.engine.session import ProviderChoice, SessionSpec, open_session, provider_options, resolve_provider
+from service.engine.onnx_engine import OnnxEngine
+from service.engine.session import (
+    EngineError,
+    ProviderChoice,
+    SessionSpec,
+    open_session,
+    provider_options,
+    resolve_provider,
+)
 from tests.fakes import HEIGHT, WIDTH, tiny_metadata
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.engine.onnx_engine import EngineError
+from service.engine.session import EngineError
 from service.repository.folder import GOLDEN_FILE, Golden, load_golden
 from service.repository.golden_check import GoldenMismatchError, check_golden, replay_golden
 from tests.fakes import (

@@ -7,7 +7,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from service.engine.onnx_engine import EngineError
+from service.engine.session import EngineError
 from service.errors import NotReady
 from service.repository import versions as versions_module
 from service.repository.store import ModelStore, NoUsableVersionError

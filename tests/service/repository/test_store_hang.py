@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from service.engine.onnx_engine import EngineError, read_metadata
+from service.engine.session import EngineError, read_metadata
 from service.repository import store as store_module
 from service.repository import versions as versions_module
 from service.repository.store import ModelStore, NoUsableVersionError

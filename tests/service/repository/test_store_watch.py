@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from service.engine.metadata import MODEL_FILE
-from service.engine.onnx_engine import Engine, EngineError
+from service.engine.onnx_engine import Engine
+from service.engine.session import EngineError
 from service.repository import store as store_module
 from service.repository import versions as versions_module
 from service.repository.versions import VersionRecord, open_engines

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.engine.onnx_engine import EngineError
+from service.engine.session import EngineError
 from service.repository import versions as versions_module
 from service.repository.versions import VersionRecord, open_engines, scan, without_folders
 from service.settings import Settings

@@ -14,7 +14,7 @@ from types import FrameType, TracebackType
 
 import pytest
 
-from service.engine.onnx_engine import EngineError
+from service.engine.session import EngineError
 from tests.fakes import FakeEngine
 from tests.service.harness import Running, png, read_answer, request_head, running
 
