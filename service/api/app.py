@@ -13,12 +13,14 @@ from starlette.types import Receive, Scope, Send
 
 from service.api.asgi import Asgi
 from service.api.keys import RequireKey
-from service.api.paths import PATHS, PREDICT
+from service.api.paths import PATHS, PREDICT, is_keyed_v2
 from service.api.predict import PredictEndpoint
 from service.api.request_log import RequestLog
 from service.api.response import error_response
 from service.api.routes import create_router
 from service.api.schemas import SECURITY, SECURITY_SCHEMES
+from service.api.v2.request import InferEndpoint
+from service.api.v2.routes import create_v2_router
 from service.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError
 from service.lifecycle import Service
 
@@ -36,6 +38,7 @@ class PerceiverApp(FastAPI):
         log = RequestLog(service)
         self.predict = PredictEndpoint(service, log)
         self._document: tuple[int | None, bytes] | None = None
+        infer = InferEndpoint(service, log)
         super().__init__(
             title="Perceiver image classifier",
             description=DESCRIPTION,
@@ -51,11 +54,12 @@ class PerceiverApp(FastAPI):
         )
         self.state.service = service
         self.include_router(create_router(service))
+        self.include_router(create_v2_router(service, package_version()))
         settings = service.settings
         keys, admin_keys = settings.client_keys(), settings.administrator_keys()  # files are read once
         self._asks_clients, self._asks_administrators = bool(keys), bool(admin_keys)
         routes = RequireKey(super().__call__, keys, admin_keys)
-        self._asgi = Asgi(settings, self.predict, routes, log)
+        self._asgi = Asgi(settings, self.predict, infer, routes, log)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection's request, or the lifespan."""
@@ -72,7 +76,9 @@ class PerceiverApp(FastAPI):
         top_k["schema"] |= {"maximum": max_top_k, "default": min(5, max_top_k)}
         document["components"]["securitySchemes"] = SECURITY_SCHEMES
         if self._asks_clients:
-            operation["security"] = document["paths"]["/models"]["get"]["security"] = SECURITY
+            keyed = [path for path in document["paths"] if path in (PREDICT, "/models") or is_keyed_v2(path)]
+            for operation in (one for path in keyed for one in document["paths"][path].values()):
+                operation["security"] = SECURITY
         if self._asks_administrators:
             document["paths"]["/models/reload"]["post"]["security"] = SECURITY
         return document
@@ -112,7 +118,7 @@ async def answer_error(request: Request, exception: Exception) -> Response:
     else:
         error = ServiceError()
     request.app.state.service.metrics.rejected(error.code)
-    response = error_response(error, request.state.request_id)
+    response = error_response(error, request.state.request_id, request.scope["path"])
     headers |= {name.decode(): value.decode() for name, value in response.headers}
     return Response(response.body, response.status, headers)
 

@@ -10,10 +10,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response as StarletteResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.paths import MANAGEMENT, PREDICT
+from service.api.paths import MANAGEMENT, PREDICT, is_infer
 from service.api.predict import PredictEndpoint
 from service.api.request_log import RequestLog
 from service.api.response import error_response
+from service.api.v2.request import InferEndpoint
 from service.errors import BadRequest, ClientDisconnected, NotFound
 from service.settings import Settings
 
@@ -34,7 +35,7 @@ class Cors(CORSMiddleware):
 
 
 class Asgi:
-    """Sends `/predict` to its endpoint and the rest to FastAPI.
+    """Sends requests for inference to their endpoints and the rest to FastAPI.
 
     FastAPI's layers and routing cost as much CPU a request as the decoding of a small image, and do nothing for an
     endpoint that is an ASGI application itself.
@@ -42,13 +43,17 @@ class Asgi:
     Args:
         settings: of the service.
         predict: answers POST /predict.
+        infer: answers requests for inference by the protocol v2.
         routes: answers all other requests.
         log: records these.
     """
 
-    def __init__(self, settings: Settings, predict: PredictEndpoint, routes: ASGIApp, log: RequestLog) -> None:
+    def __init__(
+        self, settings: Settings, predict: PredictEndpoint, infer: InferEndpoint, routes: ASGIApp, log: RequestLog
+    ) -> None:
         self._has_management_port = settings.management_port is not None
         self._predict = predict
+        self._infer = infer
         self._routes = routes
         self._log = log
         self._app: ASGIApp = self._dispatch
@@ -70,6 +75,8 @@ class Asgi:
             await self._routes(scope, receive, send)
         elif scope["path"] == PREDICT and scope["method"] == "POST" and not scope["state"]["is_management"]:
             await self._predict(scope, receive, send)
+        elif is_infer(scope["path"]) and scope["method"] == "POST" and not scope["state"]["is_management"]:
+            await self._infer(scope, receive, send)
         else:
             await self._observed(scope, receive, send)
 
@@ -101,7 +108,7 @@ class Asgi:
             # FastAPI has answered, and counted, what its own routes raise.
             public = self._log.public_error(error, request_id, is_counted=bool(status))
             if not status:
-                response = error_response(public, request_id)
+                response = error_response(public, request_id, path)
                 head = {"type": "http.response.start", "status": response.status, "headers": response.headers}
                 await send_with_id(head)
                 if not isinstance(error, ClientDisconnected):
