@@ -89,7 +89,7 @@ class OutputFormat(NamedTuple):
 
 
 BODY: Final = msgspec.json.Decoder(InferBody)
-SHAPE: Final = msgspec.json.Decoder(list[Size])
+SHAPE: Final = msgspec.json.Decoder(list[Annotated[int, Meta(ge=0, lt=2**31)]])
 STRINGS: Final = msgspec.json.Decoder(list[str])
 Byte = Annotated[int, Meta(ge=0, le=255)]
 FLAT_BYTES: Final = msgspec.json.Decoder(list[Byte])
