@@ -55,7 +55,7 @@ bench: $(DEV)/.installed ## Images a second of the shipped model on this machine
 	$(DEV)/bin/python -m benchmarks.engine $(FOLDER) $(ARGS)
 
 clean: ## Remove the environments and caches (no data, no runs)
-	rm -rf .venv .venv-serve-* .rivals .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis *.egg-info build
+	rm -rf .venv .venv-serve-* .venv-clients .rivals .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis *.egg-info build
 
 # The tests run on onnxruntime-gpu, as production does; without its CUDA libraries it serves on the CPU.
 $(DEV)/.installed: pyproject.toml constraints.txt

@@ -38,6 +38,44 @@ in seconds. None of the 4xx reaches the queue, 499 excepted.
 |---|---|---|
 """
 
+V2 = """
+## Open Inference Protocol v2
+
+Over HTTP, on the port of `/predict`; errors are `{"error": "sentence"}`. [clients.md](clients.md) has five lines of
+each client.
+
+| endpoint | |
+|---|---|
+| `GET /v2`, `/v2/health/live`, `/v2/health/ready` | yes, without a key |
+| `GET /v2/models/NAME[/versions/VERSION]`, and `/ready`, `/config`, `/stats` below it; `GET /v2/models/stats` | yes; \
+NAME is the model's own, and of its versions the live one alone is there. All but `/ready` want a key where keys \
+are set. Statistics are the worker's since its start |
+| `POST /v2/models/NAME[/versions/VERSION]/infer` | yes |
+| `POST /v2/repository/index` | yes; the body, `ready` in it too, is not read |
+| `/v2/repository/models/NAME/load`, `/unload` | no: 404. The highest version in the model folder serves |
+| `/v2/logging`, `/v2/trace/setting`, `/v2/systemsharedmemory`, `/v2/cudasharedmemory`, `/generate` | no: 404 |
+| gRPC | no |
+
+| extension | |
+|---|---|
+| binary tensor data: `Inference-Header-Content-Length`, `binary_data_size`, `binary_data`, `binary_data_output` | \
+yes, both ways |
+| a bare binary body, without JSON | no: 400 |
+| classification | yes: `value:index:label`, of `logits` or `probabilities` |
+| parameters | `timeout`, in microseconds, is the deadline; `sequence_id`, `priority` and unknown ones are ignored |
+| compressed requests (`Content-Encoding: gzip`, `deflate`) | no: 415. Responses are never compressed |
+
+| tensor | datatype, shape | |
+|---|---|---|
+| input `images` | UINT8 `[N, H, W, 3]` | RGB pixels of the model's size; flat or nested in JSON |
+| input `image_bytes` | BYTES `[N]` | whole files, as `/predict` takes them; base64 in JSON |
+| output `logits` | FP32 `[N, C]` | the default |
+| output `probabilities` | FP32 `[N, C]` | their softmax |
+
+A request has one input. More inputs, another name, datatype, shape or length, and an output that the model has not, are
+answered with 400.
+"""
+
 METRICS = """
 ## Metrics
 
@@ -99,7 +137,7 @@ def collector_labels(collector: object) -> tuple[str, ...]:
 
 def page() -> str:
     """The whole page."""
-    parts = (HEAD, settings(), ANSWERS, answers(), METRICS, metrics())
+    parts = (HEAD, settings(), ANSWERS, answers(), V2, METRICS, metrics())
     return "".join(part if isinstance(part, str) else "".join(f"{row}\n" for row in part) for part in parts)
 
 

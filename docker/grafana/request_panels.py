@@ -35,10 +35,10 @@ NOW = (
         title="Requests",
         kind="stat",
         unit="reqps",
-        shows="Requests to /predict, answered with whatever status.",
+        shows="Requests for inference, answered with whatever status.",
         bad="0 where there should be traffic.",
         do="Ask the load balancer and the clients; a request that was read is counted here whatever becomes of it.",
-        queries=(Query(rate("perceiver_requests_total", 'route="/predict"'), "requests"),),
+        queries=(Query(rate("perceiver_requests_total", 'route=~"/predict|/v2/.*/infer"'), "requests"),),
         width=3,
     ),
     Panel(
@@ -55,7 +55,7 @@ NOW = (
         title="Errors",
         kind="stat",
         unit="percentunit",
-        shows="Share of requests to /predict that failed through the service's fault: 5xx but 503, over 5 minutes.",
+        shows="Share of requests for inference that failed through the service's fault: 5xx but 503, over 5 minutes.",
         bad="Over the objective (red).",
         do="See which reasons stand in 'Error answers by reason'; PerceiverErrorRatioHigh in docs/operations.md.",
         queries=(Query("job:perceiver_errors:ratio_rate5m", "errors"),),
@@ -66,7 +66,7 @@ NOW = (
         title="p99",
         kind="stat",
         unit="s",
-        shows="The time within which 99 of 100 requests to /predict were answered, over 5 minutes.",
+        shows="The time within which 99 of 100 requests for inference were answered, over 5 minutes.",
         bad="Over the objective (red).",
         do="'p99 by stage' says whether decoding, queue or model takes it; PerceiverLatencyHigh in docs/operations.md.",
         queries=(Query("job:perceiver_request_seconds:p99_5m", "p99"),),
@@ -91,10 +91,10 @@ TRAFFIC = (
         title="Requests by status",
         kind="timeseries",
         unit="reqps",
-        shows="Requests to /predict by HTTP status.",
+        shows="Requests for inference by HTTP status.",
         bad="5xx: the service's fault, 503 excepted, which says that it is full. 4xx: the clients'.",
         do="For 5xx and 4xx see 'Error answers by reason'.",
-        queries=(Query(rate("perceiver_requests_total", 'route="/predict"', by="code"), "{{code}}"),),
+        queries=(Query(rate("perceiver_requests_total", 'route=~"/predict|/v2/.*/infer"', by="code"), "{{code}}"),),
         stacked=True,
     ),
     Panel(
@@ -110,8 +110,8 @@ TRAFFIC = (
         title="Errors and rejections",
         kind="timeseries",
         unit="percentunit",
-        shows="Shares of requests to /predict that failed (5xx but 503) and that were turned away (503), and the most "
-        "that the objectives allow.",
+        shows="Shares of requests for inference that failed (5xx but 503) and that were turned away (503), and the "
+        "most that the objectives allow.",
         bad="Above the dashed line of the same kind.",
         do="PerceiverErrorRatioHigh and PerceiverRejecting in docs/operations.md.",
         queries=(
@@ -139,8 +139,8 @@ LATENCY = (
         title="Latency of a request",
         kind="timeseries",
         unit="s",
-        shows="From the headers of POST /predict to its answer, the client's sending of the body included. Dots are "
-        "single requests, with their request id.",
+        shows="From the headers of a request for inference to its answer, the client's sending of the body included. "
+        "Dots are single requests, with their request id.",
         bad="p99 above the dashed objective. p50 low and p99 high: large images, slow clients, or bursts.",
         do="'p99 by stage' says where the time goes; PerceiverLatencyHigh in docs/operations.md.",
         queries=(
@@ -168,7 +168,7 @@ LATENCY = (
         title="Latency, all requests",
         kind="heatmap",
         unit="s",
-        shows="How many requests to /predict took how long; a row is a bucket of the histogram.",
+        shows="How many requests for inference took how long; a row is a bucket of the histogram.",
         bad="A second band above the first: some requests take another way, such as the queue of decoding threads.",
         do="Compare the times at which it appears with the batch sizes and the queue.",
         queries=(Query(f"sum by (le) (increase(perceiver_request_seconds_bucket{{{HERE}}}{RATE}))", "{{le}}"),),

@@ -17,12 +17,14 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.keys import RequireKey
-from service.api.paths import MANAGEMENT, PATHS, PREDICT
+from service.api.paths import MANAGEMENT, PATHS, PREDICT, is_infer, is_keyed_v2
 from service.api.predict import PredictEndpoint
 from service.api.request_log import RequestLog
 from service.api.response import error_response
 from service.api.routes import create_router
 from service.api.schemas import SECURITY, SECURITY_SCHEMES
+from service.api.v2.request import InferEndpoint
+from service.api.v2.routes import create_v2_router
 from service.errors import BadRequest, ClientDisconnected, MethodNotAllowed, NotFound, ServiceError
 from service.lifecycle import Service
 
@@ -44,7 +46,7 @@ class Cors(CORSMiddleware):
 
 
 class PerceiverApp(FastAPI):
-    """FastAPI for all routes but `/predict`, which its router only describes.
+    """FastAPI for all routes but those for inference, which its router only describes.
 
     FastAPI's layers and routing cost as much CPU a request as the decoding of a small image, and do nothing for an
     endpoint that is an ASGI application itself.
@@ -57,6 +59,7 @@ class PerceiverApp(FastAPI):
         self._log = RequestLog(service)
         self.predict = PredictEndpoint(service, self._log)
         self._document: tuple[int | None, bytes] | None = None
+        self._infer = InferEndpoint(service, self._log)
         super().__init__(
             title="Perceiver image classifier",
             description=DESCRIPTION,
@@ -72,6 +75,7 @@ class PerceiverApp(FastAPI):
         )
         self.state.service = service
         self.include_router(create_router(service))
+        self.include_router(create_v2_router(service, package_version()))
         settings = service.settings
         keys, admin_keys = settings.client_keys(), settings.administrator_keys()  # files are read once
         self._asks_clients, self._asks_administrators = bool(keys), bool(admin_keys)
@@ -94,8 +98,12 @@ class PerceiverApp(FastAPI):
     async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._routes(scope, receive, send)
-        elif scope["path"] == PREDICT and scope["method"] == "POST" and not scope["state"]["is_management"]:
+        elif scope["method"] != "POST" or scope["state"]["is_management"]:
+            await self._observed(scope, receive, send)
+        elif scope["path"] == PREDICT:
             await self.predict(scope, receive, send)
+        elif is_infer(scope["path"]):
+            await self._infer(scope, receive, send)
         else:
             await self._observed(scope, receive, send)
 
@@ -128,7 +136,7 @@ class PerceiverApp(FastAPI):
             # FastAPI has answered, and counted, what its own routes raise.
             public = self._log.public_error(error, request_id, is_counted=bool(status))
             if not status:
-                response = error_response(public, request_id)
+                response = error_response(public, request_id, path)
                 head = {"type": "http.response.start", "status": response.status, "headers": response.headers}
                 await send_with_id(head)
                 if not isinstance(error, ClientDisconnected):
@@ -147,7 +155,9 @@ class PerceiverApp(FastAPI):
         top_k["schema"] |= {"maximum": max_top_k, "default": min(5, max_top_k)}
         document["components"]["securitySchemes"] = SECURITY_SCHEMES
         if self._asks_clients:
-            operation["security"] = document["paths"]["/models"]["get"]["security"] = SECURITY
+            keyed = [path for path in document["paths"] if path in (PREDICT, "/models") or is_keyed_v2(path)]
+            for operation in (one for path in keyed for one in document["paths"][path].values()):
+                operation["security"] = SECURITY
         if self._asks_administrators:
             document["paths"]["/models/reload"]["post"]["security"] = SECURITY
         return document
@@ -187,7 +197,7 @@ async def answer_error(request: Request, exception: Exception) -> Response:
     else:
         error = ServiceError()
     request.app.state.service.metrics.rejected(error.code)
-    response = error_response(error, request.state.request_id)
+    response = error_response(error, request.state.request_id, request.scope["path"])
     headers |= {name.decode(): value.decode() for name, value in response.headers}
     return Response(response.body, response.status, headers)
 

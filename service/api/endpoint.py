@@ -17,7 +17,7 @@ FAULT: Final = "perceiver.fault"  # in a message of type http.disconnect: the cl
 
 
 class InferenceEndpoint(ABC):
-    """Makes and drives the requests to one path.
+    """Makes and drives the requests of one kind.
 
     Attributes:
         service: of this process.
@@ -31,7 +31,7 @@ class InferenceEndpoint(ABC):
         self.keys = [key.encode() for key in service.settings.client_keys()]
 
     @abstractmethod
-    def request(self, headers: Headers, query: bytes, respond: Respond) -> InferenceRequest:
+    def request(self, path: str, headers: Headers, query: bytes, respond: Respond) -> InferenceRequest:
         """Return the request of a POST's head."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,7 +43,7 @@ class InferenceEndpoint(ABC):
             responses.append(response)
             answered.set()
 
-        request = self.request(scope["headers"], scope["query_string"], respond)
+        request = self.request(scope["path"], scope["headers"], scope["query_string"], respond)
         request.start()
         reading = None if responses else asyncio.create_task(read(request, receive))
         try:

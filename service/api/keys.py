@@ -5,6 +5,7 @@ from typing import Final
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.api.paths import is_keyed_v2
 from service.api.response import Headers
 from service.errors import ReloadDisabled, Unauthorized
 
@@ -28,7 +29,7 @@ class RequireKey:
                 if not self.admin_keys:
                     raise ReloadDisabled()
                 check_key(scope["headers"], self.admin_keys)
-            elif self.keys and asked in KEYED:
+            elif self.keys and (asked in KEYED or is_keyed_v2(scope["path"])):
                 check_key(scope["headers"], self.keys)
         await self.app(scope, receive, send)
 

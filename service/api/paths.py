@@ -1,16 +1,54 @@
 """The paths of the HTTP API."""
 
+import re
 from typing import Final
 
 PREDICT: Final = "/predict"
+V2: Final = "/v2"
+V2_MODEL: Final = f"{V2}/models/{{name}}"
+V2_VERSION: Final = f"{V2_MODEL}/versions/{{version}}"
+V2_INFER: Final = f"{V2_MODEL}/infer"
 PATHS: Final = frozenset(
     {PREDICT, "/health", "/health/live", "/health/ready", "/metrics", "/models", "/models/reload"}
     | {"/docs", "/openapi.json"}
+    | {V2, f"{V2}/health/live", f"{V2}/health/ready", f"{V2}/models/stats", f"{V2}/repository/index"}
 )
+# The metrics of these are those of requests for inference.
+INFERENCE: Final = frozenset({PREDICT, V2_INFER})
+V2_MODEL_PATH: Final = re.compile(rf"{V2}/models/([^/]+)(?:/versions/([^/]+))?(/infer|/ready|/config|/stats|)")
 # With a management port, clients do not see these, and operators see nothing else.
 MANAGEMENT: Final = frozenset({"/health", "/health/live", "/health/ready", "/metrics", "/models", "/models/reload"})
 
 
 def known_path(path: str) -> str:
-    """Return the path, or "other": what clients send must not become ever new label values."""
-    return path if path in PATHS else "other"
+    """Return the path, or "other": what clients send must not become ever new label values.
+
+    A path of the protocol v2 has the model's name replaced, and no version.
+    """
+    if path in PATHS:
+        return path
+    match = V2_MODEL_PATH.fullmatch(path)
+    return "other" if match is None else f"{V2_MODEL}{match[3]}"
+
+
+def is_v2(path: str) -> bool:
+    """Whether a path is of the protocol v2, and its errors in that protocol's shape."""
+    return path == V2 or path.startswith(f"{V2}/")
+
+
+def is_infer(path: str) -> bool:
+    """Whether a POST to a path is a request for inference by the protocol v2."""
+    match = V2_MODEL_PATH.fullmatch(path)
+    return match is not None and match[3] == "/infer"
+
+
+def model_of(path: str) -> tuple[str, str | None]:
+    """Return the model's name and version in a path of the protocol v2; None where it names no version."""
+    match = V2_MODEL_PATH.fullmatch(path)
+    assert match is not None
+    return match[1], match[2]
+
+
+def is_keyed_v2(path: str) -> bool:
+    """Whether a path of the protocol v2 tells of models, so that it needs a key; probes and `/v2` need none."""
+    return path.startswith((f"{V2}/models/", f"{V2}/repository/")) and not path.endswith("/ready")

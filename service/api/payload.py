@@ -6,7 +6,7 @@ Images are counted while the body is parsed. A URL in a body is never fetched.
 import re
 from binascii import a2b_base64
 from codecs import BOM_UTF8
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -104,10 +104,15 @@ def parse_body(content_type: str, body: bytes, *, max_images: int) -> Payload:
         payload = Payload(parse_json(body, max_images))
     else:
         payload = Payload([Upload(body)])
-    for index, upload in enumerate(payload.uploads):
-        if not upload.data:
-            raise NoImage(f"{which(payload.uploads, index)}The image is empty: it has 0 bytes.")
+    check_not_empty(payload.uploads)
     return payload
+
+
+def check_not_empty(uploads: Sequence[Upload]) -> None:
+    """Raise NoImage for a file of no bytes."""
+    for index, upload in enumerate(uploads):
+        if not upload.data:
+            raise NoImage(f"{which(uploads, index)}The image is empty: it has 0 bytes.")
 
 
 class JsonBody(msgspec.Struct, forbid_unknown_fields=True):

@@ -63,7 +63,7 @@ class PredictEndpoint(InferenceEndpoint):
         self._max_direct_bytes = min(settings.inline_decode_bytes, settings.max_body_bytes)
         self._writer: tuple[LiveModel, PredictionWriter] | None = None
 
-    def request(self, headers: Headers, query: bytes, respond: Respond) -> PredictRequest:
+    def request(self, path: str, headers: Headers, query: bytes, respond: Respond) -> PredictRequest:
         """Return the request of a POST's head."""
         return PredictRequest(self, headers, query, respond)
 

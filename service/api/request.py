@@ -7,7 +7,7 @@ where the body is small, and an ASGI task where it is large or chunked; both cal
 import asyncio
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from service.api.keys import check_key
 from service.api.options import RequestOptions, read_options
@@ -15,6 +15,7 @@ from service.api.payload import Payload, check_content_type, check_size, parse_b
 from service.api.response import Headers, Response, error_response
 from service.batching.admission import Ticket
 from service.batching.queue import Prediction
+from service.decoding.decoder import Pixels
 from service.decoding.upload import Upload
 from service.errors import ClientDisconnected, Overloaded
 from service.repository.versions import LiveModel
@@ -28,10 +29,11 @@ Respond = Callable[[Response | None], None]
 class InferenceRequest:
     """One request, as the batcher's `FutureLike` and as one of the requests in flight.
 
-    A kind of request says what its head may ask for (`_check_options`), and what its response is (`set_result`).
+    A kind of request says what its head may ask for (`_check_options`), and what its response is (`set_result`); one
+    of another payload format than `/predict` says what that is (`_check_content_type`, `_is_parsed_inline`, `_parse`).
 
     Attributes:
-        path: of the URL, as logs and metrics name it.
+        path: of the URL.
 
     Args:
         endpoint: what all requests share.
@@ -42,10 +44,11 @@ class InferenceRequest:
 
     __slots__ = (
         "_began", "_chunks", "_decode_seconds", "_endpoint", "_filenames", "_headers", "_is_cancelled", "_is_done",
-        "_live", "_options", "_query", "_received", "_request_id", "_respond", "_service", "_task", "_ticket", "_until",
+        "_live", "_options", "_pixels", "_query", "_received", "_request_id", "_respond", "_service", "_task",
+        "_ticket", "_until",
     )  # fmt: skip
 
-    path: ClassVar[str]
+    path: str
     _options: RequestOptions
     _filenames: Sequence[str | None]
 
@@ -61,6 +64,7 @@ class InferenceRequest:
         self._live: LiveModel | None = None
         self._task: asyncio.Task[None] | None = None
         self._chunks: list[bytes] = []
+        self._pixels: list[Pixels] | None = None  # of a body that holds no files, but uint8 [N, H, W, 3]
         self._is_done = self._is_cancelled = False
 
     # The life, driven by a connection or by ASGI
@@ -100,12 +104,15 @@ class InferenceRequest:
             check_key(self._headers, endpoint.keys)
         service.check_ready()
         self._options = options = read_options(self._headers, settings.request_timeout_ms)
-        check_content_type(options.content_type)
+        self._check_content_type()
         self._check_options(service.lease())
         announced = options.content_length or 0
         check_size(announced, settings.max_body_bytes)
         if service.admission.is_full(size=announced):
             raise Overloaded(retry_after=service.admission.retry_after(announced))
+
+    def _check_content_type(self) -> None:
+        check_content_type(self._options.content_type)
 
     def _check_options(self, live: LiveModel) -> None:
         """Read what only this kind of request asks for, and check it against a model.
@@ -123,9 +130,9 @@ class InferenceRequest:
         chunks, self._chunks = self._chunks, []
         body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         decoder, uploads, images = self._service.decoder, None, None
-        if self._service.decoder.is_small(body) or self._options.content_type.startswith("image/"):
+        if self._is_parsed_inline(body):
             uploads = self._admit(self._parse(body))
-            images = decoder.decode_inline(uploads, live.metadata)
+            images = self._pixels if self._pixels is not None else decoder.decode_inline(uploads, live.metadata)
         if uploads is not None and images is not None:
             self._queue(uploads, images)
         else:
@@ -137,12 +144,19 @@ class InferenceRequest:
         try:
             if uploads is None:
                 uploads = self._admit(await decoder.in_thread(lambda _: self._parse(body), self._until))
-            images = await decoder.decode(uploads, live.metadata, self._until)
+            images = self._pixels
+            if images is None:
+                images = await decoder.decode(uploads, live.metadata, self._until)
             self._queue(uploads, images)
         except Exception as error:
             self.fail(error)
 
+    def _is_parsed_inline(self, body: bytes) -> bool:
+        """Whether parsing the body is cheap enough for the event loop."""
+        return self._service.decoder.is_small(body) or self._options.content_type.startswith("image/")
+
     def _parse(self, body: bytes) -> Payload:
+        """Return the files of a body, or set `_pixels` and return as many empty ones. It may run in a thread."""
         return parse_body(self._options.content_type, body, max_images=self._service.settings.max_images)
 
     def _admit(self, payload: Payload) -> list[Upload]:
@@ -190,7 +204,7 @@ class InferenceRequest:
         if self._is_done:
             return
         public = self._endpoint.log.public_error(error, self._request_id)
-        self._finish(public.status, error_response(public, self._request_id))
+        self._finish(public.status, error_response(public, self._request_id, self.path))
 
     def cancel(self) -> None:
         """Drop the request of a client that has left: what is queued is not run."""

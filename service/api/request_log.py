@@ -7,7 +7,7 @@ import re
 from asyncio import CancelledError
 from typing import Final
 
-from service.api.paths import PREDICT, known_path
+from service.api.paths import INFERENCE, known_path
 from service.api.response import Headers
 from service.errors import Draining, ServiceError
 from service.lifecycle import Service
@@ -52,8 +52,9 @@ class RequestLog:
     def finished(self, method: str, path: str, status: int, seconds: float, request_id: str) -> None:
         """Count a request, and write its line."""
         metrics = self._service.metrics
-        metrics.request(known_path(path), status)
-        if path == PREDICT:
+        route = known_path(path)
+        metrics.request(route, status)
+        if route in INFERENCE:
             metrics.predicted(seconds, request_id)
         if self._has_access_log:
             extra = {"request_id": request_id, "status": status, "milliseconds": round(seconds * 1000, 3)}

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 
+from service.api.paths import is_v2
 from service.errors import ServiceError, Unauthorized, Unavailable
 
 Headers = list[tuple[bytes, bytes]]
@@ -28,9 +29,10 @@ def json_response(status: int, body: bytes, request_id: str) -> Response:
     return Response(status, headers, body)
 
 
-def error_response(error: ServiceError, request_id: str) -> Response:
-    """Return an error's response; its body is the JSON of `ErrorResponse`."""
-    content = {"error": {"code": error.code, "message": error.message, "request_id": request_id}}
+def error_response(error: ServiceError, request_id: str, path: str = "") -> Response:
+    """Return an error's response; its body is the JSON of `ErrorResponse`, for a path below /v2 of `V2Error`."""
+    content: dict[str, object] = {"code": error.code, "message": error.message, "request_id": request_id}
+    content = {"error": error.message if is_v2(path) else content}
     response = json_response(error.status, json.dumps(content).encode(), request_id)
     if error.status == Unavailable.status:
         response.headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))

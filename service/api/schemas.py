@@ -52,6 +52,12 @@ class ErrorResponse(Schema):
     error: ErrorDetail
 
 
+class V2Error(Schema):
+    """The body of an error of the protocol v2."""
+
+    error: str = Field(description="A sentence for people; may change.")
+
+
 class QueueState(Schema):
     """How full the queue is."""
 
@@ -129,11 +135,13 @@ BASE64 = {
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
-def error_responses(kinds: Iterable[type[errors.ServiceError]]) -> dict[int | str, dict[str, Any]]:
+def error_responses(
+    kinds: Iterable[type[errors.ServiceError]], model: object = ErrorResponse
+) -> dict[int | str, dict[str, Any]]:
     """Describe errors for OpenAPI, by status; each description lists the codes."""
     described: dict[int | str, dict[str, Any]] = {}
     for kind in kinds:
-        entry = described.setdefault(kind.status, {"description": "", "model": ErrorResponse})
+        entry = described.setdefault(kind.status, {"description": "", "model": model})
         entry["description"] = f"{entry['description']}`{kind.code}`: {kind.default} ".lstrip()
         if kind.status == errors.Unavailable.status:
             entry["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}

@@ -37,7 +37,7 @@ class Metrics:
         )
         self.request_seconds = seconds(
             "perceiver_request_seconds",
-            "Seconds from the headers of a request to /predict to its response, whatever its method and status.",
+            "Seconds from the headers of a request to /predict or infer to its response, whatever its status.",
         )
         self.decode_seconds = seconds(
             "perceiver_decode_seconds",
@@ -144,6 +144,10 @@ class Metrics:
     def golden_checked(self, max_abs_difference: float) -> None:
         """Set the difference of the last golden check."""
         self.golden_difference.set(max_abs_difference)
+
+    def value(self, name: str, **labels: str) -> float:
+        """Return a sample's value; 0 where there is none."""
+        return self.registry.get_sample_value(name, labels) or 0.0
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """Return all metrics and their content type: OpenMetrics if `accept` names it, else the classic text."""

@@ -2,7 +2,7 @@
 
     misuse      10,000 random requests of clients that behave badly, and then a normal one
     overload    five times as many requests as the model can answer
-    fuzz        100,000 mutated images through the decoder, and as many mutated bodies through the parser
+    fuzz        100,000 mutated images through the decoder, and as many mutated bodies through each parser
     openapi     schemathesis, every check on: no 500, and no answer that the OpenAPI document does not know
 
 Without a word: misuse and overload, each with its defaults.

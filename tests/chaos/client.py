@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from tests.fakes import HEIGHT, WIDTH
 from tests.imaging.files import encode, pixels, png_announcing
 from tests.service.harness import read_answer
 
@@ -16,6 +17,7 @@ IMAGES = {
     kind: encode(pixels(48, 64, seed=number), kind)
     for number, kind in enumerate(("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"))
 }
+PIXELS = HEIGHT * WIDTH * 3
 LARGE = encode(pixels(900, 1200), "JPEG", quality=90)
 GONE = 0  # no answer, because one of the two has hung up
 
@@ -31,9 +33,17 @@ class Wire:
         self.writer.write(data)
         await self.writer.drain()
 
-    async def post(self, body: bytes, content_type: str, *headers: str, query: str = "") -> None:
-        head = [f"POST /predict{query} HTTP/1.1", "Host: chaos", f"Content-Type: {content_type}", *headers]
+    async def post(
+        self, body: bytes, content_type: str, *headers: str, query: str = "", path: str = "/predict"
+    ) -> None:
+        head = [f"POST {path}{query} HTTP/1.1", "Host: chaos", f"Content-Type: {content_type}", *headers]
         await self.send("\r\n".join([*head, f"Content-Length: {len(body)}", "", ""]).encode() + body)
+
+    async def infer(self, tensor: dict[str, object], binary: bytes, length: int | None = None) -> None:
+        """Post an input of the protocol v2; `length` in place of the one of its JSON."""
+        text = json.dumps({"inputs": [tensor]}).encode()
+        header = f"Inference-Header-Content-Length: {len(text) if length is None else length}"
+        await self.post(text + binary, "application/octet-stream", header, path="/v2/models/tiny/infer")
 
     async def status(self) -> int:
         try:
@@ -84,6 +94,39 @@ async def good_json(wire: Wire, rng: random.Random) -> int:
 @deserves(200)
 async def good_and_large(wire: Wire, rng: random.Random) -> int:
     await wire.post(LARGE, "image/jpeg")
+    return await wire.status()
+
+
+def v2_pixels(count: int, size: int) -> dict[str, object]:
+    """An input of the protocol v2 with `size` bytes behind the JSON."""
+    shape, parameters = [count, HEIGHT, WIDTH, 3], {"binary_data_size": size}
+    return {"name": "images", "datatype": "UINT8", "shape": shape, "parameters": parameters}
+
+
+@deserves(200)
+async def good_tensor(wire: Wire, rng: random.Random) -> int:
+    pixels = rng.randbytes(rng.randint(1, 8) * PIXELS)
+    await wire.infer(v2_pixels(len(pixels) // PIXELS, len(pixels)), pixels)
+    return await wire.status()
+
+
+@deserves(200)
+async def good_tensor_of_files(wire: Wire, rng: random.Random) -> int:
+    files = [any_image(rng) for _ in range(rng.randint(1, 8))]
+    binary = b"".join(len(file).to_bytes(4, "little") + file for file in files)
+    parameters = {"binary_data_size": len(binary)}
+    await wire.infer(
+        {"name": "image_bytes", "datatype": "BYTES", "shape": [len(files)], "parameters": parameters}, binary
+    )
+    return await wire.status()
+
+
+@deserves(400)
+async def tensor_of_false_lengths(wire: Wire, rng: random.Random) -> int:
+    pixels = rng.randbytes(PIXELS)
+    wrong = rng.choice([-1, 0, PIXELS - 1, PIXELS + 1, 2**31, 2**63, 10**400])
+    count, size = rng.choice([(1, wrong), (2, PIXELS), (2**61, PIXELS), (0, PIXELS)])
+    await wire.infer(v2_pixels(count, size), pixels, rng.choice([None, None, 0, 50, 100_000]))
     return await wire.status()
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tests.service.mutation import BODIES, Edit, decode, mutate, parse, variants
+from tests.service.mutation import BODIES, V2_BODIES, Edit, decode, mutate, parse, parse_v2, variants
 
 CHUNK = 10_000  # inputs a process
 INPUT_TIMEOUT_S = 30.0  # for one input
@@ -118,7 +118,20 @@ def try_body(rng: random.Random) -> tuple[str, str]:
     return kind, parse(content_type, mutate(body, random_edits(rng, TEXT, len(body))))
 
 
-TARGETS: dict[str, Callable[[random.Random], tuple[str, str]]] = {"images": try_image, "bodies": try_body}
+def try_v2(rng: random.Random) -> tuple[str, str]:
+    """Parse one mutated body of the protocol v2, with the length of its JSON or another. Return kind and outcome."""
+    kind = rng.choice(list(V2_BODIES))
+    length, body = V2_BODIES[kind]
+    if rng.random() < 0.3:
+        length = rng.randrange(2 * len(body))
+    return kind, parse_v2(length, mutate(body, random_edits(rng, TEXT, len(body))))
+
+
+TARGETS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
+    "images": try_image,
+    "bodies": try_body,
+    "v2": try_v2,
+}
 
 
 def fuzz(target: str, count: int, seed: int) -> Findings:

@@ -7,10 +7,21 @@ import schemathesis
 from hypothesis import strategies as st
 
 from service.settings import Settings
+from tests.fakes import HEIGHT, WIDTH
 from tests.imaging.files import all_files, pixels
 
 FILES = list(all_files(pixels(9, 13)).values())
 MAX_IMAGES = Settings.model_fields["max_images"].default
+PIXELS = {"name": "images", "datatype": "UINT8", "shape": [1, HEIGHT, WIDTH, 3], "data": [7] * HEIGHT * WIDTH * 3}
+INFERS = [
+    {
+        "inputs": [
+            {"name": "image_bytes", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(FILES[0]).decode()]}
+        ]
+    },
+    {"inputs": [PIXELS], "id": "a", "outputs": [{"name": "probabilities", "parameters": {"classification": 2}}]},
+    {"inputs": [PIXELS], "outputs": [{"name": "logits", "parameters": {"binary_data": False}}], "parameters": {}},
+]
 HEADERS = {"x-request-id", "x-request-timeout-ms", "x-api-key", "authorization", "content-type", "accept"}
 
 for media_type in ("image/*", "application/octet-stream"):
@@ -21,13 +32,27 @@ schemathesis.openapi.format("binary", st.sampled_from(FILES))
 @schemathesis.hook
 def before_load_schema(context: object, raw_schema: dict[str, Any]) -> None:
     """Take real images for base64: no other string is valid."""
-    content = raw_schema["paths"]["/predict"]["post"]["requestBody"]["content"]
+    paths = raw_schema["paths"]
+    content = paths["/predict"]["post"]["requestBody"]["content"]
     image = {"enum": [base64.b64encode(data).decode() for data in FILES]}
     for form in content["application/json"]["schema"]["oneOf"]:
         if "image" in form["properties"]:
             form["properties"]["image"] = image
         else:
             form["properties"]["images"]["items"] = image
+    for path, operations in paths.items():
+        for operation in operations.values() if path.startswith("/v2/models/{name}") else ():
+            name_the_model(operation)
+            if path.endswith("/infer"):
+                operation["requestBody"]["content"]["application/json"]["schema"] = {"enum": INFERS}
+
+
+def name_the_model(operation: dict[str, Any]) -> None:
+    """Take the live model for the parameters of a path: any other is not there."""
+    values = {"name": "tiny", "version": "1"}
+    for parameter in operation["parameters"]:
+        if parameter["in"] == "path":
+            parameter["schema"] = {"type": "string", "enum": [values[parameter["name"]]]}
 
 
 @schemathesis.hook

@@ -15,8 +15,10 @@ from imaging.formats import read_header
 from imaging.resize import Crop, Filter
 from imaging.structure.header import Header
 from service.api.payload import Upload, parse_body
+from service.api.v2.tensors import read_body, read_images, read_outputs
 from service.decoding.decoder import SERVICE_ERRORS
 from service.errors import ServiceError
+from tests.fakes import tiny_metadata
 from tests.imaging.files import all_files, encode, pixels
 
 T = TypeVar("T")
@@ -40,6 +42,23 @@ BODIES: dict[str, tuple[str, bytes]] = {
     ),
     "JSON, image": ("application/json", b'{"image": "aGVsbG8="}'),
     "raw": ("image/png", b"data"),
+}
+
+
+V2_JSON = json.dumps(
+    {
+        "id": "a",
+        "inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, *SIZE, 3],
+                    "parameters": {"binary_data_size": SIZE[0] * SIZE[1] * 3}}],
+        "outputs": [{"name": "logits", "parameters": {"classification": 2, "binary_data": True}}],
+        "parameters": {"timeout": 1000, "binary_data_output": True},
+    }
+).encode()  # fmt: skip
+V2_FILES = V2_JSON.replace(b"images", b"image_bytes").replace(b"UINT8", b"BYTES").replace(b"[1, 8, 6, 3]", b"[2]")
+# By kind: bytes of JSON, and the whole body of a request of the protocol v2.
+V2_BODIES: dict[str, tuple[int, bytes]] = {
+    "images": (len(V2_JSON), V2_JSON + bytes(SIZE[0] * SIZE[1] * 3)),
+    "image_bytes": (len(V2_FILES), V2_FILES + 2 * (b"\x44\0\0\0" + bytes(68))),
 }
 
 
@@ -129,6 +148,21 @@ def parse(content_type: bytes, body: bytes) -> str:
     assert all(isinstance(upload, Upload) and upload.data for upload in result.uploads)
     assert result.top_k is None or result.top_k >= 1
     return "uploads"
+
+
+def parse_v2(length: int, body: bytes) -> str:
+    """Parse as the protocol v2 does: one to three images ("images") or an error with a 4xx (its code)."""
+
+    def read() -> int:
+        content, binary = read_body(body, length, MAX_IMAGES)
+        read_outputs(content)
+        return len(read_images(content, binary, tiny_metadata(input_size=SIZE), MAX_IMAGES))
+
+    result = outcome(read)
+    if isinstance(result, ServiceError):
+        return refused(result)
+    assert 1 <= result <= MAX_IMAGES
+    return "images"
 
 
 def refused(error: ServiceError) -> str:

@@ -150,7 +150,10 @@ async def test_the_openapi_document_is_valid_and_describes_every_status(tmp_path
             for part in reference.removeprefix("#/").split("/"):
                 node = node[part]
         paths = {"/predict", "/health", "/health/live", "/health/ready", "/metrics", "/models", "/models/reload"}
-        assert set(document["paths"]) == paths
+        of_model = {f"/v2/models/{{name}}{at}" for at in ("", "/versions/{version}")}
+        v2 = {"/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/stats", "/v2/repository/index"}
+        v2 |= {f"{path}{tail}" for path in of_model for tail in ("", "/ready", "/config", "/stats", "/infer")}
+        assert set(document["paths"]) == paths | v2
         assert operation["parameters"][0]["schema"]["maximum"] == 5
         assert not any("security" in entry for path in document["paths"].values() for entry in path.values())
         docs = await run.client.get("/docs")
@@ -184,7 +187,10 @@ async def test_the_openapi_document_says_what_needs_a_key(tmp_path: Path) -> Non
     async with running(tmp_path, api_keys="a", admin_key="b") as run:
         paths = (await run.client.get("/openapi.json")).json()["paths"]
         keyed = {path for path, entry in paths.items() if any("security" in operation for operation in entry.values())}
-        assert keyed == {"/predict", "/models", "/models/reload"}
+        v2 = {
+            path for path in paths if path.startswith("/v2/") and "health" not in path and not path.endswith("/ready")
+        }
+        assert keyed == {"/predict", "/models", "/models/reload"} | v2
 
 
 async def test_answers_have_the_documented_shape(tmp_path: Path) -> None:

@@ -1,0 +1,139 @@
+"""The Open Inference Protocol v2 as its own clients speak it: tritonclient and kserve from PyPI, and a real process."""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.end_to_end.process import ROOT, on_model, started
+from tests.fakes import CLASSES, HEIGHT, WIDTH, make_model_folder, tiny_images, tiny_logits
+from tests.imaging.files import encode
+
+CLIENTS = Path(__file__).parent / "clients"
+REQUIREMENTS = CLIENTS / "requirements.txt"
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/clients.md").read_text(), re.DOTALL)
+
+
+@pytest.fixture(scope="session")
+def client_python() -> Path:
+    """The interpreter of an environment with both clients, made once for each state of their requirements."""
+    home = ROOT / ".venv-clients" / hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()[:12]
+    home.mkdir(parents=True, exist_ok=True)
+    python, mark = home / "bin/python", home / "installed"
+    with (home / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes of pytest-xdist share it
+        if not mark.exists():
+            subprocess.run([sys.executable, "-m", "venv", home], check=True)
+            install = [python, "-m", "pip", "install", "--quiet", "--requirement", REQUIREMENTS]
+            run = subprocess.run(install, capture_output=True, text=True, check=False)
+            if run.returncode != 0:
+                (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no clients from PyPI: {run.stderr[-2000:]}")
+            mark.touch()
+    return python
+
+
+def output_of(python: Path, *arguments: object) -> str:
+    """What a program of the clients' environment prints."""
+    run = subprocess.run([python, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.timeout(900)  # the first time, the environment is made
+def test_both_clients_get_what_the_model_says(client_python: Path, tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m")
+    images = tiny_images(3)
+    same = np.stack([images[0], images[0]])
+    np.save(tmp_path / "images.npy", images)
+    (tmp_path / "image.png").write_bytes(encode(images[0], "PNG"))
+    with started(tmp_path, *on_model(tmp_path / "m")) as process, process.ready() as client:
+        url = str(client.base_url).rstrip("/")
+        seen = json.loads(
+            output_of(client_python, CLIENTS / "calls.py", url, "tiny", tmp_path / "images.npy", tmp_path / "image.png")
+        )
+        by_predict = client.post("/predict", content=(tmp_path / "image.png").read_bytes()).json()["predictions"][0]
+        assert "Traceback" not in process.stderr
+    expected = {"images": tiny_logits(images, 1), "image_bytes": tiny_logits(same, 1)}
+    check_triton(seen["triton"], expected)
+    assert seen["triton_aio"]["ready"]
+    assert seen["triton_aio"]["metadata"] == seen["triton"]["metadata"]
+    for name, logits in expected.items():
+        np.testing.assert_allclose(seen["triton_aio"][name], logits, atol=1e-4)
+    check_kserve(seen["kserve"], expected)
+    # One image, one label, whichever way it comes.
+    best = by_predict["top"][0]
+    assert seen["kserve"]["labels"] == [f"{best['probability']:.6f}:{best['index']}:{best['label']}"] * 2
+
+
+def check_triton(seen: dict[str, Any], expected: dict[str, np.ndarray]) -> None:
+    assert (seen["live"], seen["ready"], seen["model_ready"], seen["version_ready"]) == (True,) * 4
+    assert not seen["other_ready"]
+    assert "binary_tensor_data" in seen["server"]["extensions"]
+    assert seen["metadata"] == {
+        "name": "tiny",
+        "versions": ["1"],
+        "platform": "onnxruntime_onnx",
+        "inputs": [
+            {"name": "images", "datatype": "UINT8", "shape": [-1, HEIGHT, WIDTH, 3]},
+            {"name": "image_bytes", "datatype": "BYTES", "shape": [-1]},
+        ],
+        "outputs": [{"name": name, "datatype": "FP32", "shape": [-1, CLASSES]} for name in ("logits", "probabilities")],
+    }
+    assert seen["config"]["max_batch_size"] >= 1
+    assert seen["index"] == [{"name": "tiny", "version": "1", "state": "READY", "reason": ""}]
+    for name, logits in expected.items():
+        probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        best = logits.argmax(axis=1)
+        for binary in (True, False):
+            answer = seen[f"{name}_{binary}"]
+            assert (answer["id"], answer["version"]) == ("seven", "1")
+            np.testing.assert_allclose(answer["probabilities"], probabilities, atol=1e-5)
+            assert [len(row) for row in answer["logits"]] == [2] * len(logits)
+            for row, index, values in zip(answer["logits"], best, logits, strict=True):
+                value, number, label = row[0].split(":")
+                assert (int(number), label) == (index, f"class {index}")
+                assert float(value) == pytest.approx(values[index], abs=1e-4)
+    np.testing.assert_allclose(seen["default"], expected["images"], atol=1e-4)
+    assert seen["async"] == seen["default"]
+    assert [status for status, _ in seen["errors"]] == ["404", "404", "400", "400", "415", "404"]
+    messages = [message for _, message in seen["errors"]]
+    assert messages[:4] == [
+        "There is no model 'other' here; there is 'tiny'.",
+        "Version '2' of tiny is not served; version 1 is.",
+        "The request has 2 inputs; send one, images or image_bytes.",
+        "The model has no output features; it has logits and probabilities.",
+    ]
+    (stats,) = seen["stats"][0]["model_stats"]
+    assert stats == seen["stats"][1]["model_stats"][0]
+    assert stats["inference_stats"]["success"]["count"] == 6
+    assert stats["inference_count"] == 4 * 3 + 2 * 2
+    assert all(step["ns"] > 0 for step in stats["inference_stats"].values())
+
+
+def check_kserve(seen: dict[str, Any], expected: dict[str, np.ndarray]) -> None:
+    assert (seen["live"], seen["ready"], seen["model_ready"], seen["other_ready"]) == (True, True, True, False)
+    assert seen["id"] == "seven"
+    for binary in (True, False):
+        np.testing.assert_allclose(seen[f"images_{binary}"], expected["images"], atol=1e-4)
+    assert seen["error"].startswith("There is no model 'other' here; there is 'tiny'., '404")
+
+
+@pytest.mark.timeout(900)
+def test_the_lines_in_the_docs_print_the_label(client_python: Path, tmp_path: Path) -> None:
+    assert len(SNIPPETS) == 2
+    with started(tmp_path, "--provider", "cpu") as process, process.ready() as client:
+        for snippet in SNIPPETS:
+            program = snippet.replace("localhost:8000", f"{client.base_url.host}:{client.base_url.port}")
+            shown = re.search(r"# (.*)\n", snippet)
+            assert shown is not None
+            probability, *label = output_of(client_python, "-c", program).strip().split(":")
+            assert label == shown[1].split(":")[1:]
+            assert float(probability) == pytest.approx(float(shown[1].split(":")[0]), abs=0.02)
