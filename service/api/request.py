@@ -136,7 +136,7 @@ class InferenceRequest:
         decoder = self._service.decoder
         try:
             if uploads is None:
-                uploads = self._admit(await decoder.in_thread(lambda _: self._parse(body), self._until))
+                uploads = self._admit(await decoder.in_thread(lambda: self._parse(body), self._until))
             images = await decoder.decode(uploads, live.metadata, self._until)
             self._queue(uploads, images)
         except Exception as error:
