@@ -313,7 +313,7 @@ def launch(descriptor: int, limits: Limits) -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL,
         pass_fds=[descriptor],
         env=environment(),
-        start_new_session=True,  # what is typed on the terminal does not reach it
+        process_group=0,  # what is typed on the terminal does not reach it
     )
 
 
