@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from benchmarks.common import ROOT, BenchmarkError, ModelPlace
+from benchmarks.rivals.process_tree import tree_cpu_seconds
 
 HOST = "127.0.0.1"
 PREFIX = "PERCEIVER_"
@@ -99,11 +100,11 @@ class Server:
         return f"http://{HOST}:{self.port}"
 
     def cpu_seconds(self) -> float | None:
-        """CPU time of all its threads since its start, in seconds; None where there is no /proc (only Linux has it)."""
-        return cpu_seconds(self.pid)
+        """CPU time of it and its decode processes, in seconds; None where there is no /proc (only Linux has it)."""
+        return tree_cpu_seconds(self.pid)
 
     def rss_bytes(self) -> int | None:
-        """Memory in use now, in bytes; None where there is no /proc."""
+        """Memory in use now, in bytes, without its decode processes; None where there is no /proc."""
         return rss_bytes(self.pid)
 
     def log_tail(self) -> str:

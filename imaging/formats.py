@@ -1,6 +1,6 @@
 """Which format a file has, and what it says before its pixels: the checks that need no decoder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final
 
 from imaging.errors import FORMATS, ImageError, NotAnImage, TooManyPixels, UnsupportedFormat
@@ -30,21 +30,25 @@ OTHER_FORMATS: Final = {
 }
 
 
-def read_header(data: bytes, *, max_pixels: int) -> Header:
+def read_header(data: bytes, *, max_pixels: int, formats: Collection[Format] = tuple(WALKERS)) -> Header:
     """Read what a file says before its pixels; decodes nothing, and takes time linear in the bytes.
 
     Args:
         data: a whole JPEG, PNG, WebP, BMP, GIF or TIFF file.
         max_pixels: largest width times height that is admitted.
+        formats: those that are accepted.
 
     Raises:
         NotAnImage: the bytes are no image.
-        UnsupportedFormat: they are one in another format or variant.
+        UnsupportedFormat: they are one in another format or variant, or in a format that is not accepted.
         TooManyPixels: the header announces more than `max_pixels`.
         TruncatedImage: the structure is damaged or incomplete.
         ImageTooCostly: the structure would take a decoder far longer than the pixels account for.
     """
-    header = WALKERS[sniff(data)](data)
+    name = sniff(data)
+    if name not in formats:
+        raise UnsupportedFormat(f"{name} is not accepted here; send one of: {', '.join(formats)}.")
+    header = WALKERS[name](data)
     if header.pixels > max_pixels:
         raise TooManyPixels(
             f"The image has {header.width} x {header.height} = {header.pixels} pixels; "

@@ -109,7 +109,7 @@ ImageTooCostly = _error(
     413,
     "image_too_costly",
     "The image would take too much work to decode.",
-    "An image of few pixels whose file is made so that decoding it takes seconds or gigabytes.",
+    "Decoding the image takes more memory or time than one may have, or its structure says that it would.",
 )
 TooManyImages = _error(
     413,
@@ -141,6 +141,12 @@ ClientDisconnected = _error(
     "client_disconnected",
     "The client closed the connection.",
     "The client left before its answer, which is never sent; counted under 499 as proxies do.",
+)
+DecodingFailed = _error(
+    500,
+    "decoding_failed",
+    "The process that decoded this image has ended; the request may be sent again.",
+    "The process that decoded the image was killed, or crashed; another one takes its place.",
 )
 InferenceFailed = _error(
     500,

@@ -37,7 +37,7 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.admission = Admission(settings.max_queue_size, settings.max_queue_bytes)
-        self.decoder = Decoder(settings)
+        self.decoder = Decoder(settings, self.metrics.decode_process_ended)
         self.leaving = False
         self.draining = False
         self.in_flight: set[FutureLike] = set()
@@ -125,6 +125,11 @@ class Service:
         return 0 if self.store.live is None else self.store.live.batcher.queue_length
 
     async def _serve_models(self) -> None:
+        try:
+            await self.decoder.start()  # before the model is, whose warm-up measures an idle machine
+        except (OSError, TimeoutError) as error:
+            self.fail(f"The decode processes can't be started: {error}.")
+            return
         try:
             await self.store.load()
             await self.store.watch()

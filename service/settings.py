@@ -7,12 +7,14 @@ An empty variable counts as unset. `service.cli` collects errors and finds missp
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from annotated_types import Ge, Le
 from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from imaging.structure.header import Format
 
 MIB = 1024 * 1024
 
@@ -25,6 +27,12 @@ def split_list(value: object) -> object:
     if not items:
         raise ValueError("is set and holds nothing; leave it out, or write values with commas between them")
     return items
+
+
+def split_formats(value: object) -> object:
+    """Split a list of formats, in lower case or upper."""
+    parts = split_list(value)
+    return [part.upper() if isinstance(part, str) else part for part in parts] if isinstance(parts, list) else parts
 
 
 def auto_is_0(value: object) -> object:
@@ -134,8 +142,8 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(32 * MIB, ge=1024, le=1024 * MIB)
     """Bytes of one request body; more is refused while reading: 413. At most max_queue_bytes."""
     max_pixels: int = Field(50_000_000, ge=1, le=89_000_000)
-    """Width times height of one image, read from its header before decoding; more: 413. A decoding thread needs up to
-    12 bytes a pixel, of a WebP file 16.
+    """Width times height of one image, read from its header before decoding; more: 413. Decoding takes up to 12 bytes a
+    pixel, of a WebP file 16.
     """
     max_request_pixels: int = Field(400_000_000, ge=1, le=1_000_000_000_000)
     """Pixels of all images of one request together; more: 413. At least max_pixels."""
@@ -145,12 +153,28 @@ class Settings(BaseSettings):
     """Number of classes that top_k may ask for; more: 400. Each takes about a microsecond an image."""
     inline_decode_bytes: int = Field(32 * 1024, ge=0, le=MIB)
     """JPEG and PNG files of up to this many bytes are decoded on the event loop, if inline_decode_pixels allows it too;
-    others go to a thread. 0: all go to a thread.
+    others go to a decode process. 0: all go there.
     """
     inline_decode_pixels: int = Field(256 * 256, ge=0, le=4_000_000)
     """Pixels of all images of a request together, as above."""
-    decode_threads: int = Field(0, ge=0, le=256)
-    """Threads that decode large images, in each worker; 0: one a CPU that it may use, at most 4."""
+    decode_processes: int = Field(0, ge=0, le=256)
+    """Processes that decode other images, in each worker, about 50 MB each; one that ends is replaced. 0: one a CPU
+    that may be used, shared between the workers, and at most 4.
+    """
+    decode_memory_bytes: int = Field(0, ge=0, le=1024 * 1024 * MIB)
+    """Bytes of memory that decoding one image may take; more: 413. 0: what the largest image takes, by max_pixels and
+    max_body_bytes. Linux only.
+    """
+    decode_cpu_s: float = Field(5.0, ge=0.01, le=600)
+    """Seconds of CPU time that decoding one image may take; more: 413, and its process is replaced."""
+    decode_timeout_s: float = Field(30.0, ge=0.01, le=600)
+    """Seconds that decoding one image may take, however busy the machine is; then as above."""
+    image_formats: Annotated[tuple[Format, ...], NoDecode, BeforeValidator(split_formats)] = Field(
+        get_args(Format), min_length=1
+    )
+    """Formats that are accepted, separated by commas; others: 415. Each that is left out is a decoder less that
+    strangers' bytes reach.
+    """
 
     max_connections: int = Field(1024, ge=1, le=1_000_000)
     """Open connections to the main port, in each worker; others get 503."""

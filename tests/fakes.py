@@ -14,6 +14,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from service.decoding.decode_process import Job, work
+from service.decoding.process_pool import ProcessPool, Reply
 from service.engine.metadata import MODEL_FILE, ModelMetadata, Provenance, ResizePolicy, to_props
 from service.repository.folder import GOLDEN_FILE, Golden, save_golden
 
@@ -240,3 +242,21 @@ def _write_golden(path: Path, version: int, defect: Defect | None) -> None:
         np.savez(path, images=np.array([{"a": "pickle"}]), labels=golden.labels, logits=golden.logits)
     elif defect != "golden_missing":
         save_golden(path, golden)
+
+
+class InPlacePool(ProcessPool):
+    """A `ProcessPool` without processes: decodes at once, where it is called."""
+
+    def __init__(self, real: ProcessPool) -> None:
+        self._limits = real._limits
+        self.decoded = 0
+
+    async def start(self) -> None:
+        pass
+
+    async def run(self, job: Job, data: bytes) -> Reply:
+        self.decoded += 1
+        return Reply.unpack(work(job, data, self._limits))
+
+    def close(self) -> None:
+        pass

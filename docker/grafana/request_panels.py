@@ -157,7 +157,7 @@ LATENCY = (
         unit="s",
         shows="The slowest hundredth of each stage: decoding of a request, an image's wait, a run of the model.",
         bad="Queue above inference: more comes than the model can do. Decoding above both: large images.",
-        do="Queue: add capacity. Decoding: PERCEIVER_DECODE_THREADS. Inference: another model or GPU.",
+        do="Queue: add capacity. Decoding: PERCEIVER_DECODE_PROCESSES. Inference: another model or GPU.",
         queries=(
             Query(quantile(0.99, "perceiver_decode_seconds"), "decode"),
             Query(quantile(0.99, "perceiver_queue_seconds"), "queue"),

@@ -143,7 +143,7 @@ class InferenceRequest:
         decoder = self._service.decoder
         try:
             if uploads is None:
-                uploads = self._admit(await decoder.in_thread(lambda _: self._parse(body), self._until))
+                uploads = self._admit(await decoder.in_thread(lambda: self._parse(body), self._until))
             images = self._pixels
             if images is None:
                 images = await decoder.decode(uploads, live.metadata, self._until)

@@ -41,7 +41,7 @@ class Metrics:
         )
         self.decode_seconds = seconds(
             "perceiver_decode_seconds",
-            "Seconds a request took from its last byte to arrays, the wait for a decoding thread included.",
+            "Seconds a request took from its last byte to arrays, the wait for a decode process included.",
         )
         self.queue_seconds = seconds("perceiver_queue_seconds", "Seconds an image waited for its batch.")
         self.inference_seconds = seconds("perceiver_inference_seconds", "Seconds of one run of the model.")
@@ -78,6 +78,13 @@ class Metrics:
             "perceiver_max_batch_size",
             "Images that one run may have now: the setting, or less since a CPU was measured or memory ran out.",
         )
+        self.decode_process_ends = counter(
+            "perceiver_decode_process_ends",
+            "Decode processes that have ended and were replaced, by reason.",
+            ["reason"],
+        )
+        for reason in ("cpu_limit", "time_limit", "abandoned", "died"):
+            self.decode_process_ends.labels(reason)
         self._request_counters: dict[tuple[str, int], Counter] = {}  # labels() checks its arguments on each call
         for result in ("loaded", "refused"):
             self.reloads.labels(result)
@@ -104,6 +111,10 @@ class Metrics:
     def decoded(self, seconds: float) -> None:
         """Time the decoding of one request's images."""
         self.decode_seconds.observe(seconds)
+
+    def decode_process_ended(self, reason: str) -> None:
+        """Count a decode process that was killed or has crashed."""
+        self.decode_process_ends.labels(reason).inc()
 
     def rejected(self, code: str) -> None:
         """Count a request that ended in an error."""

@@ -89,6 +89,13 @@ def test_request_path(tmp_path: Path) -> None:
     assert all(row["errors"] == "0" and float(row["images_per_s"]) > 0 for row in rows(out))
 
 
+def test_decoding(tmp_path: Path) -> None:
+    out = tmp_path / "decoding.csv"
+    done = run("benchmarks.decoding", "--sizes", "32", "--seconds", "0.05", "--rounds", "2", "--csv", str(out))
+    assert done.returncode == 0, done.stderr
+    assert [row["way"] for row in rows(out)] == ["thread", "process"]
+
+
 def test_training_speed(tmp_path: Path) -> None:
     out = tmp_path / "training.csv"
     flags = ("compact", "--seconds", "0.1", "--batch-size", "4", "--threads", "1", "--device", "cpu", "--csv", str(out))

@@ -2,10 +2,11 @@
 
     misuse      10,000 random requests of clients that behave badly, and then a normal one
     overload    five times as many requests as the model can answer
+    costly      files that are made to cost seconds or gigabytes, beside small requests
     fuzz        100,000 mutated images through the decoder, and as many mutated bodies through each parser
     openapi     schemathesis, every check on: no 500, and no answer that the OpenAPI document does not know
 
-Without a word: misuse and overload, each with its defaults.
+Without a word: misuse, overload and costly, each with its defaults.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import httpx
 
 from tests.chaos import openapi, slow_service
 from tests.chaos.client import rampage
+from tests.chaos.costly import SETTINGS, costly
 from tests.chaos.fuzz import TARGETS, fuzz
 from tests.chaos.overload import Target, overload
 from tests.chaos.service import LIMITS, Vitals
@@ -49,6 +51,8 @@ def parser() -> argparse.ArgumentParser:
     )
     load.add_argument("--max-batch-size", type=int, default=16, help="of the service (default: %(default)s)")
     load.add_argument("--max-queue-size", type=int, default=128, help="of the service (default: %(default)s)")
+    dear = runs.add_parser("costly", help="files that are made to cost much")
+    dear.add_argument("--seconds", type=float, default=3, help="for each file (default: %(default)s)")
     damage = runs.add_parser("fuzz", help="mutated images and bodies")
     damage.add_argument("--count", type=int, default=100_000, help="inputs of each target (default: %(default)s)")
     damage.add_argument("--seed", type=int, default=0, help="the same makes the same inputs (default: %(default)s)")
@@ -112,6 +116,16 @@ def run_overload(options: argparse.Namespace, folder: Path) -> Complaints:
         return seen.complaints() + compared(process, client, before)
 
 
+def run_costly(options: argparse.Namespace, folder: Path) -> Complaints:
+    """Send what is made to cost much."""
+    make_model_folder(folder / "m")
+    with served(folder, *on_model(folder / "m", *SETTINGS), module="service") as (process, client):
+        address = (client.base_url.host, client.base_url.port or 0)
+        complaints = costly(address, process.popen.pid, options.seconds)
+        status = client.get("/health/ready").status_code
+        return complaints + ([f"readiness is {status}"] if status != 200 else [])
+
+
 def run_fuzz(options: argparse.Namespace, folder: Path) -> Complaints:
     """Try mutated inputs."""
     complaints = []
@@ -139,6 +153,7 @@ def run_openapi(options: argparse.Namespace, folder: Path) -> Complaints:
 RUNS: dict[str, Callable[[argparse.Namespace, Path], Complaints]] = {
     "misuse": run_misuse,
     "overload": run_overload,
+    "costly": run_costly,
     "fuzz": run_fuzz,
     "openapi": run_openapi,
 }
@@ -148,7 +163,7 @@ def main() -> int:
     """Run what is asked for; return 1 if any promise was broken."""
     options = parser().parse_args()
     complaints = []
-    for name in [options.run] if options.run else ["misuse", "overload"]:
+    for name in [options.run] if options.run else ["misuse", "overload", "costly"]:
         print(f"--- {name}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             found = RUNS[name](options if options.run else parser().parse_args([name]), Path(folder))

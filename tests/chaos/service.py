@@ -15,7 +15,7 @@ LIMITS = (
     "--max-pixels=4000000",
     "--header-timeout-s=0.3",
     "--body-timeout-s=1",
-    "--decode-threads=2",
+    "--decode-processes=2",
     "--max-queue-size=256",
 )
 MEMORY_GROWTH = 64 * 1024 * 1024

@@ -327,3 +327,26 @@ def test_help_needs_no_model() -> None:
     assert done.returncode == 0
     assert "--max-queue-size" in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux tells of processes")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_decode_processes_end_with_the_service(tmp_path: Path, number: int) -> None:
+    make_model_folder(tmp_path / "m")
+    with started(tmp_path, *on_model(tmp_path / "m", "--decode-processes=2")) as process, process.ready():
+        children = process.children()
+        assert len(children) == 2
+        process.signal(number)
+        process.popen.wait(SECONDS)
+    until = time.monotonic() + SECONDS
+    while running := [child for child in children if is_running(child)]:
+        assert time.monotonic() < until, running
+        time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, and it is no zombie that waits for whoever has inherited it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -9,7 +9,7 @@ from service.api.payload import Upload
 from service.decoding.decoder import Decoder
 from service.errors import ServiceError
 from service.settings import Settings
-from tests.fakes import tiny_metadata
+from tests.fakes import InPlacePool, tiny_metadata
 from tests.imaging.hand_made import bad_files, good_files
 from training.data import image_files
 from training.data.dataset import DataError
@@ -20,7 +20,9 @@ GOOD, BAD = good_files(), bad_files()
 
 @pytest.fixture
 async def decoder() -> Decoder:
-    return Decoder(Settings(decode_threads=1))
+    decoder = Decoder(Settings())
+    decoder.processes = InPlacePool(decoder.processes)
+    return decoder
 
 
 @pytest.mark.parametrize("name", GOOD)

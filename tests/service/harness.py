@@ -21,7 +21,7 @@ from service.repository.folder import GOLDEN_FILE, Golden, save_golden
 from service.server.server import Server, configuration
 from service.server.sockets import bind, claim_port
 from service.settings import Settings
-from tests.fakes import FakeEngine, image
+from tests.fakes import FakeEngine, InPlacePool, image
 from tests.imaging.files import encode
 
 
@@ -40,6 +40,12 @@ class Running:
     def in_flight(self) -> int:
         """Requests to /predict that are being answered."""
         return len(self.service.in_flight)
+
+    @property
+    def decoded_elsewhere(self) -> int:
+        """Images that were not decoded on the event loop."""
+        assert isinstance(self.service.decoder.processes, InPlacePool)
+        return self.service.decoder.processes.decoded
 
     @property
     def connections(self) -> int:
@@ -115,8 +121,10 @@ def fake_folder(folder: Path, engine: FakeEngine, versions: Sequence[int] = (1,)
 
 
 @asynccontextmanager
-async def running(folder: Path, engine: FakeEngine | None = None, **settings: object) -> AsyncIterator[Running]:
-    """Serve until the block ends; ready when it begins."""
+async def running(
+    folder: Path, engine: FakeEngine | None = None, *, real_processes: bool = False, **settings: object
+) -> AsyncIterator[Running]:
+    """Serve until the block ends; ready when it begins. `real_processes` start for tests that are about them."""
     engine = engine or FakeEngine()
 
     def open_engines(path: Path, settings: Settings) -> list[Engine]:
@@ -129,6 +137,8 @@ async def running(folder: Path, engine: FakeEngine | None = None, **settings: ob
         "model_poll_s": 3600,
     }
     service = Service(Settings.model_validate(values | settings), open_engines=open_engines)
+    if not real_processes:
+        service.decoder.processes = InPlacePool(service.decoder.processes)
     async with listening(service, engine) as run:
         await run.until(lambda: service.status == "ready")
         engine.batches.clear()

@@ -41,6 +41,7 @@ def test_the_defaults_are_valid_and_complete() -> None:
         ("cors_origins", "https://a.example,http://b.example:8080", ("https://a.example", "http://b.example:8080")),
         ("api_keys", "one,two", (SecretStr("one"), SecretStr("two"))),
         ("provider", "cuda", "cuda"),
+        ("image_formats", "jpeg, PNG", ("JPEG", "PNG")),
         ("gpu_memory_limit_bytes", "1073741824", 1 << 30),
     ],
 )
@@ -96,6 +97,8 @@ def test_every_number_has_its_bounds_in_its_description() -> None:
         (["--port", "http"], "and it is 'http'."),
         (["--max-batch-size", "0"], "PERCEIVER_MAX_BATCH_SIZE (--max-batch-size): input should be greater than"),
         (["--provider", "gpu"], "'cuda'"),
+        (["--image-formats", "png,jpg"], "PERCEIVER_IMAGE_FORMATS (--image-formats): input should be 'JPEG', 'PNG'"),
+        (["--image-formats", ","], "is set and holds nothing"),
         (["--device-ids", "0,-1"], "PERCEIVER_DEVICE_IDS (--device-ids): input should be greater than or equal to 0"),
         (["--device-ids", ","], "is set and holds nothing"),
         (["--device-ids", "1,0,1"], "names a device twice"),

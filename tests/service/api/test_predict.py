@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import struct
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +13,11 @@ from service.api.prediction_writer import server_timing
 from service.api.schemas import PredictResponse
 from service.batching.logits import BatchLogits
 from service.batching.queue import Prediction
-from service.decoding import decoder as decoder_module
-from service.decoding.decoder import Decoder, decode_all
+from service.decoding.decoder import Decoder
 from service.decoding.upload import Upload
-from service.errors import DeadlineExceeded, InferenceFailed, TooManyPixels
+from service.errors import InferenceFailed, TooManyPixels
 from service.settings import Settings
-from tests.fakes import HEIGHT, WIDTH, FakeEngine, tiny_metadata
+from tests.fakes import HEIGHT, WIDTH, FakeEngine, InPlacePool, tiny_metadata
 from tests.imaging.files import all_files, encode, pixels, png_announcing
 from tests.imaging.hand_made import DATA
 from tests.service.harness import Running, error_of, png, running
@@ -118,11 +116,11 @@ async def test_small_images_with_many_pixels_leave_the_event_loop(tmp_path: Path
             "/predict", content=encode(np.zeros((50, 50, 3), np.uint8), "PNG"), headers=IMAGE
         )
         assert response.status_code == 200
-        assert run.service.decoder._threads._threads
+        assert run.decoded_elsewhere == 1
 
 
 async def test_a_small_jpeg_of_many_scans_leaves_the_event_loop() -> None:
-    decoder = Decoder(Settings(inline_decode_pixels=MAX_SCANS * HEIGHT * WIDTH, decode_threads=1))
+    decoder = Decoder(Settings(inline_decode_pixels=MAX_SCANS * HEIGHT * WIDTH, decode_processes=1))
     jpeg = encode(SMALL, "JPEG", progressive=True)
     many = [Upload(jpeg + SCAN * (MAX_SCANS + more - jpeg.count(SCAN))) for more in (0, 1)]
     assert decoder.decode_inline(many[:1], tiny_metadata()) is not None
@@ -131,7 +129,7 @@ async def test_a_small_jpeg_of_many_scans_leaves_the_event_loop() -> None:
 
 
 async def test_many_small_jpegs_leave_the_event_loop() -> None:
-    decoder = Decoder(Settings(inline_decode_pixels=2 * HEIGHT * WIDTH, decode_threads=1))
+    decoder = Decoder(Settings(inline_decode_pixels=2 * HEIGHT * WIDTH, decode_processes=1))
     jpegs = [Upload(encode(SMALL, "JPEG"))] * 3
     images = decoder.decode_inline(jpegs[:2], tiny_metadata())
     assert images is not None
@@ -178,11 +176,12 @@ async def test_server_timing_splits_the_time(tmp_path: Path) -> None:
 
 async def test_the_pixels_of_a_request_are_bounded_wherever_it_is_decoded() -> None:
     pixels = HEIGHT * WIDTH
-    decoder = Decoder(Settings(max_pixels=pixels, max_request_pixels=2 * pixels, decode_threads=1))
+    decoder = Decoder(Settings(max_pixels=pixels, max_request_pixels=2 * pixels, decode_processes=1))
     pngs = [Upload(encode(SMALL, "PNG"))] * 3
     assert decoder.decode_inline(pngs[:2], tiny_metadata()) is not None
     assert decoder.decode_inline(pngs, tiny_metadata()) is None
-    with pytest.raises(TooManyPixels):
+    decoder.processes = InPlacePool(decoder.processes)
+    with pytest.raises(TooManyPixels, match="Image 3 of 3: The images of a request may have"):
         await decoder.decode(pngs, tiny_metadata(), asyncio.get_running_loop().time() + 60)
     decoder.close()
 
@@ -280,33 +279,6 @@ async def test_the_pixels_of_all_images_of_a_request_are_bounded(tmp_path: Path,
         assert (response.status_code, error_of(response.content)) == (413, "too_many_pixels")
         assert "Image 4 of 4" in response.json()["error"]["message"]
         assert "300000 pixels together" in response.json()["error"]["message"]
-
-
-async def test_decoding_stops_between_two_images_when_nobody_waits_any_more() -> None:
-    done = threading.Event()
-    done.set()
-    with pytest.raises(DeadlineExceeded):
-        decode_all([Upload(png(1))], tiny_metadata(), Settings(), done)
-    assert len(decode_all([Upload(png(1))], tiny_metadata(), Settings(), threading.Event())) == 1
-
-
-async def test_a_thread_that_decodes_is_told_when_nobody_waits_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[threading.Event] = []
-
-    def decode_until_told(*arguments: object) -> list[object]:
-        abandoned = arguments[-1]
-        assert isinstance(abandoned, threading.Event)
-        told.append(abandoned)
-        assert abandoned.wait(5)
-        return []
-
-    monkeypatch.setattr(decoder_module, "decode_all", decode_until_told)
-    decoder = Decoder(Settings(decode_threads=1))
-    for _ in range(2):  # the second finds the thread free again
-        with pytest.raises(DeadlineExceeded):
-            await decoder.decode([], tiny_metadata(), asyncio.get_running_loop().time() + 0.2)
-    assert [event.is_set() for event in told] == [True, True]
-    decoder.close()
 
 
 async def test_a_failing_batch_is_a_500_and_the_next_one_is_served(tmp_path: Path) -> None:

@@ -2,12 +2,19 @@
 
 import asyncio
 import base64
-import threading
+import os
+import signal
 from pathlib import Path
 
-from tests.fakes import FakeEngine
-from tests.imaging.files import encode, pixels
-from tests.service.harness import Running, error_of, png, read_answer, request_head, running
+import pytest
+from PIL import Image
+
+from service.decoding import process_pool
+from service.lifecycle import Service
+from service.settings import Settings
+from tests.fakes import FakeEngine, image
+from tests.imaging.files import encode
+from tests.service.harness import Running, error_of, listening, png, read_answer, request_head, running
 
 IMAGE = {"content-type": "image/png"}
 
@@ -117,26 +124,70 @@ async def test_the_setting_bounds_what_a_client_asks_for(tmp_path: Path) -> None
         assert (await first).status_code == 200
 
 
-async def test_a_deadline_that_passes_while_no_decoding_thread_is_free(tmp_path: Path) -> None:
-    body = encode(pixels(40, 40), "BMP")
-    async with running(tmp_path, decode_threads=1, inline_decode_bytes=0) as run:
-        await run.service.decoder._free.acquire()
-        headers = IMAGE | {"x-request-timeout-ms": "50"}
-        response = await run.client.post("/predict", content=body, headers=headers)
-        assert error_of(response.content) == "deadline_exceeded"
-        run.service.decoder._free.release()
-        assert answered(run) == []
-        assert (await run.predict()).status_code == 200
+# Decode processes
 
 
-async def test_decoding_takes_no_more_threads_than_it_may(tmp_path: Path) -> None:
-    body = encode(pixels(600, 600), "PNG")
-    async with running(tmp_path, decode_threads=2, inline_decode_bytes=0) as run:
-        posts = (run.client.post("/predict", content=body, headers=IMAGE) for _ in range(24))
-        answers = await asyncio.gather(*posts)
-        assert {answer.status_code for answer in answers} == {200}
-        names = {thread.name for thread in threading.enumerate() if thread.name.startswith("decode_")}
-        assert names == {"decode_0", "decode_1"}
+async def test_an_image_that_takes_too_much_is_413_and_others_go_on(tmp_path: Path) -> None:
+    large = encode(Image.new("RGB", (4000, 4000)), "PNG")
+    async with running(tmp_path, real_processes=True, decode_processes=2, decode_cpu_s=0.02) as run:
+        posts = [asyncio.create_task(run.client.post("/predict", content=large, headers=IMAGE)) for _ in range(3)]
+        while not all(post.done() for post in posts):
+            assert (await run.predict()).status_code == 200
+            assert (await run.client.get("/health/ready")).status_code == 200
+        for response in await asyncio.gather(*posts):
+            assert (response.status_code, error_of(response.content)) == (413, "image_too_costly")
+            assert "0.02 s of CPU time" in response.json()["error"]["message"]
+        assert await run.metric('perceiver_decode_process_ends_total{reason="cpu_limit"}') == 3
+        small = encode(image(5), "BMP")
+        assert (await run.client.post("/predict", content=small, headers=IMAGE)).status_code == 200
+
+
+async def test_a_decode_process_that_is_killed_fails_its_image_alone(tmp_path: Path) -> None:
+    body = encode(image(5), "BMP")
+    async with running(tmp_path, real_processes=True, decode_processes=1) as run:
+        (process,) = run.service.decoder.processes.processes
+        os.kill(process.pid, signal.SIGSTOP)
+        posts = []
+        for admitted in (1, 2, 3):
+            posts.append(asyncio.create_task(run.client.post("/predict", content=body, headers=IMAGE)))
+            await run.until(lambda admitted=admitted: run.service.admission.images == admitted)
+        os.kill(process.pid, signal.SIGKILL)
+        statuses = [(await post).status_code for post in posts]
+        assert statuses == [500, 200, 200]
+        assert error_of((await posts[0]).content) == "decoding_failed"
+        assert (await run.client.get("/health/ready")).status_code == 200
+
+
+async def test_what_waits_for_a_decode_process_counts_and_has_its_deadline(tmp_path: Path) -> None:
+    body = encode(image(5), "BMP")
+    async with running(tmp_path, real_processes=True, decode_processes=1, max_queue_size=2, max_images=2) as run:
+        (process,) = run.service.decoder.processes.processes
+        os.kill(process.pid, signal.SIGSTOP)
+        first = asyncio.create_task(run.client.post("/predict", content=body, headers=IMAGE))
+        await run.until(lambda: run.service.admission.images == 1)
+        headers = IMAGE | {"x-request-timeout-ms": "300"}
+        second = asyncio.create_task(run.client.post("/predict", content=body, headers=headers))
+        await run.until(lambda: run.service.admission.images == 2)
+        assert error_of((await run.predict()).content) == "overloaded"
+        assert error_of((await second).content) == "deadline_exceeded"
+        _, writer = await run.connect()
+        writer.write(request_head(len(body)) + body)
+        await run.until(lambda: run.service.admission.images == 2)
+        writer.close()  # a client that leaves while it waits
+        await run.until(lambda: run.service.admission.images == 1)
+        os.kill(process.pid, signal.SIGCONT)
+        assert (await first).status_code == 200
+        assert answered(run) == [5]
+
+
+async def test_where_no_decode_process_can_be_started_the_service_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_pool, "MODULE", "service.decoding.no_such_module")
+    service = Service(Settings(model_dir=tmp_path, port=0, decode_processes=1))
+    async with listening(service, FakeEngine()) as run:
+        await run.until(lambda: service.status == "failed")
+        assert "The decode processes can't be started" in service.failure
 
 
 # Clients that leave

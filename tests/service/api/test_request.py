@@ -171,7 +171,7 @@ async def test_a_large_image_of_a_small_file_is_decoded_elsewhere(tmp_path: Path
     async with running(tmp_path, inline_decode_pixels=10_000) as run:
         assert (await ask(run, request(MANY)))[0] == 200
         assert drivers == ["connection"]
-        assert run.service.decoder._threads._threads
+        assert run.decoded_elsewhere == 1
 
 
 async def test_an_answer_that_is_no_number_is_an_error(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ FAMILIES = {
     "perceiver_images": "counter",
     "perceiver_failed_batches": "counter",
     "perceiver_rejections": "counter",
+    "perceiver_decode_process_ends": "counter",
     "perceiver_deadline_misses": "counter",
     "perceiver_cancellations": "counter",
     "perceiver_model_info": "gauge",
