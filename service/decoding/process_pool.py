@@ -321,4 +321,4 @@ def environment() -> dict[str, str]:
     """Return the variables for a process: without settings, among which are keys, and with where modules are found."""
     kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("PERCEIVER_")}
     # It has no use for NumPy's threads, whose stacks would count against its memory.
-    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"}
+    return kept | {"PYTHONPATH": os.pathsep.join(path or "." for path in sys.path), "OPENBLAS_NUM_THREADS": "1"}

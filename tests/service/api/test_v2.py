@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import math
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def malformed(draw: st.DrawFn) -> tuple[bytes, int | None]:
         while isinstance(node, dict | list) and node:
             key = draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(min(len(node), 9))))
             if draw(st.booleans()) or not isinstance(node[key], dict | list):
-                node[key] = draw(SCALARS)
+                node[key] = deepcopy(draw(SCALARS))  # a later round may change it
                 break
             node = node[key]
     text = json.dumps(content).encode()
