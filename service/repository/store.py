@@ -257,7 +257,9 @@ class ModelStore:
         try:
             try:
                 await batcher.on_each_engine(lambda engine: engine.warm_up())
-                reports = await batcher.on_each_engine(lambda engine: check_golden(engine, golden))
+                reports = await batcher.on_each_engine(
+                    lambda engine: check_golden(engine, golden, is_whole=engine is engines[0])
+                )
             except Exception as error:
                 if isinstance(error, GoldenMismatchError):
                     self._observer.golden_checked(error.report.max_abs_difference)
@@ -268,7 +270,8 @@ class ModelStore:
             raise
         self._observer.golden_checked(max(report.max_abs_difference for report in reports))
         batcher.start()
-        return LiveModel(version.number, engines, batcher)
+        rate = sum(report.rate for report, engine in zip(reports, engines, strict=True) if not engine.runs_alone)
+        return LiveModel(version.number, engines, batcher, rate)
 
     def _swap(self, model: LiveModel) -> None:
         """Make `model` live; the old one serves its accepted requests and retires."""
