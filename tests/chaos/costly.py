@@ -60,7 +60,12 @@ LARGE: dict[str, Callable[[], bytes]] = {
 FORMS: dict[str, Callable[[], bytes]] = {
     "form, 4 MB of empty files": lambda: EMPTY_PART * ((4 << 20) // len(EMPTY_PART)) + b"--b--\r\n",
 }
-ROWS: Final[dict[str, Callable[[], bytes]]] = {**REFUSED, **HARMLESS, **LARGE, **FORMS}
+ROWS: Final[dict[str, Callable[[], bytes]]] = {
+    **REFUSED,
+    **{f"{name}, passed over": make for name, make in HARMLESS.items()},
+    **LARGE,
+    **FORMS,
+}
 
 
 @dataclass
