@@ -167,7 +167,10 @@ Unavailable = _error(
     "As many connections are open as `max_connections` allows; this one is closed, but for probes and metrics.",
 )
 Overloaded = _error(
-    503, "overloaded", "The queue is full; try again later.", "Admission is full, in images or in bytes."
+    503,
+    "overloaded",
+    "The queue is full; try again later.",
+    "Admission is full, in images or in bytes, or what is in flight takes longer than the deadline allows.",
 )
 FolderUnavailable = _error(
     503,

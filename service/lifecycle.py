@@ -36,7 +36,9 @@ class Service:
     def __init__(self, settings: Settings, *, open_engines: OpenEngines = open_engines) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.admission = Admission(settings.max_queue_size, settings.max_queue_bytes)
+        self.admission = Admission(
+            settings.max_queue_size, settings.max_queue_bytes, max_wait=settings.request_timeout_ms / 1000
+        )
         self.decoder = Decoder(settings, self.metrics.decode_process_ended)
         self.leaving = False
         self.draining = False

@@ -17,7 +17,7 @@ from service.batching.admission import Ticket
 from service.batching.queue import Prediction
 from service.decoding.decoder import Pixels
 from service.decoding.upload import Upload
-from service.errors import ClientDisconnected, Overloaded
+from service.errors import ClientDisconnected, DeadlineExceeded, Overloaded
 from service.repository.versions import LiveModel
 
 if TYPE_CHECKING:
@@ -105,11 +105,12 @@ class InferenceRequest:
         service.check_ready()
         self._options = options = read_options(self._headers, settings.request_timeout_ms)
         self._check_content_type()
-        self._check_options(service.lease())
+        self._check_options(live := service.lease())
         announced = options.content_length or 0
         check_size(announced, settings.max_body_bytes)
         if service.admission.is_full(size=announced):
             raise Overloaded(retry_after=service.admission.retry_after(announced))
+        service.admission.check_wait(1, options.timeout, live.expected_rate)
 
     def _check_content_type(self) -> None:
         check_content_type(self._options.content_type)
@@ -131,7 +132,7 @@ class InferenceRequest:
         body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         decoder, uploads, images = self._service.decoder, None, None
         if self._is_parsed_inline(body):
-            uploads = self._admit(self._parse(body))
+            uploads = self._admit(live, self._parse(body))
             images = self._pixels if self._pixels is not None else decoder.decode_inline(uploads, live.metadata)
         if uploads is not None and images is not None:
             self._queue(uploads, images)
@@ -143,7 +144,7 @@ class InferenceRequest:
         decoder = self._service.decoder
         try:
             if uploads is None:
-                uploads = self._admit(await decoder.in_thread(lambda: self._parse(body), self._until))
+                uploads = self._admit(live, await decoder.in_thread(lambda: self._parse(body), self._until))
             images = self._pixels
             if images is None:
                 images = await decoder.decode(uploads, live.metadata, self._until)
@@ -159,8 +160,10 @@ class InferenceRequest:
         """Return the files of a body, or set `_pixels` and return as many empty ones. It may run in a thread."""
         return parse_body(self._options.content_type, body, max_images=self._service.settings.max_images)
 
-    def _admit(self, payload: Payload) -> list[Upload]:
-        self._ticket.add(images=len(payload.uploads))
+    def _admit(self, live: LiveModel, payload: Payload) -> list[Upload]:
+        images = len(payload.uploads)
+        self._service.admission.check_wait(images, self._options.timeout, live.expected_rate)
+        self._ticket.add(images=images)
         self._check_fields(payload)
         return payload.uploads
 
@@ -224,7 +227,7 @@ class InferenceRequest:
         if self._live is not None:
             self._live.__exit__()
             self._live = None
-        self._ticket.release()
+        self._ticket.release(served=status == 200, missed=status == DeadlineExceeded.status)
         self._service.in_flight.discard(self)
         self._endpoint.log.finished("POST", self.path, status, perf_counter() - self._began, self._request_id)
         respond: Respond = self._respond

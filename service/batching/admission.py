@@ -1,4 +1,4 @@
-"""Admission: bounds the images and bytes in flight, counted before anything is decoded."""
+"""Admission: bounds the images and bytes in flight, counted before anything is decoded, and how long they wait."""
 
 import time
 from collections.abc import Callable
@@ -6,8 +6,48 @@ from collections.abc import Callable
 from service.errors import BodyTooLarge, Overloaded, TooManyImages
 
 RATE_WINDOW_SECONDS = 1.0
-RATE_DECAY = 0.8  # how much of an old peak a quieter window leaves
+RATE_DECAY = 0.8  # how much of an old peak a slower window leaves
 MAX_RETRY_AFTER_SECONDS = 60.0
+
+
+class Rate:
+    """How many of something are served in a second, of the seconds in which any is in flight.
+
+    A second in which few came shows their number, not the capacity. So a lower rate than before counts only where
+    others waited for more than that second, or missed their deadlines; and then the peak fades, and does not end.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._in_flight = self._count = self._missed = 0
+        self._seconds = self._resumed = 0.0  # of this window; since when any is in flight
+        self.measured = 0.0  # of the last windows; 0 where nothing is known
+
+    def take(self, number: int) -> None:
+        """Count so many more in flight."""
+        if not self._in_flight:
+            self._resumed = self._clock()
+        self._in_flight += number
+
+    def give_back(self, number: int, *, served: bool, missed: bool = False) -> None:
+        """Count so many fewer in flight; whether they were served, or missed their deadline."""
+        now = self._clock()
+        if served:
+            self._count += number
+        self._missed += missed
+        seconds = self._seconds + now - self._resumed if self._in_flight else self._seconds
+        self._in_flight -= number
+        if seconds >= RATE_WINDOW_SECONDS:
+            is_busy = self._missed or self._in_flight >= self._count
+            self.measured = max(self._count / seconds, self.measured * (RATE_DECAY if is_busy else 1))
+            seconds, self._count, self._missed = 0.0, 0, 0
+        self._seconds, self._resumed = seconds, now
+
+    def so_far(self) -> float:
+        """Return the measured rate, or that of the first window before its end; 0 where nothing is known."""
+        # A whole batch ends at once, so the first moments of another window would show any rate.
+        seconds = self._seconds + self._clock() - self._resumed if self._in_flight else self._seconds
+        return self.measured or (self._count / seconds if seconds > 0 else 0.0)
 
 
 class Admission:
@@ -16,6 +56,7 @@ class Admission:
     Args:
         max_images: images that may be in flight.
         max_bytes: bytes of request bodies that may be in flight.
+        max_wait: seconds after which none of them waits any more, for their deadlines have passed.
         clock: monotonic, in seconds.
 
     Attributes:
@@ -23,37 +64,63 @@ class Admission:
         bytes: bytes of request bodies in flight.
     """
 
-    def __init__(self, max_images: int, max_bytes: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        max_images: int,
+        max_bytes: int,
+        *,
+        max_wait: float = MAX_RETRY_AFTER_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.max_images = max_images
         self.max_bytes = max_bytes
         self.images = 0
         self.bytes = 0
-        self._clock = clock
-        self._rate = self._byte_rate = 0.0
-        self._window_start = 0.0
-        self._window_count = self._window_bytes = 0
+        self._max_retry_after = min(max(max_wait, 1.0), MAX_RETRY_AFTER_SECONDS)
+        self._image_rate, self._byte_rate = Rate(clock), Rate(clock)
 
     def is_full(self, images: int = 1, size: int = 0) -> bool:
         """Whether so many more images, or so many more bytes, would exceed a bound."""
         return self.images + images > self.max_images or self.bytes + size > self.max_bytes
 
+    def check_wait(self, images: int, timeout: float, expected_rate: float) -> None:
+        """Refuse images that would not run before their deadline; those that find none ahead may always try.
+
+        Args:
+            images: more than those in flight.
+            timeout: seconds until their deadline.
+            expected_rate: images a second to begin with; 0 where nothing is known.
+
+        Raises:
+            Overloaded
+        """
+        if not self.images:
+            return
+        rate = self._image_rate.measured = self._image_rate.measured or expected_rate
+        wait = (self.images + images - 1) / rate if rate else 0.0
+        if wait > timeout:
+            raise Overloaded(
+                f"The queue would take about {wait:.3g} s, and the deadline is in {timeout:g} s; try again later.",
+                retry_after=self._bounded(wait - timeout),
+            )
+
     def retry_after(self, size: int = 0) -> float:
-        """Return the seconds until all in flight is answered at the measured rate: at least 1, at most 60.
+        """Return the seconds until all in flight is answered at the measured rate, or has met its deadline.
 
         Args:
             size: bytes that were refused. If they exceed the bound, the rate in bytes counts as well.
+
+        Returns:
+            At least 1, at most 60 and `max_wait`.
         """
-        elapsed = self._clock() - self._window_start
+        rate = self._image_rate.so_far()
+        seconds = self.images / rate if rate else 0.0
+        if self.bytes + size > self.max_bytes and (rate := self._byte_rate.so_far()):
+            seconds = max(seconds, self.bytes / rate)
+        return self._bounded(seconds)
 
-        def seconds_for(inside: int, measured: float, left: int) -> float:
-            # A whole batch ends at once, so the first moments of a window would show any rate.
-            rate = measured or (left / elapsed if elapsed > 0 else 0.0)
-            return inside / rate if rate > 0 else 0.0
-
-        seconds = seconds_for(self.images, self._rate, self._window_count)
-        if self.bytes + size > self.max_bytes:
-            seconds = max(seconds, seconds_for(self.bytes, self._byte_rate, self._window_bytes))
-        return min(max(seconds, 1.0), MAX_RETRY_AFTER_SECONDS)
+    def _bounded(self, seconds: float) -> float:
+        return min(max(seconds, 1.0), self._max_retry_after)
 
     def _take(self, ticket: "Ticket", images: int, size: int) -> None:
         if self.images + images > self.max_images or self.bytes + size > self.max_bytes:
@@ -62,26 +129,16 @@ class Admission:
             if ticket.bytes + size > self.max_bytes:
                 raise BodyTooLarge(f"A request can hold at most {self.max_bytes} bytes; send several requests.")
             raise Overloaded(retry_after=self.retry_after(size))
-        if self.images == 0 == self.bytes:  # idle time does not count as slowness
-            self._window_start, self._window_count, self._window_bytes = self._clock(), 0, 0
         self.images += images
         self.bytes += size
+        self._image_rate.take(images)
+        self._byte_rate.take(size)
 
-    def _give_back(self, images: int, size: int) -> None:
+    def _give_back(self, images: int, size: int, *, served: bool, missed: bool) -> None:
         self.images -= images
         self.bytes -= size
-        self._window_count += images
-        self._window_bytes += size
-        elapsed = self._clock() - self._window_start
-        if elapsed >= RATE_WINDOW_SECONDS:
-            self._measure(elapsed)
-
-    def _measure(self, elapsed: float) -> None:
-        """End a window of `elapsed` seconds."""
-        # A window of few requests shows their number, not the capacity: the peak stays and fades.
-        self._rate = max(self._window_count / elapsed, RATE_DECAY * self._rate)
-        self._byte_rate = max(self._window_bytes / elapsed, RATE_DECAY * self._byte_rate)
-        self._window_start, self._window_count, self._window_bytes = self._clock(), 0, 0
+        self._image_rate.give_back(images, served=served, missed=missed)
+        self._byte_rate.give_back(size, served=True)
 
 
 class Ticket:
@@ -104,7 +161,12 @@ class Ticket:
         self.images += images
         self.bytes += bytes
 
-    def release(self) -> None:
-        """Give all of it back, at the end of the request."""
-        self._admission._give_back(self.images, self.bytes)
+    def release(self, *, served: bool = True, missed: bool = False) -> None:
+        """Give all of it back, at the end of the request.
+
+        Args:
+            served: whether it got its predictions; if not, it is no sign of speed.
+            missed: whether its deadline has passed.
+        """
+        self._admission._give_back(self.images, self.bytes, served=served, missed=missed)
         self.images = self.bytes = 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +16,18 @@ from service.repository.folder import Golden
 
 @dataclass(frozen=True)
 class GoldenReport:
-    """Largest absolute difference of a logit from the golden ones, and the number of `n` labels that differ."""
+    """What came of the golden images.
+
+    Attributes:
+        max_abs_difference: the largest of a logit from the golden ones.
+        labels_differ: how many of the `n` images have another label.
+        rate: images a second.
+    """
 
     max_abs_difference: float
     labels_differ: int
     n: int
+    rate: float
 
 
 def replay_golden(engine: Engine, golden: Golden) -> GoldenReport:
@@ -37,11 +45,14 @@ def replay_golden(engine: Engine, golden: Golden) -> GoldenReport:
             f"do not fit a model of shape {list(wanted[0])} with {wanted[1]} classes"
         )
     difference, wrong = 0.0, np.zeros(len(golden), dtype=np.bool_)
+    begun, ran = perf_counter(), 0
     for part in _parts(engine, len(golden)):
+        ran += len(part)
         logits, expected = engine.run(golden.images[part]), golden.logits[part]
         difference = float(np.maximum(difference, np.abs(logits - expected).max()))  # keeps a NaN
         np.logical_or.at(wrong, part, logits.argmax(axis=1) != expected.argmax(axis=1))
-    return GoldenReport(difference, int(np.count_nonzero(wrong)), len(golden))
+    rate = ran / max(perf_counter() - begun, 1e-9)
+    return GoldenReport(difference, int(np.count_nonzero(wrong)), len(golden), rate)
 
 
 def _parts(engine: Engine, n: int) -> Iterator[NDArray[np.intp]]:

@@ -268,7 +268,8 @@ class ModelStore:
             raise
         self._observer.golden_checked(max(report.max_abs_difference for report in reports))
         batcher.start()
-        return LiveModel(version.number, engines, batcher)
+        rate = sum(report.rate for report, engine in zip(reports, engines, strict=True) if not engine.runs_alone)
+        return LiveModel(version.number, engines, batcher, rate)
 
     def _swap(self, model: LiveModel) -> None:
         """Make `model` live; the old one serves its accepted requests and retires."""

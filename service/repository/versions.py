@@ -58,13 +58,17 @@ class LiveModel:
         metadata: of the file that runs.
         provider: where it runs.
         batcher: its own, so that input size, labels, version and results belong together.
+        expected_rate: images a second, as the golden images ran; what serving shows is better known.
     """
 
-    def __init__(self, version: int, engines: Sequence[Engine], batcher: DynamicBatcher) -> None:
+    def __init__(
+        self, version: int, engines: Sequence[Engine], batcher: DynamicBatcher, expected_rate: float = 0.0
+    ) -> None:
         self.version = version
         self.metadata: ModelMetadata = engines[0].metadata
         self.provider: Provider = engines[0].provider
         self.batcher = batcher
+        self.expected_rate = expected_rate
         self._leases = 0
         self._unused = asyncio.Event()
         self._unused.set()

@@ -101,6 +101,28 @@ async def test_bodies_that_are_announced_and_do_not_come_keep_nobody_out(tmp_pat
 # Deadlines
 
 
+async def test_a_request_that_could_not_run_in_time_is_refused_at_once(tmp_path: Path) -> None:
+    engine = FakeEngine(max_batch_size=1)
+    async with running(tmp_path, engine, request_timeout_ms=5000) as run:
+        assert run.service.store.live is not None
+        assert run.service.store.live.expected_rate > 0
+        run.service.store.live.expected_rate = 0.5
+        first = await run.hold_first()
+        second = asyncio.create_task(run.predict(2))
+        await run.until(lambda: run.service.admission.images == 2)
+        headers = IMAGE | {"x-request-timeout-ms": "1000"}
+        response = await run.client.post("/predict", content=png(3), headers=headers)
+        assert (response.status_code, error_of(response.content)) == (503, "overloaded")
+        assert "about 4 s, and the deadline is in 1 s" in response.text
+        assert response.headers["retry-after"] == "3"
+        files = [("a", ("a.png", png(3))), ("b", ("b.png", png(3)))]  # the last of which would wait for 6 s
+        response = await run.client.post("/predict", files=files)
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+        engine.release(2)
+        assert [(await task).status_code for task in (first, second)] == [200, 200]
+        assert answered(run) == [1, 2]
+
+
 async def test_a_image_whose_deadline_passes_in_the_queue_is_not_run(tmp_path: Path) -> None:
     engine = FakeEngine(max_batch_size=1)
     async with running(tmp_path, engine) as run:

@@ -1,5 +1,8 @@
+import math
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -174,16 +177,124 @@ def test_idle_time_does_not_count_as_slowness(clock: Clock) -> None:
     assert admission.retry_after() == pytest.approx(5)
 
 
-def test_a_quiet_time_fades_the_peak_and_does_not_end_it(clock: Clock) -> None:
+@pytest.mark.parametrize("sign", ["none", "others wait", "a deadline was missed"])
+def test_a_slow_second_fades_the_peak_where_it_is_a_sign_of_slowness(clock: Clock, sign: str) -> None:
     admission = Admission(1000, 0, clock=clock)
     ticket = enter(admission, 100)
     clock.now += 1
     ticket.release()
     ticket = enter(admission, 1)  # one image in a second shows how many came, not how many could
+    if sign == "others wait":
+        enter(admission, 1)
+    if sign == "a deadline was missed":
+        enter(admission, 1).release(served=False, missed=True)
     clock.now += 1
     ticket.release()
     enter(admission, 400)
-    assert admission.retry_after() == pytest.approx(400 / 80)
+    assert admission.retry_after() == pytest.approx(admission.images / (100 if sign == "none" else 80))
+
+
+# Deadlines
+
+
+def test_what_can_not_run_before_its_deadline_is_refused_at_once(clock: Clock) -> None:
+    admission = Admission(100, 0, max_wait=10, clock=clock)
+    admission.check_wait(64, 0.001, 10)  # none is ahead: it may try
+    enter(admission, 50)
+    admission.check_wait(1, 0.001, 0)  # nothing is known
+    admission.check_wait(1, 5, 10)
+    with pytest.raises(Overloaded, match=r"about 5 s, and the deadline is in 3 s") as refused:
+        admission.check_wait(1, 3, 10)
+    assert refused.value.retry_after == pytest.approx(2)  # then 30 are ahead
+    with pytest.raises(Overloaded, match="about 6 s"):
+        admission.check_wait(11, 5, 10)
+
+
+def test_what_serving_shows_counts_more_than_what_was_expected(clock: Clock) -> None:
+    admission = Admission(100, 0, clock=clock)
+    tickets = [enter(admission, 10) for _ in range(5)]
+    clock.now += 2
+    tickets.pop().release()  # 5 a second
+    with pytest.raises(Overloaded, match="about 8 s"):
+        admission.check_wait(1, 7, 1000)
+
+
+def test_what_was_not_served_is_no_sign_of_speed(clock: Clock) -> None:
+    admission = Admission(100, 0, clock=clock)
+    tickets = [enter(admission, 10) for _ in range(5)]
+    clock.now += 2
+    for ticket in tickets[:3]:
+        ticket.release(served=ticket is tickets[0])
+    assert admission.retry_after() == pytest.approx(20 / 5)
+
+
+def test_retry_after_is_never_longer_than_anything_waits(clock: Clock) -> None:
+    admission = Admission(100, 0, max_wait=10, clock=clock)
+    ticket, _ = enter(admission, 1), enter(admission, 99)
+    clock.now += 5
+    ticket.release()
+    assert admission.retry_after() == 10
+    with pytest.raises(Overloaded) as refused:
+        admission.check_wait(1, 1, 0)
+    assert refused.value.retry_after == 10
+
+
+def test_rare_requests_are_no_sign_of_slowness(clock: Clock) -> None:
+    """One at a time, each for two seconds: a burst of a hundred may come."""
+    admission = Admission(512, 0, clock=clock)
+    for _ in range(100):
+        ticket = enter(admission)
+        admission.check_wait(1, 10, 100)
+        clock.now += 2
+        ticket.release()
+        clock.now += 10
+    enter(admission, 100)
+    admission.check_wait(1, 10, 100)
+
+
+@pytest.mark.parametrize("timeout", [10.0, 1.0])
+@pytest.mark.parametrize(("rate", "batch"), [(24, 4), (24, 1), (200, 32)])
+@pytest.mark.parametrize(("factor", "expected"), [(1.5, 1), (10, 1), (10, 0), (10, 2)])
+def test_of_those_that_are_accepted_nearly_all_meet_their_deadline(
+    clock: Clock, timeout: float, rate: int, batch: int, factor: float, expected: float
+) -> None:
+    """An engine of so many images a second, in an open loop of several times as many requests.
+
+    What was expected of it is right, unknown, or twice as much.
+    """
+    random, admission = Random(0), Admission(512, 0, max_wait=timeout, clock=clock)
+    end, next_request, next_batch = clock.now + 30, clock.now, math.inf
+    waiting: deque[tuple[Ticket, float]] = deque()
+    running: list[Ticket] = []
+    outcomes: Counter[str] = Counter()
+    while clock.now < end:
+        clock.now = min(next_request, next_batch)
+        if clock.now == next_batch:
+            for ticket in running:
+                ticket.release(served=True)
+            outcomes["in time"] += len(running)
+        else:
+            next_request += random.expovariate(factor * rate)
+            try:
+                admission.check_wait(1, timeout, expected * rate)
+                waiting.append((enter(admission), clock.now + timeout))
+            except Overloaded as refused:
+                outcomes["refused"] += 1
+                outcomes["of no honest Retry-After"] += not 1 <= refused.retry_after <= timeout
+        if clock.now == next_batch or next_batch == math.inf:
+            running = []
+            while waiting and len(running) < batch:
+                ticket, deadline = waiting.popleft()
+                if deadline >= clock.now:
+                    running.append(ticket)
+                else:
+                    ticket.release(served=False, missed=True)
+                    outcomes["late"] += clock.now > end - 15  # it has had the time to learn
+            next_batch = clock.now + len(running) / rate if running else math.inf
+    assert outcomes["late"] <= 0.02 * outcomes["in time"], outcomes
+    assert outcomes["in time"] >= 0.9 * 30 * rate, outcomes  # and the engine is hardly ever idle for it
+    assert outcomes["refused"] > 0 or factor < 2
+    assert not outcomes["of no honest Retry-After"]
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 600), st.booleans()), max_size=40))
