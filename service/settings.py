@@ -106,7 +106,8 @@ class Settings(BaseSettings):
     """Images in one run of the model at most. Larger: more throughput, more memory."""
     tune_batch_size: bool = True
     """On a CPU: measure, while the model is loaded, whether a smaller batch size than max_batch_size is faster in
-    images a second, and run none that are larger, nor any that take over 0.1 s. Off: batches of up to max_batch_size.
+    images a second of processor time, and run none that are larger, nor any that take over 0.1 s of it. Off: batches of
+    up to max_batch_size.
     """
     max_queue_delay_ms: float = Field(0.0, ge=0, le=1000)
     """Milliseconds that an incomplete batch waits for more images. 0: a free model starts at once, and batches form

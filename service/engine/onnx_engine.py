@@ -136,13 +136,16 @@ class OnnxEngine:
         """Run every bucket from the largest down, and capture it on a GPU. On a CPU: the largest batch, and one image.
 
         If a size does not fit in memory, `max_batch_size` falls, unless a larger size is warm and takes its batches.
-        With `tune_batch_size` it also falls to a size that is clearly faster, in images a second.
+        With `tune_batch_size` it falls to a size that is clearly faster, in images a second; larger ones are not run.
 
         If a CUDA graph can't be captured, the session is reopened without graphs.
 
         Raises:
             EngineError: as `run`.
         """
+        if self._tunes:
+            self._tune()
+            return
         reason = ""
         try:
             self._run_each_size()
@@ -153,9 +156,6 @@ class OnnxEngine:
         if reason:  # outside `except`: the error's traceback holds the session
             self._open_without_graphs(reason)
             self._run_each_size()
-        runner = self._open_runner()
-        if self._tunes and isinstance(runner, HostRunner):
-            self._tune(runner)
 
     def _run_each_size(self) -> None:
         runner = self._open_runner()
@@ -177,15 +177,17 @@ class OnnxEngine:
                 else:
                     self._lower_ceiling(runner, images, error)
 
-    def _tune(self, runner: HostRunner) -> None:
+    def _tune(self) -> None:
         """Lower `max_batch_size` to a batch size that is clearly faster, if there is one."""
-        ceiling = self.max_batch_size
+        runner, ceiling = self._open_runner(), self.max_batch_size
+        assert isinstance(runner, HostRunner)  # it tunes on a CPU alone
         try:
             fastest = fastest_size(lambda size: runner.run(self._blank(size)), default_buckets(ceiling))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise self._failed(self._blank(ceiling), error) from error
             fastest = self._lower_ceiling(runner, self._blank(ceiling), error)
+            self._run_each_size()
         self.max_batch_size = min(self.max_batch_size, fastest)
         if self.max_batch_size < ceiling:
             try:

@@ -257,7 +257,9 @@ class ModelStore:
         try:
             try:
                 await batcher.on_each_engine(lambda engine: engine.warm_up())
-                reports = await batcher.on_each_engine(lambda engine: check_golden(engine, golden))
+                reports = await batcher.on_each_engine(
+                    lambda engine: check_golden(engine, golden, is_whole=engine is engines[0])
+                )
             except Exception as error:
                 if isinstance(error, GoldenMismatchError):
                     self._observer.golden_checked(error.report.max_abs_difference)

@@ -5,7 +5,8 @@ import pytest
 
 from service.engine.session import EngineError
 from service.repository.folder import GOLDEN_FILE, Golden, load_golden
-from service.repository.golden_check import GoldenMismatchError, check_golden, replay_golden
+from service.repository.golden_check import FEW_IMAGES, GoldenMismatchError, check_golden, replay_golden
+from service.repository.store import ModelStore
 from tests.fakes import (
     CLASSES,
     HEIGHT,
@@ -18,6 +19,7 @@ from tests.fakes import (
     tiny_logits,
     tiny_metadata,
 )
+from tests.service.stores import AnyGolden, StoreRecorder, store_settings
 from tests.service.tiny_engines import limited_engine, open_tiny
 
 TOLERANCE = 1e-4
@@ -96,3 +98,18 @@ def test_golden_images_of_another_model_are_refused(tmp_path: Path) -> None:
     path = make_model_folder(tmp_path, defect="golden_of_other_size")
     with pytest.raises(EngineError, match=r"\[4, 4, 3\] with 5 logits do not fit a model of shape \[4, 6, 3\]"):
         check_golden(open_tiny(path), load_golden(path / GOLDEN_FILE))
+
+
+async def test_one_engine_runs_all_golden_images_and_each_other_one_batch(tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path).parent
+    n = len(load_golden(folder / "1" / GOLDEN_FILE))
+    engines: list[AnyGolden] = [AnyGolden(tag=0) for _ in range(3)]
+    for engine in engines[:2]:
+        engine.max_batch_size = 5
+    engines[2].max_batch_size, engines[2].runs_alone = 1, True
+    store = ModelStore(store_settings(folder), StoreRecorder(), open_engines=lambda path, settings: engines)
+    await store.load()
+    assert [sum(map(len, engine.batches)) for engine in engines] == [n, 5, FEW_IMAGES]
+    assert store.live is not None
+    assert store.live.expected_rate > 0
+    await store.close()

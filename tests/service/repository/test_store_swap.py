@@ -199,7 +199,7 @@ async def test_a_version_that_takes_too_long_to_warm_up_is_refused_and_closed_wh
 ) -> None:
     make_model_folder(tmp_path, 1)
     opener = FakeOpener()
-    store = ModelStore(store_settings(tmp_path, load_timeout_s=0.2), StoreRecorder(), open_engines=opener)
+    store = ModelStore(store_settings(tmp_path, load_timeout_s=1), StoreRecorder(), open_engines=opener)
     await store.load()
     opener.held = True
     make_model_folder(tmp_path, 2)
