@@ -205,7 +205,7 @@ async def test_a_version_that_takes_too_long_to_warm_up_is_refused_and_closed_wh
     make_model_folder(tmp_path, 2)
     await store.reload()
     (_, refused) = store.versions()
-    assert (refused.state, refused.public_reason) == ("refused", "2: was not loaded, warm and checked within 0.2 s")
+    assert (refused.state, refused.public_reason) == ("refused", "2: was not loaded, warm and checked within 1 s")
     assert store.lease().version == 1
     hung = opener.engines[2]
     assert not hung.closed
