@@ -153,6 +153,7 @@ class TrainConfig(BaseModel):
     validation_fraction: float = Field(
         0.1, gt=0, lt=1, description="share of the training images that validates, where the data has no val/"
     )
+    skip_unreadable: bool = Field(False, description="leave out images of a folder that cannot be read")
 
     optimizer: Literal["lamb", "adamw", "muon"] = Field("lamb", description="muon: matrices by Muon, the rest by AdamW")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate (for muon: of the matrices)")

@@ -38,6 +38,10 @@ def warnings_for(run: RunConfig, data_set: DataSet, preset: Preset | None) -> It
             "images lie in their class's own folder, whose name begins with no dot, and end with "
             f"{' '.join(sorted(SUFFIXES))}."
         )
+    if data_set.unreadable_files:
+        count = len(data_set.unreadable_files)
+        first = printable(data_set.unreadable_files[0])
+        yield f"{count} {'images are' if count > 1 else 'image is'} left out as unreadable, the first is {first}."
     splits = [label for label in data_set.labels if label.lower() in (*SPLITS, *VAL_ALIASES)]
     if splits and len(data_set.class_folders) == 1:  # where train/ is told from val/ and test/ there is no doubt
         shown = " and ".join(printable(data_set.class_folders[0] / name) for name in splits)

@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -24,6 +24,7 @@ from uvicorn.config import STARTUP_FAILURE
 from service.api.app import PerceiverApp
 from service.lifecycle import Service
 from service.server.connections import ConnectionClock, Listener, ServerConfig
+from service.server.handshake import TlsHandshake
 from service.server.protocol import HttpProtocol
 from service.settings import Settings
 
@@ -101,15 +102,10 @@ class Server(uvicorn.Server):
             logger.info("management on %s", address(one, settings))
 
     async def _listen(self, sock: socket.socket, listener: Listener) -> asyncio.Server:
-        tls, settings = self.config.ssl, self.service.settings
-        return await asyncio.get_running_loop().create_server(
-            partial(self._connection, listener),
-            sock=sock,
-            backlog=self.config.backlog,
-            ssl=tls,
-            ssl_handshake_timeout=None if tls is None else settings.header_timeout_s,
-            ssl_shutdown_timeout=None if tls is None else settings.write_timeout_s,
-        )
+        make: Callable[[], asyncio.Protocol] = partial(self._connection, listener)
+        if self.config.ssl is not None:
+            make = partial(TlsHandshake, listener, self.config.ssl, self.service.settings, make)
+        return await asyncio.get_running_loop().create_server(make, sock=sock, backlog=self.config.backlog)
 
     def _connection(self, listener: Listener) -> HttpProtocol:
         assert isinstance(self.config, ServerConfig)

@@ -5,11 +5,12 @@ import socket
 import ssl
 import subprocess
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
+from service.server.handshake import SPARE_CONNECTIONS
 from service.server.timeouts import LINGER_SECONDS
 from tests.end_to_end.process import on_model, started
 from tests.end_to_end.test_service_process import post, refused
@@ -46,6 +47,52 @@ def test_https(tmp_path: Path) -> None:
                 while tcp.recv(1000):
                     pass
             late.close()
+        assert post(client).status_code == 200
+        process.signal()
+        assert process.exit_status() == 0
+
+
+@needs_openssl
+def test_connections_in_their_handshake_count(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m")
+    limits = ("--max-connections", "20", "--header-timeout-s", "60")
+    with started(tmp_path, *on_model(tmp_path / "m", *tls(tmp_path), *limits)) as process, process.ready() as client:
+        port = client.base_url.port or 0
+
+        def is_closed(tcp: socket.socket) -> bool:
+            try:
+                return tcp.recv(1) == b""
+            except ConnectionResetError:
+                return True
+            except BlockingIOError:
+                return False
+
+        with ExitStack() as stack:
+            silent = []
+            for _ in range(200):
+                tcp = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
+                tcp.setblocking(False)
+                silent.append(tcp)
+            process.wait(lambda: sum(map(is_closed, silent)) >= 200 - 20 - SPARE_CONNECTIONS)
+            kept = [tcp for tcp in silent if not is_closed(tcp)]
+            assert len(kept) >= 20
+            for tcp in kept[25:]:
+                tcp.close()
+
+            def told() -> bytes:
+                """What a further client is told, which can speak TLS; nothing while the others are being closed."""
+                with (
+                    suppress(OSError),
+                    socket.create_connection(("127.0.0.1", port), timeout=30) as tcp,
+                    ssl._create_unverified_context().wrap_socket(tcp, server_hostname="localhost") as other,
+                ):
+                    with suppress(OSError):
+                        other.sendall(request_head(None, target="/health/live", method="GET"))
+                    return other.recv(1000)
+                return b""
+
+            process.wait(lambda: told().startswith(b"HTTP/1.1 503"))
+        process.wait(lambda: told().startswith(b"HTTP/1.1 200"))
         assert post(client).status_code == 200
         process.signal()
         assert process.exit_status() == 0

@@ -66,6 +66,7 @@ class DataSet:
     class_folders: folders of which each folder is a class, or would be; none where the source is no image folder.
     has_val: whether the source itself tells the validation images from the training images.
     skipped_files: files there, and in the other splits, that were not taken for images.
+    unreadable_files: images that were left out since they can't be read.
     """
 
     name: str
@@ -78,6 +79,7 @@ class DataSet:
     class_folders: tuple[Path, ...] = ()
     has_val: bool = False
     skipped_files: tuple[Path, ...] = ()
+    unreadable_files: tuple[Path, ...] = ()
 
     def digest(self) -> str:
         """SHA-256 of what a run learns and chooses from: training and validation images and labels."""

@@ -29,15 +29,25 @@ def read_image(path: Path, size: int) -> NDArray[np.uint8]:
         ) from error
 
 
-def read_images(paths: Sequence[Path], size: int, description: str) -> NDArray[np.uint8]:
-    """Read files as uint8 [N, size, size, 3] in a pool of threads, with a progress bar on stderr.
+def read_images(paths: Sequence[Path], size: int, description: str) -> tuple[NDArray[np.uint8], dict[int, DataError]]:
+    """Read files in a pool of threads, with a progress bar on stderr.
 
-    Raises DataError at the first file that is not a readable image.
+    Returns: uint8 [N, size, size, 3], black where a file is not a readable image; and why, by index.
     """
-    images = np.empty((len(paths), size, size, 3), np.uint8)
+    images = np.zeros((len(paths), size, size, 3), np.uint8)
+    errors = {}
+
+    def read(path: Path) -> NDArray[np.uint8] | DataError:
+        try:
+            return read_image(path, size)
+        except DataError as error:
+            return error
+
     with ThreadPoolExecutor(max_workers=min(32, (os.cpu_count() or 1) + 2)) as pool:
-        decoded = pool.map(read_image, paths, [size] * len(paths))
-        bar = tqdm(decoded, description, total=len(paths), unit="image", disable=None, leave=False)
+        bar = tqdm(pool.map(read, paths), description, total=len(paths), unit="image", disable=None, leave=False)
         for index, image in enumerate(bar):
-            images[index] = image
-    return images
+            if isinstance(image, DataError):
+                errors[index] = image
+            else:
+                images[index] = image
+    return images, errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -44,10 +45,21 @@ def _labels_of(path: Path) -> tuple[str, ...]:
     if len(labels) < 2:
         found = f"only one class folder ({labels[0]})" if labels else "no class folder"
         raise DataError(f"{path}: has {found}; a classifier needs at least two, laid out as {LAYOUT}.")
+    told_apart: dict[str, str] = {}
     for label in labels:
+        if (other := told_apart.setdefault(_plain(label), label)) != label:
+            raise DataError(
+                f"{path}: the names of the class folders {other!a} and {label!a} differ only by their Unicode "
+                "form or by blanks around them; make them one folder, or rename one."
+            )
         if label != label.encode(errors="replace").decode():
             raise DataError(f"{path}: the name of the class folder {label!r} is not UTF-8; rename it.")
     return labels
+
+
+def _plain(name: str) -> str:
+    """Return a name as people read it."""
+    return unicodedata.normalize("NFC", name).strip()
 
 
 @dataclass(frozen=True)
@@ -57,9 +69,15 @@ class _Listing:
     paths: list[Path]
     labels: NDArray[np.int64]
 
-    def read(self, size: int, description: str) -> Split:
-        images = read_images(self.paths, size, description)
-        return Split(torch.from_numpy(images), torch.from_numpy(self.labels))
+    def read(self, size: int, description: str, unreadable: dict[Path, DataError]) -> Split:
+        """Read the files; those that are no images are left out, and added to ``unreadable``."""
+        images, errors = read_images(self.paths, size, description)
+        unreadable |= {self.paths[index]: error for index, error in errors.items()}
+        labels = self.labels
+        if errors:
+            kept = np.setdiff1d(np.arange(len(labels)), list(errors))
+            images, labels = images[kept], labels[kept]
+        return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
     def at(self, indices: NDArray[np.int64]) -> _Listing:
         return _Listing([self.paths[index] for index in indices], self.labels[indices])
@@ -69,6 +87,13 @@ def _list_split(path: Path, labels: tuple[str, ...]) -> _Listing:
     """List ``path/<class>/*``; raises DataError for a class without images or one that is not in ``labels``."""
     folders = _class_folders(path)
     unknown = [folder.name for folder in folders if folder.name not in labels]
+    for name in unknown:
+        for label in labels:
+            if _plain(name) == _plain(label):
+                raise DataError(
+                    f"{path}: the name of the class folder {name!a} differs from {label!a} of the training "
+                    "images only by its Unicode form or by blanks around it; rename one."
+                )
     if unknown:
         raise DataError(
             f"{path}: has classes that the training images lack ({', '.join(unknown)}); "
@@ -130,12 +155,32 @@ def _skipped_files(path: Path, places: Sequence[Path], taken: set[Path]) -> list
     return sorted({file for file in found if file not in taken and not file.is_dir()})
 
 
-def load(path: Path, *, input_size: int, validation_fraction: float, seed: int = 0) -> DataSet:
+def _check_readable(unreadable: dict[Path, DataError], labels: tuple[str, ...], train: Split, val: Split) -> None:
+    """Raise DataError where what is left without the unreadable images is no data set."""
+    lacking = sorted(set(range(len(labels))) - set(train.labels.tolist()))
+    if lacking:
+        raise DataError(f"{_listed(unreadable)}\nWithout them the class {labels[lacking[0]]} has no training image.")
+    if not len(val):
+        raise DataError(f"{_listed(unreadable)}\nWithout them no validation image is left.")
+
+
+def _listed(unreadable: dict[Path, DataError]) -> str:
+    """Return a sentence for one unreadable image, or a line for each of several."""
+    errors = [str(error) for error in unreadable.values()]
+    if len(errors) == 1:
+        return errors[0]
+    return "\n  ".join([f"{len(errors)} images cannot be read:", *errors])
+
+
+def load(
+    path: Path, *, input_size: int, validation_fraction: float, skip_unreadable: bool = False, seed: int = 0
+) -> DataSet:
     """Read an image folder, every image brought to ``input_size`` x ``input_size`` once.
 
     Classes are the folders' names in order of the alphabet. Without ``val/`` a stratified, seeded part of the training
     images becomes validation; without ``test/`` there is no test split. Raises DataError for what cannot be used;
-    all folders are looked through before the first image is read.
+    all folders are looked through before the first image is read. Images that can't be read are told all at once, or
+    left out with ``skip_unreadable``: which images validate does not depend on it.
     """
     # A class may itself be called "train" (of the railway kind): only a folder of folders is the split.
     has_splits = (path / "train").is_dir() and bool(_class_folders(path / "train"))
@@ -154,14 +199,23 @@ def load(path: Path, *, input_size: int, validation_fraction: float, seed: int =
     skipped_files = _skipped_files(path, places, {file for listing in listings for file in listing.paths})
     if val is None:
         train, val = _hold_out(train, train_path, validation_fraction, seed)
+    unreadable: dict[Path, DataError] = {}
+    train_split = train.read(input_size, "training images", unreadable)
+    val_split = val.read(input_size, "validation images", unreadable)
+    test_split = test.read(input_size, "test images", unreadable) if test is not None else None
+    if unreadable and not skip_unreadable:
+        raise DataError(f"{_listed(unreadable)}\nOr leave out what cannot be read: --skip-unreadable.")
+    if unreadable:
+        _check_readable(unreadable, labels, train_split, val_split)
     name = path.resolve().name
     return DataSet(
         name=f"{name}-folder" if name == CIFAR100 else name,  # which it is not, as far as anybody knows
         labels=labels,
-        train=train.read(input_size, "training images"),
-        val=val.read(input_size, "validation images"),
-        test=test.read(input_size, "test images") if test is not None else None,
+        train=train_split,
+        val=val_split,
+        test=test_split,
         class_folders=places,
         has_val=has_splits and (path / "val").is_dir(),
         skipped_files=tuple(skipped_files),
+        unreadable_files=tuple(unreadable),
     )

@@ -33,6 +33,7 @@ def load(
     input_size: int,
     cache_dir: Path = Path("data"),
     validation_fraction: float = 0.1,
+    skip_unreadable: bool = False,
 ) -> DataSet:
     """Load a data set with every image as uint8 [input_size, input_size, 3].
 
@@ -42,6 +43,7 @@ def load(
     validation_fraction: share of the training images held out, in (0, 1): the last ones of CIFAR-100, a stratified
         draw of an image folder, the same in every run; ignored where the folder has its own ``val/``. Of the same
         images, what a smaller share holds out is part of what a larger one does.
+    skip_unreadable: leave out images of an image folder that can't be read.
 
     Raises DataError, with a sentence for the user, when there is no usable data.
     """
@@ -57,9 +59,16 @@ def load(
         return cifar.load(folder, input_size=input_size, validation_fraction=validation_fraction)
     assert path is not None
     _check(path)
-    return image_folder.load(path, input_size=input_size, validation_fraction=validation_fraction)
+    return image_folder.load(
+        path, input_size=input_size, validation_fraction=validation_fraction, skip_unreadable=skip_unreadable
+    )
 
 
 def load_for(run: Preset | RunConfig, path: Path | None) -> DataSet:
     """Load a data set at the size of a run's images, divided as the run wants it; see `load`."""
-    return load(path, input_size=run.model.input_size, validation_fraction=run.train.validation_fraction)
+    return load(
+        path,
+        input_size=run.model.input_size,
+        validation_fraction=run.train.validation_fraction,
+        skip_unreadable=run.train.skip_unreadable,
+    )

@@ -115,7 +115,7 @@ def test_images_come_in_the_order_asked_for(tmp_path: Path) -> None:
     paths = [tmp_path / f"{index}.png" for index in range(50)]
     for index, path in enumerate(paths):
         Image.new("RGB", (2, 2), (index, 0, 0)).save(path)
-    assert read_images(paths[::-1], 2, "images")[:, 0, 0, 0].tolist() == list(range(50))[::-1]
+    assert read_images(paths[::-1], 2, "images")[0][:, 0, 0, 0].tolist() == list(range(50))[::-1]
 
 
 def test_arrays_are_resized_as_files_are(tmp_path: Path) -> None:

@@ -213,3 +213,53 @@ def test_what_the_service_would_not_take_is_not_trained_on_under_another_name(tm
     views = [Image.new("RGB", (16, 16), colour) for colour in ("teal", "red")]
     views[0].save(path, "MPO", save_all=True, append_images=views[1:])
     assert len(load(tmp_path, input_size=8).train) == 2
+
+
+def break_images(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).write_bytes(b"no image")
+
+
+def test_all_unreadable_images_are_told_at_once(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"cat": 10, "dog": 10})
+    break_images(tmp_path, "cat/001.png", "cat/007.png", "dog/003.png")
+    with pytest.raises(DataError) as caught:
+        load(tmp_path, input_size=8)
+    first, *others, last = str(caught.value).splitlines()
+    assert first == "3 images cannot be read:"
+    assert {line.partition(": this image")[0].strip() for line in others} == {
+        str(tmp_path / name) for name in ("cat/001.png", "cat/007.png", "dog/003.png")
+    }
+    assert last == "Or leave out what cannot be read: --skip-unreadable."
+
+
+def test_unreadable_images_are_left_out_if_asked_and_the_others_stay_where_they_were(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"cat": 10, "dog": 10})
+    whole = load(tmp_path, input_size=8)
+    break_images(tmp_path, "cat/001.png", "dog/003.png")
+    left = load(tmp_path, input_size=8, skip_unreadable=True)
+    assert set(left.unreadable_files) == {tmp_path / "cat/001.png", tmp_path / "dog/003.png"}
+    assert len(left.train) + len(left.val) == 18
+    for split, before in ((left.train, whole.train), (left.val, whole.val)):
+        kept = {(image.numpy().tobytes(), int(label)) for image, label in zip(split.images, split.labels, strict=True)}
+        assert kept <= {
+            (image.numpy().tobytes(), int(k)) for image, k in zip(before.images, before.labels, strict=True)
+        }
+
+
+def test_a_class_of_which_nothing_can_be_read_is_an_error(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"cat": 10, "dog": 2})
+    break_images(tmp_path, "dog/000.png", "dog/001.png")
+    with pytest.raises(DataError, match="Without them the class dog has no training image"):
+        load(tmp_path, input_size=8, skip_unreadable=True)
+
+
+@pytest.mark.parametrize(("one", "other"), [("caf\u00e9", "cafe\u0301"), ("cat", "cat "), (" cat", "cat")])
+def test_class_names_that_differ_only_in_what_nobody_sees(tmp_path: Path, one: str, other: str) -> None:
+    write_folder(tmp_path / "flat", {one: 2, other: 2})
+    with pytest.raises(DataError, match="differ only by their Unicode form or by blanks"):
+        load(tmp_path / "flat", input_size=8)
+    write_folder(tmp_path / "split" / "train", {one: 2, "dog": 2})
+    write_folder(tmp_path / "split" / "val", {other: 2, "dog": 2})
+    with pytest.raises(DataError, match="of the training images only by its Unicode form or by blanks"):
+        load(tmp_path / "split", input_size=8)
