@@ -240,8 +240,10 @@ def test_prometheus_finds_its_configuration():
     assert path.is_file()
     for pattern in prometheus_config()["rule_files"]:
         assert list(path.parent.glob(pattern))
-    data = mounts("prometheus")[1]["target"]
+    data = mounts("prometheus")[-1]["target"]
     assert f"--storage.tsdb.path={data}" in SERVICES["prometheus"]["command"]
+    (assets,) = [flag for flag in SERVICES["prometheus"]["command"] if flag.startswith("--web.user-assets=")]
+    assert on_the_host("prometheus", f"{assets.partition('=')[2]}/docs/operations.md").is_file()
 
 
 def test_grafana_finds_its_configuration():
