@@ -70,6 +70,8 @@ HEAD = """\
 #API_KEYS_FILE=./secrets/api-keys
 #ADMIN_KEY_FILE=./secrets/admin-key
 
+# TLS is the work of a proxy in front: PERCEIVER_TLS_CERT and PERCEIVER_TLS_KEY do not reach the container.
+
 # The run of `docker compose --profile training run training`; empty: a new one, named by the time.
 #RUN=
 
