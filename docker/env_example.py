@@ -44,6 +44,8 @@ HEAD = """\
 #MONITORING_ADDRESS=127.0.0.1
 #GRAFANA_PORT=3000
 #PROMETHEUS_PORT=9090
+# Where operators reach Prometheus: alarms that are sent link to it, and to the runbook that it shows.
+#PROMETHEUS_URL=http://localhost:9090
 
 # Grafana. Without a password one is made up at the first start: docs/deployment.md. ANONYMOUS=true lets everybody look.
 #GRAFANA_ADMIN_USER=admin
@@ -67,6 +69,8 @@ HEAD = """\
 # With docker/compose.keys.yml: the files with the keys.
 #API_KEYS_FILE=./secrets/api-keys
 #ADMIN_KEY_FILE=./secrets/admin-key
+
+# TLS is the work of a proxy in front: PERCEIVER_TLS_CERT and PERCEIVER_TLS_KEY do not reach the container.
 
 # The run of `docker compose --profile training run training`; empty: a new one, named by the time.
 #RUN=

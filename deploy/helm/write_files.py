@@ -130,7 +130,7 @@ def values() -> Json:
             objectives=block(
                 p99Seconds={"type": "number", "exclusiveMinimum": 0}, errorRatio=RATIO, rejectionRatio=RATIO
             ),
-            runbookUrlPrefix=TEXT,
+            runbookUrlPrefix=URL,
         ),
         dashboard=block(enabled=SWITCH, labels=TEXTS, annotations=TEXTS),
         networkPolicy=block(

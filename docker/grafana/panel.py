@@ -8,6 +8,7 @@ Kind = Literal["stat", "timeseries", "heatmap", "state-timeline"]
 # One service or several: the variable at the top of the dashboard.
 HERE = 'instance=~"$instance"'
 RATE = "[$__rate_interval]"
+INFERENCE = 'route=~"/predict|/v2/.*/infer"'
 
 IMAGES = "suffix: images"
 IMAGES_A_SECOND = "suffix: images/s"
@@ -70,9 +71,16 @@ def rate(name: str, *matchers: str, by: str = "") -> str:
     return f"sum{f' by ({by})' if by else ''} (rate({name}{{{selector}}}{RATE}))"
 
 
-def quantile(q: float, histogram: str) -> str:
-    """Return the query for a quantile of a histogram."""
-    return f"histogram_quantile({q}, {rate(f'{histogram}_bucket', by='le')})"
+def share(codes: str) -> str:
+    """Return the query for the share of requests for inference with these answers, over 5 minutes; 0 without any."""
+    selector = f"perceiver_requests_total{{{INFERENCE}, {codes}, {HERE}}}"
+    total = f"perceiver_requests_total{{{INFERENCE}, {HERE}}}"
+    return f"sum(rate({selector}[5m])) / (sum(rate({total}[5m])) > 0) or vector(0)"
+
+
+def quantile(q: float, histogram: str, by: str = "le", window: str = RATE) -> str:
+    """Return the query for a quantile of a histogram, for all instances together or by one more label."""
+    return f"histogram_quantile({q}, sum by ({by}) (rate({histogram}_bucket{{{HERE}}}{window})))"
 
 
 def mean(histogram: str) -> str:

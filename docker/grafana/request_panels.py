@@ -1,6 +1,9 @@
 """What becomes of requests: the state in one line, traffic and errors, latency."""
 
-from panel import HERE, IMAGES_A_SECOND, RATE, Panel, Query, Row, mean, quantile, rate
+from panel import HERE, IMAGES_A_SECOND, INFERENCE, RATE, Panel, Query, Row, mean, quantile, rate, share
+
+FAILED = 'code=~"5..", code!="503"'
+TURNED_AWAY = 'code="503"'
 
 NOW = (
     Panel(
@@ -28,7 +31,7 @@ NOW = (
                 "{{name}} {{version}}, {{provider}} {{precision}}",
             ),
         ),
-        width=6,
+        width=4,
         names=True,
     ),
     Panel(
@@ -38,7 +41,7 @@ NOW = (
         shows="Requests for inference, answered with whatever status.",
         bad="0 where there should be traffic.",
         do="Ask the load balancer and the clients; a request that was read is counted here whatever becomes of it.",
-        queries=(Query(rate("perceiver_requests_total", 'route=~"/predict|/v2/.*/infer"'), "requests"),),
+        queries=(Query(rate("perceiver_requests_total", INFERENCE), "requests"),),
         width=3,
     ),
     Panel(
@@ -58,9 +61,21 @@ NOW = (
         shows="Share of requests for inference that failed through the service's fault: 5xx but 503, over 5 minutes.",
         bad="Over the objective (red).",
         do="See which reasons stand in 'Error answers by reason'; PerceiverErrorRatioHigh in docs/operations.md.",
-        queries=(Query("job:perceiver_errors:ratio_rate5m", "errors"),),
+        queries=(Query(share(FAILED), "errors"),),
         width=3,
         thresholds=(0.005, 0.01),
+    ),
+    Panel(
+        title="Turned away",
+        kind="stat",
+        unit="percentunit",
+        shows="Share of requests for inference answered 503, which is no error: the service was full, loading "
+        "or draining, over 5 minutes.",
+        bad="Over the objective (red): users are refused, however well the others are served.",
+        do="See which reasons stand in 'Error answers by reason'; PerceiverRejecting in docs/operations.md.",
+        queries=(Query(share(TURNED_AWAY), "turned away"),),
+        width=3,
+        thresholds=(0.025, 0.05),
     ),
     Panel(
         title="p99",
@@ -69,7 +84,7 @@ NOW = (
         shows="The time within which 99 of 100 requests for inference were answered, over 5 minutes.",
         bad="Over the objective (red).",
         do="'p99 by stage' says whether decoding, queue or model takes it; PerceiverLatencyHigh in docs/operations.md.",
-        queries=(Query("job:perceiver_request_seconds:p99_5m", "p99"),),
+        queries=(Query(quantile(0.99, "perceiver_request_seconds", window="[5m]"), "p99"),),
         width=3,
         thresholds=(0.125, 0.25),
     ),
@@ -81,7 +96,7 @@ NOW = (
         bad="Any.",
         do="Prometheus' page /alerts names them; each has a section of its name in docs/operations.md.",
         queries=(Query('count(ALERTS{alertstate="firing", alertname=~"Perceiver.*"}) or vector(0)', "alarms"),),
-        width=3,
+        width=2,
         thresholds=(1, 1),
     ),
 )
@@ -94,7 +109,7 @@ TRAFFIC = (
         shows="Requests for inference by HTTP status.",
         bad="5xx: the service's fault, 503 excepted, which says that it is full. 4xx: the clients'.",
         do="For 5xx and 4xx see 'Error answers by reason'.",
-        queries=(Query(rate("perceiver_requests_total", 'route=~"/predict|/v2/.*/infer"', by="code"), "{{code}}"),),
+        queries=(Query(rate("perceiver_requests_total", INFERENCE, by="code"), "{{code}}"),),
         stacked=True,
     ),
     Panel(
@@ -115,8 +130,8 @@ TRAFFIC = (
         bad="Above the dashed line of the same kind.",
         do="PerceiverErrorRatioHigh and PerceiverRejecting in docs/operations.md.",
         queries=(
-            Query("job:perceiver_errors:ratio_rate5m", "errors"),
-            Query("job:perceiver_rejections:ratio_rate5m", "turned away"),
+            Query(share(FAILED), "errors"),
+            Query(share(TURNED_AWAY), "turned away"),
             Query("perceiver:objective_errors:ratio", "errors allowed"),
             Query("perceiver:objective_rejections:ratio", "turning away allowed"),
         ),
@@ -189,8 +204,44 @@ LATENCY = (
     ),
 )
 
+REPLICAS = (
+    Panel(
+        title="Replicas",
+        kind="timeseries",
+        unit="short",
+        shows="Replicas, or workers with a port of their own, that are ready, and all that Prometheus knows of.",
+        bad="Fewer than were started: the others have less to spare.",
+        do="PerceiverReplicaMissing in docs/operations.md.",
+        queries=(Query(f"sum(perceiver_ready{{{HERE}}})", "ready"), Query("job:perceiver_replicas:known", "known")),
+        width=8,
+        dashed=("known",),
+    ),
+    Panel(
+        title="Requests by replica",
+        kind="timeseries",
+        unit="reqps",
+        shows="Requests for inference that each replica has answered, with whatever status.",
+        bad="One that gets much more or much less than the others.",
+        do="One that is full or not ready says 503 and is asked again and again: see its log.",
+        queries=(Query(rate("perceiver_requests_total", INFERENCE, by="instance"), "{{instance}}"),),
+        width=8,
+        stacked=True,
+    ),
+    Panel(
+        title="p99 by replica",
+        kind="timeseries",
+        unit="s",
+        shows="The time within which each replica has answered 99 of 100 requests for inference.",
+        bad="One far above the others: its host, GPU or neighbours slow it down.",
+        do="Choose it as Instance at the top, and go on with 'p99 by stage'.",
+        queries=(Query(quantile(0.99, "perceiver_request_seconds", by="instance, le"), "{{instance}}"),),
+        width=8,
+    ),
+)
+
 ROWS = (
     Row("Now", 4, NOW),
     Row("Traffic", 8, TRAFFIC),
     Row("Latency", 8, LATENCY),
+    Row("Replicas", 7, REPLICAS),
 )

@@ -11,7 +11,16 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.gc_collector import GCCollector
 
 from service.engine.metadata import ModelMetadata
-from service.errors import Unavailable
+from service.errors import (
+    DeadlineExceeded,
+    Draining,
+    FolderUnavailable,
+    InferenceFailed,
+    NotReady,
+    Overloaded,
+    ServiceError,
+    Unavailable,
+)
 from service.metrics.gpu import GpuCollector
 from service.metrics.histogram import PendingHistogram
 
@@ -20,6 +29,11 @@ SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 OPENMETRICS = "application/openmetrics-text"
+# The service's fault, and not a client's.
+OWN_ERRORS = (
+    *(ServiceError, InferenceFailed, DeadlineExceeded),
+    *(Unavailable, Overloaded, FolderUnavailable, NotReady, Draining),
+)
 
 
 class Metrics:
@@ -49,8 +63,12 @@ class Metrics:
         self.images = counter("perceiver_images", "Images classified.")
         self.failed_batches = counter("perceiver_failed_batches", "Runs of the model that failed.")
         self.rejections = counter("perceiver_rejections", "Requests answered with an error, by its code.", ["reason"])
-        # An alarm uses it, and Prometheus sees no increase in a counter that begins with its first event.
-        self.rejections.labels(Unavailable.code)
+        # Alarms and panels use these, and Prometheus sees no increase in a counter that begins with its first event.
+        for error in OWN_ERRORS:
+            self.rejections.labels(error.code)
+        for route in ("/predict", "/v2/models/{name}/infer"):
+            for status in {200, *(error.status for error in OWN_ERRORS)}:
+                self.requests.labels(route, status)
         self.deadline_misses = counter(
             "perceiver_deadline_misses", "Images dropped from the queue because their deadline had passed."
         )

@@ -101,7 +101,12 @@ def prometheus(folder: Path, service_port: int, seconds: float = 1) -> Iterator[
     targets = {"service:8000": f"127.0.0.1:{service_port}", "localhost:9090": address}
     path.write_text(yaml.safe_dump(configuration(targets, seconds)))
     flags = [filled_in(flag) for flag in compose()["services"]["prometheus"]["command"]]
-    own = {"--config.file": str(path), "--storage.tsdb.path": str(folder / "data")}
+    own = {
+        "--config.file": str(path),
+        "--storage.tsdb.path": str(folder / "data"),
+        "--web.user-assets": str(ROOT),
+        "--web.external-url": f"http://{address}",
+    }
     flags = [f"{name}={own.get(name, value)}" for name, _, value in (flag.partition("=") for flag in flags)]
     command = ["prometheus", *flags, f"--web.listen-address={address}"]
     with running(command, folder / "prometheus.log", f"http://{address}/-/ready", {}):

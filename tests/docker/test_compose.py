@@ -240,8 +240,10 @@ def test_prometheus_finds_its_configuration():
     assert path.is_file()
     for pattern in prometheus_config()["rule_files"]:
         assert list(path.parent.glob(pattern))
-    data = mounts("prometheus")[1]["target"]
+    data = mounts("prometheus")[-1]["target"]
     assert f"--storage.tsdb.path={data}" in SERVICES["prometheus"]["command"]
+    (assets,) = [flag for flag in SERVICES["prometheus"]["command"] if flag.startswith("--web.user-assets=")]
+    assert on_the_host("prometheus", f"{assets.partition('=')[2]}/docs/operations.md").is_file()
 
 
 def test_grafana_finds_its_configuration():
@@ -284,6 +286,33 @@ def test_every_setting_of_the_service_can_be_set():
     given = set(SERVICES["service"]["environment"])
     assert given <= known
     assert known - fixed <= given, "docker-compose.yml must pass them on"
+
+
+def test_the_cpu_variant_is_a_line_in_env_and_every_command_names_the_version_of_compose():
+    needed = "# Compose 2.24.4 or newer: docker compose version"
+    for page in ("README.md", "docs/deployment.md"):
+        text = (ROOT / page).read_text()
+        assert f"\n    echo COMPOSE_FILE=docker-compose.yml:{CPU.relative_to(ROOT)} >> .env\n" in text
+        assert "-f docker-compose.yml" not in text
+        assert re.search(rf"^    docker compose up -d --wait +{needed}$", text, re.MULTILINE)
+
+
+def test_what_old_versions_of_compose_say_is_explained():
+    """What each file has that docker-compose 1.29 of Debian 12 does not know; the words are its own."""
+    told = (DOCKER.parent / "docs/deployment.md").read_text().partition("### When it does not start")[2]
+    assert "create_host_path" in COMPOSE.read_text()
+    assert "contains unsupported option: 'create_host_path'" in told
+    assert "!reset" in CPU.read_text()
+    assert "could not determine a constructor for the tag '!reset'" in told
+
+
+@pytest.mark.parametrize("page", ["docs/deployment.md", ".env.example"])
+def test_what_does_not_reach_the_container_is_said(page: str):
+    given = set(SERVICES["service"]["environment"])
+    text = (ROOT / page).read_text()
+    for name in ("PERCEIVER_TLS_CERT", "PERCEIVER_TLS_KEY"):
+        assert name not in given
+        assert name in text
 
 
 def test_example_is_what_its_generator_writes():

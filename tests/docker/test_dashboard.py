@@ -102,9 +102,10 @@ def test_every_metric_of_the_service_is_on_the_dashboard_or_in_a_rule():
 
 def test_red_begins_at_the_objective():
     values = {rule["record"]: rule["expr"] for rule in rules() if "record" in rule}
-    for title, objective in (("Errors", "objective_errors:ratio"), ("p99", "objective_p99:seconds")):
+    objectives = {"Errors": "errors:ratio", "Turned away": "rejections:ratio", "p99": "p99:seconds"}
+    for title, objective in objectives.items():
         (panel,) = [panel for panel in PANELS if panel.title == title]
-        assert values[f"perceiver:{objective}"] == f"vector({panel.thresholds[1]:g})"
+        assert values[f"perceiver:objective_{objective}"] == f"vector({panel.thresholds[1]:g})"
 
 
 def test_data_source_is_the_one_that_is_provisioned():

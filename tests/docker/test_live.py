@@ -162,6 +162,14 @@ def test_only_the_alarm_that_should_goes_off(monitored: stack.Prometheus):
     assert firing == {"PerceiverReloadRefused"} < {alert["alert"] for alert in alerts()}
 
 
+def test_the_alarm_leads_to_its_runbook(monitored: stack.Prometheus):
+    (alarm,) = [one for one in monitored.api("alerts")["alerts"] if one["state"] == "firing"]
+    url, _, section = alarm["annotations"]["runbook_url"].partition("#")
+    assert url == f"{monitored.url}/user/docs/operations.md"
+    assert b"### PerceiverReloadRefused\n" in stack.get(url)
+    assert section == "perceiverreloadrefused"
+
+
 def test_exemplars_carry_request_ids(monitored: stack.Prometheus):
     series = monitored.api(
         "query_exemplars",

@@ -8,6 +8,8 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_classic
 
+from service.api.paths import INFERENCE
+from service.errors import ServiceError, UnsupportedTransferCoding
 from service.metrics import gpu
 from service.metrics.registry import SECONDS, Metrics
 from tests.fakes import FakeEngine, tiny_metadata
@@ -47,6 +49,20 @@ def test_every_metric_is_there_with_its_type_and_a_description() -> None:
     assert found == FAMILIES
     assert all(family.documentation for family in families.values())
     assert any(name.startswith("python_gc") for name in families)
+
+
+def test_what_the_service_is_to_blame_for_is_counted_from_zero() -> None:
+    lines = Metrics().exposition("")[0].decode().splitlines()
+    blamed = {error for error in errors_below(ServiceError) if error.status >= 500} - {UnsupportedTransferCoding}
+    for route in INFERENCE:
+        for status in {200} | {error.status for error in blamed}:
+            assert f'perceiver_requests_total{{code="{status}",route="{route}"}} 0.0' in lines
+    for error in blamed:
+        assert f'perceiver_rejections_total{{reason="{error.code}"}} 0.0' in lines
+
+
+def errors_below(error: type[ServiceError]) -> set[type[ServiceError]]:
+    return {error}.union(*map(errors_below, error.__subclasses__()))
 
 
 def test_buckets_reach_from_half_a_millisecond_to_ten_seconds() -> None:
