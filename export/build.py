@@ -34,7 +34,7 @@ from export.promotion import check_out, check_promotion
 from export.publish import new_version
 from export.quantization.gate import validation_set
 from export.quantization.variants import Base, Variant, VariantPrecision, build_variants
-from export.source import METRICS_FILE, Source, data_path, has_changed, load_data
+from export.source import Source, data_path, has_changed, load_data
 from export.triton import write_triton_config
 from service.engine.metadata import (
     MODEL_FILE,
@@ -50,6 +50,7 @@ from service.engine.session import EngineError
 from service.repository.folder import CHECKPOINT_FILE, GOLDEN_FILE, Golden, save_golden
 from training.checkpoint import digest
 from training.data.dataset import DataSet
+from training.report_schema import METRICS_FILE
 from training.transfer import validation_overlaps
 
 

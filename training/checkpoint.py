@@ -46,6 +46,9 @@ class Origin(BaseModel):
     epoch: int = Field(description="after which its weights were taken")
     git_commit: str | None
     run: RunConfig
+    test_readings: int | None = Field(
+        None, description="how often its run had read its test images by then; None: nobody knows"
+    )
 
 
 class RunConfig(BaseModel):
@@ -88,6 +91,17 @@ class RunConfig(BaseModel):
             for each in (*origin.run.ancestry(), origin):
                 found.setdefault(each.checkpoint_sha256, each)
         return tuple(found.values())
+
+    def lineage_test_readings(self, own: int) -> int:
+        """How often this run and those that led to it have read its test images.
+
+        A run that does not tell counts once, since every run that ends reads them.
+
+        Args:
+            own: readings of this run.
+        """
+        others = (origin for origin in self.ancestry() if origin.run.dataset == self.dataset)
+        return own + sum(1 if origin.test_readings is None else origin.test_readings for origin in others)
 
     @property
     def taught_by(self) -> Origin | None:
