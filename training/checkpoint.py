@@ -51,6 +51,17 @@ class Origin(BaseModel):
     )
 
 
+class RecipeStage(BaseModel):
+    """The stage of a recipe that a run is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: str = Field(description="--recipe, and flags beside it that hold for every stage")
+    line: str = Field(description="flags of the stage, and those for every stage")
+    number: int = Field(ge=1)
+    count: int = Field(ge=1, description="stages of the recipe")
+
+
 class RunConfig(BaseModel):
     """What a run is: enough to start it again."""
 
@@ -67,6 +78,8 @@ class RunConfig(BaseModel):
     pictures_sha256: str | None = Field(None, description="of training and validation images and labels")
     init: Origin | None = Field(None, description="whose weights it begins with; None: it begins at random")
     teacher: Origin | None = Field(None, description="whose answers are part of its targets, where not those of `init`")
+
+    stage: RecipeStage | None = Field(None, description="None where no recipe trained it")
 
     @property
     def origins(self) -> tuple[Origin, ...]:
