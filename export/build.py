@@ -51,6 +51,7 @@ from service.repository.folder import CHECKPOINT_FILE, GOLDEN_FILE, Golden, save
 from training.checkpoint import digest
 from training.data.dataset import DataSet
 from training.report_schema import METRICS_FILE
+from training.seen_images import FILE as SEEN_IMAGES_FILE
 from training.transfer import validation_overlaps
 
 
@@ -253,6 +254,8 @@ def write_version(folder: Path, source: Source, exported: ExportedModel) -> None
             raise ExportError(f"{source.checkpoint}: was changed during the export, as by a run; export again.")
     (folder / "README.md").write_text(write_card(source, exported), encoding="utf-8")
     (folder / METRICS_FILE).write_text(metrics_json(source, exported), encoding="utf-8")
+    if source.checkpoint is not None and (seen := source.checkpoint.with_name(SEEN_IMAGES_FILE)).is_file():
+        shutil.copyfile(seen, folder / seen.name)
     for path in source.plots:
         shutil.copyfile(path, folder / path.name)
 

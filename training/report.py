@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from training import checkpoint, report_schema, robustness
+from training import checkpoint, report_schema, robustness, seen_images
 from training.checkpoint import RunConfig
 from training.data.dataset import Split
 from training.evaluate import (
@@ -112,6 +112,7 @@ def write_report(
         lineage_test_readings=lineage_readings,
         distinct=report_distinct(split, train, logits[shown] / temperature, shown),
         corruptions=report_corruptions(split, logits[shown], logits_of),
+        seen=report_seen(folder, {"val": val, "test": test}),
         most_confused=report_errors(folder, logits[shown], temperature, labels[shown], header.run.labels),
         superclasses=report_superclasses(logits[shown], labels[shown], header.run),
         confidence=(measure_confidence(logits[shown] / temperature, labels[shown], SPLITS[shown]), *strange),
@@ -120,6 +121,13 @@ def write_report(
     partial.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
     partial.replace(folder / report_schema.FILE)
     return report
+
+
+def report_seen(folder: Path, splits: Mapping[str, Split | None]) -> dict[str, int]:
+    """How many images of each split this run or one that led to it was trained on; without the splits without any."""
+    digests = seen_images.read(folder)
+    counts = {name: seen_images.count_seen(split.to("cpu"), digests) for name, split in splits.items() if split}
+    return {name: count for name, count in counts.items() if count}
 
 
 def report_distinct(split: Split, train: Split, logits: Tensor, name: str) -> Metrics | None:

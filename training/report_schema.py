@@ -48,6 +48,11 @@ class Report(BaseModel):
     )
     distinct: Metrics | None = Field(None, description="of those images that are no near-duplicate of a training image")
     most_confused: tuple[ConfusedPair, ...]
+    seen: dict[str, int] | None = Field(
+        None,
+        description="images of each split that this run or one that led to it was trained on, as far as they tell; "
+        "splits without any are left out",
+    )
     superclasses: tuple[SuperclassMetrics, ...] = Field(default=(), description="none where the data set has none")
     corruptions: tuple[Corruption, ...] = Field(
         default=(), description="figures on some of the images: first as they are, then corrupted"

@@ -18,6 +18,7 @@ from types import FrameType
 import torch
 from pydantic import ValidationError
 
+from training import seen_images
 from training.allocator import is_out_of_memory
 from training.checkpoint import DISK_FULL_ADVICE, CheckpointError, RecipeStage, RunConfig
 from training.cli import choose_preset
@@ -157,8 +158,11 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World, deadlin
                 )
             if preset is not None and world.is_main:
                 (folder / "config.json").write_text(run.model_dump_json(indent=2) + "\n", encoding="utf-8")
+                seen_images.write(folder, data_set.train, origin_folders(args))
             if world.is_main:
-                warnings = (f"warning: {warning}" for warning in warnings_for(run, data_set, preset))
+                warnings = (
+                    f"warning: {warning}" for warning in warnings_for(run, data_set, preset, origin_folders(args))
+                )
                 asked = None if preset is None else preset.train.precision
                 precision = describe_precision(run.train.precision, asked, world.device)
                 print(describe(trainer), precision, *warnings, sep="\n", flush=True)
@@ -179,6 +183,11 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World, deadlin
     export = shlex.join(["python", "-m", "export", str(folder), *data_flag(args, run), "--out", "models/NAME"])
     print(f"best checkpoint and report are in {folder}; export: {export}")
     return DONE
+
+
+def origin_folders(args: argparse.Namespace) -> list[Path]:
+    """The folders of the checkpoints that a run begins with and learns from."""
+    return [find_checkpoint(path).parent for path in (args.init, args.teacher) if path is not None]
 
 
 def resume_command(args: argparse.Namespace, run: RunConfig, world: World, folder: Path) -> str:

@@ -87,6 +87,10 @@ def training_data(source: Source, metadata: ModelMetadata, *, leakage: bool, dup
     if duplicates:
         counts = " and ".join(f"{count:,} of {SPLIT_NAMES.get(name, name)}" for name, count in duplicates.items())
         text += f". Some images are exact copies of training images, which makes the metrics too good: {counts}"
+    seen = report.seen if report is not None and report.seen else {}
+    if earlier := {name: count for name, count in seen.items() if count > duplicates.get(name, 0)}:
+        counts = " and ".join(f"{count:,} of {SPLIT_NAMES.get(name, name)}" for name, count in earlier.items())
+        text += f". Some images trained an earlier run that led to it, which makes the metrics too good: {counts}"
     return f"## Training data\n\n{paragraph(f'{text}. {other_data(source, leakage=leakage)}')}"
 
 
