@@ -89,7 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--other-classes", action="store_true", help="allow a model folder whose newest version has other classes"
     )
     parser.add_argument(
-        "--even-if-worse", action="store_true", help="allow a model folder whose newest version has a higher top-1"
+        "--even-if-worse",
+        action="store_true",
+        help="allow a model folder whose newest version has a higher top-1 on validation images",
     )
     parser.add_argument(
         "--provider",

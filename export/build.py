@@ -34,7 +34,7 @@ from export.promotion import check_out, check_promotion
 from export.publish import new_version
 from export.quantization.gate import validation_set
 from export.quantization.variants import Base, Variant, VariantPrecision, build_variants
-from export.source import METRICS_FILE, Source, data_path, has_changed, load_data
+from export.source import Source, data_path, has_changed, load_data
 from export.triton import write_triton_config
 from service.engine.metadata import (
     MODEL_FILE,
@@ -50,6 +50,8 @@ from service.engine.session import EngineError
 from service.repository.folder import CHECKPOINT_FILE, GOLDEN_FILE, Golden, save_golden
 from training.checkpoint import digest
 from training.data.dataset import DataSet
+from training.report_schema import METRICS_FILE
+from training.seen_images import FILE as SEEN_IMAGES_FILE
 from training.transfer import validation_overlaps
 
 
@@ -252,6 +254,8 @@ def write_version(folder: Path, source: Source, exported: ExportedModel) -> None
             raise ExportError(f"{source.checkpoint}: was changed during the export, as by a run; export again.")
     (folder / "README.md").write_text(write_card(source, exported), encoding="utf-8")
     (folder / METRICS_FILE).write_text(metrics_json(source, exported), encoding="utf-8")
+    if source.checkpoint is not None and (seen := source.checkpoint.with_name(SEEN_IMAGES_FILE)).is_file():
+        shutil.copyfile(seen, folder / seen.name)
     for path in source.plots:
         shutil.copyfile(path, folder / path.name)
 

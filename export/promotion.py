@@ -5,24 +5,29 @@ from contextlib import suppress
 from pathlib import Path
 
 from export.errors import ExportError
-from export.source import Source
+from export.source import Source, read_report
 from service.engine.metadata import MODEL_FILE, MODEL_FILES, ArtifactError, ModelMetadata
 from service.engine.session import EngineError, read_metadata
 from service.repository.folder import list_versions
+from training.evaluate import Metrics
 
 
-def newest_metadata(folder: Path) -> ModelMetadata | None:
-    """Return the metadata of the newest readable version; None where there is none."""
+def newest_version(folder: Path) -> tuple[ModelMetadata, Metrics | None] | None:
+    """Return metadata and validation metrics of the newest readable version; None where there is none."""
     for newest in reversed(list_versions(folder)):
         with suppress(ArtifactError, EngineError):
-            return read_metadata(newest.path / MODEL_FILE)
+            metadata = read_metadata(newest.path / MODEL_FILE)
+            report, _ = read_report(newest.path, metadata.provenance.checkpoint_sha256)
+            val = Metrics(**metadata.metrics.model_dump()) if metadata.metrics else None
+            return metadata, report.val if report else val if val is not None and val.split == "val" else None
     return None
 
 
 def check_promotion(out: Path, source: Source, *, other_classes: bool, even_if_worse: bool) -> None:
-    """Refuse a model with other classes than the folder's newest version, or with a lower top-1 on the same images.
+    """Refuse a model with other classes than the folder's newest version, or with a lower top-1 on validation images.
 
-    A service that watches the folder would replace that version within seconds.
+    A service that watches the folder would replace that version within seconds. Test images choose nothing, so they
+    do not choose this.
 
     Args:
         out: the model folder.
@@ -33,9 +38,10 @@ def check_promotion(out: Path, source: Source, *, other_classes: bool, even_if_w
     Raises:
         ExportError: says how to allow it.
     """
-    newest = newest_metadata(out)
-    if newest is None:
+    found = newest_version(out)
+    if found is None:
         return
+    newest, served = found
     if newest.labels != source.run.labels:
         if other_classes:
             return
@@ -43,19 +49,18 @@ def check_promotion(out: Path, source: Source, *, other_classes: bool, even_if_w
             f"{out}: its newest version has other classes than this model, which would be served in its place; "
             "name another --out, or pass --other-classes."
         )
-    served, own = newest.metrics, source.metrics
+    own = source.val
     if even_if_worse or served is None or newest.dataset != source.run.dataset:
         return
-    comparable = own is not None and (served.split, served.n) == (own.split, own.n)
-    if not comparable and source.report is None:
+    if own is None:
         raise ExportError(
-            f"{out}: its newest version has a top-1 of {served.top1:.2%} on {served.split} images. That of this model, "
-            "which would be served in its place, is unknown: its run has not ended with a report. Continue the run by "
-            "`python -m training --resume`, name another --out, or pass --even-if-worse."
+            f"{out}: its newest version has a top-1 of {served.top1:.2%} on validation images. That of this model, "
+            "which would be served in its place, is unknown: its checkpoint was written within an epoch. Name the "
+            "run's best.safetensors, another --out, or pass --even-if-worse."
         )
-    if comparable and own is not None and own.top1 < served.top1:
+    if own.n == served.n and own.top1 < served.top1:
         raise ExportError(
-            f"{out}: its newest version has a top-1 of {served.top1:.2%} on {served.split} images and this model, "
+            f"{out}: its newest version has a top-1 of {served.top1:.2%} on validation images and this model, "
             f"which would be served in its place, of {own.top1:.2%}; name another --out, or pass --even-if-worse."
         )
 

@@ -18,12 +18,11 @@ from training.evaluate import Metrics
 from training.metrics_log import MACHINE_FIELDS, MetricsEntry, read_metrics
 from training.model import Perceiver, count_parameters
 from training.preprocessing import Preprocess
-from training.report_schema import CURVES, PLOTS, Report
+from training.report_schema import CURVES, METRICS_FILE, PLOTS, Report
 from training.report_schema import FILE as REPORT_FILE
 from training.transfer import find_checkpoint
 
 RANDOM_CLASSES = 100
-METRICS_FILE = "metrics.json"  # of a version folder
 DATA_FOLDER = Path("data")
 
 
@@ -57,6 +56,7 @@ class Source:
         temperature: divisor of the logits.
         report: of these weights; None where the run has none.
         metrics: on test images, else on validation images; None for random weights.
+        val: on validation images; None for random weights, and for a checkpoint that was written within an epoch.
         checkpoint: the file; None for random weights.
         checkpoint_sha256: of the file; zeros for random weights.
         git_commit: of the source tree that trained; None where unknown.
@@ -71,6 +71,7 @@ class Source:
     temperature: float
     report: Report | None
     metrics: Metrics | None
+    val: Metrics | None
     checkpoint: Path | None
     checkpoint_sha256: str
     git_commit: str | None
@@ -130,6 +131,7 @@ def load_source(path: Path) -> Source:
         temperature=report.temperature if report else 1.0,
         report=report,
         metrics=(report.test or report.val) if report else header.val,
+        val=report.val if report else header.val,
         checkpoint=checkpoint,
         checkpoint_sha256=sha256,
         git_commit=header.git_commit,
@@ -215,6 +217,7 @@ def random_source(preset: str, seed: int = 0) -> Source:
         temperature=1.0,
         report=None,
         metrics=None,
+        val=None,
         checkpoint=None,
         checkpoint_sha256="0" * 64,
         git_commit=git_commit(),

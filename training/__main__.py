@@ -1,4 +1,4 @@
-"""``python -m training``: train a preset, or resume a run."""
+"""``python -m training``: train a preset or the stages of a recipe, or resume a run."""
 
 from __future__ import annotations
 
@@ -6,22 +6,32 @@ import sys
 from collections.abc import Sequence
 
 from training.cli import build_parser, choose_preset
+from training.recipe import DEFAULT_RECIPE, is_bare, plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the flags and do what they ask for; returns the exit status (`training.cli.EPILOG`)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        preset = choose_preset(args)
+        if is_bare(args):
+            args.recipe = DEFAULT_RECIPE
+        stages = None if args.recipe is None else plan(args, argv)
+        if args.stages:
+            if stages is None:
+                raise ValueError("--stages shows those of a recipe: name one by --recipe.")
+            print(*(stage.describe() for stage in stages), sep="\n")
+            return 0
+        preset = choose_preset(args) if stages is None else None
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
         # Torch takes seconds to import, and what is wrong with the flags has been said by now.
-        from training.run import execute
+        from training.run import execute, execute_stages
 
-        return execute(args, preset)
+        return execute(args, preset) if stages is None else execute_stages(args, stages)
     except KeyboardInterrupt:
         print("interrupted; a run that has a checkpoint goes on with --resume", file=sys.stderr)
         return 130

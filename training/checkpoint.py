@@ -46,6 +46,20 @@ class Origin(BaseModel):
     epoch: int = Field(description="after which its weights were taken")
     git_commit: str | None
     run: RunConfig
+    test_readings: int | None = Field(
+        None, description="how often its run had read its test images by then; None: nobody knows"
+    )
+
+
+class RecipeStage(BaseModel):
+    """The stage of a recipe that a run is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: str = Field(description="--recipe, and flags beside it that hold for every stage")
+    line: str = Field(description="flags of the stage, and those for every stage")
+    number: int = Field(ge=1)
+    count: int = Field(ge=1, description="stages of the recipe")
 
 
 class RunConfig(BaseModel):
@@ -64,6 +78,8 @@ class RunConfig(BaseModel):
     pictures_sha256: str | None = Field(None, description="of training and validation images and labels")
     init: Origin | None = Field(None, description="whose weights it begins with; None: it begins at random")
     teacher: Origin | None = Field(None, description="whose answers are part of its targets, where not those of `init`")
+
+    stage: RecipeStage | None = Field(None, description="None where no recipe trained it")
 
     @property
     def origins(self) -> tuple[Origin, ...]:
@@ -88,6 +104,17 @@ class RunConfig(BaseModel):
             for each in (*origin.run.ancestry(), origin):
                 found.setdefault(each.checkpoint_sha256, each)
         return tuple(found.values())
+
+    def lineage_test_readings(self, own: int) -> int:
+        """How often this run and those that led to it have read its test images.
+
+        A run that does not tell counts once, since every run that ends reads them.
+
+        Args:
+            own: readings of this run.
+        """
+        others = (origin for origin in self.ancestry() if origin.run.dataset == self.dataset)
+        return own + sum(1 if origin.test_readings is None else origin.test_readings for origin in others)
 
     @property
     def taught_by(self) -> Origin | None:

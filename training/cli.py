@@ -9,11 +9,14 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from training.config import PRESETS, ModelConfig, Preset, TrainConfig
+
+if TYPE_CHECKING:
+    from training.checkpoint import RunConfig
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -44,6 +47,7 @@ USED_ONLY: dict[str, tuple[Callable[[Preset], bool], str]] = {
 }
 
 USAGE = """python -m training [--preset NAME] [--data DIR] [--out RUN] [flags]
+       python -m training [--recipe FILE] [--out RUN]                 (stage after stage)
        python -m training --resume RUN
        torchrun --standalone --nproc-per-node N -m training ...    (N processes share each batch)"""
 
@@ -77,9 +81,10 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         allow_abbrev=False,
     )
+    parser.set_defaults(stage=None, repeat=None)  # of `training.recipe`
     _add_run(parser.add_argument_group("run"))
     _add_fields(parser.add_argument_group("recipe (default: the preset's)"), TrainConfig)
-    _add_fields(parser.add_argument_group("model (default: the preset's)"), ModelConfig)
+    _add_fields(parser.add_argument_group("model (default: that of --init, else the preset's)"), ModelConfig)
     return parser
 
 
@@ -87,8 +92,17 @@ def _add_run(group: Any) -> None:
     group.add_argument(
         "--preset",
         metavar="NAME",
-        help=f"model and recipe to start from: {', '.join(PRESETS)} (default: {DEFAULT_PRESET})",
+        help=f"model and recipe to start from: {', '.join(PRESETS)} (default: {DEFAULT_PRESET}); with --init the "
+        "recipe alone (default: the preset of that run)",
     )
+    group.add_argument(
+        "--recipe",
+        metavar="FILE",
+        help="train the stages of a recipe one after the other, each beginning with the one before it: a file, or the "
+        "name of a shipped one (default, where no flag says what to train: that of the shipped model). The same "
+        "command again goes on where it was. Flags of recipe and model hold for every stage",
+    )
+    group.add_argument("--stages", action="store_true", help="show the recipe's stages, and train nothing")
     group.add_argument(
         "--data",
         type=Path,
@@ -96,13 +110,20 @@ def _add_run(group: Any) -> None:
         help="folder with cifar-100-python/, or with a folder of images for each class (optionally below train/, "
         "val/, test/); without it CIFAR-100 is downloaded to data/ once",
     )
-    group.add_argument("--out", type=Path, metavar="RUN", help="folder of the run (default: runs/<preset>-<data set>)")
+    group.add_argument(
+        "--out",
+        type=Path,
+        metavar="RUN",
+        help="folder of the run (default: runs/<preset>-<data set>); of a recipe, in which each stage has its own "
+        "(default: runs/<recipe>)",
+    )
     group.add_argument(
         "--init",
         type=Path,
         metavar="PATH",
-        help="begin with the weights of a run, of a model folder or of a .safetensors file, not with random ones; "
-        "its patches, and latents on a grid, may stand closer or wider, its blocks may be more, its classes others",
+        help="begin with the weights of a run, of a model folder or of a .safetensors file, not with random ones. The "
+        "model is that one, but for flags that are given: its patches, and latents on a grid, may stand closer or "
+        "wider, its blocks may be more. Other classes get a fresh head",
     )
     group.add_argument(
         "--teacher",
@@ -174,8 +195,23 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name in names and value is not None}
 
 
+def read_run(path: Path) -> RunConfig:
+    """The configuration of the run whose weights a path means.
+
+    Raises:
+        ValueError: there are none; a sentence for the user.
+    """
+    # Torch takes seconds to import, and most commands whose flags are wrong name no --init.
+    from training import checkpoint, transfer
+
+    try:
+        return checkpoint.load(transfer.find_checkpoint(path))[1].run
+    except checkpoint.CheckpointError as error:
+        raise ValueError(str(error)) from error
+
+
 def choose_preset(args: argparse.Namespace) -> Preset | None:
-    """The preset with the changes that the flags ask for; None where a run is resumed.
+    """The preset with the changes that the flags ask for; None where a run is resumed. Sets `args.preset`, if unset.
 
     Raises:
         ValueError: no such preset, or values that don't fit; a sentence for the user.
@@ -184,10 +220,16 @@ def choose_preset(args: argparse.Namespace) -> Preset | None:
     if args.resume is not None:
         _refuse([*changes, *(name for name in ("preset", "out", "init", "teacher") if getattr(args, name) is not None)])
         return None
-    name = args.preset or DEFAULT_PRESET
-    if name not in PRESETS:
-        raise ValueError(f"--preset {name}: there is no such preset; there are {', '.join(PRESETS)}.")
-    preset = PRESETS[name]
+    if args.preset not in (None, *PRESETS):
+        raise ValueError(f"--preset {args.preset}: there is no such preset; there are {', '.join(PRESETS)}.")
+    if args.init is not None and "latent_std" in changes:
+        raise ValueError(f"--latent-std {changes['latent_std']} changes nothing with --init, which has latents.")
+    init = None if args.init is None else read_run(args.init)
+    if args.preset is None:
+        args.preset = init.preset if init is not None and init.preset in PRESETS else DEFAULT_PRESET
+    preset = PRESETS[args.preset]
+    if init is not None:
+        preset = preset.model_copy(update={"model": init.model})
     try:
         chosen = Preset(model=_changed(preset.model, changes), train=_changed(preset.train, changes))
     except ValidationError as error:
@@ -201,8 +243,6 @@ def choose_preset(args: argparse.Namespace) -> Preset | None:
         )
     if args.teacher is not None and not chosen.train.distillation:
         raise ValueError(f"--teacher {args.teacher} teaches nothing without --distillation: give both, or neither.")
-    if args.init is not None and "latent_std" in changes:
-        raise ValueError(f"--latent-std {changes['latent_std']} changes nothing with --init, which has latents.")
     for name, (is_used, lacking) in USED_ONLY.items():
         if name in changes and not is_used(chosen):
             raise ValueError(f"{format_flag(name, changes[name])} changes nothing {lacking}.")

@@ -60,6 +60,16 @@ class SuperclassMetrics(BaseModel):
     superclass_top1: float = Field(description="share whose most likely class is of the right superclass")
 
 
+class Corruption(BaseModel):
+    """How good logits are on corrupted images."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(description="what was done to them")
+    n: int = Field(ge=1, description="images")
+    top1: float = Field(description="share whose most likely class is the label, 0..1")
+
+
 class Confidence(BaseModel):
     """How sure a model is of its first answer on some images; fractions between 0 and 1."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from training import checkpoint, report_schema
+from training import checkpoint, report_schema, robustness, seen_images
 from training.checkpoint import RunConfig
 from training.data.dataset import Split
 from training.evaluate import (
     Confidence,
     ConfusedPair,
+    Corruption,
+    Metrics,
     SuperclassMetrics,
     calibration_bins,
     fit_temperature,
@@ -28,18 +30,16 @@ from training.evaluate import (
 )
 from training.metrics_log import MACHINE_FIELDS, read_metrics
 from training.model import count_parameters
+from training.near_duplicates import near_duplicates
 from training.out_of_distribution import ALTERED, COUNT, out_of_distribution
 from training.plots import save_answers, save_confusion, save_curves, save_reliability, shorten
-from training.report_schema import Report
+from training.report_schema import Report, describe_readings, read_test_readings
 
 SPLITS = {"test": "test images", "val": "validation images"}
 IMAGES_PER_KIND = 6  # images of each kind
 
-# What to think of a report's figures, by the split that they are of.
-NOTES = {
-    "test": "checkpoint and temperature were chosen by the validation images; the test images were read once",
-    "val": "no test images: the validation figures flatter, since checkpoint and temperature were chosen by them",
-}
+VAL_NOTE = "no test images: the validation figures flatter, since checkpoint and temperature were chosen by them"
+TEST_NOTE = "checkpoint and temperature were chosen by the validation images; the test images chose nothing"
 
 
 def log_epoch(folder: Path, events: SummaryWriter, best_by: str) -> None:
@@ -64,11 +64,11 @@ def write_report(
     """Measure ``best`` in float32 and write ``report.json`` and its images (`training.report_schema.PLOTS`).
 
     The temperature is fitted to the validation images. The test images are read here, in one pass that all their
-    figures come from.
+    figures come from but those of corrupted ones.
 
     Args:
-        folder: of the run.
-        train: training images, which are only counted.
+        folder: of the run; an earlier report in it tells how often the test images have been read before.
+        train: training images, which near-duplicates are looked for among.
         val: validation images.
         test: test images; None where the data has none, so that the validation figures have to do.
         device: to compute on.
@@ -89,6 +89,11 @@ def write_report(
     metrics = {name: measure(logits[name] / temperature, labels[name], name) for name in logits}
     uncalibrated = {f"{name}_uncalibrated": measure(logits[name], labels[name], name) for name in logits}
     shown = "val" if test is None else "test"
+    split = val if test is None else test
+    readings, lineage_readings = 0, 0
+    if test is not None:
+        readings = 1 + (read_test_readings(folder) or 0)
+        lineage_readings = header.run.lineage_test_readings(readings)
     strange = report_out_of_distribution(folder, header.run.labels, val, lambda split: logits_of(split) / temperature)
     report = Report(
         preset=header.run.preset,
@@ -98,9 +103,16 @@ def write_report(
         epoch=header.epoch,
         temperature=temperature,
         checkpoint_sha256=checkpoint.digest(path),
-        note=NOTES[shown],
+        note=VAL_NOTE
+        if test is None
+        else f"{TEST_NOTE}, and were read {describe_readings(readings, lineage_readings)}",
         **metrics,
         **uncalibrated,
+        test_readings=readings,
+        lineage_test_readings=lineage_readings,
+        distinct=report_distinct(split, train, logits[shown] / temperature, shown),
+        corruptions=report_corruptions(split, logits[shown], logits_of),
+        seen=report_seen(folder, {"val": val, "test": test}),
         most_confused=report_errors(folder, logits[shown], temperature, labels[shown], header.run.labels),
         superclasses=report_superclasses(logits[shown], labels[shown], header.run),
         confidence=(measure_confidence(logits[shown] / temperature, labels[shown], SPLITS[shown]), *strange),
@@ -109,6 +121,49 @@ def write_report(
     partial.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
     partial.replace(folder / report_schema.FILE)
     return report
+
+
+def report_seen(folder: Path, splits: Mapping[str, Split | None]) -> dict[str, int]:
+    """How many images of each split this run or one that led to it was trained on; without the splits without any."""
+    digests = seen_images.read(folder)
+    counts = {name: seen_images.count_seen(split.to("cpu"), digests) for name, split in splits.items() if split}
+    return {name: count for name, count in counts.items() if count}
+
+
+def report_distinct(split: Split, train: Split, logits: Tensor, name: str) -> Metrics | None:
+    """The figures of those images that are no near-duplicate of a training image; None where all are.
+
+    Args:
+        split: N images.
+        train: training images.
+        logits: calibrated, float32 [N, K] on the CPU.
+        name: of the split.
+    """
+    distinct = ~near_duplicates(split.images.to(train.images.device), train.images)
+    return measure(logits[distinct], split.labels.cpu()[distinct], name) if distinct.any() else None
+
+
+def report_corruptions(split: Split, logits: Tensor, answer: Callable[[Split], Tensor]) -> list[Corruption]:
+    """The figures of an even choice of a split's images: as they are, then corrupted.
+
+    Args:
+        split: N images.
+        logits: of these as they are, float32 [N, K] on the CPU.
+        answer: logits, float32 [n, K] on the CPU.
+    """
+    chosen = even_choice(len(split), robustness.COUNT)
+    images, labels = split.images.cpu()[chosen], split.labels.cpu()[chosen]
+    answers = {"none": logits[chosen]}
+    answers |= {name: answer(Split(changed, labels)) for name, changed in robustness.corrupted(images)}
+    return [
+        Corruption(name=name, n=len(chosen), top1=(answer.argmax(-1) == labels).double().mean().item())
+        for name, answer in answers.items()
+    ]
+
+
+def even_choice(count: int, most: int) -> Tensor:
+    """At most ``most`` indices below ``count``, evenly spaced, int64, ascending."""
+    return torch.linspace(0, count - 1, min(most, count)).round().long()
 
 
 def report_superclasses(logits: Tensor, labels: Tensor, run: RunConfig) -> tuple[SuperclassMetrics, ...]:
@@ -148,7 +203,7 @@ def report_out_of_distribution(
         val: validation images; an even choice of them is turned and cropped.
         answer: calibrated logits, float32 [N, K] on the CPU.
     """
-    chosen = torch.linspace(0, len(val) - 1, min(COUNT, len(val))).round().long()
+    chosen = even_choice(len(val), COUNT)
     result, rows = [], {}
     for kind, images in out_of_distribution(val.images.cpu()[chosen].numpy()).items():
         targets = val.labels.cpu()[chosen] if kind in ALTERED else torch.zeros(len(images), dtype=torch.int64)

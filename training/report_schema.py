@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field
 
-from training.evaluate import Confidence, ConfusedPair, Metrics, SuperclassMetrics
+from training.evaluate import Confidence, ConfusedPair, Corruption, Metrics, SuperclassMetrics
 
 FILE = "report.json"
+METRICS_FILE = "metrics.json"  # of an exported version, with the report in it
 # What is drawn of a run, and what each image shows; all but the curves belong to the report.
 CURVES = "curves.png"
 PLOTS = {
@@ -19,8 +24,8 @@ PLOTS = {
 class Report(BaseModel):
     """The figures of one checkpoint.
 
-    ``val`` and ``test`` are at the temperature, what is called uncalibrated at temperature 1. Superclasses, confusions
-    and confidence are of the test images, or of the validation images where there are no test images.
+    ``val`` and ``test`` are at the temperature, what is called uncalibrated at temperature 1. All others are of the
+    test images, or of the validation images where there are no test images.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,8 +42,48 @@ class Report(BaseModel):
     val_uncalibrated: Metrics
     test: Metrics | None = None
     test_uncalibrated: Metrics | None = None
+    test_readings: int | None = Field(None, description="how often this run has read the test images")
+    lineage_test_readings: int | None = Field(
+        None, description="how often this run and those that led to it have, as far as they tell"
+    )
+    distinct: Metrics | None = Field(None, description="of those images that are no near-duplicate of a training image")
     most_confused: tuple[ConfusedPair, ...]
+    seen: dict[str, int] | None = Field(
+        None,
+        description="images of each split that this run or one that led to it was trained on, as far as they tell; "
+        "splits without any are left out",
+    )
     superclasses: tuple[SuperclassMetrics, ...] = Field(default=(), description="none where the data set has none")
+    corruptions: tuple[Corruption, ...] = Field(
+        default=(), description="figures on some of the images: first as they are, then corrupted"
+    )
     confidence: tuple[Confidence, ...] = Field(
         default=(), description="of calibrated probabilities: first on the split itself, then out of distribution"
     )
+
+
+def read_test_readings(folder: Path) -> int | None:
+    """How often the run in a folder, or the one that was exported to it, has read its test images.
+
+    Returns:
+        None where the folder holds no report, or one that can't be read. One that does not tell is of one reading.
+    """
+    try:
+        if (folder / FILE).is_file():
+            report: Any = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        else:
+            report = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))["report"]
+        return 0 if report["test"] is None else int(report.get("test_readings") or 1)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def describe_readings(own: int, lineage: int) -> str:
+    """How often the test images were read, in words.
+
+    Args:
+        own: by the run.
+        lineage: by the run and those that led to it.
+    """
+    times = "once" if own == 1 else f"{own} times"
+    return times if lineage == own else f"{times} by this run, {lineage} times with those that led to it"

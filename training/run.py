@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -18,9 +18,10 @@ from types import FrameType
 import torch
 from pydantic import ValidationError
 
+from training import seen_images
 from training.allocator import is_out_of_memory
-from training.checkpoint import DISK_FULL_ADVICE, CheckpointError, RunConfig
-from training.cli import DEFAULT_PRESET
+from training.checkpoint import DISK_FULL_ADVICE, CheckpointError, RecipeStage, RunConfig
+from training.cli import choose_preset
 from training.config import Preset, TrainConfig
 from training.data.dataset import DataError, DataSet
 from training.data.load import load_for
@@ -28,6 +29,7 @@ from training.distillation import check_teacher
 from training.distributed import PeerFailed, World, join, shut_down
 from training.model import count_parameters
 from training.precision import choose_precision, computes_in_bfloat16, describe_precision
+from training.recipe import Stage
 from training.run_dir import check_outside_classes, check_unused, lock_run_dir
 from training.train import Trainer
 from training.transfer import check_compatible, find_checkpoint, read_origin
@@ -52,13 +54,24 @@ def execute(args: argparse.Namespace, preset: Preset | None) -> int:
     Returns:
         The exit status.
     """
+    return in_world(args, lambda world, deadline: status_or_error(lambda: start(args, preset, world, deadline)))
+
+
+def execute_stages(args: argparse.Namespace, stages: Sequence[Stage]) -> int:
+    """Train what is left of a recipe's stages, one after the other; returns the exit status."""
+    return in_world(args, lambda world, deadline: run_stages(stages, world, deadline))
+
+
+def in_world(args: argparse.Namespace, work: Callable[[World, float | None], int]) -> int:
+    """Do ``work`` as one of the processes that train together, until the deadline (`time.monotonic`), if any."""
+    deadline = time.monotonic() + 60 * args.max_minutes if args.max_minutes is not None else None
     try:
         world = join(args.device)
     except ValueError as error:
         return print_error(error, USER_ERROR)
     status = FAILED
     try:
-        status = start_or_print_error(args, preset, world)
+        status = work(world, deadline)
     except KeyboardInterrupt:
         status = INTERRUPTED
         raise
@@ -67,10 +80,43 @@ def execute(args: argparse.Namespace, preset: Preset | None) -> int:
     return status
 
 
-def start_or_print_error(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
-    """`start`, and a sentence for what a user can put right."""
+def run_stages(stages: Sequence[Stage], world: World, deadline: float | None) -> int:
+    """Train each stage that has not ended; returns the exit status of the last that was trained."""
+    for stage in stages:
+        if (status := status_or_error(lambda stage=stage: run_stage(stage, world, deadline))) != DONE:
+            return status
+    return DONE
+
+
+def run_stage(stage: Stage, world: World, deadline: float | None) -> int:
+    """Begin a stage, or go on with it, unless it has ended; returns the exit status."""
+    is_done, has_begun = world.run_on_main(lambda: look_at_stage(stage))
+    if is_done:
+        return DONE
+    if world.is_main:
+        print(stage.describe(), flush=True)
+    if has_begun:
+        return start(stage.resumed(), None, world, deadline)
+    return start(stage.args, choose_preset(stage.args), world, deadline)
+
+
+def look_at_stage(stage: Stage) -> tuple[bool, bool]:
+    """Whether a stage has ended, and whether it can be resumed.
+
+    Raises:
+        ValueError: other flags trained it.
+    """
+    if stage.is_done or stage.has_begun:
+        run = RunConfig.model_validate_json((stage.folder / "config.json").read_bytes())
+        if run.stage is None or run.stage.line != stage.line:
+            raise ValueError(f"{stage.folder}: was trained by other flags than the recipe's ({stage.line}).")
+    return stage.is_done, stage.has_begun
+
+
+def status_or_error(work: Callable[[], int]) -> int:
+    """The exit status of ``work``, with a sentence for what a user can put right."""
     try:
-        return start(args, preset, world)
+        return work()
     except (ValueError, DataError, CheckpointError) as error:
         return print_error(error, USER_ERROR)
     except PeerFailed:
@@ -95,9 +141,8 @@ def print_error(problem: object, status: int) -> int:
     return status
 
 
-def start(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
-    """Prepare, train, report; returns the exit status."""
-    deadline = time.monotonic() + 60 * args.max_minutes if args.max_minutes is not None else None
+def start(args: argparse.Namespace, preset: Preset | None, world: World, deadline: float | None) -> int:
+    """Prepare, train until the deadline (`time.monotonic`) at most, report; returns the exit status."""
     if args.threads:
         torch.set_num_threads(args.threads)
     with ExitStack() as held:
@@ -113,8 +158,11 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
                 )
             if preset is not None and world.is_main:
                 (folder / "config.json").write_text(run.model_dump_json(indent=2) + "\n", encoding="utf-8")
+                seen_images.write(folder, data_set.train, origin_folders(args))
             if world.is_main:
-                warnings = (f"warning: {warning}" for warning in warnings_for(run, data_set, preset))
+                warnings = (
+                    f"warning: {warning}" for warning in warnings_for(run, data_set, preset, origin_folders(args))
+                )
                 asked = None if preset is None else preset.train.precision
                 precision = describe_precision(run.train.precision, asked, world.device)
                 print(describe(trainer), precision, *warnings, sep="\n", flush=True)
@@ -126,16 +174,27 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World) -> int:
                 again = resume_command(args, run, world, folder)
                 print(f"stopped after step {trainer.state.step}; go on with: {again}")
                 return STOPPED
+            if args.stage is not None and not args.stage.is_last:
+                trainer.test_split = None  # which the last stage alone reads
             report = trainer.report()
     print(report.model_dump_json(include={"epoch", "temperature", "val", "test", "note"}, indent=2))
+    if args.stage is not None and not args.stage.is_last:
+        return DONE
     export = shlex.join(["python", "-m", "export", str(folder), *data_flag(args, run), "--out", "models/NAME"])
     print(f"best checkpoint and report are in {folder}; export: {export}")
     return DONE
 
 
+def origin_folders(args: argparse.Namespace) -> list[Path]:
+    """The folders of the checkpoints that a run begins with and learns from."""
+    return [find_checkpoint(path).parent for path in (args.init, args.teacher) if path is not None]
+
+
 def resume_command(args: argparse.Namespace, run: RunConfig, world: World, folder: Path) -> str:
     """What goes on with a run as it was begun: of other threads or devices the sums are others."""
     launcher = ["python"] if world.size == 1 else ["torchrun", "--standalone", f"--nproc-per-node={world.size}"]
+    if args.repeat is not None:
+        return shlex.join([*launcher, "-m", "training", *args.repeat])
     where = ["--threads", str(args.threads)] if args.threads else []
     where += ["--device", args.device] if args.device != "auto" else []
     return shlex.join([*launcher, "-m", "training", "--resume", str(folder), *data_flag(args, run), *where])
@@ -177,7 +236,7 @@ def prepare(
             raise ValueError(
                 f"--validation-fraction {args.validation_fraction} changes nothing: {args.data} has its own val/."
             )
-        folder = args.out or Path("runs") / f"{args.preset or DEFAULT_PRESET}-{data_set.name}"
+        folder = args.out or Path("runs") / f"{args.preset}-{data_set.name}"
         check_unused(folder)
         check_outside_classes(folder, data_set)
         precision = choose_precision(preset.train.precision, world.device)
@@ -187,7 +246,7 @@ def prepare(
                 update={"batch_size": reduce_batch_size(train.batch_size, len(data_set.train), world)}
             )
         run = RunConfig(
-            preset=args.preset or DEFAULT_PRESET,
+            preset=args.preset,
             data=str(args.data) if args.data else None,
             dataset=data_set.name,
             labels=data_set.labels,
@@ -198,10 +257,16 @@ def prepare(
             pictures_sha256=data_set.digest(),
             init=init,
             teacher=teacher,
+            stage=None if args.stage is None else recipe_stage(args.stage),
         )
         check_teacher(run)
     held.enter_context(lock_run_dir(folder))
     return run, data_set, folder
+
+
+def recipe_stage(stage: Stage) -> RecipeStage:
+    """What a run remembers of its stage."""
+    return RecipeStage(recipe=stage.recipe, line=stage.line, number=stage.number, count=stage.count)
 
 
 def reduce_batch_size(batch_size: int, images: int, world: World) -> int:

@@ -17,6 +17,7 @@ from training.cli import format_flag
 from training.config import ModelConfig
 from training.data.load import load_for
 from training.model import Perceiver
+from training.report_schema import read_test_readings
 
 Overlap = Literal["share", "images"]
 
@@ -78,7 +79,11 @@ def read_origin(path: Path) -> Origin:
     """
     _, header = checkpoint.load(path)
     return Origin(
-        checkpoint_sha256=checkpoint.digest(path), epoch=header.epoch, git_commit=header.git_commit, run=header.run
+        checkpoint_sha256=checkpoint.digest(path),
+        epoch=header.epoch,
+        git_commit=header.git_commit,
+        run=header.run,
+        test_readings=read_test_readings(path.parent),
     )
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from training import seen_images
 from training.checkpoint import RunConfig
 from training.config import Preset
 from training.data.dataset import DataSet
@@ -15,13 +18,16 @@ from training.data.image_folder import LAYOUT, SPLITS, VAL_ALIASES
 from training.transfer import validation_overlaps
 
 
-def warnings_for(run: RunConfig, data_set: DataSet, preset: Preset | None) -> Iterator[str]:
+def warnings_for(
+    run: RunConfig, data_set: DataSet, preset: Preset | None, origins: Sequence[Path] = ()
+) -> Iterator[str]:
     """What a user should know of a run, a sentence each.
 
     Args:
         run: what is about to be trained.
         data_set: its images.
         preset: what was asked for; None where a run is resumed.
+        origins: folders of the checkpoints that it begins with and learns from.
     """
     if preset is not None and run.train.batch_size != preset.train.batch_size:
         yield (
@@ -47,7 +53,7 @@ def warnings_for(run: RunConfig, data_set: DataSet, preset: Preset | None) -> It
         shown = " and ".join(printable(data_set.class_folders[0] / name) for name in splits)
         yield f"{shown}: taken for a class of that name, since the images are not laid out as {LAYOUT}."
     if preset is not None:
-        yield from overlap_warnings(run, data_set)
+        yield from overlap_warnings(run, data_set, origins)
         yield from copy_warnings(data_set)
     if preset is not None and run.init is not None:
         theirs = run.init.run.model
@@ -74,7 +80,7 @@ def unseen_class_warnings(data_set: DataSet) -> Iterator[str]:
             yield f"no {name} image of {shown}: no figure tells how well that is known; {wanted}."
 
 
-def overlap_warnings(run: RunConfig, data_set: DataSet) -> Iterator[str]:
+def overlap_warnings(run: RunConfig, data_set: DataSet, origins: Sequence[Path]) -> Iterator[str]:
     """Tell where images that validate may have trained what the run begins with, learns from, or goes back to."""
     path = Path(run.data) if run.data else None
     found = validation_overlaps(run, path, has_val=data_set.has_val)
@@ -84,6 +90,13 @@ def overlap_warnings(run: RunConfig, data_set: DataSet) -> Iterator[str]:
             "folder of them was divided anew, some that validate now have trained that run, and flatter this one. "
             "Folders train/ and val/ keep them apart."
         )
+    digests = np.concatenate([np.empty(0, np.uint64), *map(seen_images.read, origins)])
+    for name, split in (("validation", data_set.val), ("test", data_set.test)):
+        if split is not None and (count := seen_images.count_seen(split, digests)):
+            yield (
+                f"{count} of the {len(split)} {name} images have trained the run that --init or --teacher names, or "
+                "one before it: the figures on these flatter."
+            )
     shares = [theirs.train.validation_fraction for why, theirs in found if why == "share"]
     if shares:
         yield (

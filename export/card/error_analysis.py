@@ -1,10 +1,10 @@
-"""The card's section on the model's errors: superclasses, confusions, images out of distribution."""
+"""The card's section on the model's errors: superclasses, confusions, corruptions, images out of distribution."""
 
 from collections.abc import Sequence
 
 from export.card.markdown import image, literal, paragraph, table
 from export.source import Source
-from training.evaluate import Confidence, SuperclassMetrics
+from training.evaluate import Confidence, Corruption, SuperclassMetrics
 from training.report_schema import PLOTS
 
 
@@ -19,6 +19,7 @@ def error_analysis(source: Source) -> str:
         by_superclass(report.superclasses),
         confusions(source),
         plots.get("confusion.png", ""),
+        robustness(report.corruptions),
         out_of_distribution(report.confidence),
         plots.get("out_of_distribution.png", ""),
     ]
@@ -48,6 +49,18 @@ def confusions(source: Source) -> str:
     named = [(literal(pair.true), literal(pair.predicted), pair.share) for pair in pairs]
     parts = [f"{true} as {predicted} ({share:.0%} of the {true} images)" for true, predicted, share in named]
     return paragraph(f"Confused most: {'; '.join(parts)}.")
+
+
+def robustness(corruptions: Sequence[Corruption]) -> str:
+    """Return the accuracy on corrupted images; empty where the report has none."""
+    if not corruptions:
+        return ""
+    clean = corruptions[0]
+    text = paragraph(f"On {clean.n:,} of the images, as they are and corrupted at the size that the model sees:")
+    rows = [
+        (e.name, f"{e.top1:.1%}", f"{100 * (e.top1 - clean.top1):+.1f}" if e is not clean else "") for e in corruptions
+    ]
+    return f"{text}\n\n{table(('corruption', 'top-1', 'points'), rows)}"
 
 
 def out_of_distribution(confidence: Sequence[Confidence]) -> str:

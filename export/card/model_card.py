@@ -12,7 +12,8 @@ from export.quantization.variants import Variant
 from export.source import Source
 from service.engine.metadata import MODEL_FILES, ModelMetadata
 from training.data.dataset import CIFAR100
-from training.report_schema import CURVES, PLOTS
+from training.near_duplicates import CORRELATION
+from training.report_schema import CURVES, PLOTS, describe_readings
 
 SPLIT_NAMES = {"val": "validation"}
 
@@ -39,6 +40,7 @@ def evaluation(source: Source) -> str:
             ("test, before the temperature", report.test_uncalibrated),
             ("**test, as served**", report.test),
             ("**validation, as served**", None if report.test else report.val),
+            ("of these, without near-duplicates of training images", report.distinct),
         ]
     cells = [
         (name, f"{m.n:,}", f"{m.top1:.2%}", f"{m.top5:.2%}", f"{m.loss:.4f}", f"{m.ece:.4f}") for name, m in rows if m
@@ -48,6 +50,8 @@ def evaluation(source: Source) -> str:
     text = (
         f"Loss in nats; ECE: expected calibration error, 15 bins. Temperature {source.temperature:.4f}, in the graph."
     )
+    if report is not None and report.distinct is not None:
+        text += f" A near-duplicate has a correlation of {CORRELATION} or more with a training image."
     if len(source.run.labels) <= 5:
         text += f" With {len(source.run.labels)} classes top-5 is always 100 %."
     captions = {CURVES: "learning curves", "reliability.png": PLOTS["reliability.png"]}
@@ -71,7 +75,11 @@ def training_data(source: Source, metadata: ModelMetadata, *, leakage: bool, dup
         )
     report = source.report
     if report is not None and report.training_pictures is not None:
-        tested = f"{report.test.n:,} more were read once to test it" if report.test else "there were none to test it"
+        tested = "there were none to test it"
+        if report.test is not None:
+            own = report.test_readings or 1
+            readings = describe_readings(own, source.run.lineage_test_readings(own))
+            tested = f"{report.test.n:,} more, which chose nothing, were read {readings} to test it"
         text += (
             f". {report.training_pictures:,} trained it, {report.val.n:,} others chose checkpoint and temperature, and "
             f"{tested}"
@@ -79,6 +87,10 @@ def training_data(source: Source, metadata: ModelMetadata, *, leakage: bool, dup
     if duplicates:
         counts = " and ".join(f"{count:,} of {SPLIT_NAMES.get(name, name)}" for name, count in duplicates.items())
         text += f". Some images are exact copies of training images, which makes the metrics too good: {counts}"
+    seen = report.seen if report is not None and report.seen else {}
+    if earlier := {name: count for name, count in seen.items() if count > duplicates.get(name, 0)}:
+        counts = " and ".join(f"{count:,} of {SPLIT_NAMES.get(name, name)}" for name, count in earlier.items())
+        text += f". Some images trained an earlier run that led to it, which makes the metrics too good: {counts}"
     return f"## Training data\n\n{paragraph(f'{text}. {other_data(source, leakage=leakage)}')}"
 
 

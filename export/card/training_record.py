@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from export.card.markdown import bullet, code, duration, paragraph, table
 from export.source import Source
 from service.engine.metadata import ModelMetadata
-from training.checkpoint import Origin, RunConfig
+from training.checkpoint import Origin, RecipeStage, RunConfig
 from training.cli import format_flag
 from training.config import PRESETS
 from training.data.dataset import CIFAR100
@@ -26,19 +26,36 @@ def changed_fields(config: BaseModel, base: BaseModel | None = None) -> dict[str
 
 
 def training_commands(source: Source) -> Iterator[str]:
-    """Yield the commands that train the model again, those of its initial weights and teachers first."""
+    """Yield the commands that train the model again: that of its recipe, or those of all runs that led to it."""
     machines = source.machines
     launcher, flags = "python", []
     if len(machines) == 1 and machines[0].processes > 1:
         launcher = f"torchrun --standalone --nproc-per-node {machines[0].processes}"
         if machines[0].device == "cpu":
             flags.append(f"--threads {machines[0].threads}")
+    if (stages := recipe_stages(source.run)) and (last := stages[-1]):
+        yield " ".join([launcher, "-m training", last.recipe, *flags, *data_flags(source.run)])
+        return
     folders: dict[str, str] = {}
     for number, origin in enumerate(source.run.ancestry(), 1):
         folder = f"{STAGE_FOLDER}-{number}"
         yield training_command("python", origin.run, [f"--out {folder}", *origin_flags(origin.run, folders)])
         folders[origin.checkpoint_sha256] = folder
     yield training_command(launcher, source.run, [*flags, *origin_flags(source.run, folders)])
+
+
+def recipe_stages(run: RunConfig) -> list[RecipeStage]:
+    """Return the stages of the recipe that trained a run from its beginning to its end; empty where none did."""
+    stages = [each.stage for each in (*(origin.run for origin in run.ancestry()), run)]
+    if run.stage is None or run.stage.number != run.stage.count:
+        return []
+    of_recipe = [stage for stage in stages if stage is not None and stage.recipe == run.stage.recipe]
+    return of_recipe if len(of_recipe) == len(stages) else []
+
+
+def data_flags(run: RunConfig) -> list[str]:
+    """Return the flag for the images: CIFAR-100 is downloaded; a path of the trainer's machine is private."""
+    return [f"--data {shlex.quote(f'DATA/{run.dataset}')}"] if run.data and run.dataset != CIFAR100 else []
 
 
 def origin_flags(run: RunConfig, folders: Mapping[str, str]) -> list[str]:
@@ -53,12 +70,16 @@ def origin_flags(run: RunConfig, folders: Mapping[str, str]) -> list[str]:
 
 
 def training_command(launcher: str, run: RunConfig, flags: Sequence[str]) -> str:
-    """Return the command of one run: preset, `flags`, and every setting that differs from the preset."""
-    parts = [launcher, "-m training", f"--preset {run.preset}", *flags]
-    if run.data and run.dataset != CIFAR100:  # CIFAR-100 is downloaded; a path of the trainer's machine is private
-        parts.append(f"--data {shlex.quote(f'DATA/{run.dataset}')}")
+    """Return the command of one run: preset, `flags`, and every setting that differs from the preset.
+
+    A run with initial weights has the model of these, so what differs from that one is named.
+    """
+    parts = [launcher, "-m training", f"--preset {run.preset}", *flags, *data_flags(run)]
     preset = PRESETS.get(run.preset)
-    changes = (changed_fields(run.model, preset.model) | changed_fields(run.train, preset.train)) if preset else {}
+    changes: dict[str, Any] = {}
+    if preset is not None:
+        model = preset.model if run.init is None else run.init.run.model
+        changes = changed_fields(run.model, model) | changed_fields(run.train, preset.train)
     changes.pop("num_classes", None)  # follows from the data
     if run.dataset != CIFAR100:  # on a small data set the preset's is halved, unless the flag is given
         changes["batch_size"] = run.train.batch_size
@@ -72,10 +93,11 @@ def describe_run(source: Source) -> str:
     text = f"The weights of epoch {source.epoch}{of_all}."
     if source.training_seconds is not None:
         text += f" All {epochs} epochs took {duration(source.training_seconds)} of training{on_machines(source)}."
+    earlier = "an earlier stage trains" if recipe_stages(source.run) else "the commands before the last train"
     if (init := source.run.init) is not None:
         text += (
             f" Training started from the weights of epoch {init.epoch} of another run ({describe_origin(init)}), which "
-            "the commands before the last train."
+            f"{earlier}."
         )
     if (teacher := source.run.taught_by) is not None:
         text += f" Of the targets {source.run.train.distillation:.0%} were "
@@ -83,8 +105,8 @@ def describe_run(source: Source) -> str:
             text += "the outputs of that model (knowledge distillation)."
         else:
             text += (
-                f"the outputs of another model (knowledge distillation): of epoch {teacher.epoch} of a run that the "
-                f"commands before the last train as well ({describe_origin(teacher)})."
+                f"the outputs of another model (knowledge distillation): of epoch {teacher.epoch} of a run that "
+                f"{earlier} as well ({describe_origin(teacher)})."
             )
     return text
 
@@ -104,6 +126,14 @@ def on_machines(source: Source) -> str:
     if not machines:
         return ""
     return f" on {machines}" + (f" ({unnamed} of the epochs do not name a machine)" if unnamed else "")
+
+
+def stage_list(run: RunConfig) -> list[str]:
+    """Return the stages of the recipe that trained a run, in lines; empty where none did."""
+    stages = recipe_stages(run)
+    if not stages:
+        return []
+    return ["Its stages, each of which begins with the one before it:", "", *(f"1. {code(s.line)}" for s in stages), ""]
 
 
 def first_epochs(source: Source) -> str:
@@ -147,6 +177,7 @@ def training_record(source: Source, metadata: ModelMetadata) -> str:
             f"## Training record\n\n{text}\n",
             *(f"    {command}" for command in commands),
             "",
+            *stage_list(source.run),
             *([curve] if curve else []),
             *settings,
             f"- Trained by the source tree of commit `{source.git_commit or 'unknown'}`.",

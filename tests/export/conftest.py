@@ -13,7 +13,7 @@ from torch import nn
 from training import checkpoint
 from training.checkpoint import RunConfig
 from training.config import ModelConfig, TrainConfig
-from training.evaluate import Confidence, ConfusedPair, Metrics, SuperclassMetrics
+from training.evaluate import Confidence, ConfusedPair, Corruption, Metrics, SuperclassMetrics
 from training.metrics_log import MetricsEntry, append_metrics
 from training.model import Perceiver, count_parameters
 from training.preprocessing import Preprocess
@@ -114,6 +114,10 @@ def write_run(folder: Path, data: Path | None, model_config: ModelConfig = TINY,
         test=test,
         test_uncalibrated=test.model_copy(update={"ece": 0.2}),
         most_confused=(ConfusedPair("bear", "cup", 3, 0.25),),
+        test_readings=1,
+        lineage_test_readings=1,
+        distinct=test.model_copy(update={"n": 26, "top1": 0.4211}),
+        corruptions=(Corruption(name="none", n=20, top1=0.45), Corruption(name="greyscale", n=20, top1=0.4)),
         superclasses=(superclass("poor", 10, 0.2), superclass("good", 20, 0.5)),
         confidence=(confidence("test pictures", 30, 0.6), confidence("noise", 10, 0.3), confidence("text", 30, 0.7)),
     )

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from export.build import make_metadata
-from export.card.error_analysis import confusions
+from export.card.error_analysis import confusions, error_analysis
 from export.card.markdown import code, literal
 from export.card.model_card import evaluation, limitations, other_data, title, training_data
 from export.card.training_record import describe_run, first_epochs, training_commands
@@ -14,6 +14,7 @@ from tests.export.conftest import LABELS
 from training.checkpoint import Origin
 from training.config import PRESETS
 from training.evaluate import ConfusedPair
+from training.report_schema import Report
 
 
 def source_with_metrics(run: Path, content: str) -> Source:
@@ -160,8 +161,22 @@ def test_the_card_of_cifar100_mentions_near_duplicates(run: Path) -> None:
         named = metadata.model_copy(update={"dataset": dataset})
         words = " ".join(training_data(source, named, leakage=False, duplicates={"test": 3}).split())
         assert (near in words) == told
-        assert "read once to test it. Some images are exact copies of training images, which makes" in words
+        assert "which chose nothing, were read once to test it. Some images are exact copies of training" in words
         assert "makes the metrics too good: 3 of test" in words
+
+
+def test_an_older_report_has_no_robustness_and_counts_a_reading_a_run(run: Path) -> None:
+    source = load_source(run)
+    assert source.report is not None
+    fields = {"corruptions", "distinct", "test_readings", "lineage_test_readings"}
+    older = source.report.model_dump(exclude=fields)
+    init = Origin(checkpoint_sha256="f" * 64, epoch=9, git_commit="abc", run=source.run)
+    continued = source.run.model_copy(update={"init": init})
+    source = replace(source, report=Report.model_validate(older), run=continued)
+    assert "near-duplicate" not in evaluation(source)
+    assert "corrupted" not in error_analysis(source)
+    words = " ".join(training_data(source, make_metadata(source, "x"), leakage=False, duplicates={}).split())
+    assert "were read once by this run, 2 times with those that led to it to test it" in words
 
 
 def test_a_data_sets_name_with_a_space_is_quoted(run: Path) -> None:

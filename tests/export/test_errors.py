@@ -133,27 +133,29 @@ def test_a_folder_whose_model_has_a_higher_top1(copy: Path, tmp_path: Path, caps
 
     def reporting(**figures: float) -> list[str]:
         report = Report.model_validate_json((copy / "report.json").read_text())
-        assert report.test is not None
-        report = report.model_copy(update={"test": report.test.model_copy(update=figures)})
+        report = report.model_copy(update={"val": report.val.model_copy(update=figures)})
         (copy / "report.json").write_text(report.model_dump_json())
         return arguments
 
     assert main(reporting(top1=0.4)) == 0
     assert main(reporting(top1=0.4)) == 0  # as good
     error = fails(reporting(top1=0.39), capsys)
-    assert "its newest version has a top-1 of 40.00% on test images and this model, which would be served" in error
+    assert (
+        "its newest version has a top-1 of 40.00% on validation images and this model, which would be served" in error
+    )
     assert "of 39.00%; name another --out, or pass --even-if-worse." in error
     assert len(list_versions(out)) == 2
     assert main(reporting(n=31)) == 0  # other images: not comparable
-    assert main(reporting(n=30)) == 0
-    assert fails(reporting(top1=0.38, n=30), capsys)
+    assert main(reporting(n=20)) == 0
+    assert fails(reporting(top1=0.38), capsys)
     assert main([*arguments, "--even-if-worse"]) == 0
     (copy / "report.json").unlink()
+    assert main(arguments) == 0  # the checkpoint has the validation figures: 50 %
+    tensors, header = checkpoint.load(copy / "best.safetensors")
+    checkpoint.save(copy / "best.safetensors", tensors, header.model_copy(update={"val": None}))
     error = fails(arguments, capsys)
-    assert "its newest version has a top-1 of 38.00% on test images. That of this model" in error
-    assert "its run has not ended with a report. Continue the run by `python -m training --resume`" in error
-    assert main([*arguments, "--even-if-worse"]) == 0  # of which the validation figures are known
-    assert main(arguments) == 0
+    assert "its newest version has a top-1 of 50.00% on validation images. That of this model" in error
+    assert "its checkpoint was written within an epoch. Name the run's best.safetensors" in error
 
 
 def test_data_that_have_changed_since_the_run(
@@ -313,8 +315,7 @@ def test_a_version_that_another_export_writes_meanwhile_is_compared_too(
     arguments = ["--out", str(out), "--golden", "2", "--max-batch", "2", "--variants"]
     better = Path(shutil.copytree(copy, tmp_path / "better"))
     report = Report.model_validate_json((copy / "report.json").read_text())
-    assert report.test is not None
-    report = report.model_copy(update={"test": report.test.model_copy(update={"top1": 0.9})})
+    report = report.model_copy(update={"val": report.val.model_copy(update={"top1": 0.9})})
     (better / "report.json").write_text(report.model_dump_json())
 
     def build_slowly(*args: Any) -> Any:
@@ -324,5 +325,5 @@ def test_a_version_that_another_export_writes_meanwhile_is_compared_too(
 
     original = build.build
     monkeypatch.setattr(build, "build", build_slowly)
-    assert "its newest version has a top-1 of 90.00% on test images" in fails([str(copy), *arguments], capsys)
+    assert "its newest version has a top-1 of 90.00% on validation images" in fails([str(copy), *arguments], capsys)
     assert [version.number for version in list_versions(out)] == [1]

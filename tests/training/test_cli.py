@@ -19,7 +19,7 @@ def preset_of(*flags: str) -> Preset:
     return preset
 
 
-def test_without_flags_the_compact_preset_is_trained() -> None:
+def test_the_compact_preset_is_the_default() -> None:
     assert preset_of() == PRESETS["compact"]
     assert preset_of("--preset", "reference") == PRESETS["reference"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from training import checkpoint
 from training.data.dataset import Split
 from training.evaluate import predict_logits
 from training.metrics_log import append_metrics, read_metrics, truncate_after
-from training.report_schema import PLOTS, Report
+from training.report_schema import PLOTS, Report, describe_readings
 from training.train import Trainer
+from training.transfer import read_origin
 
 
 def finished(folder: Path, test: int | None) -> Trainer:
@@ -47,7 +49,8 @@ def test_the_report_measures_the_best_checkpoint_on_the_test_images(tmp_path: Pa
     assert header.val is not None
     assert report.val_uncalibrated.top1 == header.val.top1
     assert report.val.loss <= report.val_uncalibrated.loss
-    assert "test images were read once" in report.note
+    assert report.note.endswith("the test images chose nothing, and were read once")
+    assert (report.test_readings, report.lineage_test_readings) == (1, 1)
 
 
 @pytest.mark.usefixtures("without_curves")
@@ -119,8 +122,61 @@ def test_the_report_tells_how_sure_the_model_is_of_what_it_does_not_know(tmp_pat
         ("enlarged corner", 12),
     ]
     assert [each.top1 is None for each in strange] == [True] * 4 + [False] * 2
-    # Seeded: a second report says the same.
-    assert trainer.report() == report
+    # Seeded: a second report says the same, but that it is the second.
+    again = trainer.report()
+    assert (again.test_readings, again.lineage_test_readings) == (2, 2)
+    assert again.note.endswith("and were read 2 times")
+    once = {"note": report.note, "test_readings": 1, "lineage_test_readings": 1}
+    assert again.model_copy(update=once) == report
+
+
+@pytest.mark.usefixtures("without_curves")
+def test_the_report_tells_how_robust_the_model_is(tmp_path: Path) -> None:
+    report = finished(tmp_path, test=9).report()
+    clean, *corrupted = report.corruptions
+    assert report.test is not None
+    assert (clean.name, clean.n, clean.top1) == ("none", 9, report.test.top1)
+    assert [each.name for each in corrupted] == [
+        "greyscale",
+        "JPEG of quality 75",
+        "noise of standard deviation 20 levels",
+        "blur of standard deviation 1 pixel",
+        "rotation by 20 degrees",
+    ]
+    assert all(each.n == 9 for each in corrupted)
+
+
+@pytest.mark.usefixtures("without_curves")
+def test_the_report_has_the_figures_without_near_duplicates(tmp_path: Path) -> None:
+    data = data_set(test=9)
+    assert data.test is not None
+    images = data.test.images.clone()
+    images[:4] = data.train.images[7]
+    data = replace(data, test=Split(images, data.test.labels))
+    trainer = Trainer(run_config(optimizer="adamw"), data, tmp_path, ALONE)
+    trainer.fit()
+    report = trainer.report()
+    assert report.distinct is not None
+    assert report.distinct.n == 5
+    model, preprocess, _ = checkpoint.load_model(tmp_path)
+    right = model(preprocess(images[4:])).argmax(-1) == data.test.labels[4:]
+    assert report.distinct.top1 == pytest.approx(right.double().mean().item())
+
+
+@pytest.mark.usefixtures("without_curves")
+def test_the_readings_of_a_lineage_are_counted(tmp_path: Path) -> None:
+    finished(tmp_path / "first", test=9).report()
+    origin = read_origin(tmp_path / "first" / "best.safetensors")
+    assert origin.test_readings == 1
+    # One that does not tell, or of other test images.
+    older = origin.model_copy(update={"test_readings": None, "checkpoint_sha256": "0" * 64})
+    elsewhere = origin.run.model_copy(update={"dataset": "web", "init": older})
+    teacher = origin.model_copy(update={"run": elsewhere, "checkpoint_sha256": "1" * 64, "test_readings": 5})
+    run = origin.run.model_copy(update={"init": origin.model_copy(update={"test_readings": 3}), "teacher": teacher})
+    assert run.lineage_test_readings(2) == 2 + 3 + 1
+    assert describe_readings(2, 6) == "2 times by this run, 6 times with those that led to it"
+    (tmp_path / "first" / "report.json").unlink()
+    assert read_origin(tmp_path / "first" / "best.safetensors").test_readings is None
 
 
 def test_lines_are_appended_read_and_forgotten(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from tests.training.tiny import MODEL, run_config
 from training import checkpoint
 from training.__main__ import main
 from training.checkpoint import CheckpointError, RunConfig
+from training.cli import build_parser, choose_preset
+from training.config import PRESETS, Preset
 from training.data.dataset import DataError
 from training.metrics_log import read_metrics
 from training.model import Perceiver
@@ -326,6 +328,19 @@ def test_a_run_that_begins_with_another_goes_on_from_its_figures(tmp_path: Path,
     # And it is resumed as any other, without the one that it began with.
     shutil.copytree(run, tmp_path / "again")
     assert main(["--resume", str(tmp_path / "again")]) == 0
+
+
+def test_the_model_is_that_of_the_initial_weights_but_for_flags(whole: Path) -> None:
+    theirs = checkpoint.load(whole / "best.safetensors")[1].run
+    for flags, changes in (([], {}), (["--num-blocks=2", "--drop-path=0.1"], {"num_blocks": 2, "drop_path": 0.1})):
+        args = build_parser().parse_args(["--init", str(whole), *flags])
+        preset = choose_preset(args)
+        assert preset is not None
+        assert preset.model == theirs.model.model_copy(update=changes)
+        assert (args.preset, preset.train) == (theirs.preset, PRESETS[theirs.preset].train)
+    # A preset beside it is the recipe alone.
+    preset = choose_preset(build_parser().parse_args(["--init", str(whole), "--preset=reference"]))
+    assert preset == Preset(model=theirs.model, train=PRESETS["reference"].train)
 
 
 def test_what_can_not_be_begun_with_is_told_before_anything_is_written(

@@ -1,0 +1,162 @@
+"""Recipes: several stages by one command, which can be stopped anywhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from export.build import make_metadata
+from export.card.training_record import training_record
+from export.source import load_source
+from tests.training.commands import RECIPE, at_step
+from training import checkpoint
+from training.__main__ import main
+from training.checkpoint import RunConfig
+from training.cli import build_parser
+from training.config import PRESETS
+from training.recipe import DEFAULT_RECIPE, is_bare, plan, read_lines
+from training.report_schema import Report
+
+FLAGS = [flag for flag in RECIPE if not flag.startswith(("--threads", "--device"))]
+MACHINE = ["--threads=1", "--device=cpu"]
+LINES = [
+    " ".join(FLAGS),
+    "--epochs 1 --batch-size 8 --num-blocks 2",
+    "--epochs 1 --batch-size 8 --distillation 0.5 --teacher stage-1",
+]
+
+
+def write_recipe(folder: Path, lines: list[str]) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "mine.toml"
+    path.write_text(f"stages = {json.dumps(lines)}\n")
+    return path
+
+
+def run_of(folder: Path) -> RunConfig:
+    return RunConfig.model_validate_json((folder / "config.json").read_text())
+
+
+@pytest.mark.usefixtures("without_curves")
+def test_the_same_command_goes_on_where_it_was(
+    tmp_path: Path, image_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = write_recipe(tmp_path, LINES), tmp_path / "run"
+    command = ["--recipe", str(recipe), "--data", str(image_dir), "--out", str(out), *MACHINE, "--seed=3"]
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: signal.raise_signal(signal.SIGINT))
+        assert main(command) == 3
+    said = capsys.readouterr().out
+    assert f"stopped after step 4; go on with: python -m training --recipe {recipe}" in said
+    assert not (out / "stage-2").exists()
+    assert main(command) == 0
+    assert main(command) == 0  # nothing is left to do
+    said = capsys.readouterr().out
+    assert said.count("stage 1 of 3, stopped") == said.count("stage 2 of 3, not begun") == 1
+    assert said.count("export: python -m export") == 1
+    runs = [run_of(out / f"stage-{number}") for number in (1, 2, 3)]
+    digests = [checkpoint.digest(out / f"stage-{number}" / "best.safetensors") for number in (1, 2, 3)]
+    assert [run.init and run.init.checkpoint_sha256 for run in runs] == [None, digests[0], digests[1]]
+    assert runs[2].teacher is not None
+    assert runs[2].teacher.checkpoint_sha256 == digests[0]
+    assert [run.model.num_blocks for run in runs] == [1, 2, 2]
+    assert [run.train.seed for run in runs] == [3, 3, 3]
+    # The last stage alone reads the test images.
+    reports = [
+        Report.model_validate_json((out / f"stage-{number}" / "report.json").read_text()) for number in (1, 2, 3)
+    ]
+    assert [report.test is None for report in reports] == [True, True, False]
+    assert [report.lineage_test_readings for report in reports] == [0, 0, 1]
+    # The card has one command.
+    source = load_source(out / "stage-3")
+    record = training_record(source, make_metadata(source, "things"))
+    commands = [line for line in record.splitlines() if line.startswith("    ")]
+    assert commands == [f"    python -m training --recipe mine.toml --seed=3 --data DATA/{image_dir.name}"]
+    assert "`--epochs 1 --batch-size 8 --num-blocks 2 --seed=3`" in record
+    # A stage on its own has those that led to it.
+    half = load_source(out / "stage-2")
+    assert "--recipe" not in training_record(half, make_metadata(half, "things"))
+
+
+@pytest.mark.usefixtures("without_curves")
+def test_a_stage_of_other_flags_is_not_taken_for_this_one(
+    tmp_path: Path, image_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, LINES[:1])
+    command = ["--data", str(image_dir), "--out", str(tmp_path / "run"), *MACHINE]
+    assert main(["--recipe", str(recipe), *command]) == 0
+    write_recipe(tmp_path, [LINES[0] + " --seed 7"])
+    assert main(["--recipe", str(recipe), *command]) == 2
+    assert "stage-1: was trained by other flags than the recipe's" in capsys.readouterr().err
+    assert main(["--recipe", str(recipe), *command, "--stages"]) == 0
+    assert capsys.readouterr().out.startswith(f"stage 1 of 1, done, {tmp_path / 'run' / 'stage-1'}: ")
+    shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        ("stages = []", [], 'must hold stages = ["flags of a stage", ...] and nothing else.'),
+        ("stages = [3]", [], "each of its stages must be a text"),
+        ("stages = ", [], "is no TOML"),
+        ('stages = ["--out x"]', [], "stage 1 says --out, which is given beside --recipe."),
+        ('stages = ["--epochs 3"]', ["--init", "x"], "--recipe takes no --init: its stages say that"),
+        ('stages = ["--epochs 3"]', ["--max-steps", "3"], "--recipe takes no --max-steps"),
+        ('stages = ["--preset huge"]', [], "--preset huge: there is no such preset"),
+    ],
+)
+def test_what_is_no_recipe_is_told(
+    tmp_path: Path, content: str, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.toml").write_text(content)
+    assert main(["--recipe", str(tmp_path / "mine.toml"), "--out", str(tmp_path / "run"), *MACHINE[:1], *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_recipe_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--recipe", "huge"]) == 2
+    assert f"there is no such file, and no such recipe; there are {DEFAULT_RECIPE}." in capsys.readouterr().err
+
+
+def test_a_stage_with_flags_that_can_not_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_recipe(tmp_path, ["--epochs 3", "--epochs many"])
+    with pytest.raises(SystemExit) as caught:
+        main(["--recipe", str(path)])
+    assert caught.value.code == 2
+    assert "stage 2 has flags that can't be read" in capsys.readouterr().err
+
+
+def test_without_a_word_of_what_to_train_the_default_recipe_is_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    assert is_bare(build_parser().parse_args(["--threads=1", "--out=x", "--max-minutes=3"]))
+    for flags in (["--epochs=1"], ["--preset=compact"], ["--data=x"], ["--init=x"], ["--resume=x"], ["--no-flip"]):
+        assert not is_bare(build_parser().parse_args(flags))
+    assert main(["--stages"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(read_lines(DEFAULT_RECIPE))
+
+
+def test_the_recipe_of_version_9_is_what_trained_it() -> None:
+    """Its stages' configurations, from the checkpoint; the machine decides the precision now."""
+    run = checkpoint.load(Path("models/perceiver-cifar100/9/checkpoint.safetensors"))[1].run
+    wanted = [*(origin.run for origin in run.ancestry()), run]
+    parser = build_parser()
+    stages = plan(parser.parse_args(["--recipe", "version-9"]), ["--recipe", "version-9"])
+    assert len(stages) == len(wanted)
+    digests = {f"stage-{i}": origin.checkpoint_sha256 for i, origin in enumerate(run.ancestry(), 1)}
+    model = PRESETS["compact"].model
+    for stage, theirs in zip(stages, wanted, strict=True):
+        changes = {name: value for name, value in vars(stage.args).items() if value is not None}
+        model = model.model_copy(
+            update={name: changes[name] for name in changes.keys() & type(model).model_fields.keys()}
+        )
+        train = PRESETS["compact"].train
+        train = train.model_copy(
+            update={name: changes[name] for name in changes.keys() & type(train).model_fields.keys()}
+        )
+        assert model == theirs.model, stage.number
+        assert train.model_copy(update={"precision": "bfloat16"}) == theirs.train, stage.number
+        for path, origin in ((stage.args.init, theirs.init), (stage.args.teacher, theirs.teacher)):
+            assert (None if path is None else digests[path.name]) == (origin and origin.checkpoint_sha256)

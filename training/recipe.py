@@ -1,0 +1,164 @@
+"""Recipes: the stages of a training, each a line of flags, as TOML files. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from training.cli import build_parser, overrides
+
+SHIPPED = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = "version-9"  # what made the shipped model
+
+# What belongs to the machine or to the run as a whole, and is given beside --recipe.
+OF_THE_WHOLE = ("recipe", "stages", "resume", "out", "data", "device", "threads", "max_minutes", "max_steps")
+# What only a stage can say.
+OF_A_STAGE = ("preset", "init", "teacher", "resume", "max_steps")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a recipe that is to be trained.
+
+    Attributes:
+        recipe: what names it, and the flags that were given beside it for all stages.
+        line: flags of this stage, and those for all stages.
+        number: of this stage, from 1.
+        count: stages of the recipe.
+        folder: of its run.
+        args: its line, parsed, with paths and machine; what begins its run.
+    """
+
+    recipe: str
+    line: str
+    number: int
+    count: int
+    folder: Path
+    args: argparse.Namespace
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no stage follows."""
+        return self.number == self.count
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its run has ended."""
+        return (self.folder / "report.json").is_file()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether its run can be resumed."""
+        return (self.folder / "last.safetensors").is_file()
+
+    def describe(self) -> str:
+        """Its number, state and flags, in a line."""
+        state = "done" if self.is_done else "stopped" if self.has_begun else "not begun"
+        return f"stage {self.number} of {self.count}, {state}, {self.folder}: {self.line}"
+
+    def resumed(self) -> argparse.Namespace:
+        """The flags that go on with it."""
+        args = build_parser().parse_args([])
+        for name in ("data", "device", "threads", "max_minutes"):
+            setattr(args, name, getattr(self.args, name))
+        args.resume, args.stage, args.repeat = self.folder, self, self.args.repeat
+        return args
+
+
+def is_bare(args: argparse.Namespace) -> bool:
+    """Whether the flags say nothing of what is to be trained: the default recipe is meant."""
+    says = ("preset", "recipe", "init", "teacher", "resume", "data")
+    return all(getattr(args, name) is None for name in says) and not overrides(args)
+
+
+def read_lines(recipe: str) -> list[str]:
+    """The stages of a recipe, each a line of flags.
+
+    Args:
+        recipe: path of a file, or the name of one in `training/recipes`.
+
+    Raises:
+        ValueError: there is none, or it is no recipe; a sentence for the user.
+    """
+    shipped = sorted(file.stem for file in SHIPPED.glob("*.toml"))
+    path = SHIPPED / f"{recipe}.toml" if recipe in shipped else Path(recipe)
+    if not path.is_file():
+        raise ValueError(
+            f"--recipe {recipe}: there is no such file, and no such recipe; there are {', '.join(shipped)}."
+        )
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--recipe {recipe}: is no TOML ({error}).") from error
+    stages = content.get("stages")
+    if content.keys() != {"stages"} or not isinstance(stages, list) or not stages:
+        raise ValueError(f'--recipe {recipe}: must hold stages = ["flags of a stage", ...] and nothing else.')
+    if not all(isinstance(line, str) for line in stages):
+        raise ValueError(f"--recipe {recipe}: each of its stages must be a text, the flags of that stage.")
+    return stages
+
+
+def plan(args: argparse.Namespace, argv: list[str]) -> list[Stage]:
+    """The stages of the recipe that the flags name.
+
+    Args:
+        args: of `training.cli.build_parser`, with a recipe.
+        argv: what they were parsed from; the same again goes on where it was.
+
+    Raises:
+        ValueError: there is no such recipe, or a flag does not belong there; a sentence for the user.
+    """
+    given = [name for name in OF_A_STAGE if getattr(args, name) is not None]
+    if given:
+        raise ValueError(f"--recipe takes no {_flags(given)}: its stages say that; leave it out, or write a recipe.")
+    lines = read_lines(args.recipe)
+    name = args.recipe if (SHIPPED / f"{args.recipe}.toml").is_file() else Path(args.recipe).name
+    for_all = shlex.join(_given_flags(argv))
+    folder = args.out or Path("runs") / Path(name).stem
+    parser = build_parser()
+    stages: list[Stage] = []
+    for number, line in enumerate(lines, 1):
+        whole = " ".join(filter(None, (line, for_all)))
+        try:
+            mine = parser.parse_args(shlex.split(whole))
+        except SystemExit:
+            print(f"error: --recipe {args.recipe}: stage {number} has flags that can't be read.", file=sys.stderr)
+            raise
+        given = [each for each in OF_THE_WHOLE if getattr(mine, each) not in (None, False, parser.get_default(each))]
+        if given:
+            raise ValueError(
+                f"--recipe {args.recipe}: stage {number} says {_flags(given)}, which is given beside --recipe."
+            )
+        if mine.init is None and stages:
+            mine.init = stages[-1].folder
+        mine.init, mine.teacher = (_folder_of(path, stages) for path in (mine.init, mine.teacher))
+        for each in ("data", "device", "threads", "max_minutes"):
+            setattr(mine, each, getattr(args, each))
+        mine.out = folder / f"stage-{number}"
+        recipe = " ".join(filter(None, (shlex.join(["--recipe", name]), for_all)))
+        mine.stage = Stage(recipe, whole, number, len(lines), mine.out, mine)
+        mine.repeat = argv
+        stages.append(mine.stage)
+    return stages
+
+
+def _folder_of(path: Path | None, before: list[Stage]) -> Path | None:
+    """The run of an earlier stage where a path is its name, else the path."""
+    return next((stage.folder for stage in before if str(path) == stage.folder.name), path)
+
+
+def _given_flags(argv: list[str]) -> list[str]:
+    """The flags of model and recipe among the arguments, as they were given."""
+    machine = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in OF_THE_WHOLE:
+        flag = "--" + name.replace("_", "-")
+        machine.add_argument(flag, **({"action": "store_true"} if name == "stages" else {}))
+    return machine.parse_known_args(argv)[1]
+
+
+def _flags(names: list[str]) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)
