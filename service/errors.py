@@ -86,7 +86,7 @@ Unauthorized = _error(
     "No key, or not the right one.",
 )
 ReloadDisabled = _error(403, "reload_disabled", "Reloading over HTTP is off; set an admin key to turn it on.")
-NotFound = _error(404, "not_found", "There is nothing at this path; /docs lists what there is.")
+NotFound = _error(404, "not_found", "There is nothing at this path; /openapi.json lists what there is.")
 MethodNotAllowed = _error(405, "method_not_allowed", "This path does not take this method.")
 HeadersTimeout = _error(408, "headers_timeout", "The request's headers did not arrive in time.")
 BodyTimeout = _error(408, "body_timeout", "The body did not arrive in time.")

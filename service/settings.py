@@ -202,6 +202,8 @@ class Settings(BaseSettings):
     """Origins, separated by commas, whose web pages may call the service; * for any. Each request costs more CPU then,
     as with the access log.
     """
+    web_page: bool = True
+    """Serve the page at / and Swagger UI at /docs. Off: both are 404. Nobody needs a key to load them."""
     tls_cert: Path | None = None
     """PEM file with the certificate chain; needs tls_key: serves HTTPS."""
     tls_key: Path | None = None

@@ -25,6 +25,7 @@ from service.api.routes import create_router
 from service.api.schemas import SECURITY, SECURITY_SCHEMES
 from service.api.v2.request import InferEndpoint
 from service.api.v2.routes import create_v2_router
+from service.api.web_page import page_routes
 from service.errors import BadRequest, ClientDisconnected, MethodNotAllowed, NotFound, ServiceError
 from service.lifecycle import Service
 
@@ -65,13 +66,16 @@ class PerceiverApp(FastAPI):
             description=DESCRIPTION,
             version=package_version(),
             lifespan=lifespan,
-            # FastAPI's own route to the document encodes it anew for each request.
-            routes=[Route("/openapi.json", self._answer_openapi)],
+            routes=[
+                # FastAPI's own route to the document encodes it anew for each request.
+                Route("/openapi.json", self._answer_openapi),
+                *(page_routes() if service.settings.web_page else ()),
+            ],
             exception_handlers={HTTPException: answer_error, ServiceError: answer_error, Exception: answer_error},
             telemetry={"tracing": False, "metrics": False, "logs": False},
             redirect_slashes=False,
+            docs_url=None,
             redoc_url=None,
-            swagger_ui_oauth2_redirect_url=None,
         )
         self.state.service = service
         self.include_router(create_router(service))
@@ -208,7 +212,7 @@ def router_error(status: int, path: str) -> ServiceError:
         return MethodNotAllowed()
     if status != 404:
         return BadRequest()
-    if (meant := "/" + path.strip("/").lower()) in PATHS:
+    if (meant := "/" + path.strip("/").lower()) in PATHS and meant != path:  # a page that is off has its path
         return NotFound(f"There is nothing at {path[:80]}; the path is {meant}.")
     return NotFound()
 

@@ -4,13 +4,16 @@ import re
 from typing import Final
 
 PREDICT: Final = "/predict"
+PAGE: Final = "/"
+DOCS: Final = "/docs"
+PAGE_FILES: Final = "/page/"  # and a name: what both pages load
 V2: Final = "/v2"
 V2_MODEL: Final = f"{V2}/models/{{name}}"
 V2_VERSION: Final = f"{V2_MODEL}/versions/{{version}}"
 V2_INFER: Final = f"{V2_MODEL}/infer"
 PATHS: Final = frozenset(
     {PREDICT, "/health", "/health/live", "/health/ready", "/metrics", "/models", "/models/reload"}
-    | {"/docs", "/openapi.json"}
+    | {PAGE, DOCS, "/openapi.json"}
     | {V2, f"{V2}/health/live", f"{V2}/health/ready", f"{V2}/models/stats", f"{V2}/repository/index"}
 )
 # The metrics of these are those of requests for inference.
@@ -23,10 +26,12 @@ MANAGEMENT: Final = frozenset({"/health", "/health/live", "/health/ready", "/met
 def known_path(path: str) -> str:
     """Return the path, or "other": what clients send must not become ever new label values.
 
-    A path of the protocol v2 has the model's name replaced, and no version.
+    A path of the protocol v2 has the model's name replaced, and no version. A page's files count as one.
     """
     if path in PATHS:
         return path
+    if path.startswith(PAGE_FILES):
+        return PAGE_FILES
     match = V2_MODEL_PATH.fullmatch(path)
     return "other" if match is None else f"{V2_MODEL}{match[3]}"
 

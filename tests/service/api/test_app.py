@@ -45,7 +45,8 @@ async def test_an_unfit_request_id_is_replaced(tmp_path: Path, given: str) -> No
 async def test_unknown_paths_and_methods_have_the_shape_of_all_errors(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         for method, path, status, code in [
-            ("GET", "/", 404, "not_found"),
+            ("GET", "/nix", 404, "not_found"),
+            ("POST", "/", 405, "method_not_allowed"),
             ("GET", "/predict/", 404, "not_found"),
             ("POST", "/predict/1", 404, "not_found"),
             ("GET", "/predict", 405, "method_not_allowed"),
@@ -71,7 +72,7 @@ async def test_a_path_that_is_nearly_one_names_it(tmp_path: Path, path: str) -> 
         assert response.json()["error"]["message"] == f"There is nothing at {path}; the path is /predict."
 
 
-@pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready", "/metrics", "/models", "/docs"])
+@pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready", "/metrics", "/models", "/docs", "/"])
 async def test_probes_answer_head_without_a_body(tmp_path: Path, path: str) -> None:
     async with running(tmp_path) as run:
         get, head = await run.client.get(path), await run.client.head(path)
