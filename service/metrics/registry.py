@@ -13,6 +13,7 @@ from prometheus_client.gc_collector import GCCollector
 from service.engine.metadata import ModelMetadata
 from service.errors import (
     DeadlineExceeded,
+    DecodingFailed,
     Draining,
     FolderUnavailable,
     InferenceFailed,
@@ -31,7 +32,7 @@ IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 OPENMETRICS = "application/openmetrics-text"
 # The service's fault, and not a client's.
 OWN_ERRORS = (
-    *(ServiceError, InferenceFailed, DeadlineExceeded),
+    *(ServiceError, DecodingFailed, InferenceFailed, DeadlineExceeded),
     *(Unavailable, Overloaded, FolderUnavailable, NotReady, Draining),
 )
 

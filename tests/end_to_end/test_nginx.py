@@ -96,8 +96,9 @@ def test_what_clients_send_and_get(tmp_path: Path) -> None:
                 assert told(refused) == (413, "body_too_large")
             assert told(client.post("/predict", content=large, headers=IMAGE)) == (401, "unauthorized")
             assert told(client.get("/predict")) == (405, "method_not_allowed")
+            assert client.post("/v2/models/tiny/versions/1/infer", content=b"{", headers=key).status_code == 400
             assert client.head("/predict").status_code == 405
-        for path in ("/metrics", "/health", "/models", "/models/reload", "/docs", "/predict/"):
+        for path in ("/metrics", "/health", "/models", "/models/reload", "/docs", "/predict/", "/v2/models/tiny"):
             assert told(client.get(path)) == (404, "not_found")
 
 
