@@ -80,6 +80,14 @@ def test_open_loop_and_errors_by_code(tiny: Path, tmp_path: Path) -> None:
     assert rows(out)[0]["images_per_second"] == "0.0"
 
 
+def test_v2(tmp_path: Path) -> None:
+    out = tmp_path / "v2.csv"
+    done = run("benchmarks.v2", "--seconds", "0.2", "--rounds", "1", "--csv", str(out))
+    assert done.returncode == 0, done.stderr
+    assert len(rows(out)) == 4
+    assert all(row["errors"] == "0" and float(row["images_per_s"]) > 0 for row in rows(out))
+
+
 def test_request_path(tmp_path: Path) -> None:
     out = tmp_path / "path.csv"
     done = run("benchmarks.request_path", "--seconds", "0.2", "--rounds", "1", "--connections", "4", "--csv", str(out))

@@ -45,7 +45,6 @@ def create_v2_router(service: Service, version: str) -> APIRouter:
 
     def get(path: str, endpoint: Callable[..., Any], name: str) -> None:
         router.add_api_route(path, endpoint, methods=["GET"], name=f"v2_{name}")
-        router.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
 
     def get_of_model(tail: str, answer: Callable[[LiveModel], Json]) -> None:
         def of(name: str, version: str | None) -> Json:

@@ -161,7 +161,12 @@ VALID: list[Json] = [
     {"inputs": [files_input([1], len(NUMBER))], "outputs": [{"name": "logits", "parameters": {"classification": 2}}]},
 ]
 SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 2**70), st.floats(), st.text(max_size=9), st.sampled_from([[], {}, [1]])
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 2**70),
+    st.floats(),
+    st.text(max_size=9),
+    st.sampled_from(["[]", "{}", "[1]"]).map(json.loads),
 )
 
 
