@@ -160,7 +160,7 @@ def predict_bodies(max_images: int) -> dict[str, Any]:
                 "A text field top_k counts where the query has none; other text fields are ignored.",
                 "properties": {"file": files},
                 "minProperties": 1,
-                "additionalProperties": files,
+                "additionalProperties": True,
             }
         },
         "application/json": {
