@@ -203,6 +203,16 @@ def test_a_heat_map_lies_over_the_region_that_the_model_sees(tab: Tab, tmp_path:
     tab.assert_quiet()
 
 
+def test_the_heat_map_is_the_services_own(tab: Tab) -> None:
+    if "/explain" not in tab.page.request.get(f"{tab.base}/openapi.json").json()["paths"]:
+        pytest.skip("this service does not explain")
+    tab.page.unroute("**/explain?*")
+    tab.page.get_by_role("button", name="Cup").click()
+    expect(tab.result().locator("canvas")).to_be_visible()
+    expect(tab.result().get_by_text("the more “cup” loses")).to_be_visible()
+    tab.assert_quiet()
+
+
 @pytest.mark.parametrize("status", [403, 404, 501])
 def test_a_service_that_does_not_explain_shows_no_heat_map(tab: Tab, status: int) -> None:
     error = {"code": "any", "message": "No.", "request_id": "abc"}
