@@ -4,12 +4,14 @@ import re
 from typing import Final
 
 PREDICT: Final = "/predict"
+EXPLAIN: Final = "/explain"
+EMBED: Final = "/embed"
 V2: Final = "/v2"
 V2_MODEL: Final = f"{V2}/models/{{name}}"
 V2_VERSION: Final = f"{V2_MODEL}/versions/{{version}}"
 V2_INFER: Final = f"{V2_MODEL}/infer"
 PATHS: Final = frozenset(
-    {PREDICT, "/health", "/health/live", "/health/ready", "/metrics", "/models", "/models/reload"}
+    {PREDICT, EXPLAIN, EMBED, "/health", "/health/live", "/health/ready", "/metrics", "/models", "/models/reload"}
     | {"/docs", "/openapi.json"}
     | {V2, f"{V2}/health/live", f"{V2}/health/ready", f"{V2}/models/stats", f"{V2}/repository/index"}
 )
