@@ -149,7 +149,8 @@ async def test_the_openapi_document_is_valid_and_describes_every_status(tmp_path
             node = document
             for part in reference.removeprefix("#/").split("/"):
                 node = node[part]
-        paths = {"/predict", "/health", "/health/live", "/health/ready", "/metrics", "/models", "/models/reload"}
+        paths = {"/predict", "/explain", "/embed", "/models", "/models/reload", "/metrics"}
+        paths |= {"/health", "/health/live", "/health/ready"}
         of_model = {f"/v2/models/{{name}}{at}" for at in ("", "/versions/{version}")}
         v2 = {"/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/stats", "/v2/repository/index"}
         v2 |= {f"{path}{tail}" for path in of_model for tail in ("", "/ready", "/config", "/stats", "/infer")}
@@ -190,7 +191,7 @@ async def test_the_openapi_document_says_what_needs_a_key(tmp_path: Path) -> Non
         v2 = {
             path for path in paths if path.startswith("/v2/") and "health" not in path and not path.endswith("/ready")
         }
-        assert keyed == {"/predict", "/models", "/models/reload"} | v2
+        assert keyed == {"/predict", "/explain", "/embed", "/models", "/models/reload"} | v2
 
 
 async def test_answers_have_the_documented_shape(tmp_path: Path) -> None:
