@@ -20,7 +20,7 @@ from export.exported import ExportedModel, metrics_json
 from export.golden import make_golden
 from export.graph.fold import fold
 from export.graph.to_onnx import serialize, to_onnx
-from export.graph.trained import Images, Logits, TrainedModel, cached_reference, count_flops
+from export.graph.trained import Images, Logits, TrainedModel, WithFeatures, cached_reference, count_flops
 from export.parity import (
     FLOAT32_TOLERANCE,
     TABLE_HEAD,
@@ -107,6 +107,7 @@ def make_metadata(source: Source, name: str) -> ModelMetadata:
             precision="float32",
             golden_tolerance=FLOAT32_TOLERANCE,
             temperature=source.temperature,
+            feature_dim=source.run.model.dim,
             provenance=Provenance(
                 git_commit=source.git_commit,
                 checkpoint_sha256=source.checkpoint_sha256,
@@ -221,7 +222,7 @@ def build(source: Source, options: Options) -> ExportedModel:
         forms.append(("folded", folded(trained, image)))
     flops = [(name, count_flops(form, image)) for name, form in forms]
     print("GFLOP an image: " + ", ".join(f"{name} {count / 1e9:.3f}" for name, count in flops))
-    graph = to_onnx(forms[-1][1], metadata.input_size)
+    graph = to_onnx(WithFeatures(forms[-1][1]), metadata.input_size)
     content = serialize(graph, to_props(metadata))
     reference = cached_reference(trained)
     try:

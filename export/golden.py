@@ -1,4 +1,4 @@
-"""Golden images: validation images with torch's logits in float32.
+"""Golden images: validation images with torch's logits and features in float32.
 
 Shape letters: K golden images, H and W the input size in pixels, C classes.
 """
@@ -7,10 +7,9 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from export.errors import ExportError
-from export.graph.trained import reference_logits
+from export.graph.trained import TrainedModel, reference_features, reference_logits
 from export.source import Source
 from service.engine.metadata import ArtifactError
 from service.repository.folder import Golden
@@ -26,7 +25,7 @@ def spread(values: NDArray[T], count: int) -> NDArray[T]:
     return chosen
 
 
-def make_golden(model: nn.Module, source: Source, data: DataSet | None, count: int) -> Golden:
+def make_golden(model: TrainedModel, source: Source, data: DataSet | None, count: int) -> Golden:
     """Take evenly spaced validation images, or seeded noise for random weights.
 
     Args:
@@ -46,7 +45,7 @@ def make_golden(model: nn.Module, source: Source, data: DataSet | None, count: i
     logits = reference_logits(model, images)
     labels = logits.argmax(axis=1) if data is None else spread(data.val.labels.numpy(), count)
     try:
-        return Golden(images, labels, logits)
+        return Golden(images, labels, logits, reference_features(model, images))
     except ArtifactError as error:
         raise ExportError(
             f"{source.checkpoint}: gives logits that are not finite ({error}); export another checkpoint of the run."

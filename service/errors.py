@@ -57,6 +57,7 @@ InvalidTopK = _error(
     "top_k must be an integer between 1 and the number of classes.",
     "`top_k` is not an integer between 1 and the number of classes, or above `max_top_k`.",
 )
+InvalidLabel = _error(400, "invalid_label", "label must be one of the model's labels.")
 InvalidTimeout = _error(
     400,
     "invalid_timeout",
@@ -86,6 +87,7 @@ Unauthorized = _error(
     "No key, or not the right one.",
 )
 ReloadDisabled = _error(403, "reload_disabled", "Reloading over HTTP is off; set an admin key to turn it on.")
+ExplainDisabled = _error(403, "explain_disabled", "Explanations are off; set explain_max_runs to turn them on.")
 NotFound = _error(404, "not_found", "There is nothing at this path; /openapi.json lists what there is.")
 MethodNotAllowed = _error(405, "method_not_allowed", "This path does not take this method.")
 HeadersTimeout = _error(408, "headers_timeout", "The request's headers did not arrive in time.")
@@ -159,6 +161,12 @@ UnsupportedTransferCoding = _error(
     "unsupported_transfer_coding",
     "The body has a transfer coding that is not known here; chunked is.",
     "`Transfer-Encoding` with more than `chunked`; the connection is closed, for nobody knows where the body ends.",
+)
+FeaturesUnavailable = _error(
+    501,
+    "features_unavailable",
+    "This model's graph has no output features; export its checkpoint again to have it.",
+    "`POST /embed`, and the model was exported before its graph had the output `features`.",
 )
 Unavailable = _error(
     503,

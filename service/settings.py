@@ -152,6 +152,10 @@ class Settings(BaseSettings):
     """Images in one request; more: 413. At most max_queue_size."""
     max_top_k: int = Field(100, ge=1, le=1_000_000)
     """Number of classes that top_k may ask for; more: 400. Each takes about a microsecond an image."""
+    explain_max_runs: int = Field(1024, ge=0, le=1_000_000)
+    """Images, covered and whole, that the model may run for one request to /explain; more: 413. They run while nothing
+    else waits. 0: explanations are off.
+    """
     inline_decode_bytes: int = Field(32 * 1024, ge=0, le=MIB)
     """JPEG and PNG files of up to this many bytes are decoded on the event loop, if inline_decode_pixels allows it too;
     others go to a decode process. 0: all go there.

@@ -92,12 +92,15 @@ class FakeEngine:
     provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
     runs_alone = False
 
-    def __init__(self, max_batch_size: int = 4, *, tag: float = 0, delay: float = 0) -> None:
-        self.metadata = tiny_metadata()
+    def __init__(
+        self, max_batch_size: int = 4, *, tag: float = 0, delay: float = 0, feature_dim: int | None = None
+    ) -> None:
+        self.metadata = tiny_metadata(feature_dim=feature_dim)
         self.max_batch_size = max_batch_size
         self.tag = tag
         self.delay = delay
         self.batches: list[list[int]] = []
+        self.features_runs: list[int] = []
         self.threads: set[int] = set()
         self.fail: Callable[[list[int]], Exception | None] = lambda numbers: None
         self.runs = threading.Semaphore(0)
@@ -127,6 +130,13 @@ class FakeEngine:
             return self._run(images)
         finally:
             self.ended.release()
+
+    def run_with_features(self, images: Images) -> tuple[Logits, Logits]:
+        """Return the logits, and as features the images' numbers, counted up."""
+        logits = self.run(images)
+        assert self.metadata.feature_dim is not None
+        self.features_runs.append(len(images))
+        return logits, logits[:, :1] + np.arange(self.metadata.feature_dim, dtype=np.float32)
 
     def _run(self, images: Images) -> Logits:
         numbers = [int(image[0, 0, 0]) * 256 + int(image[0, 0, 1]) for image in images]

@@ -325,15 +325,32 @@ class Perceiver(nn.Module):
         views = torch.stack([pixels, pixels.flip(3)], dim=1).flatten(0, 1)
         return self.forward_view(views).unflatten(0, (-1, 2)).mean(dim=1)
 
+    def forward_with_features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` in evaluation, and what the head classifies: float [B, K] and float [B, C].
+
+        The features are after norm and mean over the latents, with ``test_time_flip`` the mean of both views.
+        """
+        if not self.config.test_time_flip:
+            features = self.features_of_view(pixels)
+            return self.head(features), features
+        views = torch.stack([pixels, pixels.flip(3)], dim=1).flatten(0, 1)
+        features = self.features_of_view(views)
+        logits = self.head(features).unflatten(0, (-1, 2)).mean(dim=1)
+        return logits, features.unflatten(0, (-1, 2)).mean(dim=1)
+
     def forward_view(self, pixels: Tensor) -> Tensor:
         """The logits of the pixels as they are; shapes as `forward`'s."""
+        return self.head(self.features_of_view(pixels))
+
+    def features_of_view(self, pixels: Tensor) -> Tensor:
+        """What the head classifies of the pixels as they are, float [B, C]."""
         tokens = self.tokens(pixels)
         kept = self.draw_latents()
         latents = (self.latents if kept is None else self.latents[kept]).expand(len(pixels), -1, -1)
         for i in range(self.config.num_iterations):
             latents = self.cross_attentions[self.cross_attention_of(i)](latents, tokens, kept)
             latents = self.transformers[self.transformer_of(i)](latents)
-        return self.head(self.head_norm(latents).mean(dim=1))
+        return self.head_norm(latents).mean(dim=1)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -116,10 +116,14 @@ TRAFFIC = (
         title="Images classified",
         kind="timeseries",
         unit=IMAGES_A_SECOND,
-        shows="Images that have gone through the model; one request may hold several.",
+        shows="Images that have gone through the model; a request may hold several, an explanation takes many.",
         bad="A fall while requests stay: images wait or are turned away.",
-        do="Compare with queue and rejections.",
-        queries=(Query(rate("perceiver_images_total"), "images"),),
+        do="Compare with queue and rejections. Explanations take only what others leave.",
+        queries=(
+            Query(rate("perceiver_images_total"), "images"),
+            Query(rate("perceiver_explanation_runs_total"), "of these for explanations"),
+            Query(rate("perceiver_explanations_total"), "explained"),
+        ),
     ),
     Panel(
         title="Errors and rejections",

@@ -7,10 +7,11 @@ The algebra is exact; only rounding differs. Each attention is merged where that
 - Values. A row of attention weights sums to one, so sum_j p_j (Wv x_j + bv) = Wv (sum_j p_j x_j) + bv: project last.
 - Self-attention likewise: each head's Wq and Wk become one matrix, its Wv and Wo another.
 - The first iteration's latents are constant, so its queries and its residual are.
-- Keys, values and layer norm of the tokens are computed once for all iterations. The scale and shift of that norm, and
-  of a norm before the head, go into the next matrices.
+- Keys, values and layer norm of the tokens are computed once for all iterations. The scale and shift of that norm go
+  into the next matrices.
 - Everything from pixels to tokens is affine in the image: one convolution, and a constant for each token.
-- The mean over the latents commutes with the output projection of the last feed-forward layer.
+- The mean over the latents commutes with the output projection of the last feed-forward layer, and that over an image
+  and its mirror image with a head of one layer.
 
 Shape letters as in `export.graph.attention`; also H and W the input size in pixels, K classes.
 """
@@ -33,7 +34,7 @@ from export.graph.attention import (
 from export.graph.patch_embedding import PatchEmbedding
 from export.graph.trained import TrainedModel
 from training.config import ModelConfig
-from training.model import NORM_EPSILON, Block, CrossAttention, FeedForward, Perceiver, SelfAttention, Transformer
+from training.model import Block, CrossAttention, FeedForward, Perceiver, SelfAttention, Transformer
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -206,14 +207,12 @@ class FoldedBlock(nn.Module):
 
 
 def fold_head(model: Perceiver, temperature: float) -> Dense | FoldedFeedForward:
-    """Fold the head norm's scale and shift, and the temperature, into the head."""
-    head = copy.deepcopy(model.head)
-    first = head.hidden if isinstance(head, FeedForward) else next(head.children())
-    assert isinstance(first, nn.Linear)
-    if isinstance(model.head_norm, nn.LayerNorm):
-        first.bias.copy_(first.bias + first.weight @ model.head_norm.bias)
-        first.weight.copy_(first.weight * model.head_norm.weight)
-    return FoldedFeedForward(head, 1 / temperature) if isinstance(head, FeedForward) else dense(first, 1 / temperature)
+    """Fold the temperature into the head."""
+    if isinstance(model.head, FeedForward):
+        return FoldedFeedForward(model.head, 1 / temperature)
+    layer = next(model.head.children())
+    assert isinstance(layer, nn.Linear)
+    return dense(layer, 1 / temperature)
 
 
 class FoldedPerceiver(nn.Module):
@@ -222,7 +221,7 @@ class FoldedPerceiver(nn.Module):
     def __init__(self, trained: TrainedModel) -> None:
         super().__init__()
         model, config = trained.model, trained.model.config
-        self.latents, self.num_tokens, self.head_norm = config.num_latents, config.num_tokens, config.head_norm
+        self.latents, self.num_tokens = config.num_latents, config.num_tokens
         self.test_time_flip = config.test_time_flip
         self.cross_of = [model.cross_attention_of(i) for i in range(config.num_iterations)]
         self.transformer_of = [model.transformer_of(i) for i in range(config.num_iterations)]
@@ -236,6 +235,7 @@ class FoldedPerceiver(nn.Module):
             nn.ModuleList(FoldedBlock(block, config) for block in items(transformer, Block))
             for transformer in items(model.transformers, Transformer)
         )
+        self.head_norm = model.head_norm
         self.head = fold_head(model, trained.temperature)
 
     def workload(self, cross: int) -> Workload:
@@ -245,14 +245,22 @@ class FoldedPerceiver(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map uint8 [B, H, W, 3], RGB, to calibrated logits, [B, K]."""
-        if not self.test_time_flip:
-            return self.logits(images)
-        # Image and mirror image are neighbours: a graph with a dynamic batch can't split a batch into halves.
-        views = torch.stack([images, images.flip(2)], dim=1).flatten(0, 1)
-        return mean_rows(self.logits(views), 2)
+        return self.with_features(images)[0]
 
-    def logits(self, images: Tensor) -> Tensor:
-        """Map images to logits without the mirror image; shapes as in `forward`."""
+    def with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Map images as `forward` to logits, [B, K], and features, [B, C]."""
+        if not self.test_time_flip:
+            features = self.features(images)
+            return self.head(features), features
+        # Image and mirror image are neighbours: a graph with a dynamic batch can't split a batch into halves.
+        views = self.features(torch.stack([images, images.flip(2)], dim=1).flatten(0, 1))
+        features = mean_rows(views, 2)
+        if isinstance(self.head, Dense):  # the mean commutes with it
+            return self.head(features), features
+        return mean_rows(self.head(views), 2), features
+
+    def features(self, images: Tensor) -> Tensor:
+        """Map images to features without the mirror image, [B, C]."""
         tokens: Tensor = self.patch_embedding(images)
         crosses = items(self.crosses, FoldedCrossAttention)
         transformers = items(self.transformers, nn.ModuleList)
@@ -266,15 +274,13 @@ class FoldedPerceiver(nn.Module):
             for block in items(transformers[transformer], FoldedBlock):
                 rows = block.attend(last.feed_forward(rows))
                 last = block
-        logits: Tensor = self.head(self.pool(last, rows))
-        return logits
+        return self.pool(last, rows)
 
     def pool(self, last: FoldedCrossAttention | FoldedBlock, rows: Tensor) -> Tensor:
         """Apply the last feed-forward layer, the head norm if any, and the mean over latents: [R, C] -> [B, C]."""
-        if not self.head_norm:
+        if isinstance(self.head_norm, nn.Identity):
             return last.mean(rows)
-        latents = last.feed_forward(rows)
-        return mean_rows(F.layer_norm(latents, latents.shape[-1:], eps=NORM_EPSILON), self.latents)
+        return mean_rows(self.head_norm(last.feed_forward(rows)), self.latents)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from onnx import ModelProto
 from torch import nn
 
 from export.errors import ExportError
-from service.engine.metadata import INPUT_NAME, OUTPUT_NAME
+from service.engine.metadata import FEATURES_NAME, INPUT_NAME, OUTPUT_NAME
 
 # The first opset with Gelu, and the last whose operators all have CUDA kernels in every onnxruntime. With later opsets
 # some releases silently run Conv or Reshape on the CPU.
@@ -47,7 +47,7 @@ def quiet_exporter() -> Iterator[None]:
 
 
 def to_onnx(model: nn.Module, input_size: tuple[int, int]) -> ModelProto:
-    """Translate a module that maps uint8 [B, H, W, 3] to float32 [B, K].
+    """Translate a module that maps uint8 [B, H, W, 3] to float32 [B, K], or to that and features, float32 [B, C].
 
     Args:
         model: in evaluation mode.
@@ -89,7 +89,7 @@ def translate(model: nn.Module, input_size: tuple[int, int]) -> ModelProto:
             verbose=False,
             opset_version=OPSET,
             input_names=[INPUT_NAME],
-            output_names=[OUTPUT_NAME],
+            output_names=[OUTPUT_NAME, FEATURES_NAME][: len(exported.graph_signature.user_outputs)],
         )
         assert program is not None
         onnxscript.optimizer.optimize(

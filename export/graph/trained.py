@@ -1,9 +1,10 @@
 """The model as it was trained, from stored pixels to calibrated logits: the reference for every exported form.
 
-Shape letters: B images, H and W the input size in pixels, K classes.
+Shape letters: B images, H and W the input size in pixels, K classes, C the width of the latents.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from training.preprocessing import Preprocess
 
 Images = NDArray[np.uint8]
 Logits = NDArray[np.float32]
+Features = NDArray[np.float32]
 
 BATCH_SIZE = 100
 
@@ -34,6 +36,30 @@ class TrainedModel(nn.Module):
         logits: Tensor = self.model(self.preprocess(images))
         return logits / self.temperature
 
+    def with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Map images as `forward` to calibrated logits, [B, K], and to features, float [B, C]."""
+        logits, features = self.model.forward_with_features(self.preprocess(images))
+        return logits / self.temperature, features
+
+
+class WithFeatures(nn.Module):
+    """A form of the model as it is exported: its forward returns logits and features.
+
+    Args:
+        form: has a method `with_features`.
+    """
+
+    form: Any
+
+    def __init__(self, form: nn.Module) -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Map uint8 [B, H, W, 3], RGB, to calibrated logits, [B, K], and features, [B, C]."""
+        result: tuple[Tensor, Tensor] = self.form.with_features(images)
+        return result
+
 
 def reference_logits(model: nn.Module, images: Images) -> Logits:
     """Run torch in batches: uint8 [B, H, W, 3] -> float32 [B, K]."""
@@ -41,6 +67,14 @@ def reference_logits(model: nn.Module, images: Images) -> Logits:
         batches = [model(batch) for batch in torch.split(torch.from_numpy(images), BATCH_SIZE)]
     logits: Logits = torch.cat(batches).numpy()
     return logits
+
+
+def reference_features(trained: TrainedModel, images: Images) -> Features:
+    """Run torch in batches: uint8 [B, H, W, 3] -> float32 [B, C]."""
+    with torch.inference_mode():
+        batches = [trained.with_features(batch)[1] for batch in torch.split(torch.from_numpy(images), BATCH_SIZE)]
+    features: Features = torch.cat(batches).numpy()
+    return features
 
 
 def cached_reference(model: nn.Module) -> Callable[[Images], Logits]:

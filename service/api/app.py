@@ -16,8 +16,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.embed import EmbedEndpoint
+from service.api.endpoint import InferenceEndpoint
+from service.api.explain import ExplainEndpoint
 from service.api.keys import RequireKey
-from service.api.paths import MANAGEMENT, PATHS, PREDICT, is_infer, is_keyed_v2
+from service.api.paths import EMBED, EXPLAIN, MANAGEMENT, PATHS, PREDICT, is_infer, is_keyed_v2
 from service.api.predict import PredictEndpoint
 from service.api.request_log import RequestLog
 from service.api.response import error_response
@@ -61,6 +64,11 @@ class PerceiverApp(FastAPI):
         self.predict = PredictEndpoint(service, self._log)
         self._document: tuple[int | None, bytes] | None = None
         self._infer = InferEndpoint(service, self._log)
+        self._inference: dict[str, InferenceEndpoint] = {
+            PREDICT: self.predict,
+            EXPLAIN: ExplainEndpoint(service, self._log),
+            EMBED: EmbedEndpoint(service, self._log),
+        }
         super().__init__(
             title="Perceiver image classifier",
             description=DESCRIPTION,
@@ -104,8 +112,8 @@ class PerceiverApp(FastAPI):
             await self._routes(scope, receive, send)
         elif scope["method"] != "POST" or scope["state"]["is_management"]:
             await self._observed(scope, receive, send)
-        elif scope["path"] == PREDICT:
-            await self.predict(scope, receive, send)
+        elif (endpoint := self._inference.get(scope["path"])) is not None:
+            await endpoint(scope, receive, send)
         elif is_infer(scope["path"]):
             await self._infer(scope, receive, send)
         else:
@@ -159,7 +167,9 @@ class PerceiverApp(FastAPI):
         top_k["schema"] |= {"maximum": max_top_k, "default": min(5, max_top_k)}
         document["components"]["securitySchemes"] = SECURITY_SCHEMES
         if self._asks_clients:
-            keyed = [path for path in document["paths"] if path in (PREDICT, "/models") or is_keyed_v2(path)]
+            keyed = [
+                path for path in document["paths"] if path in (PREDICT, EXPLAIN, EMBED, "/models") or is_keyed_v2(path)
+            ]
             for operation in (one for path in keyed for one in document["paths"][path].values()):
                 operation["security"] = SECURITY
         if self._asks_administrators:

@@ -79,6 +79,40 @@ def _read_top_k(query: bytes) -> int | None:
     return top_k
 
 
+def read_label(query: bytes) -> str | None:
+    """Read the query string of `/explain`, which has one parameter; None where the first label is wanted.
+
+    Raises:
+        BadRequest: another parameter, one given twice, or no UTF-8.
+    """
+    return _only_parameter(query, "label")
+
+
+def read_normalize(query: bytes) -> bool:
+    """Read the query string of `/embed`, which has one parameter; true where it is absent.
+
+    Raises:
+        BadRequest: another parameter, one given twice, or neither true nor false.
+    """
+    value = _only_parameter(query, "normalize")
+    if value not in (None, "true", "false"):
+        raise BadRequest("normalize must be true or false.")
+    return value != "false"
+
+
+def _only_parameter(query: bytes, name: str) -> str | None:
+    try:
+        parameters = parse_qsl(query.decode("latin-1"), keep_blank_values=True, errors="strict")
+    except UnicodeDecodeError as error:
+        raise BadRequest("The query is not UTF-8.") from error
+    other = next((given for given, _ in parameters if given != name), None)
+    if other is not None:
+        raise BadRequest(f"There is no query parameter {other[:40]!r}; there is {name}.")
+    if len(parameters) > 1:
+        raise BadRequest(f"{name} is given twice.")
+    return parameters[0][1] if parameters else None
+
+
 def positive(text: str, otherwise: ServiceError) -> int:
     """Read an integer of at least 1, or raise."""
     if not (text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS and int(text) >= 1):

@@ -7,12 +7,14 @@ PREDICT: Final = "/predict"
 PAGE: Final = "/"
 DOCS: Final = "/docs"
 PAGE_FILES: Final = "/page/"  # and a name: what both pages load
+EXPLAIN: Final = "/explain"
+EMBED: Final = "/embed"
 V2: Final = "/v2"
 V2_MODEL: Final = f"{V2}/models/{{name}}"
 V2_VERSION: Final = f"{V2_MODEL}/versions/{{version}}"
 V2_INFER: Final = f"{V2_MODEL}/infer"
 PATHS: Final = frozenset(
-    {PREDICT, "/health", "/health/live", "/health/ready", "/metrics", "/models", "/models/reload"}
+    {PREDICT, EXPLAIN, EMBED, "/health", "/health/live", "/health/ready", "/metrics", "/models", "/models/reload"}
     | {PAGE, DOCS, "/openapi.json"}
     | {V2, f"{V2}/health/live", f"{V2}/health/ready", f"{V2}/models/stats", f"{V2}/repository/index"}
 )

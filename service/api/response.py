@@ -29,6 +29,13 @@ def json_response(status: int, body: bytes, request_id: str) -> Response:
     return Response(status, headers, body)
 
 
+def png_response(body: bytes, request_id: str) -> Response:
+    """Return a response of a PNG file, with the headers that every response has."""
+    response = json_response(200, body, request_id)
+    response.headers[0] = (b"content-type", b"image/png")
+    return response
+
+
 def error_response(error: ServiceError, request_id: str, path: str = "") -> Response:
     """Return an error's response; its body is the JSON of `ErrorResponse`, for a path below /v2 of `V2Error`."""
     content: dict[str, object] = {"code": error.code, "message": error.message, "request_id": request_id}

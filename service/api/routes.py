@@ -1,15 +1,24 @@
-"""All routes: HTTP in, one call, HTTP out. Of `/predict` there is the description alone."""
+"""All routes: HTTP in, one call, HTTP out. Of those for inference there is the description alone."""
 
 from fastapi import APIRouter, Request, Response
 
 from service import errors
-from service.api.paths import PREDICT
+from service.api.paths import EMBED, EXPLAIN, PREDICT
 from service.api.schemas import (
     CONNECTION_ERRORS,
+    EMBED_ERRORS,
+    EMBEDDED,
+    EXPLAIN_ERRORS,
+    EXPLAINED,
+    INFERENCE_PARAMETERS,
+    LABEL,
+    NORMALIZE,
     PREDICT_ERRORS,
-    PREDICT_PARAMETERS,
     PREDICTED,
+    TOP_K,
+    EmbedResponse,
     ErrorResponse,
+    ExplainResponse,
     HealthResponse,
     ModelsResponse,
     PredictResponse,
@@ -33,7 +42,7 @@ NOT_HEALTHY: dict[int | str, dict[str, object]] = {
 def create_router(service: Service) -> APIRouter:
     """Return the routes of a service."""
     router = APIRouter(responses=FAILED, generate_unique_id_function=lambda route: route.name)
-    add_predict(router, service.settings.max_images)
+    add_inference(router, service.settings.max_images)
     add_health(router, service)
     add_models(router, service)
 
@@ -59,8 +68,8 @@ METRICS: dict[int | str, dict[str, object]] = {
 }
 
 
-def add_predict(router: APIRouter, max_images: int) -> None:
-    """Describe `POST /predict`, which `PredictEndpoint` answers before a router is asked."""
+def add_inference(router: APIRouter, max_images: int) -> None:
+    """Describe the paths for inference, which their endpoints answer before a router is asked."""
 
     @router.post(
         PREDICT,
@@ -68,12 +77,40 @@ def add_predict(router: APIRouter, max_images: int) -> None:
         summary="Classify one or several images",
         responses=PREDICTED | error_responses(PREDICT_ERRORS),
         openapi_extra={
-            "parameters": PREDICT_PARAMETERS,
+            "parameters": [TOP_K, *INFERENCE_PARAMETERS],
             "requestBody": {"required": True, "content": predict_bodies(max_images)},
         },
     )
     async def predict() -> PredictResponse:
         """JPEG, PNG, WebP, BMP, GIF (first frame) or TIFF, in any of the bodies below."""
+        raise NotImplementedError
+
+    @router.post(
+        EXPLAIN,
+        tags=["explain"],
+        summary="Show which regions of an image carry its label",
+        responses=EXPLAINED | error_responses(EXPLAIN_ERRORS),
+        openapi_extra={
+            "parameters": [LABEL, *INFERENCE_PARAMETERS],
+            "requestBody": {"required": True, "content": predict_bodies(max_images)},
+        },
+    )
+    async def explain() -> ExplainResponse:
+        """Covers parts of the image and asks the model again; other requests wait for one batch of that at most."""
+        raise NotImplementedError
+
+    @router.post(
+        EMBED,
+        tags=["embed"],
+        summary="Turn images into vectors",
+        responses=EMBEDDED | error_responses(EMBED_ERRORS),
+        openapi_extra={
+            "parameters": [NORMALIZE, *INFERENCE_PARAMETERS],
+            "requestBody": {"required": True, "content": predict_bodies(max_images)},
+        },
+    )
+    async def embed() -> EmbedResponse:
+        """What the model classifies: images that look alike to it have vectors of a high cosine."""
         raise NotImplementedError
 
 

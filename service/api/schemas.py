@@ -38,6 +38,51 @@ class PredictResponse(Schema):
     predictions: list[ImagePrediction]
 
 
+class ImageExplanation(Schema):
+    """Which regions of one image carry a label."""
+
+    filename: str | None = Field(description="As the form sent it; null for other bodies.")
+    label: str = Field(description="What is explained.", examples=["apple"])
+    index: int = Field(ge=0, description="Position of the label in the model's list.")
+    probability: float = Field(ge=0, le=1, description="Of the label, where nothing is covered.")
+    size: list[int] = Field(min_length=2, max_length=2, description="Rows and columns of the map.")
+    map: list[list[float]] = Field(
+        description="Rows from the top, each from the left: how much more the label's probability falls where this "
+        "cell is covered than where it is not. Below 0: it falls less."
+    )
+
+
+class ExplainResponse(Schema):
+    """One entry for each image, in the order in which they were sent."""
+
+    model: str = Field(examples=["perceiver-cifar100"])
+    version: int = Field(ge=1, description="The model version that was asked.")
+    method: Literal["rise"]
+    model_runs: int = Field(ge=1, description="Images run, covered ones and those without a cover.")
+    crop: Literal["center", "none"] = Field(
+        description="What a map lies over. center: the largest centred region of the image that has the model's aspect "
+        "ratio; none: the whole image."
+    )
+    explanations: list[ImageExplanation]
+
+
+class ImageEmbedding(Schema):
+    """The features of one image."""
+
+    filename: str | None = Field(description="As the form sent it; null for other bodies.")
+    embedding: list[float] = Field(description="`dim` numbers.")
+
+
+class EmbedResponse(Schema):
+    """One entry for each image, in the order in which they were sent."""
+
+    model: str = Field(examples=["perceiver-cifar100"])
+    version: int = Field(ge=1, description="The model version that gave them: those of two versions do not compare.")
+    dim: int = Field(ge=1)
+    normalized: bool = Field(description="Whether each has length 1, so that a product of two is their cosine.")
+    embeddings: list[ImageEmbedding]
+
+
 class ErrorDetail(Schema):
     """What went wrong."""
 
@@ -111,12 +156,16 @@ CONNECTION_ERRORS: tuple[type[errors.ServiceError], ...] = (
     errors.Unavailable,
 )
 
-PREDICT_ERRORS = [
-    kind
-    for kind in errors.ERRORS
-    if kind not in (errors.ReloadDisabled, errors.FolderUnavailable, errors.NotFound, errors.MethodNotAllowed)
-    and kind is not errors.ClientDisconnected  # never sent
-]
+# Errors of one path for inference alone, of other paths, and the one that is never sent.
+OTHER_ERRORS = frozenset(
+    {errors.InvalidTopK, errors.InvalidLabel, errors.ExplainDisabled, errors.FeaturesUnavailable}
+    | {errors.ReloadDisabled, errors.FolderUnavailable, errors.NotFound, errors.MethodNotAllowed}
+    | {errors.ClientDisconnected}
+)
+INFERENCE_ERRORS = tuple(kind for kind in errors.ERRORS if kind not in OTHER_ERRORS)
+PREDICT_ERRORS = (*INFERENCE_ERRORS, errors.InvalidTopK)
+EXPLAIN_ERRORS = (*INFERENCE_ERRORS, errors.InvalidLabel, errors.ExplainDisabled)
+EMBED_ERRORS = (*INFERENCE_ERRORS, errors.FeaturesUnavailable)
 
 # Declared for an operation where the settings hold a key for it.
 SECURITY_SCHEMES = {
@@ -181,25 +230,42 @@ def predict_bodies(max_images: int) -> dict[str, Any]:
     }
 
 
+INFERENCE_HEADERS: dict[str, Any] = {
+    "Server-Timing": {"description": "Milliseconds: decode, queue, inference, total.", "schema": {"type": "string"}},
+    "X-Request-Id": {"schema": {"type": "string"}},
+}
 PREDICTED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The most probable classes of each image.", "headers": INFERENCE_HEADERS}
+}
+EXPLAINED: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The most probable classes of each image.",
-        "headers": {
-            "Server-Timing": {
-                "description": "Milliseconds: decode, queue, inference, total.",
-                "schema": {"type": "string"},
-            },
-            "X-Request-Id": {"schema": {"type": "string"}},
-        },
+        "description": "A heat map of each image; where Accept names image/png, one image with its map laid over.",
+        "headers": INFERENCE_HEADERS,
+        "content": {"image/png": BINARY},
     }
 }
-PREDICT_PARAMETERS: list[dict[str, Any]] = [
-    {
-        "name": "top_k",
-        "in": "query",
-        "description": "Classes an image, 1 to the number of classes, within the service's own limit.",
-        "schema": {"type": "integer", "minimum": 1, "default": 5},
-    },
+EMBEDDED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The features of each image.", "headers": INFERENCE_HEADERS}
+}
+TOP_K: dict[str, Any] = {
+    "name": "top_k",
+    "in": "query",
+    "description": "Classes an image, 1 to the number of classes, within the service's own limit.",
+    "schema": {"type": "integer", "minimum": 1, "default": 5},
+}
+LABEL: dict[str, Any] = {
+    "name": "label",
+    "in": "query",
+    "description": "What to explain, one of the model's labels; left out: the most probable one of each image.",
+    "schema": {"type": "string"},
+}
+NORMALIZE: dict[str, Any] = {
+    "name": "normalize",
+    "in": "query",
+    "description": "Whether each vector is divided by its length.",
+    "schema": {"type": "boolean", "default": True},
+}
+INFERENCE_PARAMETERS: list[dict[str, Any]] = [
     {
         "name": "X-Request-Timeout-Ms",
         "in": "header",

@@ -30,7 +30,8 @@ from service.errors import Draining, InferenceFailed, NotReady
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-RunResult = NDArray[np.float32] | Exception
+# Logits, float32 [N, C], and where they were asked for features, float32 [N, D].
+RunResult = tuple[NDArray[np.float32], NDArray[np.float32] | None] | Exception
 
 
 class BatchObserver(Protocol):
@@ -121,6 +122,7 @@ class DynamicBatcher:
         deadline: float = math.inf,
         *,
         is_background: bool = False,
+        with_features: bool = False,
     ) -> None:
         """Queue the images of one request and return at once; they succeed or fail together.
 
@@ -134,6 +136,7 @@ class DynamicBatcher:
             future: its `done` is true once its client has gone; images that are still queued are dropped then.
             deadline: seconds on the clock of `loop.time()`; no image starts to run after it. Infinity for none.
             is_background: whether the images wait until no others do; they delay others by at most one batch.
+            with_features: whether the predictions have features, which the model must have.
 
         Raises:
             NotReady: the batcher has not been started, or has failed; `future` is left alone.
@@ -146,7 +149,8 @@ class DynamicBatcher:
             size = len(image) if isinstance(image, bytes) else image.nbytes
             if size != self._bytes:
                 raise ValueError(f"an image must have {self._bytes} bytes, and has {size}")
-        self._queue.put(Request(images, future, deadline, is_background=is_background))
+        request = Request(images, future, deadline, is_background=is_background, with_features=with_features)
+        self._queue.put(request)
         self._arrived.set()
         self._idle.clear()
         self._expiry_timer.wake()
@@ -233,9 +237,12 @@ class DynamicBatcher:
         try:
             # np.concatenate would release and retake the GIL for each image.
             images = np.frombuffer(b"".join(batch.images()), dtype=np.uint8).reshape(batch.size, *self._shape)
-            result = member.engine.run(images)
-            if len(result) != batch.size:
-                raise ValueError(f"the engine returned {len(result)} rows for {batch.size} images")
+            if batch.with_features:
+                result = member.engine.run_with_features(images)
+            else:
+                result = member.engine.run(images), None
+            if len(result[0]) != batch.size:
+                raise ValueError(f"the engine returned {len(result[0])} rows for {batch.size} images")
         except Exception as error:
             result = error
         call_in_loop(self._loop, self._finish, member, batch, result, perf_counter() - begun)
@@ -251,15 +258,22 @@ class DynamicBatcher:
             if isinstance(result, Exception):
                 self._fail_batch(member, batch, result)
             else:
-                self._complete(member, batch, result, seconds)
+                self._complete(member, batch, *result, seconds)
         except Exception as error:  # raised by an observer
             self._observer_failed(error)
         self._pool.release(member)
         self._update_idle()
 
-    def _complete(self, member: PooledEngine, batch: Batch, logits: NDArray[np.float32], seconds: float) -> None:
+    def _complete(
+        self,
+        member: PooledEngine,
+        batch: Batch,
+        logits: NDArray[np.float32],
+        features: NDArray[np.float32] | None,
+        seconds: float,
+    ) -> None:
         member.failures = 0
-        batch.complete(logits, seconds)
+        batch.complete(logits, seconds, features)
         self._observer.batch(batch.size, seconds)
         if batch.parts[0][0].is_background:
             return  # its wait says nothing about that of others

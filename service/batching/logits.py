@@ -20,12 +20,14 @@ class BatchLogits:
 
     Attributes:
         logits: float32 [N, C].
+        features: float32 [N, D]; None where nobody asked for them.
     """
 
-    __slots__ = ("_ranked", "logits")
+    __slots__ = ("_ranked", "features", "logits")
 
-    def __init__(self, logits: NDArray[np.float32]) -> None:
+    def __init__(self, logits: NDArray[np.float32], features: NDArray[np.float32] | None = None) -> None:
         self.logits = logits
+        self.features = features
         self._ranked: Ranked | None = None
 
     def top(self, row: int, k: int) -> tuple[list[int], list[float]]:

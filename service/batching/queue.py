@@ -71,6 +71,13 @@ class Prediction:
         row: NDArray[np.float32] = self.batch_logits.logits[self.row]
         return row
 
+    @property
+    def features(self) -> NDArray[np.float32]:
+        """The features of this image, float32 [D]; its request has asked for them."""
+        assert self.batch_logits.features is not None
+        row: NDArray[np.float32] = self.batch_logits.features[self.row]
+        return row
+
 
 class Request:
     """The images of one request, and one future for all of them.
@@ -80,6 +87,7 @@ class Request:
         future: ends with one `Prediction` an image, in order, or with the first error.
         deadline: loop time; infinity for none.
         is_background: whether it waits until nothing else does.
+        with_features: whether its predictions have features too.
 
     Attributes:
         enqueued: `perf_counter` at arrival; uvloop's loop time counts in whole milliseconds.
@@ -87,7 +95,7 @@ class Request:
         predictions: by index, of a request in several batches; engines may end them in any order.
     """
 
-    __slots__ = ("deadline", "enqueued", "future", "images", "is_background", "predictions", "taken")
+    __slots__ = ("deadline", "enqueued", "future", "images", "is_background", "predictions", "taken", "with_features")
 
     def __init__(
         self,
@@ -96,11 +104,13 @@ class Request:
         deadline: float = math.inf,
         *,
         is_background: bool = False,
+        with_features: bool = False,
     ) -> None:
         self.images = images
         self.future = future
         self.deadline = deadline
         self.is_background = is_background
+        self.with_features = with_features
         self.enqueued = perf_counter()
         self.taken = 0
         self.predictions: dict[int, Prediction] = {}
@@ -130,9 +140,16 @@ class Batch:
         """List the images in the order of the parts."""
         return [image for request, start, stop in self.parts for image in request.images[start:stop]]
 
-    def complete(self, logits: NDArray[np.float32], seconds: float) -> None:
-        """Give each image its row of float32 [N, C], and set the results of complete requests."""
-        batch_logits, row, size = BatchLogits(logits), 0, self.size
+    @property
+    def with_features(self) -> bool:
+        """Whether any of its requests has asked for features."""
+        return any(request.with_features for request, _, _ in self.parts)
+
+    def complete(
+        self, logits: NDArray[np.float32], seconds: float, features: NDArray[np.float32] | None = None
+    ) -> None:
+        """Give each image its row of float32 [N, C] and [N, D], and set the results of complete requests."""
+        batch_logits, row, size = BatchLogits(logits, features), 0, self.size
         for request, start, stop in self.parts:
             queued = self.started - request.enqueued
             rows = range(row, row + stop - start)

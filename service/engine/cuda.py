@@ -1,6 +1,6 @@
 """Batches on an NVIDIA GPU: padded into buffers bound once for each batch size, run as captured CUDA graphs.
 
-Shape letters: N images of a batch, B bucket size, H and W input size, C classes.
+Shape letters: N images of a batch, B bucket size, H and W input size, C classes, D width of the features.
 """
 
 import ctypes
@@ -16,8 +16,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from service.engine.capture_lock import capture_lock
-from service.engine.metadata import INPUT_NAME, OUTPUT_NAME, ModelMetadata
-from service.engine.runners import Images, Logits, descending
+from service.engine.metadata import FEATURES_NAME, INPUT_NAME, OUTPUT_NAME, ModelMetadata
+from service.engine.runners import Features, Images, Logits, descending
 from service.engine.session import SessionSpec, open_session
 
 logger = logging.getLogger(__name__)
@@ -83,8 +83,15 @@ class BucketRunner:
     one by one. Rows are independent, so padded rows may hold anything. Attributes as of `HostRunner`.
     """
 
-    def __init__(self, bind: Callable[[int], CudaBatch], sizes: Sequence[int], warm_up_runs: int = 1) -> None:
+    def __init__(
+        self,
+        bind: Callable[[int], CudaBatch],
+        sizes: Sequence[int],
+        warm_up_runs: int = 1,
+        run_with_features: Callable[[Images], tuple[Logits, Features]] | None = None,
+    ) -> None:
         self.warm_up_runs = warm_up_runs
+        self._run_with_features = run_with_features
         # Largest first, so that the arena allocates one block that all smaller sizes fit into.
         self.sizes: Sequence[int] = descending(sizes)
         self._bound = {size: bind(size) for size in self.sizes}
@@ -95,6 +102,11 @@ class BucketRunner:
         batch = self._bound[self._bucket(n)]
         batch.images[:n] = images
         return batch.run()[:n]
+
+    def run_with_features(self, images: Images) -> tuple[Logits, Features]:
+        """Return as `run` float32 [N, C], and float32 [N, D]; beside the bound buffers, which have logits alone."""
+        assert self._run_with_features is not None
+        return self._run_with_features(images)
 
     def shrink(self, failed: int) -> int:
         """Drop the bucket that failed and all above it; return the new largest, 0 if only the smallest is left.
@@ -139,7 +151,16 @@ def cuda_runner(session: Any, metadata: ModelMetadata, sizes: Sequence[int], spe
             lambda size: CudaBatch(session, metadata, host[:size], spec.device_id, spec.cuda_graphs),
             sizes,
             warm_up_runs=RUNS_UNTIL_CAPTURED if spec.cuda_graphs else 1,
+            run_with_features=functools.partial(run_with_features, session, spec.device_id),
         )
+
+
+def run_with_features(session: Any, device_id: int, images: Images) -> tuple[Logits, Features]:
+    """Run without bound buffers and without a graph: uint8 [N, H, W, 3] -> float32 [N, C], float32 [N, D]."""
+    with capture_lock.shared():
+        use_device(device_id)
+        logits, features = session.run([OUTPUT_NAME, FEATURES_NAME], {INPUT_NAME: images}, _run_options(NO_GRAPH))
+        return logits, features
 
 
 def page_locked_zeros(shape: tuple[int, ...]) -> NDArray[np.uint8]:

@@ -21,6 +21,7 @@ MODEL_FILES: Mapping[Precision, str] = {"float32": MODEL_FILE, "float16": "model
 
 INPUT_NAME = "images"
 OUTPUT_NAME = "logits"
+FEATURES_NAME = "features"
 KEY_PREFIX = "perceiver."
 # The ONNX specification's keys for image inputs ("Image Category Definition" in MetadataProps.md).
 IMAGE_PROPS = {
@@ -107,6 +108,7 @@ class ModelMetadata(_Contract):
         golden_tolerance: largest allowed absolute difference of a logit on the golden images.
         temperature: divisor that calibrates the logits; the graph applies it already.
         parameters: number of trained parameters.
+        feature_dim: width D of the output `features`; None where the graph has no such output.
         gate: of a float16 or int8 file; None for the float32 file, and for random weights.
     """
 
@@ -123,6 +125,7 @@ class ModelMetadata(_Contract):
     golden_tolerance: Annotated[float, Field(gt=0)]
     temperature: Annotated[float, Field(gt=0)] = 1.0
     provenance: Provenance
+    feature_dim: Annotated[int, Field(ge=1)] | None = None
     gate: VariantGate | None = None
 
     @field_validator("labels")
@@ -136,7 +139,8 @@ class ModelMetadata(_Contract):
 
 def to_props(metadata: ModelMetadata) -> dict[str, str]:
     """Return ONNX metadata_props: one JSON string for each field, and the ONNX specification's image keys."""
-    fields = metadata.model_dump(mode="json", exclude={"gate"} if metadata.gate is None else None)
+    absent = {name for name in ("feature_dim", "gate") if getattr(metadata, name) is None}
+    fields = metadata.model_dump(mode="json", exclude=absent)
     return {f"{KEY_PREFIX}{name}": json.dumps(value) for name, value in fields.items()} | IMAGE_PROPS
 
 

@@ -1,6 +1,6 @@
 """The engine: runs a model file. The service runs it, and export verifies it.
 
-Shape letters: N images of a batch, H and W the model's input size, C classes.
+Shape letters: N images of a batch, H and W the model's input size, C classes, D width of the features.
 """
 
 import logging
@@ -16,7 +16,7 @@ from service.engine.capture_lock import capture_lock
 from service.engine.cuda import BucketRunner, cuda_runner, open_cuda_session
 from service.engine.cuda_probe import why_no_graphs
 from service.engine.metadata import ModelMetadata
-from service.engine.runners import HostRunner, Images, Logits, default_buckets, is_out_of_memory
+from service.engine.runners import Features, HostRunner, Images, Logits, default_buckets, is_out_of_memory
 from service.engine.session import (
     EngineError,
     Provider,
@@ -53,6 +53,9 @@ class Engine(Protocol):
 
         Call this and `warm_up` from the same thread: a captured CUDA graph belongs to a thread.
         """
+
+    def run_with_features(self, images: Images) -> tuple[Logits, Features]:
+        """Return what `run` does, and features, float32 [N, D]; only where the metadata have a `feature_dim`."""
 
     def warm_up(self) -> None:
         """Run the batch sizes that matter, so that the first request does not pay for it."""
@@ -131,6 +134,21 @@ class OnnxEngine:
                 raise self._failed(images, error) from error
             size = self._lower_ceiling(runner, images, error)
             return self._run_in_parts(runner, images, size)
+
+    def run_with_features(self, images: Images) -> tuple[Logits, Features]:
+        """Return float32 [N, C] as `run`, and float32 [N, D]. See `Engine.run_with_features`.
+
+        Raises:
+            EngineError: as `run`, or the graph has no features. Memory that is short fails the batch.
+        """
+        runner = self._open_runner()
+        self._check(images)
+        if self.metadata.feature_dim is None:
+            raise EngineError(f"{self.path}: this graph has no output features")
+        try:
+            return runner.run_with_features(images)
+        except Exception as error:
+            raise self._failed(images, error) from error
 
     def warm_up(self) -> None:
         """Run every bucket from the largest down, and capture it on a GPU. On a CPU: the largest batch, and one image.

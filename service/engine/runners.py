@@ -1,6 +1,6 @@
 """Batches on a CPU, which run as they are, and what all runners need.
 
-Shape letters: N images of a batch, H and W input size, C classes.
+Shape letters: N images of a batch, H and W input size, C classes, D width of the features.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,10 +10,11 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from service.engine.metadata import INPUT_NAME, OUTPUT_NAME
+from service.engine.metadata import FEATURES_NAME, INPUT_NAME, OUTPUT_NAME
 
 Images = NDArray[np.uint8]
 Logits = NDArray[np.float32]
+Features = NDArray[np.float32]
 
 # onnxruntime has no exception class for this. These are the messages of its arena, of CUDA and its libraries, and of
 # C++.
@@ -51,6 +52,11 @@ class HostRunner:
         """Classify uint8 [N, H, W, 3]; return float32 [N, C]."""
         (logits,) = self._session.run([OUTPUT_NAME], {INPUT_NAME: images})
         return np.asarray(logits, dtype=np.float32)
+
+    def run_with_features(self, images: Images) -> tuple[Logits, Features]:
+        """Return as `run` float32 [N, C], and float32 [N, D]."""
+        logits, features = self._session.run([OUTPUT_NAME, FEATURES_NAME], {INPUT_NAME: images})
+        return logits, features
 
     def trim(self, images: Images) -> None:
         """Run a batch, and free the memory that onnxruntime's arena keeps from larger ones."""

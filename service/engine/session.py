@@ -11,6 +11,7 @@ import onnxruntime as ort
 from service.engine.cpus import threads_within_limits
 from service.engine.cuda_probe import CUDA, why_no_cuda
 from service.engine.metadata import (
+    FEATURES_NAME,
     INPUT_NAME,
     MODEL_FILES,
     OUTPUT_NAME,
@@ -201,21 +202,25 @@ def metadata_of(session: Any, path: Path) -> ModelMetadata:
 
 
 def check_graph(session: Any, metadata: ModelMetadata, path: Path) -> None:
-    """Check the graph's input and output against the contract and the metadata.
+    """Check the graph's inputs and outputs against the contract and the metadata.
 
     Raises:
-        EngineError: names, element types or shapes differ from `images` uint8 [batch, H, W, 3] and
-            `logits` float32 [batch, C].
+        EngineError: names, element types or shapes differ from `images` uint8 [batch, H, W, 3], `logits` float32
+            [batch, C] and, where the metadata have a `feature_dim` D, `features` float32 [batch, D].
     """
     height, width = metadata.input_size
-    for kind, nodes, name, dtype, tail in (
-        ("input", session.get_inputs(), INPUT_NAME, "uint8", [height, width, 3]),
-        ("output", session.get_outputs(), OUTPUT_NAME, "float", [len(metadata.labels)]),
+    outputs = {OUTPUT_NAME: [len(metadata.labels)]}
+    if metadata.feature_dim is not None:
+        outputs[FEATURES_NAME] = [metadata.feature_dim]
+    for kind, nodes, dtype, expected in (
+        ("input", session.get_inputs(), "uint8", {INPUT_NAME: [height, width, 3]}),
+        ("output", session.get_outputs(), "float", outputs),
     ):
         found = ", ".join(f"{node.name} {node.type} {node.shape}" for node in nodes)
-        wanted = f"{name} tensor({dtype}) {['batch', *tail]}"
-        if len(nodes) != 1 or nodes[0].name != name or nodes[0].type != f"tensor({dtype})":
+        wanted = ", ".join(f"{name} tensor({dtype}) {['batch', *tail]}" for name, tail in expected.items())
+        if [(node.name, node.type) for node in nodes] != [(name, f"tensor({dtype})") for name in expected]:
             raise EngineError(f"{path}: the graph's only {kind} must be {wanted}, and is {found or 'missing'}")
-        batch, *rest = nodes[0].shape or [None]
-        if rest != tail or isinstance(batch, int):
-            raise EngineError(f"{path}: by its metadata the {kind} must be {wanted} of any batch, and is {found}")
+        for node, tail in zip(nodes, expected.values(), strict=True):
+            batch, *rest = node.shape or [None]
+            if rest != tail or isinstance(batch, int):
+                raise EngineError(f"{path}: by its metadata the {kind} must be {wanted} of any batch, and is {found}")

@@ -61,7 +61,9 @@ class Metrics:
         self.queue_seconds = seconds("perceiver_queue_seconds", "Seconds an image waited for its batch.")
         self.inference_seconds = seconds("perceiver_inference_seconds", "Seconds of one run of the model.")
         self.batch_size = histogram("perceiver_batch_size", "Images in one run of the model.", buckets=IMAGES)
-        self.images = counter("perceiver_images", "Images classified.")
+        self.images = counter("perceiver_images", "Images that the model has run, those of explanations included.")
+        self.explanations = counter("perceiver_explanations", "Images explained.")
+        self.explanation_runs = counter("perceiver_explanation_runs", "Images run for explanations.")
         self.failed_batches = counter("perceiver_failed_batches", "Runs of the model that failed.")
         self.rejections = counter("perceiver_rejections", "Requests answered with an error, by its code.", ["reason"])
         # Alarms and panels use these, and Prometheus sees no increase in a counter that begins with its first event.
@@ -134,6 +136,11 @@ class Metrics:
     def decode_process_ended(self, reason: str) -> None:
         """Count a decode process that was killed or has crashed."""
         self.decode_process_ends.labels(reason).inc()
+
+    def explained(self, images: int, runs: int) -> None:
+        """Count explained images, and the images that were run for them."""
+        self.explanations.inc(images)
+        self.explanation_runs.inc(runs)
 
     def rejected(self, code: str) -> None:
         """Count a request that ended in an error."""

@@ -1,7 +1,7 @@
 """The model folder's layout: what export writes and the service reads. See docs/artifact.md.
 
     <folder>/<version>/model.onnx     the graph, with the metadata in its metadata_props
-    <folder>/<version>/golden.npz     real images and the logits that torch gave for them in float32
+    <folder>/<version>/golden.npz     real images, and the logits and features that torch gave for them in float32
     <folder>/config.pbtxt             the same for Triton, beside the versions
 
 Shape letters: K golden images, H and W the input size in pixels, C classes.
@@ -9,7 +9,7 @@ Shape letters: K golden images, H and W the input size in pixels, C classes.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,15 +29,20 @@ class Golden:
         images: uint8 [K, H, W, 3], RGB.
         labels: int64 [K], the true classes.
         logits: float32 [K, C], from torch in float32.
+        features: float32 [K, D], from torch in float32; None where the graph has no such output.
     """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     logits: NDArray[np.float32]
+    features: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
-        for name, dtype, ndim in (("images", "uint8", 4), ("labels", "int64", 1), ("logits", "float32", 2)):
+        kinds = {"images": ("uint8", 4), "labels": ("int64", 1), "logits": ("float32", 2), "features": ("float32", 2)}
+        for name, (dtype, ndim) in kinds.items():
             array = getattr(self, name)
+            if array is None:
+                continue
             if array.dtype != dtype or array.ndim != ndim:
                 raise ArtifactError(
                     f"golden images: {name} must be {dtype} with {ndim} dimensions, "
@@ -49,6 +54,8 @@ class Golden:
                 f"golden images: images, labels and logits must be equally many, and at least one each, "
                 f"and are {len(self.images)}, {len(self.labels)} and {len(self.logits)}"
             )
+        if self.features is not None and not (len(self.features) == len(self) and np.isfinite(self.features).all()):
+            raise ArtifactError("golden images: features must be as many as images, and finite")
         if self.images.shape[3] != 3 or not np.isfinite(self.logits).all():
             raise ArtifactError("golden images: images must have 3 channels and all logits must be finite")
 
@@ -71,7 +78,10 @@ def check_files(folder: Path) -> None:
 
 def save_golden(path: Path, golden: Golden) -> None:
     """Write `golden.npz`, compressed."""
-    np.savez_compressed(path, images=golden.images, labels=golden.labels, logits=golden.logits)
+    arrays: dict[str, Any] = {"images": golden.images, "labels": golden.labels, "logits": golden.logits}
+    if golden.features is not None:
+        arrays["features"] = golden.features
+    np.savez_compressed(path, **arrays)
 
 
 def load_golden(path: Path) -> Golden:
@@ -84,6 +94,7 @@ def load_golden(path: Path) -> Golden:
         with path.open("rb") as stream:  # np.load leaves the file open if it is no archive
             archive = np.load(stream, allow_pickle=False)
             arrays = {name: archive[name] for name in ("images", "labels", "logits")}
+            features = archive.get("features")
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: the file is missing; a version must hold its golden images") from error
     except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds on damaged files
@@ -91,7 +102,7 @@ def load_golden(path: Path) -> Golden:
             f"{path}: must be an npz archive of images, labels and logits, and can't be read as one: {error}"
         ) from error
     try:
-        return Golden(**arrays)
+        return Golden(**arrays, features=features)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
 

@@ -15,6 +15,7 @@ from service.engine.session import EngineError
 from service.repository.folder import Golden
 
 FEW_IMAGES: Final = 4
+MIN_COSINE: Final = 0.99  # of features with torch's: it finds another vector; the logits find other numbers
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,28 @@ def _parts(engine: Engine, n: int) -> Iterator[NDArray[np.intp]]:
                 yield np.arange(size) % n
 
 
+def check_features(engine: Engine, golden: Golden) -> None:
+    """Check that features of one batch of golden images, where the model has any, have the direction that torch gave.
+
+    Raises:
+        EngineError: they have not, or the golden images have none.
+    """
+    if engine.metadata.feature_dim is None:
+        return
+    expected = golden.features
+    if expected is None or expected.shape[1] != engine.metadata.feature_dim:
+        raise EngineError(f"the golden images must have features of width {engine.metadata.feature_dim}")
+    expected = expected[: engine.max_batch_size]
+    _, features = engine.run_with_features(golden.images[: len(expected)])
+    lengths = np.linalg.norm(features, axis=1) * np.linalg.norm(expected, axis=1)
+    cosine = float(((features * expected).sum(axis=1) / lengths).min())
+    if not cosine >= MIN_COSINE:  # so that NaN fails
+        raise EngineError(
+            f"the golden images give other features on {engine.provider}: the least cosine similarity is {cosine:.3g}, "
+            f"and {MIN_COSINE} is allowed"
+        )
+
+
 class GoldenMismatchError(EngineError):
     """An engine differs from the golden logits by more than its metadata allow.
 
@@ -97,9 +120,10 @@ def check_golden(engine: Engine, golden: Golden, *, is_whole: bool = True) -> Go
 
     Raises:
         GoldenMismatchError: the largest difference is above `metadata.golden_tolerance`, or not a number.
-        EngineError: as `replay_golden`.
+        EngineError: as `replay_golden` and `check_features`.
     """
     report = replay_golden(engine, golden, is_whole=is_whole)
+    check_features(engine, golden)
     tolerance = engine.metadata.golden_tolerance
     if not report.max_abs_difference <= tolerance:  # so that NaN fails
         raise GoldenMismatchError(

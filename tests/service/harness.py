@@ -112,11 +112,12 @@ def fake_folder(folder: Path, engine: FakeEngine, versions: Sequence[int] = (1,)
     """A model folder whose golden images suit a `FakeEngine`."""
     images = np.stack([image(number) for number in (3, 1, 2)])
     logits = engine.run(images)
+    features = None if engine.metadata.feature_dim is None else engine.run_with_features(images)[1]
     engine.batches.clear()
     for version in versions:
         (folder / str(version)).mkdir(parents=True)
         (folder / str(version) / MODEL_FILE).write_bytes(b"the fake engine does not read this")
-        save_golden(folder / str(version) / GOLDEN_FILE, Golden(images, logits.argmax(axis=1), logits))
+        save_golden(folder / str(version) / GOLDEN_FILE, Golden(images, logits.argmax(axis=1), logits, features))
     return folder
 
 
@@ -142,6 +143,7 @@ async def running(
     async with listening(service, engine) as run:
         await run.until(lambda: service.status == "ready")
         engine.batches.clear()
+        engine.features_runs.clear()
         yield run
 
 

@@ -226,3 +226,19 @@ def test_without_graphs_no_run_has_to_be_alone(fake_ort: FakeSession) -> None:
     assert runner.warm_up_runs == 1
     runner.run(tiny_images(2))
     assert fake_ort.alone == [False]
+
+
+def test_features_run_beside_the_graphs_and_the_bound_buffers(fake_ort: FakeSession) -> None:
+    asked: list[tuple[list[str], str]] = []
+
+    def run(names: list[str], feeds: dict[str, np.ndarray], options: FakeRunOptions) -> list[np.ndarray]:
+        asked.append((names, options["gpu_graph_id"]))
+        logits = tiny_logits(feeds["images"], 1)
+        return [logits, logits * 2]
+
+    fake_ort.run = run
+    runner = cuda_runner(fake_ort, tiny_metadata(), [1, 2, 4], SessionSpec("cuda", cuda_graphs=True))
+    logits, features = runner.run_with_features(tiny_images(3))
+    np.testing.assert_array_equal(logits * 2, features)
+    assert asked == [(["logits", "features"], "-1")]
+    assert fake_ort.graphs == []
