@@ -1,7 +1,8 @@
 """Requests for inference by the protocol v2."""
 
+from collections.abc import Sequence
 from time import perf_counter
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from service.api.payload import Payload
 from service.api.prediction_writer import server_timing
 from service.api.request import InferenceRequest, Respond
 from service.api.response import Headers, json_response
-from service.api.v2.tensors import OutputFormat, read_body, read_images, read_outputs, write_body
+from service.api.v2.tensors import FEATURES, OutputFormat, read_body, read_images, read_outputs, write_body
 from service.batching.queue import Prediction
 from service.decoding.upload import Upload
 from service.errors import BadRequest, NotFound
@@ -48,7 +49,7 @@ class InferRequest(InferenceRequest):
     def _parse(self, body: bytes) -> Payload:
         live, max_images = self._model, self._service.settings.max_images
         content, binary = read_body(body, self._json_bytes, max_images)
-        self._formats = read_outputs(content)
+        self._formats = read_outputs(content, live.metadata)
         self._head = {"model_name": live.metadata.name, "model_version": str(live.version)}
         if content.id:
             self._head["id"] = content.id
@@ -60,6 +61,10 @@ class InferRequest(InferenceRequest):
             self._pixels = list(images)
             return Payload([Upload(b"")] * len(images))
         return Payload(images)
+
+    def _submit(self, live: LiveModel, uploads: Sequence[Upload], images: Sequence[Any]) -> None:
+        with_features = any(name == FEATURES for name, *_ in self._formats)
+        live.batcher.submit([image.data for image in images], self, self._until, with_features=with_features)
 
     def set_result(self, result: list[Prediction], /) -> None:
         """Respond with the outputs that were asked for."""

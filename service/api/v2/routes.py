@@ -9,7 +9,7 @@ from service import errors
 from service.api.paths import PREDICT, V2, V2_INFER, V2_MODEL, V2_VERSION
 from service.api.schemas import CONNECTION_ERRORS, PREDICT_ERRORS, ErrorResponse, V2Error, error_responses
 from service.api.v2.request import check_model
-from service.api.v2.tensors import DATATYPES, IMAGES, OUTPUTS
+from service.api.v2.tensors import DATATYPES, IMAGES, output_widths
 from service.lifecycle import Service
 from service.repository.versions import LiveModel
 
@@ -127,7 +127,10 @@ def metadata_of(live: LiveModel) -> Json:
             {"name": name, "datatype": datatype, "shape": [-1, *dims_of(name, live)]}
             for name, datatype in DATATYPES.items()
         ],
-        "outputs": [{"name": name, "datatype": "FP32", "shape": [-1, len(live.metadata.labels)]} for name in OUTPUTS],
+        "outputs": [
+            {"name": name, "datatype": "FP32", "shape": [-1, width]}
+            for name, width in output_widths(live.metadata).items()
+        ],
     }
 
 
@@ -149,7 +152,8 @@ def config_of(live: LiveModel) -> Json:
             for name, datatype in DATATYPES.items()
         ],
         "output": [
-            {"name": name, "data_type": "TYPE_FP32", "dims": [len(live.metadata.labels)]} for name in OUTPUTS
+            {"name": name, "data_type": "TYPE_FP32", "dims": [width]}
+            for name, width in output_widths(live.metadata).items()
         ],
         "dynamic_batching": {},
     }  # fmt: skip

@@ -27,6 +27,7 @@ IMAGES: Final = "images"
 IMAGE_BYTES: Final = "image_bytes"
 DATATYPES: Final[Mapping[str, str]] = {IMAGES: "UINT8", IMAGE_BYTES: "BYTES"}
 DEFAULT_OUTPUT: Final = "logits"
+FEATURES: Final = "features"
 MAX_SHAPE_BYTES: Final = 200  # of JSON; a shape of four numbers needs fewer
 LENGTH_BYTES: Final = 4  # before each element of a BYTES tensor, little-endian
 
@@ -242,24 +243,43 @@ def probabilities_of(predictions: Sequence[Prediction]) -> Output:
     return probabilities
 
 
+def features_of(predictions: Sequence[Prediction]) -> Output:
+    """Return float32 [N, D]."""
+    features = np.stack([prediction.features for prediction in predictions])
+    if not np.isfinite(features).all():
+        raise InferenceFailed("A feature of the model is not a number.")
+    return features
+
+
 OUTPUTS: Final[Mapping[str, Callable[[Sequence[Prediction]], Output]]] = {
     DEFAULT_OUTPUT: logits_of,
     "probabilities": probabilities_of,
+    FEATURES: features_of,
 }
 
 
-def read_outputs(content: InferBody) -> list[OutputFormat]:
+def output_widths(metadata: ModelMetadata) -> dict[str, int]:
+    """Return the outputs of a model with their widths; an old one has no features."""
+    classes = len(metadata.labels)
+    widths = dict.fromkeys(OUTPUTS, classes) | {FEATURES: metadata.feature_dim or 0}
+    return {name: width for name, width in widths.items() if width}
+
+
+def read_outputs(content: InferBody, metadata: ModelMetadata) -> list[OutputFormat]:
     """Return the outputs that a request asks for.
 
     Raises:
-        BadRequest: one that the model has not, or that is asked for twice.
+        BadRequest: one that the model has not, that is asked for twice, or features as classes.
     """
+    known = output_widths(metadata)
     is_binary = bool(content.parameters and content.parameters.binary_data_output)
     formats: dict[str, OutputFormat] = {}
     for output in content.outputs or [RequestedOutput(DEFAULT_OUTPUT)]:
         name, parameters = output.name, output.parameters or OutputParameters()
-        if name not in OUTPUTS:
-            raise BadRequest(f"The model has no output {name[:40]}; it has {' and '.join(OUTPUTS)}.")
+        if name not in known:
+            raise BadRequest(f"The model has no output {name[:40]}; it has {' and '.join(known)}.")
+        if name == FEATURES and parameters.classification:
+            raise BadRequest("The output features has no classes; leave out its classification.")
         if name in formats:
             raise BadRequest(f"The output {name} is asked for twice.")
         formats[name] = OutputFormat(

@@ -196,7 +196,7 @@ def test_a_malformed_body_is_refused_or_read_and_nothing_else(case: tuple[bytes,
     body, length = case
     try:
         content, binary = read_body(body, length, 64)
-        read_outputs(content)
+        read_outputs(content, tiny_metadata())
         images = read_images(content, binary, tiny_metadata(), 64)
     except ServiceError as error:
         assert 400 <= error.status < 500  # noqa: PT017 - what was raised is the answer
@@ -327,3 +327,18 @@ async def test_it_is_counted_with_the_requests_for_inference(tmp_path: Path) -> 
         assert await run.metric(f'perceiver_requests_total{{code="200",route="{route}/ready"}}') == 1
         assert await run.metric("perceiver_request_seconds_count") == 3
         assert await run.metric('perceiver_rejections_total{reason="not_found"}') == 1
+
+
+async def test_features_are_an_output_where_the_model_has_them(tmp_path: Path) -> None:
+    async with running(tmp_path, FakeEngine(feature_dim=3)) as run:
+        content = {"inputs": [images_input(data=list(PIXELS))], "outputs": [{"name": "features"}, {"name": "logits"}]}
+        answer = (await post(run, content)).json()
+        assert [output["name"] for output in answer["outputs"]] == ["features", "logits"]
+        assert answer["outputs"][0]["shape"] == [1, 3]
+        assert answer["outputs"][0]["data"] == [7, 8, 9]
+        assert run.engine.features_runs == [1]
+        described = (await run.client.get("/v2/models/tiny")).json()["outputs"]
+        assert {"name": "features", "datatype": "FP32", "shape": [-1, 3]} in described
+        as_classes = {"name": "features", "parameters": {"classification": 2}}
+        refused = await post(run, content | {"outputs": [as_classes]})
+        assert "features has no classes" in sentence(refused)
