@@ -327,13 +327,17 @@ class Perceiver(nn.Module):
 
     def forward_view(self, pixels: Tensor) -> Tensor:
         """The logits of the pixels as they are; shapes as `forward`'s."""
+        return self.head(self.features(pixels))
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """What the head classifies, of the pixels as they are: float [B, 3, image_size, image_size] -> float [B, C]."""
         tokens = self.tokens(pixels)
         kept = self.draw_latents()
         latents = (self.latents if kept is None else self.latents[kept]).expand(len(pixels), -1, -1)
         for i in range(self.config.num_iterations):
             latents = self.cross_attentions[self.cross_attention_of(i)](latents, tokens, kept)
             latents = self.transformers[self.transformer_of(i)](latents)
-        return self.head(self.head_norm(latents).mean(dim=1))
+        return self.head_norm(latents).mean(dim=1)
 
 
 def count_parameters(model: nn.Module) -> int:
