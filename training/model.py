@@ -343,7 +343,7 @@ class Perceiver(nn.Module):
         return self.head(self.features_of_view(pixels))
 
     def features_of_view(self, pixels: Tensor) -> Tensor:
-        """What the head classifies of the pixels as they are, float [B, C]."""
+        """What the head classifies, of the pixels as they are: float [B, 3, image_size, image_size] -> float [B, C]."""
         tokens = self.tokens(pixels)
         kept = self.draw_latents()
         latents = (self.latents if kept is None else self.latents[kept]).expand(len(pixels), -1, -1)
