@@ -45,8 +45,9 @@ format: $(DEV)/.installed ## Format the code
 	$(DEV)/bin/ruff format .
 	$(DEV)/bin/ruff check --fix .
 
+# A stop is no error. The shell waits for the end of what it has started, which Ctrl-C stops with a checkpoint.
 train: $(DEV)/.installed ## Train (ARGS="--preset compact --data DIR"; see docs)
-	$(DEV)/bin/python -m training $(ARGS)
+	trap : INT; STARTED_BY_MAKE=1 $(DEV)/bin/python -m training $(ARGS) || [ $$? = 3 ]
 
 export: $(DEV)/.installed ## Export a run (ARGS="runs/NAME --out models/NAME")
 	$(DEV)/bin/python -m export $(ARGS)

@@ -14,7 +14,7 @@ from training.config import PRESETS
 from training.data import cifar
 from training.data.dataset import DataError, DataSet
 from training.data.load import load_for
-from training.evaluate import Metrics
+from training.evaluate import TOP5_CLASSES, Metrics
 from training.metrics_log import MACHINE_FIELDS, MetricsEntry, read_metrics
 from training.model import Perceiver, count_parameters
 from training.preprocessing import Preprocess
@@ -105,6 +105,11 @@ class Source:
         return count_parameters(self.model)
 
 
+def top5(source: Source, cell: str) -> list[str]:
+    """Return a cell of a table's top-5 column; empty where so few classes have none."""
+    return [cell] if len(source.run.labels) >= TOP5_CLASSES else []
+
+
 def load_source(path: Path) -> Source:
     """Read a checkpoint and the report and metrics beside it.
 
@@ -127,7 +132,7 @@ def load_source(path: Path) -> Source:
     return Source(
         model=model,
         preprocess=preprocess,
-        run=header.run,
+        run=header.run.model_copy(update={"data": read_data_path(checkpoint.parent) or header.run.data}),
         temperature=report.temperature if report else 1.0,
         report=report,
         metrics=(report.test or report.val) if report else header.val,
@@ -139,6 +144,14 @@ def load_source(path: Path) -> Source:
         epochs=read_epochs(checkpoint.parent),
         warnings=warnings,
     )
+
+
+def read_data_path(folder: Path) -> str | None:
+    """Return where the images of a run lie, which its configuration has and no checkpoint; None where nobody knows."""
+    try:
+        return RunConfig.model_validate_json((folder / "config.json").read_bytes()).data
+    except (OSError, ValidationError):
+        return None
 
 
 def read_report(folder: Path, sha256: str) -> tuple[Report | None, tuple[str, ...]]:

@@ -81,6 +81,12 @@ class RunConfig(BaseModel):
 
     stage: RecipeStage | None = Field(None, description="None where no recipe trained it")
 
+    def without_paths(self) -> RunConfig:
+        """The same without where the images lie on this machine, if that is an absolute path: its last part stays."""
+        if self.data is None or not Path(self.data).is_absolute():
+            return self
+        return self.model_copy(update={"data": Path(self.data).name})
+
     @property
     def origins(self) -> tuple[Origin, ...]:
         """What it begins with, and what teaches it where that is another."""
@@ -160,9 +166,9 @@ def _versions() -> tuple[tuple[str, str], ...]:
 
 
 def make_header(run: RunConfig, epoch: int, step: int, val: Metrics | None, state: dict[str, Any]) -> Header:
-    """A header that says where and when it was made."""
+    """A header that says where and when it was made, and no path of this machine."""
     return Header(
-        run=run,
+        run=run.without_paths(),
         epoch=epoch,
         step=step,
         val=val,

@@ -18,6 +18,7 @@ from training.data.dataset import Split
 from training.preprocessing import Preprocess
 
 CALIBRATION_BINS = 15
+TOP5_CLASSES = 6  # with fewer the label is always among the five
 PRIOR_DEVIATION = 0.5  # of a temperature's logarithm, before any image is seen
 
 

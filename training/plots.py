@@ -40,8 +40,10 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, colour
 
 
 def _draw_accuracy(axes: Axes, columns: Mapping[str, Sequence[float]], best_by: str) -> None:
-    epochs, top1, top5 = columns["epoch"], columns["val_top1"], columns["val_top5"]
-    _line(axes, epochs, top5, "top-5", GREEN)
+    epochs, top1 = columns["epoch"], columns["val_top1"]
+    highest = columns.get("val_top5", top1)
+    if "val_top5" in columns:
+        _line(axes, epochs, highest, "top-5", GREEN)
     _line(axes, epochs, top1, "top-1", BLUE)
     loss = columns["val_loss"]
 
@@ -63,13 +65,14 @@ def _draw_accuracy(axes: Axes, columns: Mapping[str, Sequence[float]], best_by: 
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     _style(axes, "Validation accuracy", "epoch", "share of the images")
     # Clear of both curves: those of a run that began with trained weights have nothing below them.
-    axes.legend(frameon=False, loc="lower left" if top5[0] > 0.6 else "upper left")
+    axes.legend(frameon=False, loc="lower left" if highest[0] > 0.6 else "upper left")
 
 
 def save_curves(metrics: Sequence[Mapping[str, float]], path: Path, best_by: str) -> None:
     """Draw the rows of ``metrics.jsonl`` as ``path`` (PNG): loss, accuracy, learning rate, speed, each over epochs.
 
-    Each row has epoch, train_loss, val_loss (nats), val_top1, val_top5 (0..1), learning_rate, pictures_per_second.
+    Each row has epoch, train_loss, val_loss (nats), val_top1 (0..1), learning_rate, pictures_per_second, and val_top5
+    (0..1) where that is to be drawn.
     The epoch that ``best_by`` (of `TrainConfig`) chooses is marked. Raises ValueError without a row.
     """
     if not metrics:

@@ -42,18 +42,21 @@ VAL_NOTE = "no test images: the validation figures flatter, since checkpoint and
 TEST_NOTE = "checkpoint and temperature were chosen by the validation images; the test images chose nothing"
 
 
-def log_epoch(folder: Path, events: SummaryWriter, best_by: str) -> None:
+def log_epoch(folder: Path, events: SummaryWriter, best_by: str, *, with_top5: bool) -> None:
     """Show the last epoch of ``metrics.jsonl`` on the terminal, in TensorBoard's events and in ``curves.png``."""
     lines = read_metrics(folder)
+    if not with_top5:
+        lines = [{name: value for name, value in line.items() if name != "val_top5"} for line in lines]
     line = lines[-1]
     for key, value in line.items():
         if key not in ("epoch", "step", *MACHINE_FIELDS):
             events.add_scalar(key, value, int(line["epoch"]))
     events.flush()
     save_curves(lines, folder / report_schema.CURVES, best_by)
+    top5 = f"  top-5 {line['val_top5']:.2%}" if with_top5 else ""
     tqdm.write(
         f"epoch {line['epoch']:3d}  train loss {line['train_loss']:.4f}  val loss {line['val_loss']:.4f}  "
-        f"top-1 {line['val_top1']:.2%}  top-5 {line['val_top5']:.2%}  {line['pictures_per_second']:.0f} images/s"
+        f"top-1 {line['val_top1']:.2%}{top5}  {line['pictures_per_second']:.0f} images/s"
     )
     sys.stdout.flush()  # for whoever reads along in a log file
 

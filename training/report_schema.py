@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -62,20 +61,26 @@ class Report(BaseModel):
     )
 
 
+def read_report(folder: Path) -> Report | None:
+    """The report of the run in a folder, or of the one that was exported to it; None where there is none to read."""
+    try:
+        if (folder / FILE).is_file():
+            return Report.model_validate_json((folder / FILE).read_bytes())
+        return Report.model_validate(json.loads((folder / METRICS_FILE).read_bytes())["report"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def read_test_readings(folder: Path) -> int | None:
     """How often the run in a folder, or the one that was exported to it, has read its test images.
 
     Returns:
-        None where the folder holds no report, or one that can't be read. One that does not tell is of one reading.
+        None where the folder holds no report. One that does not tell is of one reading.
     """
-    try:
-        if (folder / FILE).is_file():
-            report: Any = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        else:
-            report = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))["report"]
-        return 0 if report["test"] is None else int(report.get("test_readings") or 1)
-    except (OSError, ValueError, KeyError, TypeError):
+    report = read_report(folder)
+    if report is None:
         return None
+    return 0 if report.test is None else report.test_readings or 1
 
 
 def describe_readings(own: int, lineage: int) -> str:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 
@@ -40,6 +41,11 @@ MIN_STEPS_PER_EPOCH, MIN_BATCH_SIZE = 4, 8
 
 # What a write that fails says of a disk without room; it names no file.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+ENLARGES = (
+    "images are read at {0} x {0} pixels and enlarged to {1} x {1}, which adds no detail: --input-size {1} reads "
+    "them at that size."
+)
 
 DONE, FAILED, USER_ERROR, STOPPED, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -163,6 +169,10 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World, deadlin
                 warnings = (
                     f"warning: {warning}" for warning in warnings_for(run, data_set, preset, origin_folders(args))
                 )
+                if enlarges_only(args, run):
+                    warnings = chain(
+                        warnings, [f"warning: {ENLARGES.format(run.model.input_size, run.model.image_size)}"]
+                    )
                 asked = None if preset is None else preset.train.precision
                 precision = describe_precision(run.train.precision, asked, world.device)
                 print(describe(trainer), precision, *warnings, sep="\n", flush=True)
@@ -177,12 +187,19 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World, deadlin
             if args.stage is not None and not args.stage.is_last:
                 trainer.test_split = None  # which the last stage alone reads
             report = trainer.report()
-    print(report.model_dump_json(include={"epoch", "temperature", "val", "test", "note"}, indent=2))
+    without = None if trainer.with_top5 else {"val": {"top5"}, "test": {"top5"}}
+    shown = {"epoch", "temperature", "val", "test", "note"}
+    print(report.model_dump_json(include=shown, exclude=without, indent=2))
     if args.stage is not None and not args.stage.is_last:
         return DONE
-    export = shlex.join(["python", "-m", "export", str(folder), *data_flag(args, run), "--out", "models/NAME"])
+    export = shell_command(["python", "-m", "export"], [str(folder), *data_flag(args, run), "--out", "models/NAME"])
     print(f"best checkpoint and report are in {folder}; export: {export}")
     return DONE
+
+
+def enlarges_only(args: argparse.Namespace, run: RunConfig) -> bool:
+    """Whether the flags ask for larger images than are read."""
+    return args.image_size is not None and args.input_size is None and run.model.image_size > run.model.input_size
 
 
 def origin_folders(args: argparse.Namespace) -> list[Path]:
@@ -194,10 +211,18 @@ def resume_command(args: argparse.Namespace, run: RunConfig, world: World, folde
     """What goes on with a run as it was begun: of other threads or devices the sums are others."""
     launcher = ["python"] if world.size == 1 else ["torchrun", "--standalone", f"--nproc-per-node={world.size}"]
     if args.repeat is not None:
-        return shlex.join([*launcher, "-m", "training", *args.repeat])
+        return shell_command([*launcher, "-m", "training"], args.repeat)
     where = ["--threads", str(args.threads)] if args.threads else []
     where += ["--device", args.device] if args.device != "auto" else []
-    return shlex.join([*launcher, "-m", "training", "--resume", str(folder), *data_flag(args, run), *where])
+    flags = ["--resume", str(folder), *data_flag(args, run), *where]
+    return shell_command([*launcher, "-m", "training"], flags)
+
+
+def shell_command(command: list[str], flags: list[str]) -> str:
+    """A command as one types it: through make, where make has started this."""
+    if os.environ.get("STARTED_BY_MAKE"):
+        return f'make {"train" if command[-1] == "training" else command[-1]} ARGS="{shlex.join(flags)}"'
+    return shlex.join([*command, *flags])
 
 
 def data_flag(args: argparse.Namespace, run: RunConfig) -> list[str]:

@@ -28,7 +28,7 @@ from training.data.dataset import DataSet
 from training.data.trivial_augment import trivial_augment
 from training.distillation import Teacher, distillation_loss
 from training.distributed import World
-from training.evaluate import Metrics, measure, predict_logits
+from training.evaluate import TOP5_CLASSES, Metrics, measure, predict_logits
 from training.metrics_log import MetricsEntry, append_metrics, truncate_after
 from training.optim import clip_gradients, schedule_factor, set_learning_rates
 from training.preprocessing import Preprocess
@@ -133,6 +133,11 @@ class Trainer:
     def autocast(self) -> torch.dtype | None:
         """Type of the forward pass, None for float32."""
         return AUTOCAST[self.config.precision]
+
+    @property
+    def with_top5(self) -> bool:
+        """Whether top-5 says anything of so many classes."""
+        return len(self.run.labels) >= TOP5_CLASSES
 
     @property
     def evaluation_batch(self) -> int:
@@ -330,7 +335,7 @@ class Trainer:
                     self.world.barrier()  # torchrun gives the others 30 s once one process has ended
                     return False
                 if events is not None:
-                    log_epoch(self.folder, events, self.config.best_by)
+                    log_epoch(self.folder, events, self.config.best_by, with_top5=self.with_top5)
         return True
 
     def _events(self) -> SummaryWriter | nullcontext[None]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from export.card.markdown import image, literal, paragraph, table
-from export.source import Source
+from export.source import Source, top5
 from training.evaluate import Confidence, Corruption, SuperclassMetrics
 from training.report_schema import PLOTS
 
@@ -16,7 +16,7 @@ def error_analysis(source: Source) -> str:
     plots = {path.name: image(PLOTS[path.name], path.name) for path in source.plots if path.name in PLOTS}
     parts = [
         "## Error analysis",
-        by_superclass(report.superclasses),
+        by_superclass(source, report.superclasses),
         confusions(source),
         plots.get("confusion.png", ""),
         robustness(report.corruptions),
@@ -26,7 +26,7 @@ def error_analysis(source: Source) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def by_superclass(superclasses: Sequence[SuperclassMetrics]) -> str:
+def by_superclass(source: Source, superclasses: Sequence[SuperclassMetrics]) -> str:
     """Return the accuracy of each superclass, the best first; empty where there are none."""
     if not superclasses:
         return ""
@@ -37,8 +37,11 @@ def by_superclass(superclasses: Sequence[SuperclassMetrics]) -> str:
         f"By superclass, the best first. For {share:.1%} of the images the predicted class is at least of the right "
         "superclass (the last column)."
     )
-    rows = [(e.name, f"{e.n:,}", f"{e.top1:.1%}", f"{e.top5:.1%}", f"{e.superclass_top1:.1%}") for e in ranked]
-    return f"{text}\n\n{table(('superclass', 'n', 'top-1', 'top-5', 'superclass top-1'), rows)}"
+    rows = [
+        (e.name, f"{e.n:,}", f"{e.top1:.1%}", *top5(source, f"{e.top5:.1%}"), f"{e.superclass_top1:.1%}")
+        for e in ranked
+    ]
+    return f"{text}\n\n{table(('superclass', 'n', 'top-1', *top5(source, 'top-5'), 'superclass top-1'), rows)}"
 
 
 def confusions(source: Source) -> str:

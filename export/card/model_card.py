@@ -9,7 +9,7 @@ from export.exported import ExportedModel
 from export.parity import Comparison, summary
 from export.quantization.gate import describe
 from export.quantization.variants import Variant
-from export.source import Source
+from export.source import Source, top5
 from service.engine.metadata import MODEL_FILES, ModelMetadata
 from training.data.dataset import CIFAR100
 from training.near_duplicates import CORRELATION
@@ -43,7 +43,9 @@ def evaluation(source: Source) -> str:
             ("of these, without near-duplicates of training images", report.distinct),
         ]
     cells = [
-        (name, f"{m.n:,}", f"{m.top1:.2%}", f"{m.top5:.2%}", f"{m.loss:.4f}", f"{m.ece:.4f}") for name, m in rows if m
+        (name, f"{m.n:,}", f"{m.top1:.2%}", *top5(source, f"{m.top5:.2%}"), f"{m.loss:.4f}", f"{m.ece:.4f}")
+        for name, m in rows
+        if m
     ]
     if not cells:
         return ""
@@ -52,11 +54,10 @@ def evaluation(source: Source) -> str:
     )
     if report is not None and report.distinct is not None:
         text += f" A near-duplicate has a correlation of {CORRELATION} or more with a training image."
-    if len(source.run.labels) <= 5:
-        text += f" With {len(source.run.labels)} classes top-5 is always 100 %."
     captions = {CURVES: "learning curves", "reliability.png": PLOTS["reliability.png"]}
     plots = [image(captions[path.name], path.name) for path in source.plots if path.name in captions]
-    return "\n\n".join(["## Evaluation", table(("images", "n", "top-1", "top-5", "loss", "ECE"), cells), text, *plots])
+    head = ("images", "n", "top-1", *top5(source, "top-5"), "loss", "ECE")
+    return "\n\n".join(["## Evaluation", table(head, cells), text, *plots])
 
 
 def training_data(source: Source, metadata: ModelMetadata, *, leakage: bool, duplicates: Mapping[str, int]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from export.card.markdown import bullet, code, duration, paragraph, table
-from export.source import Source
+from export.source import Source, top5
 from service.engine.metadata import ModelMetadata
 from training.checkpoint import Origin, RecipeStage, RunConfig
 from training.cli import format_flag
@@ -145,7 +145,7 @@ def first_epochs(source: Source) -> str:
             f"{epoch['train_loss']:.3f}",
             f"{epoch['val_loss']:.3f}",
             f"{epoch['val_top1']:.1%}",
-            f"{epoch['val_top5']:.1%}",
+            *top5(source, f"{epoch['val_top5']:.1%}"),
         )
         for epoch in source.epochs
         if epoch["epoch"] in FIRST_EPOCHS and all(name in epoch for name in names)
@@ -156,7 +156,8 @@ def first_epochs(source: Source) -> str:
         "These were its first epochs, on validation images. A new run comes close to them; it repeats them bit for bit "
         "only on the same device with as many processes and threads. `metrics.json` has every epoch."
     )
-    return f"{text}\n\n{table(('epoch', 'training loss', 'validation loss', 'top-1', 'top-5'), rows)}\n"
+    head = ("epoch", "training loss", "validation loss", "top-1", *top5(source, "top-5"))
+    return f"{text}\n\n{table(head, rows)}\n"
 
 
 def training_record(source: Source, metadata: ModelMetadata) -> str:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -90,15 +90,17 @@ def test_the_example_is_small_and_its_classes_are_folders() -> None:
 @pytest.mark.timeout(4 * SECONDS)
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_a_folder_of_images_becomes_a_served_model_by_three_commands(tmp_path: Path) -> None:
-    train, export, serve, ask, train_on = commands()
-    assert [train[:2], export[:2], serve[:2], ask[0], train_on[:2]] == [
+    train, export, serve, ask = commands()
+    assert [train[:2], export[:2], serve[:2], ask[0]] == [
         ["make", "train"],
         ["make", "export"],
         ["make", "serve"],
         "curl",
-        ["make", "train"],
     ]
-    output = run(in_this_environment(train, tmp_path, "--epochs 3 --threads 1 --device cpu"))
+    output = run(in_this_environment(train, tmp_path, "--epochs 1 --threads 1 --device cpu", "runs"))
+    # Trained on from the shipped model, it knows them after an epoch.
+    val = json.loads((tmp_path / "runs" / "five-things" / "report.json").read_text())["val"]
+    assert val["top1"] > 0.5, output
     assert "warning: 145 training images are few: a step takes 32 of them" in output
     run(in_this_environment(export, tmp_path, "--golden 8 --max-batch 4"))
     (image,) = (word.removeprefix("file=@") for word in ask if word.startswith("file=@"))
@@ -113,8 +115,30 @@ def test_a_folder_of_images_becomes_a_served_model_by_three_commands(tmp_path: P
     assert sum(entry["probability"] for entry in top) == pytest.approx(1, abs=1e-4)
     card = (tmp_path / "models" / "five-things" / "1" / "README.md").read_text()
     assert "classifies images into the 5 classes of five-things" in card
-    assert "--data DATA/five-things --epochs 3 --batch-size 32" in card
-    # Trained on from the shipped model, it knows them after an epoch.
-    output = run(in_this_environment(train_on, tmp_path, "--epochs 1 --threads 1 --device cpu", "runs"))
-    val = json.loads((tmp_path / "runs" / "five-more" / "report.json").read_text())["val"]
-    assert val["top1"] > 0.5, output
+    assert "--init runs/stage-9 --data DATA/five-things --epochs 1 --batch-size 32" in card
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_ctrl_c_through_make_is_no_error_and_names_the_make_command_that_goes_on(tmp_path: Path) -> None:
+    """As a terminal does it: make, its shell and the training get the signal together."""
+    out, log = tmp_path / "runs" / "one", tmp_path / "log"
+    flags = f"--data {EXAMPLE} --out {out} --epochs 1000 --num-latents 4 --threads 1 --device cpu"
+    command = ["make", "train", f"ARGS={flags}", f"DEV={sys.prefix}", "-o", f"{sys.prefix}/.installed"]
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        until = time.monotonic() + SECONDS
+        while not (out / "last.safetensors").exists():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(SECONDS)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    said = log.read_text()
+    assert f'go on with: make train ARGS="--resume {out} --threads 1 --device cpu"' in said
+    assert "Error" not in said

@@ -94,6 +94,7 @@ def write_run(folder: Path, data: Path | None, model_config: ModelConfig = TINY,
         model=model_config,
         train=TrainConfig(epochs=7, mixup=0.5),
     )
+    (folder / "config.json").write_text(run.model_dump_json())
     val = Metrics(split="val", n=20, top1=0.5, top5=1.0, loss=1.0, ece=0.1)
     tensors = checkpoint.add_prefix("model", model.state_dict())
     tensors |= checkpoint.add_prefix("preprocess", preprocess.state_dict())
