@@ -118,7 +118,7 @@ class Classifier:
 
     @torch.no_grad()
     def features(self, images: Sequence[Image] | NDArray[np.uint8]) -> Tensor:
-        """What the head classifies, float32 [N, C] on the CPU, of one view of each image. Images as in `read`."""
+        """What the head classifies, float32 [N, C] on the CPU; of two views their mean. Images as in `read`."""
         parts = [
             self.model.forward_with_features(self.preprocess(part))[1] for part in self.read(images).split(BATCH_SIZE)
         ]

@@ -178,6 +178,13 @@ class TrainConfig(BaseModel):
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
     flip: bool = Field(True, description="mirror left and right with probability 0.5")
     zoom: float = Field(0.0, ge=0, lt=1, description="zoom height and width independently by up to this share")
+    random_crop: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="random crops that keep this share of the image at least, of ratio 3:4 to 4:3, enlarged to it; "
+        "0: off",
+    )
     crop_padding: int = Field(0, ge=0, description="random shift by up to so many pixels, edges reflected")
     trivial_augment: float = Field(
         0.0,
@@ -291,6 +298,45 @@ PRESETS: dict[str, Preset] = {
             early_stop_patience=0,
             label_smoothing=0.1,
             crop_padding=4,
+            cutmix=1.0,
+            precision="auto",
+        ),
+    ),
+    # For photographs: many tokens, whose number costs little, are read by few latents.
+    "photo": Preset(
+        model=ModelConfig(
+            input_size=224,
+            image_size=224,
+            patch_overlap=2,
+            dim=256,
+            num_latents=64,
+            num_blocks=4,
+            ffn_ratio=2.0,
+            sharing="all_but_first_cross",
+            position="fourier",
+            fourier_bands=32,
+            cross_heads=4,
+            cross_head_dim=32,
+            self_heads=8,
+            head_hidden=False,
+            head_norm=True,
+            drop_path=0.1,
+        ),
+        train=TrainConfig(
+            epochs=100,
+            batch_size=128,
+            optimizer="muon",
+            learning_rate=0.02,
+            adamw_learning_rate=0.002,
+            weight_decay=0.02,
+            decay_all=False,
+            clip_norm=1.0,
+            schedule="linear",
+            warmup_epochs=2,
+            early_stop_patience=0,
+            label_smoothing=0.1,
+            random_crop=0.25,
+            trivial_augment=0.5,
             cutmix=1.0,
             precision="auto",
         ),

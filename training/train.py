@@ -86,6 +86,8 @@ class TrainStep(nn.Module):
 
     def _pixels(self, preprocess: Preprocess, images: Tensor, draws: augment.Draws, weight: Tensor | None) -> Tensor:
         pixels: Tensor = preprocess(images)
+        if self.config.random_crop:
+            pixels = augment.crop(pixels, draws)
         if self.config.zoom:
             pixels = augment.zoom(pixels, draws)
         return pixels if weight is None else augment.mix(pixels, weight)

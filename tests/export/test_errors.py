@@ -59,10 +59,12 @@ def test_a_report_that_is_none(copy: Path, tmp_path: Path, capsys: pytest.Captur
     assert "report.json: is not a report" in fails([str(copy), "--out", str(tmp_path / "out")], capsys)
 
 
-def test_a_version_whose_own_report_is_none(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And a model folder stands for its newest version."""
+def test_a_version_whose_own_report_is_none(
+    copy: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a model folder stands for its newest version, which does not tell where the data lie."""
     out = tmp_path / "things"
-    arguments = ["--golden", "2", "--max-batch", "2", "--variants"]
+    arguments = ["--golden", "2", "--max-batch", "2", "--variants", "--data", str(image_folder)]
     assert main([str(copy), "--out", str(out), *arguments]) == 0
     assert main([str(out), "--out", str(tmp_path / "again"), *arguments]) == 0
     again, first = (load_source(folder) for folder in (out, copy))

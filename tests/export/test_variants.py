@@ -144,8 +144,9 @@ def test_variants_answer_like_the_float32_file(version: Path, name: str) -> None
 
 
 def test_verify_runs_all_gates_again(
-    version: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    version: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(image_folder.parent)  # of the path of its data a version has the last part
     monkeypatch.setattr(gate, "MIN_LABELS_EQUAL", 0.8)
     monkeypatch.setattr(gate, "MAX_TOP1_LOSS", 1.0)
     monkeypatch.setattr(gate, "measure_speedup", lambda base, variant, batches: FAST)
@@ -160,8 +161,13 @@ def test_verify_runs_all_gates_again(
 
 
 def test_verify_says_what_it_could_not_run(
-    version: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    version: Path,
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(image_folder.parent)
     arguments = ["--verify", str(tmp_path / "1"), "--provider", "cpu", "--max-batch", "2"]
     shutil.copytree(version, tmp_path / "1")
     assert main([*arguments, "--data", str(tmp_path / "gone")]) == 2
@@ -170,6 +176,7 @@ def test_verify_says_what_it_could_not_run(
     assert main(arguments) == 0
     assert "labels were not compared: the data set has other images" in capsys.readouterr().out
     monkeypatch.undo()
+    monkeypatch.chdir(image_folder.parent)
     monkeypatch.setattr(verify, "load_data", lambda source, data: load_data(source, tmp_path / "gone"))
     assert main(arguments) == 0
     assert "labels were not compared" in capsys.readouterr().out

@@ -59,7 +59,7 @@ def test_help_is_readable(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 BAD_FLAGS = {
     "unknown preset": (
         ["--preset", "huge"],
-        "--preset huge: there is no such preset; there are reference, compact, accurate.",
+        "--preset huge: there is no such preset; there are reference, compact, photo, accurate.",
     ),
     "out of range": (["--batch-size", "0"], "--batch-size 0: Input should be greater than or equal to 1."),
     "not finite": (["--learning-rate", "inf"], "--learning-rate inf: Input should be a finite number."),

@@ -23,6 +23,7 @@ RECIPE: dict[str, Any] = {
     "zoom": 0.2,
     "trivial_augment": 0.5,
     "corruption": 0.5,
+    "random_crop": 0.5,
     "mixup": 0.4,
     "mix_probability": 1.0,
 }

@@ -16,6 +16,8 @@ from training.config import TrainConfig
 from training.data.corruption import CORRUPTIONS
 from training.data.trivial_augment import OPERATIONS
 
+RATIO = 16 / 9  # of the widest ratio to the narrowest: 4:3 and 3:4
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -25,6 +27,7 @@ class Draws:
         flip: bool [B].
         shift: int64 [B, 2], rows and columns, pixels.
         zoom: float32 [B, 2], height and width; above 1 shows more than the image, below 1 less.
+        crop: float32 [B, 4], first row and column, height and width, shares of the image's.
         operation: int64 [B], of `training.data.trivial_augment.OPERATIONS`.
         strength: float32 [B], -1..1, of the operation.
         corruption: int64 [B], of `training.data.corruption.CORRUPTIONS`.
@@ -34,6 +37,7 @@ class Draws:
     flip: Tensor
     shift: Tensor
     zoom: Tensor
+    crop: Tensor
     operation: Tensor
     strength: Tensor
     corruption: Tensor
@@ -58,7 +62,28 @@ def draw(config: TrainConfig, count: int) -> Draws:
     if config.corruption:
         corruption = torch.randint(1, len(CORRUPTIONS), (count,)) * (torch.rand(count) < config.corruption)
         severity = torch.rand(count)
-    return Draws(flip, shift, zoom, operation, strength, corruption, severity)
+    crop = (
+        draw_crops(count, config.random_crop) if config.random_crop else torch.tensor([0.0, 0, 1, 1]).repeat(count, 1)
+    )
+    return Draws(flip, shift, zoom, crop, operation, strength, corruption, severity)
+
+
+def draw_crops(count: int, smallest: float) -> Tensor:
+    """Draw crops of an even area and an even logarithm of the ratio of their sides (Szegedy et al. 2015).
+
+    Args:
+        count: images.
+        smallest: area, as a share of the image's.
+
+    Returns:
+        float32 [count, 4], as `Draws.crop`.
+    """
+    area = smallest + (1 - smallest) * torch.rand(count)
+    stretch = (RATIO ** ((torch.rand(count) - 0.5) / 2)).clamp(
+        area.sqrt(), 1 / area.sqrt()
+    )  # no side longer than the image's
+    sides = torch.stack([area.sqrt() * stretch, area.sqrt() / stretch], dim=1)
+    return torch.cat([torch.rand(count, 2) * (1 - sides), sides], dim=1)
 
 
 def flip_and_shift(images: Tensor, draws: Draws) -> Tensor:
@@ -85,6 +110,20 @@ def reflect(index: Tensor, size: int) -> Tensor:
     return torch.where(index >= size, 2 * (size - 1) - index, index)
 
 
+def crop(pixels: Tensor, draws: Draws) -> Tensor:
+    """Enlarge a part of each image to all of it, bilinear.
+
+    Args:
+        pixels: float [B, 3, H, W].
+        draws: of the same B.
+    """
+    theta = pixels.new_zeros(len(pixels), 2, 3)
+    (top, left), (height, width) = draws.crop[:, :2].T, draws.crop[:, 2:].T
+    theta[:, 0, 0], theta[:, 0, 2] = width, 2 * left + width - 1
+    theta[:, 1, 1], theta[:, 1, 2] = height, 2 * top + height - 1
+    return _sample(pixels, theta)
+
+
 def zoom(pixels: Tensor, draws: Draws) -> Tensor:
     """Zoom height and width independently about the centre, bilinear, edges reflected (Keras' ``RandomZoom``).
 
@@ -95,6 +134,11 @@ def zoom(pixels: Tensor, draws: Draws) -> Tensor:
     theta = pixels.new_zeros(len(pixels), 2, 3)
     theta[:, 0, 0] = draws.zoom[:, 1]
     theta[:, 1, 1] = draws.zoom[:, 0]
+    return _sample(pixels, theta)
+
+
+def _sample(pixels: Tensor, theta: Tensor) -> Tensor:
+    """float [B, 3, H, W] where an affine map, float [B, 2, 3] of coordinates -1..1, leads; edges reflected."""
     # A matrix product, which autocast would round to eight bits: up to a fifth of a pixel of 64.
     with torch.autocast(pixels.device.type, enabled=False):
         grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)

@@ -27,6 +27,7 @@ def draws_of(count: int, **changes: Tensor) -> Draws:
         "flip": torch.zeros(count, dtype=torch.bool),
         "shift": torch.zeros(count, 2, dtype=torch.int64),
         "zoom": torch.ones(count, 2),
+        "crop": torch.tensor([0.0, 0, 1, 1]).repeat(count, 1),
         "operation": torch.zeros(count, dtype=torch.int64),
         "strength": torch.zeros(count),
         "corruption": torch.zeros(count, dtype=torch.int64),
@@ -52,6 +53,42 @@ def test_flip_and_shift_are_a_crop_of_the_reflected_image(height: int, width: in
         padded = np.pad(image, ((reach, reach), (reach, reach), (0, 0)), mode="reflect")
         expected = padded[reach + row :, reach + column :][:height, :width]
         np.testing.assert_array_equal(result, expected[:, ::-1] if flip else expected)
+
+
+# --- crops
+
+
+def test_a_crop_is_the_enlarged_part_of_the_image() -> None:
+    pixels = torch.rand(3, 3, 12, 12)
+    whole, quarter, wide = (
+        torch.tensor([0.0, 0, 1, 1]),
+        torch.tensor([0.5, 0.25, 0.5, 0.5]),
+        torch.tensor([0.25, 0, 0.5, 1]),
+    )
+    cropped = augment.crop(pixels, draws_of(3, crop=torch.stack([whole, quarter, wide])))
+    torch.testing.assert_close(cropped[0], pixels[0])
+    for image, result, (rows, columns) in (
+        (pixels[1], cropped[1], (slice(6, 12), slice(3, 9))),
+        (pixels[2], cropped[2], (slice(3, 9), slice(0, 12))),
+    ):
+        wanted = torch.nn.functional.interpolate(image[None, :, rows, columns], size=12, mode="bilinear")[0]
+        torch.testing.assert_close(result[:, 2:-2, 2:-2], wanted[:, 2:-2, 2:-2])
+
+
+def test_crops_lie_in_the_image_and_keep_what_they_have_to() -> None:
+    seed_step(0)
+    crops = augment.draw(TrainConfig(random_crop=0.25), 5000).crop
+    top, left, height, width = crops.T
+    area = height * width
+    assert crops.min() >= 0
+    assert (top + height).max() <= 1 + 1e-6
+    assert (left + width).max() <= 1 + 1e-6
+    assert 0.25 - 1e-6 <= area.min() < 0.26
+    assert area.max() > 0.99
+    ratio = height / width
+    assert 0.75 - 1e-4 <= ratio.min() < 0.77
+    assert 1.3 < ratio.max() <= 4 / 3 + 1e-4
+    assert augment.draw(TrainConfig(), 2).crop.tolist() == [[0, 0, 1, 1]] * 2
 
 
 # --- zoom
