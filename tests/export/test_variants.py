@@ -258,7 +258,9 @@ def test_a_variant_that_does_not_run_is_refused_alone(
     assert not (tmp_path / "out" / "1" / "model.int8.onnx").exists()
 
 
-def test_an_engine_is_warm_before_it_is_judged(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_is_warm_before_it_is_judged(
+    run: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where graphs can't be captured only the warm-up finds out, and goes on without."""
     warm: list[OnnxEngine] = []
     warm_up, classify = OnnxEngine.warm_up, OnnxEngine.run
@@ -277,7 +279,7 @@ def test_an_engine_is_warm_before_it_is_judged(run: Path, tmp_path: Path, monkey
     monkeypatch.setattr(gate, "MAX_TOP1_LOSS", 1.0)
     monkeypatch.setattr(gate, "measure_speedup", lambda base, variant, batches: FAST)
     assert export(run, tmp_path / "out", "--variants", "int8") == 0
-    assert main(["--verify", str(tmp_path / "out")]) == 0
+    assert main(["--verify", str(tmp_path / "out"), "--data", str(image_folder)]) == 0
     files = [engine.path.name for engine in warm]
     assert files.count("model.onnx") >= 4  # twice alone, twice beside the variant
     assert files.count("model.int8.onnx") >= 2
