@@ -124,10 +124,14 @@ def input_output(source: Source, metadata: ModelMetadata) -> str:
         f"`logits`: float32 `[batch, {len(metadata.labels)}]`; their softmax is the probabilities.{views} The file's "
         "metadata has the labels."
     )
+    features = ""
+    if metadata.feature_dim is not None:
+        text = f"`features`: float32 `[batch, {metadata.feature_dim}]`; what the head classifies, where asked for."
+        features = f"\n{bullet(text)}"
     return f"""## Input and output
 
 - `images`: uint8 `[batch, {height}, {width}, 3]`, RGB, 0..255. Normalisation and resize are inside the graph.
-{bullet(logits)}
+{bullet(logits)}{features}
 - An image that is not {width} x {height} {crop[metadata.resize.crop]}
   and resized ({metadata.resize.filter}, antialiased) by the service."""
 
