@@ -140,7 +140,7 @@ def test_without_a_word_of_what_to_train_the_default_recipe_is_meant(capsys: pyt
 
 def test_the_recipe_of_version_9_is_what_trained_it() -> None:
     """Its stages' configurations, from the checkpoint; the machine decides the precision now."""
-    run = checkpoint.load(Path("models/perceiver-cifar100/9/checkpoint.safetensors"))[1].run
+    run = checkpoint.load(Path("models/perceiver-cifar100/10/checkpoint.safetensors"))[1].run
     wanted = [*(origin.run for origin in run.ancestry()), run]
     parser = build_parser()
     stages = plan(parser.parse_args(["--recipe", "version-9"]), ["--recipe", "version-9"])
