@@ -254,7 +254,7 @@ def compare(
     """
     run_each(contenders, 0, partial(search, connections=connections, args=args, expected=expected))
     step = partial(measure, connections=connections, args=args, expected=expected)
-    found = {f"{item.title}, {connections} connections": describe_search(item) for item in contenders}
+    found = {f"{item.title}, connections={connections}": describe_search(item) for item in contenders}
     print_run(found)
     for number in range(args.rounds):
         run_each(contenders, number % len(contenders), step)

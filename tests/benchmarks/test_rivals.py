@@ -271,7 +271,7 @@ def test_every_round_begins_with_another_server(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(command, "measure", lambda item, **_: order.append(f"{item.title} {item.best.settings}"))
     contenders = [contender(title, "a", "b") for title in (OURS, "A", "B")]
     found = compare(contenders, 8, parse_arguments(["--rounds", "4"]), Expected([], re.compile(b"")))
-    assert found["A, 8 connections"] == "a: 0; b: 7"
+    assert found["A, connections=8"] == "a: 0; b: 7"
     ours = f"{OURS} b"
     assert order == [ours, "A b", "B b", "A b", "B b", ours, "B b", ours, "A b", ours, "A b", "B b"]
 
