@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -58,7 +59,7 @@ class Server:
         settings = dict(settings or {})
         self._health_ports = [self.port]
         if (workers := worker_count(settings)) > 1:  # on the port that they share, the first would answer for all
-            first = free_port()
+            first = free_ports(workers)
             settings["management_port"] = str(first)
             self._health_ports = list(range(first, first + workers))
         self._environment = environment(model, self.port, settings)
@@ -161,6 +162,19 @@ def free_port() -> int:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def free_ports(count: int) -> int:
+    """Return the first of `count` neighbouring ports that nobody listens on, below those of outgoing connections."""
+    while True:
+        first = random.randrange(10_000, 32_000)  # noqa: S311 (no secret)
+        with ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    stack.enter_context(closing(socket.socket())).bind((HOST, port))
+            except OSError:
+                continue
+        return first
 
 
 def is_ready(port: int) -> bool:

@@ -187,7 +187,7 @@ def search(contender: Contender, connections: int, args: argparse.Namespace, exp
     """Measure each candidate once.
 
     Raises:
-        BenchmarkError: none can be started and answers rightly; with what the last one said.
+        BenchmarkError: none can be started and answers rightly, with what the last one said; or one of ours can't.
     """
     failure = None
     for candidate in contender.candidates.copy():
@@ -197,6 +197,8 @@ def search(contender: Contender, connections: int, args: argparse.Namespace, exp
                 summary = load(server, contender.requests, connections, args.search_seconds, args.generator, expected)
                 candidate.found = 0.0 if summary.errors else summary.images_per_second
         except BenchmarkError as error:
+            if contender.title == OURS:
+                raise
             failure = error
             contender.candidates.remove(candidate)
             leave_out(f"{contender.title} with {candidate.settings}", error)
