@@ -156,9 +156,23 @@ def write_csv(name: Path, rows: Sequence[Mapping[str, object]], about: Mapping[s
     return path
 
 
+def join_spread(row: Mapping[str, object]) -> dict[str, object]:
+    """Put the columns NAME, NAME_min and NAME_max into one cell, "median (min to max)"."""
+    joined: dict[str, object] = {}
+    for name, value in row.items():
+        if name.endswith(("_min", "_max")):
+            continue
+        if value is not None and f"{name}_min" in row:
+            low, high = format_cell(row[f"{name}_min"]), format_cell(row[f"{name}_max"])
+            joined[name] = format_cell(value) if low == high else f"{format_cell(value)} ({low} to {high})"
+        else:
+            joined[name] = value
+    return joined
+
+
 def report(rows: Sequence[Mapping[str, object]], about: Mapping[str, str], csv_name: Path | None) -> None:
     """Print rows as a table, and write them too where a file is named; see `write_csv`."""
-    print(format_table(rows))
+    print(format_table([join_spread(row) for row in rows]))
     if csv_name:
         print(f"\nwritten: {write_csv(csv_name, rows, about)}")
 

@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -9,13 +10,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from benchmarks.common import ROOT, BenchmarkError, ModelPlace
 from benchmarks.rivals.process_tree import tree_cpu_seconds
+from service.engine.cpus import usable_cores
 
 HOST = "127.0.0.1"
 PREFIX = "PERCEIVER_"
@@ -29,15 +31,15 @@ class Server:
 
     Args:
         model: what to serve.
-        settings: values by setting name, as `max_batch_size`. Variables of the caller's environment are not passed on:
-            they would change what is measured without being seen.
+        settings: values by setting name, as `max_batch_size`; several workers get management ports. Variables of the
+            caller's environment are not passed on: they would change what is measured without being seen.
         command: other words after the interpreter than `-m service`, for a server to compare with.
         ready_timeout_s: seconds until it must be ready.
 
     Attributes:
         port: TCP port it listens on.
         pid: process id.
-        seconds_to_ready: from the start of the process to the first 200 of /health/ready.
+        seconds_to_ready: from the start of the process until /health/ready of each worker answers 200.
 
     Raises:
         BenchmarkError: on entering, when it ends or does not become ready; with the end of its log.
@@ -54,7 +56,13 @@ class Server:
         self.port = free_port()
         self.seconds_to_ready = 0.0
         self._command = [sys.executable, *command]
-        self._environment = environment(model, self.port, settings or {})
+        settings = dict(settings or {})
+        self._health_ports = [self.port]
+        if (workers := worker_count(settings)) > 1:  # on the port that they share, the first would answer for all
+            first = free_ports(workers)
+            settings["management_port"] = str(first)
+            self._health_ports = list(range(first, first + workers))
+        self._environment = environment(model, self.port, settings)
         self._ready_timeout_s = ready_timeout_s
 
     def __enter__(self) -> Self:
@@ -113,12 +121,20 @@ class Server:
         return "\n".join(self._log.read().decode(errors="replace").splitlines()[-LOG_LINES:])
 
     def _wait_until_ready(self, start: float) -> None:
-        while not is_ready(self.port):
+        while not all(map(is_ready, self._health_ports)):
             if (status := self._process.poll()) is not None:
                 raise BenchmarkError(f"the server ended with status {status} before it was ready:\n{self.log_tail()}")
             if time.monotonic() - start > self._ready_timeout_s:
                 raise BenchmarkError(f"the server was not ready in {self._ready_timeout_s:g} s:\n{self.log_tail()}")
             time.sleep(POLL_S)
+
+
+def worker_count(settings: Mapping[str, str]) -> int:
+    """Return how many workers the service starts; 1 where only the service can say, as on a GPU."""
+    text = settings.get("workers", "1")
+    if text in ("auto", "0"):
+        return usable_cores() if settings.get("provider") == "cpu" else 1
+    return int(text) if text.isdecimal() else 1
 
 
 def environment(model: ModelPlace, port: int, settings: Mapping[str, str]) -> dict[str, str]:
@@ -146,6 +162,19 @@ def free_port() -> int:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def free_ports(count: int) -> int:
+    """Return the first of `count` neighbouring ports that nobody listens on, below those of outgoing connections."""
+    while True:
+        first = random.randrange(10_000, 32_000)  # noqa: S311 (no secret)
+        with ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    stack.enter_context(closing(socket.socket())).bind((HOST, port))
+            except OSError:
+                continue
+        return first
 
 
 def is_ready(port: int) -> bool:

@@ -105,18 +105,22 @@ def summarize(load: Load, images_per_request: int = 1) -> Summary:
 
 
 def medians(summaries: Sequence[Summary]) -> dict[str, object]:
-    """Reduce the rounds of one kind of request to one row: medians, the best of what has a best, all errors."""
-    cpu = [summary.server_cpu_ms for summary in summaries if summary.server_cpu_ms is not None]
+    """Reduce the rounds of one kind of request to one row: medians with minimum and maximum, and all errors."""
     return {
-        "images_per_s": median(summary.images_per_second for summary in summaries),
-        "images_per_s_best": max(summary.images_per_second for summary in summaries),
-        "server_cpu_ms": median(cpu) if cpu else None,
-        "server_cpu_ms_best": min(cpu) if cpu else None,
-        "p50_ms": median(summary.latency_ms.get("p50", float("nan")) for summary in summaries),
-        "p99_ms": median(summary.latency_ms.get("p99", float("nan")) for summary in summaries),
-        "client_cpu_ms": median(summary.client_cpu_ms for summary in summaries),
+        **over_rounds("images_per_s", [summary.images_per_second for summary in summaries]),
+        **over_rounds("server_cpu_ms", [summary.server_cpu_ms for summary in summaries]),
+        **over_rounds("p50_ms", [summary.latency_ms.get("p50") for summary in summaries]),
+        **over_rounds("p99_ms", [summary.latency_ms.get("p99") for summary in summaries]),
+        **over_rounds("client_cpu_ms", [summary.client_cpu_ms for summary in summaries]),
         "errors": sum(sum(summary.errors.values()) for summary in summaries),
     }
+
+
+def over_rounds(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
+    """Return the median of a figure with its minimum and maximum, as three columns; None where no round has it."""
+    known = [value for value in values if value is not None]
+    reduced = (median(known), min(known), max(known)) if known else (None, None, None)
+    return dict(zip((name, f"{name}_min", f"{name}_max"), reduced, strict=True))
 
 
 def _share_within(load: Load) -> NDArray[np.float64]:

@@ -10,6 +10,10 @@ import bentoml
 
 from benchmarks.rivals.job import decode, open_classifier, setting
 
+BATCHING = {"batchable": True, "max_batch_size": setting("batch"), "max_latency_ms": setting("max_latency_ms")}
+if setting("batch") == 1:  # BentoML refuses to batch by one
+    BATCHING = {}
+
 
 @bentoml.service(workers=setting("workers"), traffic={"timeout": 30}, logging={"access": {"enabled": False}})
 class Classify:
@@ -18,7 +22,7 @@ class Classify:
     def __init__(self) -> None:
         self._classifier = open_classifier()
 
-    @bentoml.api(batchable=True, max_batch_size=setting("batch"), max_latency_ms=setting("max_latency_ms"))
+    @bentoml.api(**BATCHING)
     def classify(self, images: list[str]) -> list[str]:
         """Classify a batch: base64 to labels."""
         images = [decode(base64.b64decode(image)) for image in images]

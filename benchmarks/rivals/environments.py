@@ -30,7 +30,9 @@ def environment(name: str, folder: Path) -> Path:
         return python
     print(f"{name}: making its environment in {home}", flush=True)
     _run(name, sys.executable, "-m", "venv", "--clear", str(home))
-    _run(name, str(python), "-m", "pip", "install", "--quiet", "--requirement", str(HERE / f"{name}.txt"))
+    # --no-deps: the file names all that the server imports, and of nvidia-pytriton that is the tritonserver alone.
+    requirement = ("--no-deps", "--requirement", str(HERE / f"{name}.txt"))
+    _run(name, str(python), "-m", "pip", "install", "--quiet", *requirement)
     mark.write_text(requirements(name), encoding="utf-8")
     return python
 

@@ -1,7 +1,4 @@
-"""Which rivals there are: how each is started, what is sent to it, and the settings that were fastest for it.
-
-`benchmarks/README.md` says which settings were tried. `--setting NAME.SETTING=VALUE` tries others.
-"""
+"""Which rivals there are: how each is started, what is sent to it, and the settings that are tried on it."""
 
 import os
 import shutil
@@ -16,8 +13,7 @@ from benchmarks.rivals import job
 from benchmarks.server import HOST, free_port
 
 TRITON_MODEL = "classify"
-COSTLY = {"workers": 2, "batch": 8}  # two cores, and what one run of the shipped model does fastest
-PLAIN = {"threads": 1, "batch": job.MAX_BATCH_SIZE}  # of a run on the CPU; images of one at most
+SHARED = ("workers", "threads", "batch")  # processes, threads of a run, images of a run at most: settings of each rival
 
 
 @dataclass(frozen=True)
@@ -44,8 +40,7 @@ class Framework:
     Attributes:
         title: its name.
         package: on PyPI; its version is in benchmarks/rivals/NAME.txt.
-        settings: its own, by name; the server module reads them with `job.setting`.
-        costly: those that are others for a model of which a run takes milliseconds.
+        settings: its own, by name; the server module reads them, and those that all share, with `job.setting`.
         command: what starts it.
         variables: environment variables that it needs besides those of the job.
         directory: where it runs.
@@ -61,7 +56,6 @@ class Framework:
     form: Form = "raw"
     path: str = "/predict"
     headers: Mapping[str, str] = field(default_factory=dict)
-    costly: Mapping[str, int] = field(default_factory=dict)
 
 
 def _mosec(place: Place) -> Sequence[str | Path]:
@@ -143,40 +137,48 @@ FRAMEWORKS: dict[str, Framework] = {
     "triton": Framework(
         "Triton",
         "nvidia-pytriton",
-        PLAIN | {"workers": 2, "wait_us": 0, "http_threads": 8, "metrics": 1},
+        {"wait_us": 0, "http_threads": 8, "metrics": 1},
         _triton,
         _triton_variables,
         _triton_packages,
         path=f"/v2/models/{TRITON_MODEL}/infer",
         headers={"Inference-Header-Content-Length": "0"},  # Triton's raw binary request: the body is the one tensor
-        costly=COSTLY,
     ),
-    "mosec": Framework(
-        "Mosec", "mosec", PLAIN | {"workers": 1, "wait_ms": 1}, _mosec, path="/inference", costly=COSTLY
-    ),
-    "litserve": Framework(
-        "LitServe", "litserve", PLAIN | {"workers": 1, "wait_ms": 0, "api_servers": 2}, _litserve, costly=COSTLY
-    ),
+    "mosec": Framework("Mosec", "mosec", {"wait_ms": 1}, _mosec, path="/inference"),
+    "litserve": Framework("LitServe", "litserve", {"wait_ms": 0, "api_servers": 2}, _litserve),
     "bentoml": Framework(
         "BentoML",
         "bentoml",
-        PLAIN | {"workers": 2, "max_latency_ms": 1000},
+        {"max_latency_ms": 1000},
         _bentoml,
         _bentoml_variables,
         form="json",
         path="/classify",
-        costly=COSTLY,
     ),
 }
 
 
-def choose(names: Sequence[str] | None, settings: Sequence[str], *, costly: bool = False) -> dict[str, Framework]:
-    """Return the frameworks by name, all of them without names, with other settings where "NAME.SETTING=VALUE" asks.
+def candidates(cores: int, connections: int) -> list[dict[str, int]]:
+    """Return what is tried of the settings that all rivals share.
+
+    A process for each core, with large batches and with such as a CPU runs fastest; one process whose runs take all
+    cores; one process that leaves the other cores to HTTP. No batch waits for more images than there are connections.
+    """
+    large, small = min(job.MAX_BATCH_SIZE, connections), min(8, connections)
+    shapes = [(cores, 1, large), (cores, 1, small), (1, cores, large), (1, 1, large)]
+    return [dict(zip(SHARED, shape, strict=True)) for shape in dict.fromkeys(shapes)]
+
+
+def choose(
+    names: Sequence[str] | None, settings: Sequence[str], cores: int, connections: int
+) -> dict[str, list[Framework]]:
+    """Return each framework by name, once for each candidate of its settings; all of them without names.
 
     Args:
         names: of some.
-        settings: texts of this form.
-        costly: whether the model is, for which they have settings of their own.
+        settings: "NAME.SETTING=VALUE", which holds in every candidate.
+        cores: that the server may use.
+        connections: that load it.
 
     Raises:
         BenchmarkError: a framework, or a setting of it, is unknown; a value is no whole number.
@@ -184,15 +186,20 @@ def choose(names: Sequence[str] | None, settings: Sequence[str], *, costly: bool
     for name in names or ():
         if name not in FRAMEWORKS:
             raise BenchmarkError(f"--only {name}: must be one of {', '.join(FRAMEWORKS)}")
-    chosen = {name: FRAMEWORKS[name] for name in names or FRAMEWORKS}
-    if costly:
-        chosen = {name: replace(item, settings={**item.settings, **item.costly}) for name, item in chosen.items()}
+    fixed: dict[str, dict[str, int]] = {name: {} for name in FRAMEWORKS}
+    known = [f"{name}.{setting}" for name, item in FRAMEWORKS.items() for setting in (*SHARED, *item.settings)]
     for text in settings:
         key, _, value = text.partition("=")
+        if key not in known or not value.isdecimal():
+            raise BenchmarkError(
+                f"--setting {text}: must have the form NAME.SETTING=NUMBER, with one of {', '.join(known)}"
+            )
         name, _, setting = key.partition(".")
-        if name not in FRAMEWORKS or setting not in FRAMEWORKS[name].settings or not value.isdecimal():
-            known = ", ".join(f"{name}.{setting}" for name in FRAMEWORKS for setting in FRAMEWORKS[name].settings)
-            raise BenchmarkError(f"--setting {text}: must have the form NAME.SETTING=NUMBER, with one of {known}")
-        if name in chosen:
-            chosen[name] = replace(chosen[name], settings={**chosen[name].settings, setting: int(value)})
+        fixed[name][setting] = int(value)
+    chosen: dict[str, list[Framework]] = {}
+    for name in names or FRAMEWORKS:
+        framework = FRAMEWORKS[name]
+        tried = [{**shape, **framework.settings, **fixed[name]} for shape in candidates(cores, connections)]
+        distinct = {tuple(settings.items()): settings for settings in tried}
+        chosen[name] = [replace(framework, settings=settings) for settings in distinct.values()]
     return chosen

@@ -13,7 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from simplejpeg import decode_jpeg
 
-MAX_BATCH_SIZE = 32  # of the plain settings
+MAX_BATCH_SIZE = 32
 LABELS_KEY = "perceiver.labels"  # of the model's ONNX metadata: a JSON list
 MODEL, PORT, SETTING = "RIVAL_MODEL", "RIVAL_PORT", "RIVAL_SETTING_"  # environment variables
 

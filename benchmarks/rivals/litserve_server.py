@@ -25,9 +25,9 @@ class Classify(litserve.LitAPI):
         """Leave stacking to the classifier."""
         return list(inputs)
 
-    def predict(self, x: list[NDArray[np.uint8]]) -> list[int]:
-        """Classify a batch."""
-        return self._classifier.top(x)
+    def predict(self, x: list[NDArray[np.uint8]] | NDArray[np.uint8]) -> list[int] | int:
+        """Classify a batch; with batches of up to one LitServe hands over the image itself."""
+        return self._classifier.top(x) if isinstance(x, list) else self._classifier.top([x])[0]
 
     def unbatch(self, output: list[int]) -> list[int]:
         """One index an answer."""

@@ -21,9 +21,9 @@ class Classify(Worker):
         """Decode one body."""
         return decode(data)
 
-    def forward(self, data: list[NDArray[np.uint8]]) -> list[int]:
-        """Classify a batch."""
-        return self._classifier.top(data)
+    def forward(self, data: list[NDArray[np.uint8]] | NDArray[np.uint8]) -> list[int] | int:
+        """Classify a batch; with batches of up to one Mosec hands over the image itself."""
+        return self._classifier.top(data) if isinstance(data, list) else self._classifier.top([data])[0]
 
     def serialize(self, data: int) -> bytes:
         """Write one answer."""

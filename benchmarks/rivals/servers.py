@@ -54,6 +54,7 @@ class RivalServer:
             process = self._start(place, log)
             self.pid = process.pid
             stack.callback(process.wait)
+            stack.callback(stop_tree, self.pid, 0)  # where a signal breaks off the next, which comes first
             stack.callback(stop_tree, self.pid)
             try:
                 self._wait_until_ready(process)

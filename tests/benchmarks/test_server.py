@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common import BenchmarkError, ModelPlace
-from benchmarks.server import Server, cpu_seconds, environment, free_port, parse_settings, rss_bytes
+from benchmarks.server import Server, cpu_seconds, environment, free_port, parse_settings, rss_bytes, worker_count
+from service.engine.cpus import usable_cores
 
 MODEL = ModelPlace(Path("/models/m"), 3, Path("/models/m/3"))
 # Ready at once.
@@ -41,6 +42,14 @@ def test_settings_are_read() -> None:
     assert parse_settings(["a=1", "b=x=y", "c="]) == {"a": "1", "b": "x=y", "c": ""}
     with pytest.raises(BenchmarkError, match="must have the form name=value"):
         parse_settings(["max_batch_size"])
+
+
+def test_workers_are_counted_as_the_service_does_on_a_cpu() -> None:
+    assert worker_count({}) == 1
+    assert worker_count({"workers": "3"}) == 3
+    assert worker_count({"workers": "auto", "provider": "cpu"}) == usable_cores()
+    assert worker_count({"workers": "auto"}) == 1
+    assert worker_count({"workers": "many"}) == 1
 
 
 def test_a_server_is_waited_for_and_stopped() -> None:
