@@ -121,7 +121,7 @@ def explain(route: Route) -> None:
     heat = [[0.5 * math.exp(-(x * x + y * y) / 20) - 0.02 for x in range(16)] for y in range(16)]
     label = route.request.url.partition("label=")[2]
     explanation = {"filename": "x", "label": label, "index": 0, "probability": 0.9, "size": [16, 16], "map": heat}
-    answer = {"model": "x", "version": 9, "method": "occlusion", "model_runs": 150, "crop": "center"}
+    answer = {"model": "x", "version": 9, "method": "rise", "model_runs": 129, "crop": "center"}
     route.fulfill(json=answer | {"explanations": [explanation]})
 
 
