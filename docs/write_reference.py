@@ -41,8 +41,8 @@ in seconds. None of the 4xx reaches the queue, 499 excepted.
 V2 = """
 ## Open Inference Protocol v2
 
-Over HTTP, on the port of `/predict`; errors are `{"error": "sentence"}`. [clients.md](clients.md) has five lines of
-each client.
+Over HTTP, on the port of `/predict`; errors are `{"error": "sentence"}`. [clients.md](clients.md) has an
+example of each client.
 
 | endpoint | |
 |---|---|
@@ -71,6 +71,7 @@ yes, both ways |
 | input `image_bytes` | BYTES `[N]` | whole files, as `/predict` takes them; base64 in JSON |
 | output `logits` | FP32 `[N, C]` | the default |
 | output `probabilities` | FP32 `[N, C]` | their softmax |
+| output `features` | FP32 `[N, D]` | where the model has them ([explanations](explanations.md)) |
 
 A request has one input. More inputs, another name, datatype, shape or length, and an output that the model has not, are
 answered with 400.

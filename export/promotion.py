@@ -1,5 +1,6 @@
 """Promotion: whether a new version may follow the newest one of a model folder."""
 
+import math
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -58,11 +59,17 @@ def check_promotion(out: Path, source: Source, *, other_classes: bool, even_if_w
             "which would be served in its place, is unknown: its checkpoint was written within an epoch. Name the "
             "run's best.safetensors, another --out, or pass --even-if-worse."
         )
-    if own.n == served.n and own.top1 < served.top1:
+    if is_worse(own, served):
         raise ExportError(
             f"{out}: its newest version has a top-1 of {served.top1:.2%} on validation images and this model, "
             f"which would be served in its place, of {own.top1:.2%}; name another --out, or pass --even-if-worse."
         )
+
+
+def is_worse(own: Metrics, served: Metrics) -> bool:
+    """Whether the top-1 is lower; on another number of images, by more than three standard errors of the difference."""
+    error = 0.0 if own.n == served.n else math.sqrt(sum(each.top1 * (1 - each.top1) / each.n for each in (own, served)))
+    return own.top1 < served.top1 - 3 * error
 
 
 def check_out(out: Path) -> None:

@@ -188,7 +188,7 @@ LATENCY = (
         kind="heatmap",
         unit="s",
         shows="How many requests for inference took how long; a row is a bucket of the histogram.",
-        bad="A second band above the first: some requests take another way, such as the queue of decoding threads.",
+        bad="A second band above the first: some requests take another way, such as that through decode processes.",
         do="Compare the times at which it appears with the batch sizes and the queue.",
         queries=(Query(f"sum by (le) (increase(perceiver_request_seconds_bucket{{{HERE}}}{RATE}))", "{{le}}"),),
     ),

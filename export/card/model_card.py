@@ -80,7 +80,7 @@ def training_data(source: Source, metadata: ModelMetadata, *, leakage: bool, dup
         if report.test is not None:
             own = report.test_readings or 1
             readings = describe_readings(own, source.run.lineage_test_readings(own))
-            tested = f"{report.test.n:,} more, which chose nothing, were read {readings} to test it"
+            tested = f"{report.test.n:,} more tested it, and were read {readings}"
         text += (
             f". {report.training_pictures:,} trained it, {report.val.n:,} others chose checkpoint and temperature, and "
             f"{tested}"

@@ -159,7 +159,7 @@ def test_the_card_of_cifar100_mentions_near_duplicates(run: Path) -> None:
         named = metadata.model_copy(update={"dataset": dataset})
         words = " ".join(training_data(source, named, leakage=False, duplicates={"test": 3}).split())
         assert (near in words) == told
-        assert "which chose nothing, were read once to test it. Some images are exact copies of training" in words
+        assert "more tested it, and were read once. Some images are exact copies of training" in words
         assert "makes the metrics too good: 3 of test" in words
 
 
@@ -174,7 +174,7 @@ def test_an_older_report_has_no_robustness_and_counts_a_reading_a_run(run: Path)
     assert "near-duplicate" not in evaluation(source)
     assert "corrupted" not in error_analysis(source)
     words = " ".join(training_data(source, make_metadata(source, "x"), leakage=False, duplicates={}).split())
-    assert "were read once by this run, 2 times with those that led to it to test it" in words
+    assert "tested it, and were read once by this run, 2 times with those that led to it" in words
 
 
 def test_a_data_sets_name_with_a_space_is_quoted(run: Path) -> None:

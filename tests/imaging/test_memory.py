@@ -1,4 +1,4 @@
-"""What a decoding thread takes at its peak, as `max_pixels` says: who sizes a container's memory counts on it."""
+"""What decoding an image takes at its peak, as `max_pixels` says: who sizes a container's memory counts on it."""
 
 import subprocess
 import sys
