@@ -94,9 +94,9 @@ class Admission:
         Raises:
             Overloaded
         """
+        rate = self._image_rate.measured = self._image_rate.measured or expected_rate
         if not self.images:
             return
-        rate = self._image_rate.measured = self._image_rate.measured or expected_rate
         wait = (self.images + images - 1) / rate if rate else 0.0
         if wait > timeout:
             raise Overloaded(
