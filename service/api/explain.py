@@ -33,6 +33,7 @@ class ExplainRequest(InferenceRequest):
     __slots__ = ("_explained", "_label", "_maps", "_png", "_uploads", "_wants_png")
 
     path = EXPLAIN
+    is_background = True
     _uploads: Sequence[Upload]
     _explained: list[tuple[int, float]]  # the index of each image's label, and its probability
     _maps: list[Grid]

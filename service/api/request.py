@@ -34,6 +34,7 @@ class InferenceRequest:
 
     Attributes:
         path: of the URL.
+        is_background: whether its images wait until no others do.
 
     Args:
         endpoint: what all requests share.
@@ -49,6 +50,7 @@ class InferenceRequest:
     )  # fmt: skip
 
     path: str
+    is_background = False
     _options: RequestOptions
     _filenames: Sequence[str | None]
 
@@ -60,7 +62,7 @@ class InferenceRequest:
         self._query = query
         self._respond = respond
         self._request_id = endpoint.log.request_id(headers)
-        self._ticket = Ticket(service.admission)
+        self._ticket = Ticket(service.admission, is_background=self.is_background)
         self._live: LiveModel | None = None
         self._task: asyncio.Task[None] | None = None
         self._chunks: list[bytes] = []

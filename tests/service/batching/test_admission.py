@@ -252,6 +252,34 @@ def test_rare_requests_are_no_sign_of_slowness(clock: Clock) -> None:
     admission.check_wait(1, 10, 100)
 
 
+def test_background_images_are_never_ahead_and_no_sign_of_slowness(clock: Clock) -> None:
+    admission = Admission(100, 0, clock=clock)
+    background = Ticket(admission, is_background=True)
+    background.add(images=32)
+    for _ in range(20):  # rare ones, which an explanation accompanies
+        admission.check_wait(1, 0.5, 10)
+        ticket = enter(admission)
+        clock.now += 1
+        ticket.release()
+    background.release(served=False, missed=True)
+    enter(admission, 5)
+    admission.check_wait(1, 0.5, 10)
+
+
+def test_background_images_leave_half_of_the_room(clock: Clock) -> None:
+    admission = Admission(100, 0, clock=clock)
+    tickets = [Ticket(admission, is_background=True) for _ in range(2)]
+    tickets[0].add(images=32)
+    with pytest.raises(Overloaded):
+        tickets[1].add(images=32)
+    tickets[0].add(images=32)  # none but its own: it may have more
+    with admitted(admission, 36):
+        assert (admission.images, admission.background_images) == (100, 64)
+    for ticket in tickets:
+        ticket.release()
+    assert admission.images == admission.background_images == 0
+
+
 @pytest.mark.parametrize("timeout", [10.0, 1.0])
 @pytest.mark.parametrize(("rate", "batch"), [(24, 4), (24, 1), (200, 32)])
 @pytest.mark.parametrize(("factor", "expected"), [(1.5, 1), (10, 1), (10, 0), (10, 2)])
