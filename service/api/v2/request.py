@@ -55,7 +55,8 @@ class InferRequest(InferenceRequest):
             self._head["id"] = content.id
         if content.parameters and content.parameters.timeout:
             received = self._until - self._options.timeout
-            self._until = min(self._until, received + content.parameters.timeout / 1e6)
+            self._options.timeout = min(self._options.timeout, content.parameters.timeout / 1e6)
+            self._until = received + self._options.timeout
         images = read_images(content, binary, live.metadata, max_images)
         if isinstance(images, np.ndarray):
             self._pixels = list(images)

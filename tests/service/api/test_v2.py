@@ -283,9 +283,21 @@ async def test_the_limits_are_those_of_predict(tmp_path: Path) -> None:
 
 async def test_the_parameter_timeout_is_a_deadline(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
+        assert run.service.store.live is not None
+        run.service.store.live.expected_rate = 1e9
         held = await run.hold_first()
         late = await post(run, {"inputs": [in_binary()], "parameters": {"timeout": 1000}}, PIXELS)
         assert "deadline" in sentence(late, 504)
+        await run.assert_first_alone_ran(held)
+
+
+async def test_what_could_not_run_within_the_parameter_timeout_is_refused_at_once(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        assert run.service.store.live is not None
+        run.service.store.live.expected_rate = 0.5
+        held = await run.hold_first()
+        refused = await post(run, {"inputs": [in_binary()], "parameters": {"timeout": 1_000_000}}, PIXELS)
+        assert "about 2 s, and the deadline is in 1 s" in sentence(refused, 503)
         await run.assert_first_alone_ran(held)
 
 
