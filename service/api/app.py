@@ -33,7 +33,7 @@ from service.errors import BadRequest, ClientDisconnected, MethodNotAllowed, Not
 from service.lifecycle import Service
 
 DESCRIPTION = "Send an image, get its label. Errors are one JSON shape with a stable code."
-EXPOSED_HEADERS: Final = ["X-Request-Id", "Server-Timing", "Retry-After"]
+EXPOSED_HEADERS: Final = ["X-Request-Id", "Server-Timing", "Retry-After", "Inference-Header-Content-Length"]
 
 
 class Cors(CORSMiddleware):
