@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from time import perf_counter
 from typing import Any, Final
 
 import numpy as np
@@ -10,9 +9,8 @@ import numpy as np
 from service.api.endpoint import InferenceEndpoint
 from service.api.options import read_normalize
 from service.api.paths import EMBED
-from service.api.prediction_writer import server_timing
 from service.api.request import InferenceRequest, Respond
-from service.api.response import Headers, json_response
+from service.api.response import Headers, Response, json_response
 from service.batching.queue import Prediction
 from service.decoding.upload import Upload
 from service.errors import FeaturesUnavailable, InferenceFailed
@@ -36,20 +34,9 @@ class EmbedRequest(InferenceRequest):
     def _submit(self, live: LiveModel, uploads: Sequence[Upload], images: Sequence[Any]) -> None:
         live.batcher.submit([image.data for image in images], self, self._until, with_features=True)
 
-    def set_result(self, result: list[Prediction], /) -> None:
-        """Respond with features, one vector an image."""
-        try:
-            response = json_response(200, self._written(result), self._request_id)
-        except Exception as error:  # a feature is not a number
-            self.fail(error)
-            return
-        timing = server_timing(result, self._decode_seconds, perf_counter() - self._began)
-        response.headers.append((b"server-timing", timing))
-        self._finish(200, response)
-
-    def _written(self, predictions: list[Prediction]) -> bytes:
+    def _response(self, result: list[Prediction]) -> Response:
         assert self._live is not None
-        features = np.stack([prediction.features for prediction in predictions]).astype(np.float64)
+        features = np.stack([prediction.features for prediction in result]).astype(np.float64)
         if self._is_normalized:
             lengths = np.linalg.norm(features, axis=1, keepdims=True)
             features /= np.where(lengths == 0, 1, lengths)
@@ -65,7 +52,7 @@ class EmbedRequest(InferenceRequest):
                 for filename, row in zip(self._filenames, features.tolist(), strict=True)
             ],
         }
-        return json.dumps(content).encode()
+        return json_response(200, json.dumps(content).encode(), self._request_id)
 
 
 class EmbedEndpoint(InferenceEndpoint):

@@ -4,7 +4,6 @@ import asyncio
 import json
 from collections.abc import Sequence
 from functools import partial
-from time import perf_counter
 from typing import Any, Final
 
 import numpy as np
@@ -13,7 +12,6 @@ from numpy.typing import NDArray
 from service.api.endpoint import InferenceEndpoint
 from service.api.options import read_label
 from service.api.paths import EXPLAIN
-from service.api.prediction_writer import server_timing
 from service.api.request import InferenceRequest, Respond
 from service.api.response import Headers, Response, json_response, png_response
 from service.batching.queue import Prediction
@@ -116,14 +114,7 @@ class ExplainRequest(InferenceRequest):
         title = f"{live.metadata.labels[label]}, {probability:.1%}"
         return await asyncio.to_thread(partial(overlay, image, self._maps[0], title))
 
-    def set_result(self, result: list[Prediction], /) -> None:
-        """Respond with the maps, of which the predictions are those of the whole images."""
-        response = self._written(len(result))
-        timing = server_timing(result, self._decode_seconds, perf_counter() - self._began)
-        response.headers.append((b"server-timing", timing))
-        self._finish(200, response)
-
-    def _written(self, images: int) -> Response:
+    def _response(self, result: list[Prediction]) -> Response:
         if self._wants_png:
             return png_response(self._png, self._request_id)
         assert self._live is not None
@@ -143,7 +134,7 @@ class ExplainRequest(InferenceRequest):
             "model": metadata.name,
             "version": self._live.version,
             "method": METHOD,
-            "model_runs": images * (1 + RUNS),
+            "model_runs": len(result) * (1 + RUNS),
             "crop": metadata.resize.crop,
             "explanations": explanations,
         }

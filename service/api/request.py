@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from service.api.keys import check_key
 from service.api.options import RequestOptions, read_options
 from service.api.payload import Payload, check_content_type, check_size, parse_body
+from service.api.prediction_writer import server_timing
 from service.api.response import Headers, Response, error_response
 from service.batching.admission import Ticket
 from service.batching.queue import Prediction
@@ -29,7 +30,7 @@ Respond = Callable[[Response | None], None]
 class InferenceRequest:
     """One request, as the batcher's `FutureLike` and as one of the requests in flight.
 
-    A kind of request says what its head may ask for (`_check_options`), and what its response is (`set_result`); one
+    A kind of request says what its head may ask for (`_check_options`), and what its response is (`_response`); one
     of another payload format than `/predict` says what that is (`_check_content_type`, `_is_parsed_inline`, `_parse`).
 
     Attributes:
@@ -196,6 +197,17 @@ class InferenceRequest:
 
     def set_result(self, result: list[Prediction], /) -> None:
         """Respond with predictions, one an image."""
+        try:
+            response = self._response(result)
+        except Exception as error:  # a logit is not a number
+            self.fail(error)
+            return
+        timing = server_timing(result, self._decode_seconds, perf_counter() - self._began)
+        response.headers.append((b"server-timing", timing))
+        self._finish(200, response)
+
+    def _response(self, result: list[Prediction]) -> Response:
+        """Return the response of predictions, one an image."""
         raise NotImplementedError
 
     def set_exception(self, exception: Exception, /) -> None:
