@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from service.api.endpoint import InferenceEndpoint
 from service.api.options import read_label
 from service.api.paths import EXPLAIN
 from service.api.request import InferenceRequest, Respond
 from service.api.response import Headers, Response, json_response, png_response
+from service.batching.logits import softmax
 from service.batching.queue import Prediction
 from service.decoding.decoder import Pixels
 from service.decoding.upload import Upload
@@ -147,10 +147,3 @@ class ExplainEndpoint(InferenceEndpoint):
     def request(self, path: str, headers: Headers, query: bytes, respond: Respond) -> ExplainRequest:
         """Return the request of a POST's head."""
         return ExplainRequest(self, headers, query, respond)
-
-
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Map logits, float32 [..., C], to probabilities."""
-    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    result: NDArray[np.float32] = exponentials / exponentials.sum(axis=-1, keepdims=True)
-    return result

@@ -15,6 +15,7 @@ from msgspec import Meta, Raw
 from numpy.typing import NDArray
 
 from service.api.payload import SPARE_STRINGS, check_count, check_not_empty, decode_base64
+from service.batching.logits import softmax
 from service.batching.queue import Prediction
 from service.decoding.decoder import Pixels
 from service.decoding.upload import Upload
@@ -237,10 +238,7 @@ def logits_of(predictions: Sequence[Prediction]) -> Output:
 
 def probabilities_of(predictions: Sequence[Prediction]) -> Output:
     """Return the softmax of the logits, float32 [N, C]."""
-    logits = logits_of(predictions)
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probabilities: Output = exponentials / exponentials.sum(axis=1, keepdims=True)
-    return probabilities
+    return softmax(logits_of(predictions))
 
 
 def features_of(predictions: Sequence[Prediction]) -> Output:
