@@ -11,6 +11,7 @@ import numpy as np
 from service.api.endpoint import InferenceEndpoint
 from service.api.options import read_label
 from service.api.paths import EXPLAIN
+from service.api.payload import Payload
 from service.api.request import InferenceRequest, Respond
 from service.api.response import Headers, Response, json_response, png_response
 from service.batching.logits import softmax
@@ -52,7 +53,6 @@ class ExplainRequest(InferenceRequest):
 
     async def _explain(self, live: LiveModel, images: Sequence[Pixels] | Pixels) -> None:
         try:
-            self._check_runs(len(images))
             masks = await asyncio.to_thread(rise_masks, grid_of(live.metadata.input_size))
             predictions = await self._run(live, images)
             self._explained = [self._label_of(prediction) for prediction in predictions]
@@ -66,12 +66,12 @@ class ExplainRequest(InferenceRequest):
             self.fail(error)
         else:
             self._task = None
-            self._service.metrics.explained(len(images), len(images) * (1 + RUNS))
+            self._service.metrics.explained(len(images))
             self.set_result(predictions)
 
-    def _check_runs(self, images: int) -> None:
+    def _check_payload(self, payload: Payload) -> None:
         """Raise TooManyImages for more runs than are allowed, or for more maps than the response can show."""
-        max_runs = self._service.settings.explain_max_runs
+        images, max_runs = len(payload.uploads), self._service.settings.explain_max_runs
         if images * (1 + RUNS) > max_runs:
             raise TooManyImages(
                 f"An explanation takes {1 + RUNS} runs of the model, and a request may have {max_runs}: "
@@ -103,9 +103,11 @@ class ExplainRequest(InferenceRequest):
         future: asyncio.Future[list[Prediction]] = asyncio.get_running_loop().create_future()
         live.batcher.submit([image.data for image in images], future, self._until, is_background=True)
         try:
-            return await future
+            predictions = await future
         finally:
             del future  # an error's traceback holds this frame: a cycle of references
+        self._service.metrics.explanation_run(len(images))
+        return predictions
 
     async def _drawn(self, live: LiveModel) -> bytes:
         shown = live.metadata.model_copy(update={"input_size": display_size(live.metadata.input_size)})

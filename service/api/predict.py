@@ -33,7 +33,7 @@ class PredictRequest(InferenceRequest):
         self._asked_top_k = read_top_k(self._query)
         self._top_k = self._checked_top_k(self._asked_top_k)
 
-    def _check_fields(self, payload: Payload) -> None:
+    def _check_payload(self, payload: Payload) -> None:
         if payload.top_k is not None and self._asked_top_k is None:
             self._top_k = self._checked_top_k(payload.top_k)
 

@@ -164,14 +164,14 @@ class InferenceRequest:
         return parse_body(self._options.content_type, body, max_images=self._service.settings.max_images)
 
     def _admit(self, live: LiveModel, payload: Payload) -> list[Upload]:
+        self._check_payload(payload)
         images = len(payload.uploads)
         self._service.admission.check_wait(images, self._options.timeout, live.expected_rate)
         self._ticket.add(images=images)
-        self._check_fields(payload)
         return payload.uploads
 
-    def _check_fields(self, payload: Payload) -> None:
-        """Read the fields of a form that this kind of request knows."""
+    def _check_payload(self, payload: Payload) -> None:
+        """Check, before anything is decoded, what only this kind of request bounds or reads."""
 
     def _queue(self, uploads: Sequence[Upload], images: Sequence[Any]) -> None:
         assert self._live is not None

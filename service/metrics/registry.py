@@ -137,10 +137,13 @@ class Metrics:
         """Count a decode process that was killed or has crashed."""
         self.decode_process_ends.labels(reason).inc()
 
-    def explained(self, images: int, runs: int) -> None:
-        """Count explained images, and the images that were run for them."""
+    def explained(self, images: int) -> None:
+        """Count explained images."""
         self.explanations.inc(images)
-        self.explanation_runs.inc(runs)
+
+    def explanation_run(self, images: int) -> None:
+        """Count images that were run for an explanation, whatever becomes of it."""
+        self.explanation_runs.inc(images)
 
     def rejected(self, code: str) -> None:
         """Count a request that ended in an error."""
