@@ -3,7 +3,7 @@
 from typing import Final
 
 from service.api.endpoint import InferenceEndpoint
-from service.api.options import MAX_DIGITS, checked_top_k, read_top_k
+from service.api.options import MAX_DIGITS, checked_top_k, positive, read_top_k
 from service.api.paths import PREDICT
 from service.api.payload import Payload
 from service.api.prediction_writer import PredictionWriter
@@ -11,7 +11,7 @@ from service.api.request import InferenceRequest, Respond
 from service.api.request_log import RequestLog
 from service.api.response import Headers, Response, json_response
 from service.batching.queue import Prediction
-from service.errors import LengthRequired
+from service.errors import InvalidTopK, LengthRequired
 from service.lifecycle import Service
 from service.repository.versions import LiveModel
 
@@ -34,8 +34,11 @@ class PredictRequest(InferenceRequest):
         self._top_k = self._checked_top_k(self._asked_top_k)
 
     def _check_payload(self, payload: Payload) -> None:
-        if payload.top_k is not None and self._asked_top_k is None:
-            self._top_k = self._checked_top_k(payload.top_k)
+        if payload.top_k is None:
+            return
+        top_k = positive(payload.top_k, InvalidTopK())
+        if self._asked_top_k is None:
+            self._top_k = self._checked_top_k(top_k)
 
     def _checked_top_k(self, top_k: int | None) -> int:
         return checked_top_k(top_k, self._writer.classes, self._service.settings.max_top_k)
