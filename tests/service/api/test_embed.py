@@ -21,6 +21,7 @@ async def test_vectors_have_length_1_unless_told_otherwise(tmp_path: Path) -> No
         assert (normalized.dim, normalized.normalized, plain.normalized) == (3, True, False)
         assert [each.filename for each in normalized.embeddings] == ["a.png", "b.png"]
         assert [each.embedding for each in plain.embeddings] == [[1, 2, 3], [5, 6, 7]]
+        assert await run.metric("perceiver_request_seconds_count") == 2
         for unit, vector in zip(normalized.embeddings, plain.embeddings, strict=True):
             expected = np.array(vector.embedding) / np.linalg.norm(vector.embedding)
             np.testing.assert_allclose(unit.embedding, expected, rtol=1e-6)

@@ -34,7 +34,7 @@ async def test_each_image_has_the_map_of_its_first_label(tmp_path: Path) -> None
         assert await run.metric("perceiver_explanations_total") == 2
         assert await run.metric("perceiver_explanation_runs_total") == 2 * RUNS
         assert await run.metric('perceiver_requests_total{code="200",route="/explain"}') == 1
-        assert await run.metric("perceiver_request_seconds_count") == 0  # the objective is that of /predict
+        assert await run.metric("perceiver_request_seconds_count") == 0  # they have no objective
         assert run.service.admission.images == run.service.admission.bytes == 0
 
 
