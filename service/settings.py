@@ -193,8 +193,8 @@ class Settings(BaseSettings):
     """Seconds that an idle connection stays open; longer than the load balancer's own limit."""
 
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(split_list)] = ()
-    """Keys, separated by commas, one of which a client must send to /predict and /models. None: open to all. Flags can
-    be read by other users of the machine: prefer the variable or the file.
+    """Keys, separated by commas, one of which a client must send with images and to /models and /v2/models. None: open
+    to all. Flags can be read by other users of the machine: prefer the variable or the file.
     """
     api_keys_file: Path | None = None
     """More of them from a file, one key a line; # starts a comment."""

@@ -1,4 +1,4 @@
-"""The shapes of all answers, and what the OpenAPI document says of `POST /predict` beside them."""
+"""The shapes of all answers, and what the OpenAPI document says of requests for inference beside them."""
 
 from collections.abc import Iterable
 from typing import Any, Literal
