@@ -45,9 +45,10 @@ class InferRequest(InferenceRequest):
         return size <= self._service.settings.inline_decode_bytes  # what follows the JSON is sliced
 
     def _parse(self, body: bytes) -> Payload:
-        live, max_images = self._model, self._service.settings.max_images
+        live, settings = self._model, self._service.settings
+        max_images = settings.max_images
         content, binary = read_body(body, self._json_bytes, max_images)
-        self._formats = read_outputs(content, live.metadata)
+        self._formats = read_outputs(content, live.metadata, settings.max_top_k)
         self._head = {"model_name": live.metadata.name, "model_version": str(live.version)}
         if content.id:
             self._head["id"] = content.id

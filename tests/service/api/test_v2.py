@@ -196,7 +196,7 @@ def test_a_malformed_body_is_refused_or_read_and_nothing_else(case: tuple[bytes,
     body, length = case
     try:
         content, binary = read_body(body, length, 64)
-        read_outputs(content, tiny_metadata())
+        read_outputs(content, tiny_metadata(), max_classes=100)
         images = read_images(content, binary, tiny_metadata(), 64)
     except ServiceError as error:
         assert 400 <= error.status < 500  # noqa: PT017 - what was raised is the answer
@@ -279,6 +279,15 @@ async def test_the_limits_are_those_of_predict(tmp_path: Path) -> None:
         assert int(refused.headers["retry-after"]) >= 1
         run.engine.let_go()
         assert {answer.status_code for answer in await asyncio.gather(held, *again)} == {200}
+
+
+async def test_classes_are_bounded_as_top_k_is(tmp_path: Path) -> None:
+    async with running(tmp_path, max_top_k=2) as run:
+        for classes, status in ((2, 200), (3, 400)):
+            outputs = [{"name": "logits", "parameters": {"classification": classes}}]
+            answer = await post(run, {"inputs": [in_binary()], "outputs": outputs}, PIXELS)
+            assert answer.status_code == status
+        assert sentence(answer) == "The output logits is asked for 3 classes; this service allows 2."
 
 
 async def test_the_parameter_timeout_is_a_deadline(tmp_path: Path) -> None:
