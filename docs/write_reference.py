@@ -61,7 +61,7 @@ are set. Statistics are the worker's since its start |
 | binary tensor data: `Inference-Header-Content-Length`, `binary_data_size`, `binary_data`, `binary_data_output` | \
 yes, both ways |
 | a bare binary body, without JSON | no: 400 |
-| classification | yes: `value:index:label`, of `logits` or `probabilities` |
+| classification | yes: `value:index:label`, of `logits` or `probabilities`, up to `PERCEIVER_MAX_TOP_K` |
 | parameters | `timeout`, in microseconds, is the deadline; `sequence_id`, `priority` and unknown ones are ignored |
 | compressed requests (`Content-Encoding: gzip`, `deflate`) | no: 415. Responses are never compressed |
 

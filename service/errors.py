@@ -130,7 +130,7 @@ UnsupportedMediaType = _error(
     "unsupported_media_type",
     "Send the image as multipart/form-data (curl -F file=@image.jpg), or its bytes with a Content-Type of image/* or "
     "application/octet-stream, or as application/json.",
-    "A Content-Type that `POST /predict` does not take.",
+    "A Content-Type that no request with images has, but for the protocol v2, which takes any.",
 )
 UnsupportedEncoding = _error(
     415,

@@ -151,7 +151,9 @@ class Settings(BaseSettings):
     max_images: int = Field(64, ge=1, le=10_000)
     """Images in one request; more: 413. At most max_queue_size."""
     max_top_k: int = Field(100, ge=1, le=1_000_000)
-    """Number of classes that top_k may ask for; more: 400. Each takes about a microsecond an image."""
+    """Number of classes that top_k, or /v2's classification, may ask for; more: 400. Each takes about a microsecond an
+    image.
+    """
     explain_max_runs: int = Field(1024, ge=0, le=1_000_000)
     """Images, covered and whole, that the model may run for one request to /explain; more: 413. They run while nothing
     else waits. 0: explanations are off.
@@ -193,8 +195,8 @@ class Settings(BaseSettings):
     """Seconds that an idle connection stays open; longer than the load balancer's own limit."""
 
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(split_list)] = ()
-    """Keys, separated by commas, one of which a client must send to /predict and /models. None: open to all. Flags can
-    be read by other users of the machine: prefer the variable or the file.
+    """Keys, separated by commas, one of which a client must send with images and to /models and /v2/models. None: open
+    to all. Flags can be read by other users of the machine: prefer the variable or the file.
     """
     api_keys_file: Path | None = None
     """More of them from a file, one key a line; # starts a comment."""

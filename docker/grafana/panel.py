@@ -8,7 +8,7 @@ Kind = Literal["stat", "timeseries", "heatmap", "state-timeline"]
 # One service or several: the variable at the top of the dashboard.
 HERE = 'instance=~"$instance"'
 RATE = "[$__rate_interval]"
-INFERENCE = 'route=~"/predict|/v2/.*/infer"'
+INFERENCE = 'route=~"/predict|/embed|/v2/.*/infer"'
 
 IMAGES = "suffix: images"
 IMAGES_A_SECOND = "suffix: images/s"

@@ -2,7 +2,7 @@
 
 from panel import HERE, IMAGES_A_SECOND, INFERENCE, RATE, Panel, Query, Row, mean, quantile, rate, share
 
-FAILED = 'code=~"5..", code!="503"'
+FAILED = 'code=~"5..", code!~"50[13]"'
 TURNED_AWAY = 'code="503"'
 
 NOW = (
@@ -58,7 +58,7 @@ NOW = (
         title="Errors",
         kind="stat",
         unit="percentunit",
-        shows="Share of requests for inference that failed through the service's fault: 5xx but 503, over 5 minutes.",
+        shows="Share of requests for inference that failed: 5xx but 501 and 503, over 5 minutes.",
         bad="Over the objective (red).",
         do="See which reasons stand in 'Error answers by reason'; PerceiverErrorRatioHigh in docs/operations.md.",
         queries=(Query(share(FAILED), "errors"),),
@@ -107,7 +107,7 @@ TRAFFIC = (
         kind="timeseries",
         unit="reqps",
         shows="Requests for inference by HTTP status.",
-        bad="5xx: the service's fault, 503 excepted, which says that it is full. 4xx: the clients'.",
+        bad="5xx: the service's fault, but for 503, which says that it is full. 4xx and 501: the clients'.",
         do="For 5xx and 4xx see 'Error answers by reason'.",
         queries=(Query(rate("perceiver_requests_total", INFERENCE, by="code"), "{{code}}"),),
         stacked=True,
@@ -129,8 +129,8 @@ TRAFFIC = (
         title="Errors and rejections",
         kind="timeseries",
         unit="percentunit",
-        shows="Shares of requests for inference that failed (5xx but 503) and that were turned away (503), and the "
-        "most that the objectives allow.",
+        shows="Shares of requests for inference that failed (5xx but 501 and 503) and that were turned away (503), and "
+        "the most that the objectives allow.",
         bad="Above the dashed line of the same kind.",
         do="PerceiverErrorRatioHigh and PerceiverRejecting in docs/operations.md.",
         queries=(

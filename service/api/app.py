@@ -33,7 +33,7 @@ from service.errors import BadRequest, ClientDisconnected, MethodNotAllowed, Not
 from service.lifecycle import Service
 
 DESCRIPTION = "Send an image, get its label. Errors are one JSON shape with a stable code."
-EXPOSED_HEADERS: Final = ["X-Request-Id", "Server-Timing", "Retry-After"]
+EXPOSED_HEADERS: Final = ["X-Request-Id", "Server-Timing", "Retry-After", "Inference-Header-Content-Length"]
 
 
 class Cors(CORSMiddleware):
@@ -89,7 +89,7 @@ class PerceiverApp(FastAPI):
         self.include_router(create_router(service))
         self.include_router(create_v2_router(service, package_version()))
         settings = service.settings
-        keys, admin_keys = settings.client_keys(), settings.administrator_keys()  # files are read once
+        keys, admin_keys = settings.client_keys(), settings.administrator_keys()
         self._asks_clients, self._asks_administrators = bool(keys), bool(admin_keys)
         self._routes = RequireKey(super().__call__, keys, admin_keys)
         self._has_management_port = settings.management_port is not None

@@ -1,18 +1,17 @@
 """`POST /embed`: the vector behind the classes, for each image."""
 
-import json
 from collections.abc import Sequence
-from time import perf_counter
 from typing import Any, Final
 
+import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from service.api.endpoint import InferenceEndpoint
 from service.api.options import read_normalize
 from service.api.paths import EMBED
-from service.api.prediction_writer import server_timing
 from service.api.request import InferenceRequest, Respond
-from service.api.response import Headers, json_response
+from service.api.response import Headers, Response, json_response
 from service.batching.queue import Prediction
 from service.decoding.upload import Upload
 from service.errors import FeaturesUnavailable, InferenceFailed
@@ -36,20 +35,9 @@ class EmbedRequest(InferenceRequest):
     def _submit(self, live: LiveModel, uploads: Sequence[Upload], images: Sequence[Any]) -> None:
         live.batcher.submit([image.data for image in images], self, self._until, with_features=True)
 
-    def set_result(self, result: list[Prediction], /) -> None:
-        """Respond with features, one vector an image."""
-        try:
-            response = json_response(200, self._written(result), self._request_id)
-        except Exception as error:  # a feature is not a number
-            self.fail(error)
-            return
-        timing = server_timing(result, self._decode_seconds, perf_counter() - self._began)
-        response.headers.append((b"server-timing", timing))
-        self._finish(200, response)
-
-    def _written(self, predictions: list[Prediction]) -> bytes:
+    def _response(self, result: list[Prediction]) -> Response:
         assert self._live is not None
-        features = np.stack([prediction.features for prediction in predictions]).astype(np.float64)
+        features = np.stack([prediction.features for prediction in result]).astype(np.float64)
         if self._is_normalized:
             lengths = np.linalg.norm(features, axis=1, keepdims=True)
             features /= np.where(lengths == 0, 1, lengths)
@@ -61,11 +49,11 @@ class EmbedRequest(InferenceRequest):
             "dim": features.shape[1],
             "normalized": self._is_normalized,
             "embeddings": [
-                {"filename": filename, "embedding": [float(f"{value:.{DIGITS}g}") for value in row]}
-                for filename, row in zip(self._filenames, features.tolist(), strict=True)
+                {"filename": filename, "embedding": row}
+                for filename, row in zip(self._filenames, rounded(features).tolist(), strict=True)
             ],
         }
-        return json.dumps(content).encode()
+        return json_response(200, msgspec.json.encode(content), self._request_id)
 
 
 class EmbedEndpoint(InferenceEndpoint):
@@ -74,3 +62,12 @@ class EmbedEndpoint(InferenceEndpoint):
     def request(self, path: str, headers: Headers, query: bytes, respond: Respond) -> EmbedRequest:
         """Return the request of a POST's head."""
         return EmbedRequest(self, headers, query, respond)
+
+
+def rounded(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Round finite numbers of any shape to DIGITS: all at once, since a large response would hold up the event loop."""
+    with np.errstate(divide="ignore"):  # 0
+        exponents = np.floor(np.log10(np.abs(values))).clip(-300, 300)
+    scale = 10.0 ** (DIGITS - 1 - exponents)
+    result: NDArray[np.float64] = (values * scale).round() / scale
+    return result

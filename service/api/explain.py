@@ -4,18 +4,17 @@ import asyncio
 import json
 from collections.abc import Sequence
 from functools import partial
-from time import perf_counter
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from service.api.endpoint import InferenceEndpoint
 from service.api.options import read_label
 from service.api.paths import EXPLAIN
-from service.api.prediction_writer import server_timing
+from service.api.payload import Payload
 from service.api.request import InferenceRequest, Respond
 from service.api.response import Headers, Response, json_response, png_response
+from service.batching.logits import softmax
 from service.batching.queue import Prediction
 from service.decoding.decoder import Pixels
 from service.decoding.upload import Upload
@@ -33,6 +32,7 @@ class ExplainRequest(InferenceRequest):
     __slots__ = ("_explained", "_label", "_maps", "_png", "_uploads", "_wants_png")
 
     path = EXPLAIN
+    is_background = True
     _uploads: Sequence[Upload]
     _explained: list[tuple[int, float]]  # the index of each image's label, and its probability
     _maps: list[Grid]
@@ -53,7 +53,6 @@ class ExplainRequest(InferenceRequest):
 
     async def _explain(self, live: LiveModel, images: Sequence[Pixels] | Pixels) -> None:
         try:
-            self._check_runs(len(images))
             masks = await asyncio.to_thread(rise_masks, grid_of(live.metadata.input_size))
             predictions = await self._run(live, images)
             self._explained = [self._label_of(prediction) for prediction in predictions]
@@ -67,12 +66,12 @@ class ExplainRequest(InferenceRequest):
             self.fail(error)
         else:
             self._task = None
-            self._service.metrics.explained(len(images), len(images) * (1 + RUNS))
+            self._service.metrics.explained(len(images))
             self.set_result(predictions)
 
-    def _check_runs(self, images: int) -> None:
+    def _check_payload(self, payload: Payload) -> None:
         """Raise TooManyImages for more runs than are allowed, or for more maps than the response can show."""
-        max_runs = self._service.settings.explain_max_runs
+        images, max_runs = len(payload.uploads), self._service.settings.explain_max_runs
         if images * (1 + RUNS) > max_runs:
             raise TooManyImages(
                 f"An explanation takes {1 + RUNS} runs of the model, and a request may have {max_runs}: "
@@ -104,9 +103,11 @@ class ExplainRequest(InferenceRequest):
         future: asyncio.Future[list[Prediction]] = asyncio.get_running_loop().create_future()
         live.batcher.submit([image.data for image in images], future, self._until, is_background=True)
         try:
-            return await future
+            predictions = await future
         finally:
             del future  # an error's traceback holds this frame: a cycle of references
+        self._service.metrics.explanation_run(len(images))
+        return predictions
 
     async def _drawn(self, live: LiveModel) -> bytes:
         shown = live.metadata.model_copy(update={"input_size": display_size(live.metadata.input_size)})
@@ -115,14 +116,7 @@ class ExplainRequest(InferenceRequest):
         title = f"{live.metadata.labels[label]}, {probability:.1%}"
         return await asyncio.to_thread(partial(overlay, image, self._maps[0], title))
 
-    def set_result(self, result: list[Prediction], /) -> None:
-        """Respond with the maps, of which the predictions are those of the whole images."""
-        response = self._written(len(result))
-        timing = server_timing(result, self._decode_seconds, perf_counter() - self._began)
-        response.headers.append((b"server-timing", timing))
-        self._finish(200, response)
-
-    def _written(self, images: int) -> Response:
+    def _response(self, result: list[Prediction]) -> Response:
         if self._wants_png:
             return png_response(self._png, self._request_id)
         assert self._live is not None
@@ -142,7 +136,7 @@ class ExplainRequest(InferenceRequest):
             "model": metadata.name,
             "version": self._live.version,
             "method": METHOD,
-            "model_runs": images * (1 + RUNS),
+            "model_runs": len(result) * (1 + RUNS),
             "crop": metadata.resize.crop,
             "explanations": explanations,
         }
@@ -155,10 +149,3 @@ class ExplainEndpoint(InferenceEndpoint):
     def request(self, path: str, headers: Headers, query: bytes, respond: Respond) -> ExplainRequest:
         """Return the request of a POST's head."""
         return ExplainRequest(self, headers, query, respond)
-
-
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Map logits, float32 [..., C], to probabilities."""
-    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    result: NDArray[np.float32] = exponentials / exponentials.sum(axis=-1, keepdims=True)
-    return result

@@ -10,7 +10,7 @@ from service.api.response import Headers
 from service.errors import ReloadDisabled, Unauthorized
 
 RELOAD: Final = ("POST", "/models/reload")
-KEYED: Final = frozenset({("GET", "/models")})  # /predict asks by itself
+KEYED: Final = frozenset({("GET", "/models")})  # endpoints for inference ask by themselves
 
 
 class RequireKey:

@@ -18,8 +18,8 @@ PATHS: Final = frozenset(
     | {PAGE, DOCS, "/openapi.json"}
     | {V2, f"{V2}/health/live", f"{V2}/health/ready", f"{V2}/models/stats", f"{V2}/repository/index"}
 )
-# The metrics of these are those of requests for inference.
-INFERENCE: Final = frozenset({PREDICT, V2_INFER})
+# What dashboard and alarms call requests for inference. Explanations take what others leave, and have no objective.
+INFERENCE: Final = frozenset({PREDICT, EMBED, V2_INFER})
 V2_MODEL_PATH: Final = re.compile(rf"{V2}/models/([^/]+)(?:/versions/([^/]+))?(/infer|/ready|/config|/stats|)")
 # With a management port, clients do not see these, and operators see nothing else.
 MANAGEMENT: Final = frozenset({"/health", "/health/live", "/health/ready", "/metrics", "/models", "/models/reload"})

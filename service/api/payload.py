@@ -16,14 +16,12 @@ import msgspec
 from python_multipart.multipart import parse_options_header
 
 from imaging.formats import is_image
-from service.api.options import positive
 from service.decoding.upload import Upload, which
 from service.errors import (
     BodyTooLarge,
     InvalidBase64,
     InvalidForm,
     InvalidJson,
-    InvalidTopK,
     NoImage,
     ServiceError,
     TooManyImages,
@@ -50,11 +48,11 @@ class Payload:
 
     Attributes:
         uploads: the image files in their order; never empty.
-        top_k: of a form's field; at least 1, None where there is none.
+        top_k: a form's field as it was sent, which may be no number; None where there is none.
     """
 
     uploads: list[Upload]
-    top_k: int | None = None
+    top_k: str | None = None
 
 
 def check_size(size: int, max_bytes: int) -> None:
@@ -95,7 +93,7 @@ def parse_body(content_type: str, body: bytes, *, max_images: int) -> Payload:
         max_images: most images that a request may hold.
 
     Raises:
-        UnsupportedMediaType, InvalidForm, InvalidJson, InvalidBase64, InvalidTopK, NoImage, TooManyImages
+        UnsupportedMediaType, InvalidForm, InvalidJson, InvalidBase64, NoImage, TooManyImages
     """
     media_type = media_type_of(content_type)
     if media_type == FORM:
@@ -217,7 +215,7 @@ def parse_form(content_type: str, body: bytes, max_images: int) -> Payload:
             continue  # what a browser sends for a file input in which nothing was chosen
         if filename is None and not holds_image(content, headers):
             if field == "top_k":
-                payload.top_k = positive(content.decode("latin-1"), InvalidTopK())
+                payload.top_k = content.decode("latin-1")
             continue  # a token against forgery, a note: the commonest habit of clients
         check_count(len(payload.uploads) + 1, max_images)
         payload.uploads.append(Upload(content, None if filename is None else filename.decode("utf-8", "replace")))

@@ -1,18 +1,17 @@
 """`POST /predict`: the classes of images. A connection drives its small requests without ASGI."""
 
-from time import perf_counter
 from typing import Final
 
 from service.api.endpoint import InferenceEndpoint
-from service.api.options import MAX_DIGITS, checked_top_k, read_top_k
+from service.api.options import MAX_DIGITS, checked_top_k, positive, read_top_k
 from service.api.paths import PREDICT
 from service.api.payload import Payload
-from service.api.prediction_writer import PredictionWriter, server_timing
+from service.api.prediction_writer import PredictionWriter
 from service.api.request import InferenceRequest, Respond
 from service.api.request_log import RequestLog
-from service.api.response import Headers, json_response
+from service.api.response import Headers, Response, json_response
 from service.batching.queue import Prediction
-from service.errors import LengthRequired
+from service.errors import InvalidTopK, LengthRequired
 from service.lifecycle import Service
 from service.repository.versions import LiveModel
 
@@ -34,24 +33,18 @@ class PredictRequest(InferenceRequest):
         self._asked_top_k = read_top_k(self._query)
         self._top_k = self._checked_top_k(self._asked_top_k)
 
-    def _check_fields(self, payload: Payload) -> None:
-        if payload.top_k is not None and self._asked_top_k is None:
-            self._top_k = self._checked_top_k(payload.top_k)
+    def _check_payload(self, payload: Payload) -> None:
+        if payload.top_k is None:
+            return
+        top_k = positive(payload.top_k, InvalidTopK())
+        if self._asked_top_k is None:
+            self._top_k = self._checked_top_k(top_k)
 
     def _checked_top_k(self, top_k: int | None) -> int:
         return checked_top_k(top_k, self._writer.classes, self._service.settings.max_top_k)
 
-    def set_result(self, result: list[Prediction], /) -> None:
-        """Respond with predictions, one an image."""
-        try:
-            body = self._writer.write(result, self._filenames, self._top_k)
-        except Exception as error:  # a logit is not a number
-            self.fail(error)
-            return
-        response = json_response(200, body, self._request_id)
-        timing = server_timing(result, self._decode_seconds, perf_counter() - self._began)
-        response.headers.append((b"server-timing", timing))
-        self._finish(200, response)
+    def _response(self, result: list[Prediction]) -> Response:
+        return json_response(200, self._writer.write(result, self._filenames, self._top_k), self._request_id)
 
 
 class PredictEndpoint(InferenceEndpoint):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from service.api.keys import check_key
 from service.api.options import RequestOptions, read_options
 from service.api.payload import Payload, check_content_type, check_size, parse_body
+from service.api.prediction_writer import server_timing
 from service.api.response import Headers, Response, error_response
 from service.batching.admission import Ticket
 from service.batching.queue import Prediction
@@ -29,11 +30,12 @@ Respond = Callable[[Response | None], None]
 class InferenceRequest:
     """One request, as the batcher's `FutureLike` and as one of the requests in flight.
 
-    A kind of request says what its head may ask for (`_check_options`), and what its response is (`set_result`); one
+    A kind of request says what its head may ask for (`_check_options`), and what its response is (`_response`); one
     of another payload format than `/predict` says what that is (`_check_content_type`, `_is_parsed_inline`, `_parse`).
 
     Attributes:
         path: of the URL.
+        is_background: whether its images wait until no others do.
 
     Args:
         endpoint: what all requests share.
@@ -49,6 +51,7 @@ class InferenceRequest:
     )  # fmt: skip
 
     path: str
+    is_background = False
     _options: RequestOptions
     _filenames: Sequence[str | None]
 
@@ -60,7 +63,7 @@ class InferenceRequest:
         self._query = query
         self._respond = respond
         self._request_id = endpoint.log.request_id(headers)
-        self._ticket = Ticket(service.admission)
+        self._ticket = Ticket(service.admission, is_background=self.is_background)
         self._live: LiveModel | None = None
         self._task: asyncio.Task[None] | None = None
         self._chunks: list[bytes] = []
@@ -161,14 +164,14 @@ class InferenceRequest:
         return parse_body(self._options.content_type, body, max_images=self._service.settings.max_images)
 
     def _admit(self, live: LiveModel, payload: Payload) -> list[Upload]:
+        self._check_payload(payload)
         images = len(payload.uploads)
         self._service.admission.check_wait(images, self._options.timeout, live.expected_rate)
         self._ticket.add(images=images)
-        self._check_fields(payload)
         return payload.uploads
 
-    def _check_fields(self, payload: Payload) -> None:
-        """Read the fields of a form that this kind of request knows."""
+    def _check_payload(self, payload: Payload) -> None:
+        """Check, before anything is decoded, what only this kind of request bounds or reads."""
 
     def _queue(self, uploads: Sequence[Upload], images: Sequence[Any]) -> None:
         assert self._live is not None
@@ -194,6 +197,17 @@ class InferenceRequest:
 
     def set_result(self, result: list[Prediction], /) -> None:
         """Respond with predictions, one an image."""
+        try:
+            response = self._response(result)
+        except Exception as error:  # a logit is not a number
+            self.fail(error)
+            return
+        timing = server_timing(result, self._decode_seconds, perf_counter() - self._began)
+        response.headers.append((b"server-timing", timing))
+        self._finish(200, response)
+
+    def _response(self, result: list[Prediction]) -> Response:
+        """Return the response of predictions, one an image."""
         raise NotImplementedError
 
     def set_exception(self, exception: Exception, /) -> None:

@@ -16,6 +16,7 @@ from service.api.schemas import (
     PREDICT_ERRORS,
     PREDICTED,
     TOP_K,
+    TOP_K_FIELD,
     EmbedResponse,
     ErrorResponse,
     ExplainResponse,
@@ -26,7 +27,7 @@ from service.api.schemas import (
     StatusResponse,
     VersionResponse,
     error_responses,
-    predict_bodies,
+    inference_bodies,
 )
 from service.lifecycle import Service
 from service.repository.versions import VersionRecord
@@ -78,7 +79,7 @@ def add_inference(router: APIRouter, max_images: int) -> None:
         responses=PREDICTED | error_responses(PREDICT_ERRORS),
         openapi_extra={
             "parameters": [TOP_K, *INFERENCE_PARAMETERS],
-            "requestBody": {"required": True, "content": predict_bodies(max_images)},
+            "requestBody": {"required": True, "content": inference_bodies(max_images, TOP_K_FIELD)},
         },
     )
     async def predict() -> PredictResponse:
@@ -92,7 +93,7 @@ def add_inference(router: APIRouter, max_images: int) -> None:
         responses=EXPLAINED | error_responses(EXPLAIN_ERRORS),
         openapi_extra={
             "parameters": [LABEL, *INFERENCE_PARAMETERS],
-            "requestBody": {"required": True, "content": predict_bodies(max_images)},
+            "requestBody": {"required": True, "content": inference_bodies(max_images)},
         },
     )
     async def explain() -> ExplainResponse:
@@ -106,7 +107,7 @@ def add_inference(router: APIRouter, max_images: int) -> None:
         responses=EMBEDDED | error_responses(EMBED_ERRORS),
         openapi_extra={
             "parameters": [NORMALIZE, *INFERENCE_PARAMETERS],
-            "requestBody": {"required": True, "content": predict_bodies(max_images)},
+            "requestBody": {"required": True, "content": inference_bodies(max_images)},
         },
     )
     async def embed() -> EmbedResponse:

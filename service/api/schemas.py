@@ -1,4 +1,4 @@
-"""The shapes of all answers, and what the OpenAPI document says of `POST /predict` beside them."""
+"""The shapes of all answers, and what the OpenAPI document says of requests for inference beside them."""
 
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -197,16 +197,15 @@ def error_responses(
     return described
 
 
-def predict_bodies(max_images: int) -> dict[str, Any]:
-    """Return the OpenAPI content of a request to `POST /predict`."""
+def inference_bodies(max_images: int, fields: str = "text fields are ignored.") -> dict[str, Any]:
+    """Return the OpenAPI content of a request with images; `fields` says what becomes of a form's text fields."""
     several = {"type": "array", "minItems": 1, "maxItems": max_images}
     files = several | {"items": {"type": "string", "format": "binary"}}
     return {
         "multipart/form-data": {
             "schema": {
                 "type": "object",
-                "description": f"One or several files, under any field names; {max_images} at most together. "
-                "A text field top_k counts where the query has none; other text fields are ignored.",
+                "description": f"One or several files, under any field names; {max_images} at most together; {fields}",
                 "properties": {"file": files},
                 "minProperties": 1,
                 "additionalProperties": True,
@@ -247,6 +246,7 @@ EXPLAINED: dict[int | str, dict[str, Any]] = {
 EMBEDDED: dict[int | str, dict[str, Any]] = {
     200: {"description": "The features of each image.", "headers": INFERENCE_HEADERS}
 }
+TOP_K_FIELD = "a text field top_k counts where the query has none; other text fields are ignored."
 TOP_K: dict[str, Any] = {
     "name": "top_k",
     "in": "query",

@@ -61,6 +61,7 @@ class Admission:
 
     Attributes:
         images: images in flight.
+        background_images: those of them that wait until no others do.
         bytes: bytes of request bodies in flight.
     """
 
@@ -74,7 +75,7 @@ class Admission:
     ) -> None:
         self.max_images = max_images
         self.max_bytes = max_bytes
-        self.images = 0
+        self.images = self.background_images = 0
         self.bytes = 0
         self._max_retry_after = min(max(max_wait, 1.0), MAX_RETRY_AFTER_SECONDS)
         self._image_rate, self._byte_rate = Rate(clock), Rate(clock)
@@ -86,6 +87,8 @@ class Admission:
     def check_wait(self, images: int, timeout: float, expected_rate: float) -> None:
         """Refuse images that would not run before their deadline; those that find none ahead may always try.
 
+        Background images are never ahead, and the rate is not theirs.
+
         Args:
             images: more than those in flight.
             timeout: seconds until their deadline.
@@ -94,10 +97,11 @@ class Admission:
         Raises:
             Overloaded
         """
-        if not self.images:
-            return
         rate = self._image_rate.measured = self._image_rate.measured or expected_rate
-        wait = (self.images + images - 1) / rate if rate else 0.0
+        ahead = self.images - self.background_images
+        if not ahead:
+            return
+        wait = (ahead + images - 1) / rate if rate else 0.0
         if wait > timeout:
             raise Overloaded(
                 f"The queue would take about {wait:.3g} s, and the deadline is in {timeout:g} s; try again later.",
@@ -129,25 +133,40 @@ class Admission:
             if ticket.bytes + size > self.max_bytes:
                 raise BodyTooLarge(f"A request can hold at most {self.max_bytes} bytes; send several requests.")
             raise Overloaded(retry_after=self.retry_after(size))
+        if ticket.is_background:
+            others = self.background_images - ticket.images
+            if others and self.background_images + images > self.max_images // 2:
+                raise Overloaded("Too many explanations are in flight; try again later.")
+            self.background_images += images
+        else:
+            self._image_rate.take(images)
         self.images += images
         self.bytes += size
-        self._image_rate.take(images)
         self._byte_rate.take(size)
 
-    def _give_back(self, images: int, size: int, *, served: bool, missed: bool) -> None:
-        self.images -= images
-        self.bytes -= size
-        self._image_rate.give_back(images, served=served, missed=missed)
-        self._byte_rate.give_back(size, served=True)
+    def _give_back(self, ticket: "Ticket", *, served: bool, missed: bool) -> None:
+        self.images -= ticket.images
+        self.bytes -= ticket.bytes
+        if ticket.is_background:
+            self.background_images -= ticket.images
+        else:
+            self._image_rate.give_back(ticket.images, served=served, missed=missed)
+        self._byte_rate.give_back(ticket.bytes, served=True)
 
 
 class Ticket:
-    """The share of one request in what is in flight."""
+    """The share of one request in what is in flight.
 
-    __slots__ = ("_admission", "bytes", "images")
+    Args:
+        admission: of the service.
+        is_background: whether the images wait until no others do. Such tickets have half of the bound, or one has more.
+    """
 
-    def __init__(self, admission: Admission) -> None:
+    __slots__ = ("_admission", "bytes", "images", "is_background")
+
+    def __init__(self, admission: Admission, *, is_background: bool = False) -> None:
         self._admission = admission
+        self.is_background = is_background
         self.images = self.bytes = 0
 
     def add(self, *, images: int = 0, bytes: int = 0) -> None:  # noqa: A002 - the unit is the best name
@@ -168,5 +187,5 @@ class Ticket:
             served: whether it got its predictions; if not, it is no sign of speed.
             missed: whether its deadline has passed.
         """
-        self._admission._give_back(self.images, self.bytes, served=served, missed=missed)
+        self._admission._give_back(self, served=served, missed=missed)
         self.images = self.bytes = 0

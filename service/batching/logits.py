@@ -1,4 +1,4 @@
-"""The logits of one batch, and the ranking of their classes."""
+"""The logits of one batch, the ranking of their classes, and their probabilities."""
 
 from math import isfinite
 from typing import Final
@@ -56,3 +56,10 @@ def rank(logits: NDArray[np.float32]) -> Ranked:
     ordered = logits[np.arange(len(logits))[:, None], order]  # half the time of np.take_along_axis
     exponentials = np.exp(ordered - ordered[:, :1])
     return order, exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Map logits, float32 [..., C], to probabilities."""
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    result: NDArray[np.float32] = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return result

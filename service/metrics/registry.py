@@ -52,7 +52,7 @@ class Metrics:
         )
         self.request_seconds = seconds(
             "perceiver_request_seconds",
-            "Seconds from the headers of a request to /predict or infer to its response, whatever its status.",
+            "Seconds from the headers of a request to /predict, /embed or infer to its response, whatever its status.",
         )
         self.decode_seconds = seconds(
             "perceiver_decode_seconds",
@@ -69,7 +69,7 @@ class Metrics:
         # Alarms and panels use these, and Prometheus sees no increase in a counter that begins with its first event.
         for error in OWN_ERRORS:
             self.rejections.labels(error.code)
-        for route in ("/predict", "/v2/models/{name}/infer"):
+        for route in ("/predict", "/embed", "/v2/models/{name}/infer"):
             for status in {200, *(error.status for error in OWN_ERRORS)}:
                 self.requests.labels(route, status)
         self.deadline_misses = counter(
@@ -126,7 +126,7 @@ class Metrics:
         counter.inc()
 
     def predicted(self, seconds: float, request_id: str) -> None:
-        """Time one request to /predict; its id becomes the exemplar of its bucket."""
+        """Time one request for inference; its id becomes the exemplar of its bucket."""
         self.request_seconds.observe_request(seconds, request_id)
 
     def decoded(self, seconds: float) -> None:
@@ -137,10 +137,13 @@ class Metrics:
         """Count a decode process that was killed or has crashed."""
         self.decode_process_ends.labels(reason).inc()
 
-    def explained(self, images: int, runs: int) -> None:
-        """Count explained images, and the images that were run for them."""
+    def explained(self, images: int) -> None:
+        """Count explained images."""
         self.explanations.inc(images)
-        self.explanation_runs.inc(runs)
+
+    def explanation_run(self, images: int) -> None:
+        """Count images that were run for an explanation, whatever becomes of it."""
+        self.explanation_runs.inc(images)
 
     def rejected(self, code: str) -> None:
         """Count a request that ended in an error."""

@@ -155,7 +155,7 @@ def parse_v2(length: int, body: bytes) -> str:
 
     def read() -> int:
         content, binary = read_body(body, length, MAX_IMAGES)
-        read_outputs(content, tiny_metadata(input_size=SIZE))
+        read_outputs(content, tiny_metadata(input_size=SIZE), max_classes=100)
         return len(read_images(content, binary, tiny_metadata(input_size=SIZE), MAX_IMAGES))
 
     result = outcome(read)

@@ -1,7 +1,6 @@
 """Requests for inference by the protocol v2."""
 
 from collections.abc import Sequence
-from time import perf_counter
 from typing import Any, Final
 
 import numpy as np
@@ -10,9 +9,8 @@ from service.api.endpoint import InferenceEndpoint
 from service.api.options import MAX_DIGITS
 from service.api.paths import model_of
 from service.api.payload import Payload
-from service.api.prediction_writer import server_timing
 from service.api.request import InferenceRequest, Respond
-from service.api.response import Headers, json_response
+from service.api.response import Headers, Response, json_response
 from service.api.v2.tensors import FEATURES, OutputFormat, read_body, read_images, read_outputs, write_body
 from service.batching.queue import Prediction
 from service.decoding.upload import Upload
@@ -47,15 +45,17 @@ class InferRequest(InferenceRequest):
         return size <= self._service.settings.inline_decode_bytes  # what follows the JSON is sliced
 
     def _parse(self, body: bytes) -> Payload:
-        live, max_images = self._model, self._service.settings.max_images
+        live, settings = self._model, self._service.settings
+        max_images = settings.max_images
         content, binary = read_body(body, self._json_bytes, max_images)
-        self._formats = read_outputs(content, live.metadata)
+        self._formats = read_outputs(content, live.metadata, settings.max_top_k)
         self._head = {"model_name": live.metadata.name, "model_version": str(live.version)}
         if content.id:
             self._head["id"] = content.id
         if content.parameters and content.parameters.timeout:
             received = self._until - self._options.timeout
-            self._until = min(self._until, received + content.parameters.timeout / 1e6)
+            self._options.timeout = min(self._options.timeout, content.parameters.timeout / 1e6)
+            self._until = received + self._options.timeout
         images = read_images(content, binary, live.metadata, max_images)
         if isinstance(images, np.ndarray):
             self._pixels = list(images)
@@ -66,20 +66,13 @@ class InferRequest(InferenceRequest):
         with_features = any(name == FEATURES for name, *_ in self._formats)
         live.batcher.submit([image.data for image in images], self, self._until, with_features=with_features)
 
-    def set_result(self, result: list[Prediction], /) -> None:
-        """Respond with the outputs that were asked for."""
-        try:
-            body, json_bytes = write_body(result, self._formats, self._model.metadata, self._head)
-        except Exception as error:  # a logit is not a number
-            self.fail(error)
-            return
+    def _response(self, result: list[Prediction]) -> Response:
+        body, json_bytes = write_body(result, self._formats, self._model.metadata, self._head)
         response = json_response(200, body, self._request_id)
         if json_bytes is not None:
             response.headers[0] = (b"content-type", b"application/octet-stream")
             response.headers.append((JSON_LENGTH, b"%d" % json_bytes))
-        timing = server_timing(result, self._decode_seconds, perf_counter() - self._began)
-        response.headers.append((b"server-timing", timing))
-        self._finish(200, response)
+        return response
 
 
 class InferEndpoint(InferenceEndpoint):

@@ -6,7 +6,7 @@ from typing import Any, Final
 from fastapi import APIRouter
 
 from service import errors
-from service.api.paths import PREDICT, V2, V2_INFER, V2_MODEL, V2_VERSION
+from service.api.paths import INFERENCE, V2, V2_INFER, V2_MODEL, V2_VERSION
 from service.api.schemas import CONNECTION_ERRORS, PREDICT_ERRORS, ErrorResponse, V2Error, error_responses
 from service.api.v2.request import check_model
 from service.api.v2.tensors import DATATYPES, IMAGES, output_widths
@@ -174,7 +174,7 @@ def stats_of(service: Service, live: LiveModel) -> Json:
         "compute_input": of("perceiver_decode_seconds"),
         "compute_infer": of("perceiver_inference_seconds"),
     }
-    succeeded = sum(value("perceiver_requests_total", route=path, code="200") for path in (PREDICT, V2_INFER))
+    succeeded = sum(value("perceiver_requests_total", route=path, code="200") for path in INFERENCE)
     success = {"count": int(succeeded), "ns": sum(step["ns"] for step in steps.values())}
     stats = {
         "name": live.metadata.name,

@@ -15,6 +15,7 @@ from msgspec import Meta, Raw
 from numpy.typing import NDArray
 
 from service.api.payload import SPARE_STRINGS, check_count, check_not_empty, decode_base64
+from service.batching.logits import softmax
 from service.batching.queue import Prediction
 from service.decoding.decoder import Pixels
 from service.decoding.upload import Upload
@@ -237,10 +238,7 @@ def logits_of(predictions: Sequence[Prediction]) -> Output:
 
 def probabilities_of(predictions: Sequence[Prediction]) -> Output:
     """Return the softmax of the logits, float32 [N, C]."""
-    logits = logits_of(predictions)
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probabilities: Output = exponentials / exponentials.sum(axis=1, keepdims=True)
-    return probabilities
+    return softmax(logits_of(predictions))
 
 
 def features_of(predictions: Sequence[Prediction]) -> Output:
@@ -265,11 +263,16 @@ def output_widths(metadata: ModelMetadata) -> dict[str, int]:
     return {name: width for name, width in widths.items() if width}
 
 
-def read_outputs(content: InferBody, metadata: ModelMetadata) -> list[OutputFormat]:
+def read_outputs(content: InferBody, metadata: ModelMetadata, max_classes: int) -> list[OutputFormat]:
     """Return the outputs that a request asks for.
 
+    Args:
+        content: the JSON.
+        metadata: of the model.
+        max_classes: most classes that an output may name.
+
     Raises:
-        BadRequest: one that the model has not, that is asked for twice, or features as classes.
+        BadRequest: one that the model has not, that is asked for twice, with too many classes, or features as classes.
     """
     known = output_widths(metadata)
     is_binary = bool(content.parameters and content.parameters.binary_data_output)
@@ -280,12 +283,15 @@ def read_outputs(content: InferBody, metadata: ModelMetadata) -> list[OutputForm
             raise BadRequest(f"The model has no output {name[:40]}; it has {' and '.join(known)}.")
         if name == FEATURES and parameters.classification:
             raise BadRequest("The output features has no classes; leave out its classification.")
+        classes = min(parameters.classification or 0, len(metadata.labels))
+        if classes > max_classes:
+            raise BadRequest(f"The output {name} is asked for {classes} classes; this service allows {max_classes}.")
         if name in formats:
             raise BadRequest(f"The output {name} is asked for twice.")
         formats[name] = OutputFormat(
             name,
             is_binary if parameters.binary_data is None else parameters.binary_data,
-            parameters.classification or 0,
+            classes,
         )
     return list(formats.values())
 
@@ -311,9 +317,8 @@ def write_body(
         output: dict[str, Any] = {"name": name, "datatype": "FP32", "shape": [count, width]}
         texts = None
         if classes:
-            width = min(classes, width)
-            output |= {"datatype": "BYTES", "shape": [count, width]}
-            texts = classified(predictions, values, width, metadata.labels)
+            output |= {"datatype": "BYTES", "shape": [count, classes]}
+            texts = classified(predictions, values, classes, metadata.labels)
         if is_binary:
             part = values.astype("<f4", copy=False).tobytes() if texts is None else join_elements(texts)
             parts.append(part)

@@ -99,6 +99,7 @@ async def test_cors_preflight_and_errors_can_be_read_by_allowed_origins_alone(tm
         assert refused.status_code == 401
         assert refused.headers["access-control-allow-origin"] == "https://example.org"
         assert "X-Request-Id" in refused.headers["access-control-expose-headers"]
+        assert "Inference-Header-Content-Length" in refused.headers["access-control-expose-headers"]
 
 
 async def test_without_the_setting_there_are_no_cors_headers(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from service.api.embed import DIGITS, rounded
 from service.api.schemas import EmbedResponse
 from tests.fakes import FakeEngine
 from tests.service.harness import error_of, png, running
@@ -21,6 +22,7 @@ async def test_vectors_have_length_1_unless_told_otherwise(tmp_path: Path) -> No
         assert (normalized.dim, normalized.normalized, plain.normalized) == (3, True, False)
         assert [each.filename for each in normalized.embeddings] == ["a.png", "b.png"]
         assert [each.embedding for each in plain.embeddings] == [[1, 2, 3], [5, 6, 7]]
+        assert await run.metric("perceiver_request_seconds_count") == 2
         for unit, vector in zip(normalized.embeddings, plain.embeddings, strict=True):
             expected = np.array(vector.embedding) / np.linalg.norm(vector.embedding)
             np.testing.assert_allclose(unit.embedding, expected, rtol=1e-6)
@@ -62,3 +64,12 @@ async def test_a_vector_of_zeros_stays_one(tmp_path: Path) -> None:
     async with running(tmp_path, FakeEngine(feature_dim=1)) as run:
         answer = await run.client.post("/embed", content=png(0), headers=PNG)
         assert answer.json()["embeddings"][0]["embedding"] == [0]
+
+
+def test_numbers_are_rounded_to_the_digits_that_float32_has() -> None:
+    random = np.random.default_rng(0)
+    values = random.standard_normal(1000) * 10.0 ** random.integers(-37, 38, 1000)
+    limits = np.finfo(np.float32)
+    values = np.append(values, [0, 1, -1, 9.9999999, limits.max, limits.tiny, limits.smallest_subnormal])
+    expected = [float(f"{value:.{DIGITS}g}") for value in values]
+    np.testing.assert_allclose(rounded(values), expected, rtol=1e-15)

@@ -34,7 +34,7 @@ async def test_each_image_has_the_map_of_its_first_label(tmp_path: Path) -> None
         assert await run.metric("perceiver_explanations_total") == 2
         assert await run.metric("perceiver_explanation_runs_total") == 2 * RUNS
         assert await run.metric('perceiver_requests_total{code="200",route="/explain"}') == 1
-        assert await run.metric("perceiver_request_seconds_count") == 0  # the objective is that of /predict
+        assert await run.metric("perceiver_request_seconds_count") == 0  # they have no objective
         assert run.service.admission.images == run.service.admission.bytes == 0
 
 
@@ -93,6 +93,8 @@ async def test_a_request_has_no_more_runs_than_the_setting_allows(tmp_path: Path
         refused = await run.client.post("/explain", files=two)
         assert (refused.status_code, error_of(refused.content)) == (413, "too_many_images")
         assert len(run.engine.batches) == ran
+        broken = [("file", ("a.png", b"none")), ("file", ("b.png", b"none"))]  # refused before anything is decoded
+        assert error_of((await run.client.post("/explain", files=broken)).content) == "too_many_images"
 
 
 async def test_explanations_can_be_off(tmp_path: Path) -> None:
@@ -155,7 +157,10 @@ async def test_a_deadline_ends_it(tmp_path: Path) -> None:
         answer = await run.client.post("/explain", content=png(1), headers=PNG | {"x-request-timeout-ms": "120"})
         assert (answer.status_code, error_of(answer.content)) == (504, "deadline_exceeded")
         await run.until(lambda: run.service.queue_length == 0)
-        assert sum(map(len, run.engine.batches)) < RUNS
+        ran = sum(map(len, run.engine.batches))
+        assert ran < RUNS
+        assert 0 < await run.metric("perceiver_explanation_runs_total") <= ran
+        assert await run.metric("perceiver_explanations_total") == 0
 
 
 async def test_a_failing_run_fails_it(tmp_path: Path) -> None:

@@ -68,8 +68,11 @@ async def test_top_k_may_be_a_field_of_a_form_and_the_query_goes_before_it(tmp_p
             files = [("file", ("a.png", png(1)))]
             response = await run.client.post(f"/predict{query}", files=files, data=fields)
             assert len(response.json()["predictions"][0]["top"]) == expected
-        response = await run.client.post("/predict", files=files, data={"top_k": "6"})
-        assert (response.status_code, error_of(response.content)) == (400, "invalid_top_k")
+        for query, field in (("", "6"), ("", "three"), ("?top_k=3", "three")):
+            response = await run.client.post(f"/predict{query}", files=files, data={"top_k": field})
+            assert (response.status_code, error_of(response.content)) == (400, "invalid_top_k")
+        response = await run.client.post("/explain", files=files, data={"top_k": "three"})
+        assert response.status_code == 200  # it has no such field
 
 
 async def test_json_with_one_and_with_several_images(tmp_path: Path) -> None:

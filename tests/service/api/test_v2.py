@@ -196,7 +196,7 @@ def test_a_malformed_body_is_refused_or_read_and_nothing_else(case: tuple[bytes,
     body, length = case
     try:
         content, binary = read_body(body, length, 64)
-        read_outputs(content, tiny_metadata())
+        read_outputs(content, tiny_metadata(), max_classes=100)
         images = read_images(content, binary, tiny_metadata(), 64)
     except ServiceError as error:
         assert 400 <= error.status < 500  # noqa: PT017 - what was raised is the answer
@@ -281,11 +281,32 @@ async def test_the_limits_are_those_of_predict(tmp_path: Path) -> None:
         assert {answer.status_code for answer in await asyncio.gather(held, *again)} == {200}
 
 
+async def test_classes_are_bounded_as_top_k_is(tmp_path: Path) -> None:
+    async with running(tmp_path, max_top_k=2) as run:
+        for classes, status in ((2, 200), (3, 400)):
+            outputs = [{"name": "logits", "parameters": {"classification": classes}}]
+            answer = await post(run, {"inputs": [in_binary()], "outputs": outputs}, PIXELS)
+            assert answer.status_code == status
+        assert sentence(answer) == "The output logits is asked for 3 classes; this service allows 2."
+
+
 async def test_the_parameter_timeout_is_a_deadline(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
+        assert run.service.store.live is not None
+        run.service.store.live.expected_rate = 1e9
         held = await run.hold_first()
         late = await post(run, {"inputs": [in_binary()], "parameters": {"timeout": 1000}}, PIXELS)
         assert "deadline" in sentence(late, 504)
+        await run.assert_first_alone_ran(held)
+
+
+async def test_what_could_not_run_within_the_parameter_timeout_is_refused_at_once(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        assert run.service.store.live is not None
+        run.service.store.live.expected_rate = 0.5
+        held = await run.hold_first()
+        refused = await post(run, {"inputs": [in_binary()], "parameters": {"timeout": 1_000_000}}, PIXELS)
+        assert "about 2 s, and the deadline is in 1 s" in sentence(refused, 503)
         await run.assert_first_alone_ran(held)
 
 

@@ -199,7 +199,7 @@ def test_a_slow_second_fades_the_peak_where_it_is_a_sign_of_slowness(clock: Cloc
 
 def test_what_can_not_run_before_its_deadline_is_refused_at_once(clock: Clock) -> None:
     admission = Admission(100, 0, max_wait=10, clock=clock)
-    admission.check_wait(64, 0.001, 10)  # none is ahead: it may try
+    Admission(100, 0).check_wait(64, 0.001, 10)  # none is ahead: it may try
     enter(admission, 50)
     admission.check_wait(1, 0.001, 0)  # nothing is known
     admission.check_wait(1, 5, 10)
@@ -243,13 +243,41 @@ def test_rare_requests_are_no_sign_of_slowness(clock: Clock) -> None:
     """One at a time, each for two seconds: a burst of a hundred may come."""
     admission = Admission(512, 0, clock=clock)
     for _ in range(100):
-        ticket = enter(admission)
         admission.check_wait(1, 10, 100)
+        ticket = enter(admission)
         clock.now += 2
         ticket.release()
         clock.now += 10
     enter(admission, 100)
     admission.check_wait(1, 10, 100)
+
+
+def test_background_images_are_never_ahead_and_no_sign_of_slowness(clock: Clock) -> None:
+    admission = Admission(100, 0, clock=clock)
+    background = Ticket(admission, is_background=True)
+    background.add(images=32)
+    for _ in range(20):  # rare ones, which an explanation accompanies
+        admission.check_wait(1, 0.5, 10)
+        ticket = enter(admission)
+        clock.now += 1
+        ticket.release()
+    background.release(served=False, missed=True)
+    enter(admission, 5)
+    admission.check_wait(1, 0.5, 10)
+
+
+def test_background_images_leave_half_of_the_room(clock: Clock) -> None:
+    admission = Admission(100, 0, clock=clock)
+    tickets = [Ticket(admission, is_background=True) for _ in range(2)]
+    tickets[0].add(images=32)
+    with pytest.raises(Overloaded):
+        tickets[1].add(images=32)
+    tickets[0].add(images=32)  # none but its own: it may have more
+    with admitted(admission, 36):
+        assert (admission.images, admission.background_images) == (100, 64)
+    for ticket in tickets:
+        ticket.release()
+    assert admission.images == admission.background_images == 0
 
 
 @pytest.mark.parametrize("timeout", [10.0, 1.0])
