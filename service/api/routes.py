@@ -29,8 +29,10 @@ from service.api.schemas import (
     error_responses,
     inference_bodies,
 )
+from service.explanation.masks import RUNS
 from service.lifecycle import Service
 from service.repository.versions import VersionRecord
+from service.settings import Settings
 
 NOT_READY = error_responses([errors.Unavailable, errors.NotReady, errors.Draining])
 KEYED = error_responses([errors.Unauthorized])
@@ -43,7 +45,7 @@ NOT_HEALTHY: dict[int | str, dict[str, object]] = {
 def create_router(service: Service) -> APIRouter:
     """Return the routes of a service."""
     router = APIRouter(responses=FAILED, generate_unique_id_function=lambda route: route.name)
-    add_inference(router, service.settings.max_images)
+    add_inference(router, service.settings)
     add_health(router, service)
     add_models(router, service)
 
@@ -69,8 +71,10 @@ METRICS: dict[int | str, dict[str, object]] = {
 }
 
 
-def add_inference(router: APIRouter, max_images: int) -> None:
+def add_inference(router: APIRouter, settings: Settings) -> None:
     """Describe the paths for inference, which their endpoints answer before a router is asked."""
+    max_images = settings.max_images
+    max_explained = max(1, min(max_images, settings.explain_max_runs // (1 + RUNS)))
 
     @router.post(
         PREDICT,
@@ -93,7 +97,7 @@ def add_inference(router: APIRouter, max_images: int) -> None:
         responses=EXPLAINED | error_responses(EXPLAIN_ERRORS),
         openapi_extra={
             "parameters": [LABEL, *INFERENCE_PARAMETERS],
-            "requestBody": {"required": True, "content": inference_bodies(max_images)},
+            "requestBody": {"required": True, "content": inference_bodies(max_explained)},
         },
     )
     async def explain() -> ExplainResponse:

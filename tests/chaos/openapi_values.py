@@ -6,12 +6,14 @@ from typing import Any
 import schemathesis
 from hypothesis import strategies as st
 
+from service.explanation.masks import RUNS
 from service.settings import Settings
-from tests.fakes import HEIGHT, WIDTH
+from tests.fakes import HEIGHT, WIDTH, tiny_metadata
 from tests.imaging.files import all_files, pixels
 
 FILES = list(all_files(pixels(9, 13)).values())
 MAX_IMAGES = Settings.model_fields["max_images"].default
+MAX_EXPLAINED = Settings.model_fields["explain_max_runs"].default // (1 + RUNS)
 PIXELS = {"name": "images", "datatype": "UINT8", "shape": [1, HEIGHT, WIDTH, 3], "data": [7] * HEIGHT * WIDTH * 3}
 INFERS = [
     {
@@ -33,13 +35,16 @@ schemathesis.openapi.format("binary", st.sampled_from(FILES))
 def before_load_schema(context: object, raw_schema: dict[str, Any]) -> None:
     """Take real images for base64: no other string is valid."""
     paths = raw_schema["paths"]
-    content = paths["/predict"]["post"]["requestBody"]["content"]
     image = {"enum": [base64.b64encode(data).decode() for data in FILES]}
-    for form in content["application/json"]["schema"]["oneOf"]:
-        if "image" in form["properties"]:
-            form["properties"]["image"] = image
-        else:
-            form["properties"]["images"]["items"] = image
+    for path in ("/predict", "/explain", "/embed"):
+        for form in paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]["oneOf"]:
+            if "image" in form["properties"]:
+                form["properties"]["image"] = image
+            else:
+                form["properties"]["images"]["items"] = image
+    for parameter in paths["/explain"]["post"]["parameters"]:
+        if parameter["name"] == "label":
+            parameter["schema"] = {"type": "string", "enum": list(tiny_metadata().labels)}
     for path, operations in paths.items():
         for operation in operations.values() if path.startswith("/v2/models/{name}") else ():
             name_the_model(operation)
@@ -67,4 +72,5 @@ def filter_case(context: object, case: Any) -> bool:
     if case.media_type != "multipart/form-data" or not isinstance(case.body, dict):
         return True
     sizes = [len(field) for field in case.body.values() if isinstance(field, list)]
-    return 0 not in sizes and (len(sizes) < 2 or sum(sizes) <= MAX_IMAGES)
+    most = MAX_EXPLAINED if case.path == "/explain" else MAX_IMAGES
+    return 0 not in sizes and (len(sizes) < 2 or sum(sizes) <= most)

