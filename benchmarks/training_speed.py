@@ -58,7 +58,7 @@ def main() -> int:
         for name in args.presets:
             rows.append(measure(name, args, world))
             if world.is_main:  # the next may take minutes, or fail
-                print(f"{name}: {rows[-1]['pictures/s, median']:.4g} images a second", flush=True)
+                print(f"{name}: {rows[-1]['images/s, median']:.4g} images a second", flush=True)
         if world.is_main:
             report(rows, about, args.csv)
     finally:
@@ -96,9 +96,9 @@ def measure(preset: str, args: argparse.Namespace, world: World) -> dict[str, ob
         "compiled": str(compiled),
         "batch": batch,
         "steps": len(seconds),
-        "pictures/s, median": batch / sorted(seconds)[len(seconds) // 2],
-        "pictures/s, best": best,
-        "GFLOP/picture": gflop,
+        "images/s, median": batch / sorted(seconds)[len(seconds) // 2],
+        "images/s, best": best,
+        "GFLOP/image": gflop,
         "matrix product GFLOP/s": peak,
         "fraction of it, best": best * gflop / peak,
     }

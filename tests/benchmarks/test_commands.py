@@ -113,7 +113,7 @@ def test_training_speed(tmp_path: Path) -> None:
     assert (row["preset"], row["processes"], row["threads"], row["batch"]) == ("compact", "1", "1", "4")
     assert int(row["steps"]) >= 3
     assert row["precision"] == choose_precision("auto", torch.device("cpu"))
-    assert 0 < float(row["pictures/s, median"]) <= float(row["pictures/s, best"])
+    assert 0 < float(row["images/s, median"]) <= float(row["images/s, best"])
     assert 0 < float(row["fraction of it, best"]) < 1
 
 
