@@ -14,10 +14,11 @@ from imaging.fast_jpeg import decode_exact_jpeg
 from imaging.formats import read_header
 from imaging.resize import Crop, Filter
 from imaging.structure.header import Header
+from service.api.options import positive
 from service.api.payload import Upload, parse_body
 from service.api.v2.tensors import read_body, read_images, read_outputs
 from service.decoding.decoder import SERVICE_ERRORS
-from service.errors import ServiceError
+from service.errors import InvalidTopK, ServiceError
 from tests.fakes import tiny_metadata
 from tests.imaging.files import all_files, encode, pixels
 
@@ -146,7 +147,10 @@ def parse(content_type: bytes, body: bytes) -> str:
         return refused(result)
     assert 1 <= len(result.uploads) <= MAX_IMAGES
     assert all(isinstance(upload, Upload) and upload.data for upload in result.uploads)
-    assert result.top_k is None or result.top_k >= 1
+    if result.top_k is not None and isinstance(
+        wrong := outcome(lambda: positive(result.top_k, InvalidTopK())), ServiceError
+    ):
+        return refused(wrong)
     return "uploads"
 
 

@@ -195,7 +195,7 @@ async def test_who_is_refused_and_does_not_read_it_is_disconnected(
         # More answers than the buffers of both sockets hold, and not so many that the service waits for its client.
         while not connection.transport.get_write_buffer_size():
             answered = state.total_requests
-            writer.write(request_head(None, target="/openapi.json", method="GET"))
+            writer.write(request_head(None, target="/page/page.js", method="GET"))
             await run.until(lambda answered=answered: state.total_requests > answered)
         assert not connection.flow.write_paused
         writer.write(b"this is no HTTP\r\n\r\n")
