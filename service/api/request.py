@@ -45,14 +45,15 @@ class InferenceRequest:
     """
 
     __slots__ = (
-        "_began", "_chunks", "_decode_seconds", "_endpoint", "_filenames", "_headers", "_is_cancelled", "_is_done",
-        "_live", "_options", "_pixels", "_query", "_received", "_request_id", "_respond", "_service", "_task",
-        "_ticket", "_until",
+        "_began", "_checked", "_chunks", "_decode_seconds", "_endpoint", "_filenames", "_headers", "_is_cancelled",
+        "_is_done", "_live", "_options", "_pixels", "_query", "_received", "_request_id", "_respond", "_service",
+        "_task", "_ticket", "_until",
     )  # fmt: skip
 
     path: str
     is_background = False
     _options: RequestOptions
+    _checked: LiveModel
     _filenames: Sequence[str | None]
 
     def __init__(self, endpoint: "InferenceEndpoint", headers: Headers, query: bytes, respond: Respond) -> None:
@@ -108,7 +109,8 @@ class InferenceRequest:
         service.check_ready()
         self._options = options = read_options(self._headers, settings.request_timeout_ms)
         self._check_content_type()
-        self._check_options(live := service.lease())
+        self._checked = live = service.lease()
+        self._check_options(live)
         announced = options.content_length or 0
         check_size(announced, settings.max_body_bytes)
         if service.admission.is_full(size=announced):
@@ -121,7 +123,7 @@ class InferenceRequest:
     def _check_options(self, live: LiveModel) -> None:
         """Read what only this kind of request asks for, and check it against a model.
 
-        It is called for the head, and again with the model that serves the request, which may be another.
+        It is called for the head, and again where another model serves the request.
         """
         raise NotImplementedError
 
@@ -130,7 +132,8 @@ class InferenceRequest:
         self._until = asyncio.get_running_loop().time() + self._options.timeout
         # One model from here to the response, so that input size, labels and version belong together.
         self._live = live = self._service.lease().__enter__()
-        self._check_options(live)
+        if live is not self._checked:
+            self._check_options(live)
         chunks, self._chunks = self._chunks, []
         body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         decoder, uploads, images = self._service.decoder, None, None
