@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -77,9 +77,21 @@ class RunConfig(BaseModel):
     train: TrainConfig
     pictures_sha256: str | None = Field(None, description="of training and validation images and labels")
     init: Origin | None = Field(None, description="whose weights it begins with; None: it begins at random")
-    teacher: Origin | None = Field(None, description="whose answers are part of its targets, where not those of `init`")
+    teachers: tuple[Origin, ...] = Field(
+        (), description="whose answers, in the mean, are part of its targets, where not those of `init`"
+    )
 
     stage: RecipeStage | None = Field(None, description="None where no recipe trained it")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_one_teacher(cls, data: Any) -> Any:
+        """Read the configuration of a run of before there could be several."""
+        if isinstance(data, dict) and "teacher" in data:
+            data = dict(data)
+            teacher = data.pop("teacher")
+            data["teachers"] = () if teacher is None else (teacher,)
+        return data
 
     def without_paths(self) -> RunConfig:
         """The same without where the images lie on this machine, if that is an absolute path: its last part stays."""
@@ -89,8 +101,8 @@ class RunConfig(BaseModel):
 
     @property
     def origins(self) -> tuple[Origin, ...]:
-        """What it begins with, and what teaches it where that is another."""
-        return tuple(origin for origin in (self.init, self.teacher) if origin is not None)
+        """What it begins with, and what teaches it where those are others."""
+        return (self.init, *self.teachers) if self.init is not None else self.teachers
 
     @property
     def draw_seed(self) -> int:
@@ -123,9 +135,9 @@ class RunConfig(BaseModel):
         return own + sum(1 if origin.test_readings is None else origin.test_readings for origin in others)
 
     @property
-    def taught_by(self) -> Origin | None:
+    def taught_by(self) -> tuple[Origin, ...]:
         """Whose answers are part of the targets."""
-        return (self.teacher or self.init) if self.train.distillation else None
+        return (self.teachers or self.origins) if self.train.distillation else ()
 
 
 class Header(BaseModel):

@@ -75,7 +75,7 @@ class Classifier:
         if labels is not None and tuple(labels) != run.labels:
             new = {"labels": tuple(labels), "superclasses": None, "superclass_names": None, "init": read_origin(file)}
             config = ModelConfig.model_validate(run.model.model_dump() | {"num_classes": len(labels)})
-            run = run.model_copy(update={**new, "model": config, "teacher": None, "stage": None})
+            run = run.model_copy(update={**new, "model": config, "teachers": (), "stage": None})
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # of the head
                 model, temperature = Perceiver(config), 1.0
@@ -159,7 +159,7 @@ class Classifier:
         targets = torch.tensor([self.labels.index(label) for label in labels], device=pixels.device)
         if self._config != config:
             self._optimizers, self._config = make_optimizers(self.model, config), config
-        step = TrainStep(self.model.train(), self.preprocess, config, None)
+        step = TrainStep(self.model.train(), self.preprocess, config, ())
         losses = []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed + self._epochs)

@@ -128,9 +128,10 @@ def _add_run(group: Any) -> None:
     group.add_argument(
         "--teacher",
         type=Path,
+        nargs="+",
         metavar="PATH",
-        help="with --distillation: a model of any size and the same classes, named as for --init, whose answers become "
-        "part of the targets (default: the model of --init)",
+        help="with --distillation: models of any size and the same classes, named as for --init, whose answers, in the "
+        "mean, become part of the targets (default: the model of --init)",
     )
     group.add_argument(
         "--resume",
@@ -242,7 +243,8 @@ def choose_preset(args: argparse.Namespace) -> Preset | None:
             "--teacher, or with --init."
         )
     if args.teacher is not None and not chosen.train.distillation:
-        raise ValueError(f"--teacher {args.teacher} teaches nothing without --distillation: give both, or neither.")
+        named = " ".join(map(str, args.teacher))
+        raise ValueError(f"--teacher {named} teaches nothing without --distillation: give both, or neither.")
     for name, (is_used, lacking) in USED_ONLY.items():
         if name in changes and not is_used(chosen):
             raise ValueError(f"{format_flag(name, changes[name])} changes nothing {lacking}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -50,12 +51,21 @@ class Teacher(nn.Module):
         return logits.float()
 
 
-def check_teacher(run: RunConfig) -> None:
-    """Raise CheckpointError unless the teacher of a run, where it has one, can be asked about the run's images."""
-    if run.taught_by is None:
-        return
-    theirs = run.taught_by.run
-    flag = "--init" if run.teacher is None else "--teacher"
+def mean_answer(logits: Sequence[Tensor]) -> Tensor:
+    """Logits whose softmax is the mean of the softmaxes of several teachers' logits, float [B, K] each."""
+    if len(logits) == 1:
+        return logits[0]
+    return torch.stack([each.log_softmax(dim=1) for each in logits]).logsumexp(dim=0)
+
+
+def check_teachers(run: RunConfig) -> None:
+    """Raise CheckpointError unless the teachers of a run, where it has some, can be asked about the run's images."""
+    for origin in run.taught_by:
+        _check_teacher(run, origin.run)
+
+
+def _check_teacher(run: RunConfig, theirs: RunConfig) -> None:
+    flag = "--teacher" if run.teachers else "--init"
     if theirs.labels != run.labels:
         raise CheckpointError(
             f"--distillation {run.train.distillation} needs answers in the classes of these images, and the model of "

@@ -135,7 +135,10 @@ def plan(args: argparse.Namespace, argv: list[str]) -> list[Stage]:
             )
         if mine.init is None and stages:
             mine.init = stages[-1].folder
-        mine.init, mine.teacher = (_folder_of(path, stages) for path in (mine.init, mine.teacher))
+        if mine.init is not None:
+            mine.init = _folder_of(mine.init, stages)
+        if mine.teacher is not None:
+            mine.teacher = [_folder_of(path, stages) for path in mine.teacher]
         for each in ("data", "device", "threads", "max_minutes"):
             setattr(mine, each, getattr(args, each))
         mine.out = folder / f"stage-{number}"
@@ -146,7 +149,7 @@ def plan(args: argparse.Namespace, argv: list[str]) -> list[Stage]:
     return stages
 
 
-def _folder_of(path: Path | None, before: list[Stage]) -> Path | None:
+def _folder_of(path: Path, before: list[Stage]) -> Path:
     """The run of an earlier stage where a path is its name, else the path."""
     return next((stage.folder for stage in before if str(path) == stage.folder.name), path)
 

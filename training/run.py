@@ -26,7 +26,7 @@ from training.cli import choose_preset
 from training.config import Preset, TrainConfig
 from training.data.dataset import DataError, DataSet
 from training.data.load import load_for
-from training.distillation import check_teacher
+from training.distillation import check_teachers
 from training.distributed import PeerFailed, World, join, shut_down
 from training.model import count_parameters
 from training.precision import choose_precision, computes_in_bfloat16, describe_precision
@@ -159,9 +159,8 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World, deadlin
             if preset is None:
                 trainer.resume()
             else:
-                trainer.load_origins(
-                    *(None if path is None else find_checkpoint(path) for path in (args.init, args.teacher))
-                )
+                teachers = [find_checkpoint(path) for path in args.teacher or ()]
+                trainer.load_origins(None if args.init is None else find_checkpoint(args.init), teachers)
             if preset is not None and world.is_main:
                 (folder / "config.json").write_text(run.model_dump_json(indent=2) + "\n", encoding="utf-8")
                 seen_images.write(folder, data_set.train, origin_folders(args))
@@ -204,7 +203,8 @@ def enlarges_only(args: argparse.Namespace, run: RunConfig) -> bool:
 
 def origin_folders(args: argparse.Namespace) -> list[Path]:
     """The folders of the checkpoints that a run begins with and learns from."""
-    return [find_checkpoint(path).parent for path in (args.init, args.teacher) if path is not None]
+    init = [] if args.init is None else [args.init]
+    return [find_checkpoint(path).parent for path in (*init, *(args.teacher or ()))]
 
 
 def resume_command(args: argparse.Namespace, run: RunConfig, world: World, folder: Path) -> str:
@@ -249,9 +249,7 @@ def prepare(
         folder = args.resume
     else:
         world.share(preset.train.batch_size)
-        init, teacher = (
-            None if path is None else read_origin(find_checkpoint(path)) for path in (args.init, args.teacher)
-        )
+        init = None if args.init is None else read_origin(find_checkpoint(args.init))
         if init is not None:
             check_compatible(find_checkpoint(args.init), init.run.model, preset.model)
         # Twice, because without --out the folder is named after data that has to be read first.
@@ -281,10 +279,10 @@ def prepare(
             train=train,
             pictures_sha256=data_set.digest(),
             init=init,
-            teacher=teacher,
+            teachers=tuple(read_origin(find_checkpoint(path)) for path in args.teacher or ()),
             stage=None if args.stage is None else recipe_stage(args.stage),
         )
-        check_teacher(run)
+        check_teachers(run)
     held.enter_context(lock_run_dir(folder))
     return run, data_set, folder
 
@@ -331,7 +329,7 @@ def load_run(args: argparse.Namespace) -> tuple[RunConfig, DataSet]:
         raise CheckpointError(
             f"--resume {args.resume}: this run ended before its first checkpoint; "
             f"start it again with --out {args.resume}"
-            + (", and with the same --init or --teacher." if run.init or run.teacher else ".")
+            + (", and with the same --init or --teacher." if run.origins else ".")
         )
     data_set = load_for(run, args.data or (Path(run.data) if run.data else None))
     if data_set.labels != run.labels:

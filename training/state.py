@@ -38,7 +38,7 @@ class TrainState:
         optimizers: of the model.
         average: moving average of the weights, None where none is kept.
         loss_sum: float32 [], loss summed over the current epoch's steps.
-        teacher: whose answers are part of the targets, None where there is none.
+        teachers: whose answers, in the mean, are part of the targets.
         plateau: what the validation losses have led to.
         epoch: finished epochs.
         step: finished steps.
@@ -53,7 +53,7 @@ class TrainState:
     optimizers: list[Optimizer]
     average: AveragedModel | None
     loss_sum: Tensor
-    teacher: Teacher | None = None
+    teachers: list[Teacher] = field(default_factory=list)
     plateau: Plateau = field(default_factory=Plateau)
     epoch: int = 0
     step: int = 0
@@ -112,8 +112,8 @@ class TrainState:
         if self.average is not None:
             tensors |= checkpoint.add_prefix("raw", self.model.state_dict())
             tensors["average.n"] = self.average.n_averaged
-        if self.teacher is not None:
-            tensors |= checkpoint.add_prefix("teacher", self.teacher.state_dict())
+        for i, teacher in enumerate(self.teachers):
+            tensors |= checkpoint.add_prefix(f"teacher.{i}", teacher.state_dict())
         packed = [checkpoint.pack_optimizer(optimizer) for optimizer in self.optimizers]
         for i, (moments, _) in enumerate(packed):
             tensors |= checkpoint.add_prefix(f"optimizer.{i}", moments)
@@ -173,8 +173,8 @@ class TrainState:
             self.average.n_averaged.copy_(tensors["average.n"])
             weights = checkpoint.strip_prefix("raw", tensors)
         checkpoint.load_into(self.model, weights, path)
-        if self.teacher is not None:
-            checkpoint.load_into(self.teacher, checkpoint.strip_prefix("teacher", tensors), path)
+        for i, teacher in enumerate(self.teachers):
+            checkpoint.load_into(teacher, checkpoint.strip_prefix(f"teacher.{i}", tensors), path)
 
 
 def initial_state(run: RunConfig, train: Tensor, val: Tensor, device: torch.device) -> TrainState:
@@ -193,7 +193,6 @@ def initial_state(run: RunConfig, train: Tensor, val: Tensor, device: torch.devi
     # As the Keras example does, which adapts to all 50,000 images before it holds the last tenth out.
     preprocess.fit(train, val)
     model.to(device)
-    teacher = Teacher(run.taught_by).to(device) if run.taught_by is not None else None
     return TrainState(
         run=run,
         model=model,
@@ -201,5 +200,5 @@ def initial_state(run: RunConfig, train: Tensor, val: Tensor, device: torch.devi
         optimizers=make_optimizers(model, run.train),
         average=AveragedModel(model) if run.train.ema_decay else None,
         loss_sum=torch.zeros((), device=device),
-        teacher=teacher,
+        teachers=[Teacher(origin).to(device) for origin in run.taught_by],
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from training.data import augment
 from training.data.corruption import corrupt
 from training.data.dataset import DataSet
 from training.data.trivial_augment import trivial_augment
-from training.distillation import Teacher, distillation_loss
+from training.distillation import Teacher, distillation_loss, mean_answer
 from training.distributed import World
 from training.evaluate import TOP5_CLASSES, Metrics, measure, predict_logits
 from training.metrics_log import MetricsEntry, append_metrics, truncate_after
@@ -60,29 +60,33 @@ def epoch_order(seed: int, epoch: int, count: int, batch_size: int) -> Tensor:
 class TrainStep(nn.Module):
     """Images to loss: augment, preprocess, mix, forward, cross-entropy. What ``torch.compile`` compiles.
 
-    A teacher sees the same pixels: augmented, mixed and all (Beyer et al. 2022, section 3.1, "function matching").
+    Teachers see the same pixels, augmented, mixed and all (Beyer et al. 2022, section 3.1, "function matching"), but no
+    corruption: they never learned to see through it, and their student should (Xie et al. 2020, section 2).
     """
 
-    def __init__(self, model: nn.Module, preprocess: Preprocess, config: TrainConfig, teacher: Teacher | None) -> None:
+    def __init__(
+        self, model: nn.Module, preprocess: Preprocess, config: TrainConfig, teachers: Sequence[Teacher]
+    ) -> None:
         super().__init__()
         self.model = model
         self.preprocess = preprocess
         self.config = config
-        self.teacher = teacher
+        self.teachers = nn.ModuleList(teachers)
 
     def forward(self, images: Tensor, labels: Tensor, draws: augment.Draws, weight: Tensor | None) -> Tensor:
         """uint8 [B, H, W, 3], int64 [B], what was drawn -> mean loss, float32 []."""
         images = augment.flip_and_shift(images, draws)
         if self.config.trivial_augment:
             images = trivial_augment(images, draws.operation, draws.strength)
-        if self.config.corruption:
-            images = corrupt(images, draws.corruption, draws.severity)
-        logits = self.model(self._pixels(self.preprocess, images, draws, weight)).float()
+        seen = corrupt(images, draws.corruption, draws.severity) if self.config.corruption else images
+        logits = self.model(self._pixels(self.preprocess, seen, draws, weight)).float()
         loss = augment.mixed_cross_entropy(logits, labels, weight, self.config.label_smoothing)
-        if self.teacher is None:
+        if not self.teachers:
             return loss
-        teacher = self.teacher(self._pixels(self.teacher.preprocess, images, draws, weight))
-        return distillation_loss(loss, logits, teacher, self.config.distillation, self.config.distillation_temperature)
+        answers = [teacher(self._pixels(teacher.preprocess, images, draws, weight)) for teacher in self.teachers]
+        return distillation_loss(
+            loss, logits, mean_answer(answers), self.config.distillation, self.config.distillation_temperature
+        )
 
     def _pixels(self, preprocess: Preprocess, images: Tensor, draws: augment.Draws, weight: Tensor | None) -> Tensor:
         pixels: Tensor = preprocess(images)
@@ -128,7 +132,7 @@ class Trainer:
         if self.world.size > 1:
             devices = [self.world.device] if self.world.device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=devices)
-        step = TrainStep(model, self.state.preprocess, self.config, self.state.teacher)
+        step = TrainStep(model, self.state.preprocess, self.config, self.state.teachers)
         return torch.compile(step) if self.config.compile else step
 
     @property
@@ -289,22 +293,22 @@ class Trainer:
         """
         self.state.load_last(self.folder / "last.safetensors", len(self.train_split))
 
-    def load_origins(self, init: Path | None, teacher: Path | None) -> None:
+    def load_origins(self, init: Path | None, teachers: Sequence[Path]) -> None:
         """Take the weights of other runs before the first step.
 
         Args:
             init: the checkpoint of ``run.init``; see `training.transfer.load_initial_weights`.
-            teacher: that of ``run.teacher``; without it ``init`` teaches, where the run has a teacher.
+            teachers: those of ``run.teachers``; without them ``init`` teaches, where the run has a teacher.
 
         Raises:
             CheckpointError: one can't be read, or is another one by now.
         """
         if init is not None:
             load_initial_weights(self.state.model, self.run, init)
-        if self.state.teacher is not None:
-            path = teacher or init
-            assert path is not None  # `training.cli` sees to it
-            self.state.teacher.load_weights(path)
+        paths = teachers or ([] if init is None else [init])
+        # A run without --distillation has none.
+        for teacher, path in zip(self.state.teachers, paths, strict=bool(self.state.teachers)):
+            teacher.load_weights(path)
 
     def fit(self, deadline: float | None = None, max_steps: int | None = None) -> bool:
         """Train until done or told to stop; writes ``last`` either way.

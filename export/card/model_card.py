@@ -103,7 +103,7 @@ def other_data(source: Source, *, leakage: bool) -> str:
     text = "Nothing else was used: no other images, and no pretrained weights."
     if others:
         relation = (
-            "Training started from weights" if all(run.teacher is None for run in runs) else "It goes back to models"
+            "Training started from weights" if not any(run.teachers for run in runs) else "It goes back to models"
         )
         text = f"{relation} trained on {' and '.join(others)}."
     if leakage:

@@ -59,14 +59,15 @@ def data_flags(run: RunConfig) -> list[str]:
 
 
 def origin_flags(run: RunConfig, folders: Mapping[str, str]) -> list[str]:
-    """Return the flags that name a run's initial weights and its teacher.
+    """Return the flags that name a run's initial weights and its teachers.
 
     Args:
         run: that of the command.
         folders: of earlier runs, by SHA-256 of their checkpoint.
     """
-    flags = (("--init", run.init), ("--teacher", run.teacher))
-    return [f"{flag} {folders[origin.checkpoint_sha256]}" for flag, origin in flags if origin is not None]
+    flags = [] if run.init is None else [f"--init {folders[run.init.checkpoint_sha256]}"]
+    teachers = " ".join(folders[origin.checkpoint_sha256] for origin in run.teachers)
+    return [*flags, f"--teacher {teachers}"] if teachers else flags
 
 
 def training_command(launcher: str, run: RunConfig, flags: Sequence[str]) -> str:
@@ -87,7 +88,7 @@ def training_command(launcher: str, run: RunConfig, flags: Sequence[str]) -> str
 
 
 def describe_run(source: Source) -> str:
-    """Return the epoch of the weights, the duration and machine of the run, its initial weights and its teacher."""
+    """Return the epoch of the weights, the duration and machine of the run, its initial weights and its teachers."""
     epochs = len(source.epochs)
     of_all = f" of {epochs}" if epochs >= source.epoch else ""
     text = f"The weights of epoch {source.epoch}{of_all}."
@@ -99,15 +100,22 @@ def describe_run(source: Source) -> str:
             f" Training started from the weights of epoch {init.epoch} of another run ({describe_origin(init)}), which "
             f"{earlier}."
         )
-    if (teacher := source.run.taught_by) is not None:
+    if source.run.taught_by:
         text += f" Of the targets {source.run.train.distillation:.0%} were "
-        if source.run.teacher is None:
-            text += "the outputs of that model (knowledge distillation)."
-        else:
-            text += (
-                f"the outputs of another model (knowledge distillation): of epoch {teacher.epoch} of a run that "
-                f"{earlier} as well ({describe_origin(teacher)})."
-            )
+        match source.run.teachers:
+            case ():
+                text += "the outputs of that model (knowledge distillation)."
+            case (teacher,):
+                text += (
+                    f"the outputs of another model (knowledge distillation): of epoch {teacher.epoch} of a run that "
+                    f"{earlier} as well ({describe_origin(teacher)})."
+                )
+            case teachers:
+                each = "; ".join(f"epoch {teacher.epoch}, {describe_origin(teacher)}" for teacher in teachers)
+                text += (
+                    f"the mean of the outputs of {len(teachers)} models (knowledge distillation), which {earlier} as "
+                    f"well: {each}."
+                )
     return text
 
 

@@ -115,7 +115,7 @@ def test_a_distilled_run_lists_the_commands_of_its_teacher(copy: Path) -> None:
     of_teacher = source.run.model_copy(update={"preset": "accurate", "init": init})
     teacher = Origin(checkpoint_sha256="2" * 64, epoch=12, git_commit="abd", run=of_teacher)
     train = source.run.train.model_copy(update={"distillation": 0.4})
-    run = source.run.model_copy(update={"init": init, "teacher": teacher, "train": train})
+    run = source.run.model_copy(update={"init": init, "teachers": (teacher,), "train": train})
     source = replace(source, run=run)
     first, second, last = training_commands(source)
     assert "--preset reference --out runs/stage-1 --data" in first
@@ -127,8 +127,11 @@ def test_a_distilled_run_lists_the_commands_of_its_teacher(copy: Path) -> None:
         "commands before the last train as well (preset `accurate` on `things`, commit `abd`, checkpoint's SHA-256 "
         f"`{'2' * 64}`)."
     )
+    source = replace(source, run=run.model_copy(update={"teachers": (teacher, init)}))
+    assert "--init runs/stage-1 --teacher runs/stage-2 runs/stage-1 --data" in training_commands(source)[-1]
+    assert "the mean of the outputs of 2 models (knowledge distillation), which" in describe_run(source)
     elsewhere = teacher.model_copy(update={"run": of_teacher.model_copy(update={"dataset": "web"})})
-    source = replace(source, run=run.model_copy(update={"teacher": elsewhere}))
+    source = replace(source, run=run.model_copy(update={"teachers": (elsewhere,)}))
     assert other_data(source, leakage=False) == "It goes back to models trained on `web`."
 
 

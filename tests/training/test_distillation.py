@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tests.training.tiny import ALONE, DROPOUT, data_set, run_config
 from training import checkpoint
 from training.__main__ import main
 from training.checkpoint import CheckpointError, RunConfig
-from training.distillation import Teacher, check_teacher, distillation_loss
+from training.distillation import Teacher, check_teachers, distillation_loss, mean_answer
 from training.train import Trainer
 from training.transfer import read_origin
 
@@ -37,7 +38,7 @@ def taught(folder: Path, **train: object) -> tuple[RunConfig, Path]:
 def trainer_of(run: RunConfig, folder: Path, path: Path) -> Trainer:
     folder.mkdir()
     trainer = Trainer(run, data_set(), folder, ALONE)
-    trainer.load_origins(path, None)
+    trainer.load_origins(path, [])
     return trainer
 
 
@@ -73,8 +74,7 @@ def test_who_answers_as_the_teacher_does_has_nothing_to_learn_from_it() -> None:
 def test_the_teacher_is_the_model_that_the_run_began_with_and_stays_it(tmp_path: Path) -> None:
     run, path = taught(tmp_path)
     trainer = trainer_of(run, tmp_path / "run", path)
-    teacher = trainer.state.teacher
-    assert teacher is not None
+    (teacher,) = trainer.state.teachers
     began, preprocess, _ = checkpoint.load_model(path)
     trainer.fit()
     for mine, theirs in ((teacher.model, began), (teacher.preprocess, preprocess)):
@@ -91,8 +91,7 @@ def test_the_teacher_sees_the_pixels_that_the_model_sees(tmp_path: Path) -> None
     run, path = taught(tmp_path, mix_probability=1.0)
     trainer = trainer_of(run, tmp_path / "run", path)
     seen: dict[str, list[Tensor]] = {"model": [], "teacher": []}
-    assert trainer.state.teacher is not None
-    for name, model in (("model", trainer.state.model), ("teacher", trainer.state.teacher.model)):
+    for name, model in (("model", trainer.state.model), ("teacher", trainer.state.teachers[0].model)):
         model.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0]))
     for indices in torch.arange(16).view(2, 8):
         trainer.one_step(indices)
@@ -121,7 +120,7 @@ def test_a_share_of_nothing_is_the_run_without_a_teacher(tmp_path: Path) -> None
     run, path = taught(tmp_path, distillation=1e-30, epochs=1)
     without = run.model_copy(update={"train": run.train.model_copy(update={"distillation": 0.0})})
     trainers = [trainer_of(each, tmp_path / name, path) for each, name in ((run, "with"), (without, "without"))]
-    assert trainers[1].state.teacher is None
+    assert trainers[1].state.teachers == []
     for trainer in trainers:
         trainer.fit()
     for mine, theirs in zip(*(trainer.state.model.parameters() for trainer in trainers), strict=True):
@@ -153,35 +152,36 @@ def test_what_is_exported_holds_no_teacher(tmp_path: Path) -> None:
 
 def test_a_teacher_of_other_classes_or_other_pixels_is_refused(tmp_path: Path) -> None:
     run, _ = taught(tmp_path)
-    check_teacher(run)
+    check_teachers(run)
     wants = r"--distillation 0\.5 needs answers in the classes of these images, and the model of "
     others = {"labels": ("ant", "bee", "dog")}
     with pytest.raises(CheckpointError, match=wants + "--init tells"):
-        check_teacher(run.model_copy(update=others))
+        check_teachers(run.model_copy(update=others))
     with pytest.raises(CheckpointError, match=wants + "--teacher tells"):
-        check_teacher(run.model_copy(update=others | {"init": None, "teacher": run.init}))
+        check_teachers(run.model_copy(update=others | {"init": None, "teachers": (run.init,)}))
     larger = run.model.model_copy(update={"image_size": 16})
     with pytest.raises(CheckpointError, match=r"it could with --image-size 8\.$"):
-        check_teacher(run.model_copy(update={"model": larger}))
-    check_teacher(run.model_copy(update={"train": run.train.model_copy(update={"distillation": 0.0}), "model": larger}))
+        check_teachers(run.model_copy(update={"model": larger}))
+    check_teachers(
+        run.model_copy(update={"train": run.train.model_copy(update={"distillation": 0.0}), "model": larger})
+    )
 
 
 def test_a_teacher_of_any_architecture_teaches_a_model_that_begins_at_random(tmp_path: Path) -> None:
     _, path = taught(tmp_path)
     run = run_config({"dim": 12, "num_blocks": 0, "patch_size": 4}, epochs=1, distillation=0.5, **MIXED)
-    run = run.model_copy(update={"teacher": read_origin(path)})
-    assert run.taught_by == run.teacher
+    run = run.model_copy(update={"teachers": (read_origin(path),)})
+    assert run.taught_by == run.teachers
     trainer = Trainer(run, data_set(), tmp_path, ALONE)
     fresh = [weights.clone() for weights in trainer.state.model.parameters()]
-    trainer.load_origins(None, path)
+    trainer.load_origins(None, [path])
     assert all(torch.equal(*pair) for pair in zip(fresh, trainer.state.model.parameters(), strict=True))
-    assert trainer.state.teacher is not None
     began, _, _ = checkpoint.load_model(path)
     for name, tensor in began.state_dict().items():
-        assert torch.equal(trainer.state.teacher.model.state_dict()[name], tensor), name
+        assert torch.equal(trainer.state.teachers[0].model.state_dict()[name], tensor), name
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises(CheckpointError, match="has changed since this run was prepared"):
-        trainer.load_origins(None, path)
+        trainer.load_origins(None, [path])
 
 
 def test_of_a_beginning_and_a_teacher_each_has_its_part(tmp_path: Path) -> None:
@@ -190,13 +190,63 @@ def test_of_a_beginning_and_a_teacher_each_has_its_part(tmp_path: Path) -> None:
     tensors, header = checkpoint.load(teacher)
     tensors |= {name: tensor + 0.1 for name, tensor in tensors.items() if name.startswith("model.")}
     checkpoint.save(teacher, tensors, header)
-    run = run.model_copy(update={"teacher": read_origin(teacher)})
+    run = run.model_copy(update={"teachers": (read_origin(teacher),)})
     trainer = Trainer(run, data_set(), tmp_path, ALONE)
-    trainer.load_origins(init, teacher)
-    assert trainer.state.teacher is not None
-    for mine, path in ((trainer.state.model, init), (trainer.state.teacher.model, teacher)):
+    trainer.load_origins(init, [teacher])
+    for mine, path in ((trainer.state.model, init), (trainer.state.teachers[0].model, teacher)):
         for name, tensor in checkpoint.load_model(path)[0].state_dict().items():
             assert torch.equal(mine.state_dict()[name], tensor), name
+
+
+def test_several_teachers_answer_with_the_mean_of_their_probabilities() -> None:
+    logits = [torch.randn(5, 4, dtype=torch.float64) for _ in range(3)]
+    mean = torch.stack([each.softmax(dim=1) for each in logits]).mean(dim=0)
+    torch.testing.assert_close(mean_answer(logits).softmax(dim=1), mean)
+    assert mean_answer(logits[:1]) is logits[0]
+
+
+def test_each_of_several_teachers_has_a_part_in_the_loss(tmp_path: Path) -> None:
+    run, path = taught(tmp_path, distillation=1.0)
+    other = shutil.copytree(tmp_path, tmp_path / "other") / "best.safetensors"
+    tensors, header = checkpoint.load(other)
+    tensors |= {name: tensor + 0.1 for name, tensor in tensors.items() if name.startswith("model.")}
+    checkpoint.save(other, tensors, header)
+    run = run.model_copy(update={"teachers": (read_origin(path), read_origin(other))})
+    trainer = Trainer(run, data_set(), tmp_path, ALONE)
+    trainer.load_origins(path, [path, other])
+    pixels = trainer.state.preprocess(trainer.train_split.images[:8])
+    found = mean_answer([teacher(pixels) for teacher in trainer.state.teachers]).softmax(dim=1)
+    with torch.no_grad():
+        answers = [checkpoint.load_model(each)[0].eval()(pixels).softmax(dim=1) for each in (path, other)]
+    assert not torch.allclose(*answers, atol=1e-3)
+    torch.testing.assert_close(found, sum(answers) / 2)
+    trainer.one_step(torch.arange(8))
+    assert not math.isclose(trainer.state.loss_sum.item(), 0, abs_tol=1e-6)  # of the first alone it would be
+
+
+def test_a_run_of_before_there_could_be_several_teachers_is_read(tmp_path: Path) -> None:
+    run, path = taught(tmp_path)
+    stored = run.model_dump(mode="json")
+    del stored["teachers"]
+    assert RunConfig.model_validate(stored | {"teacher": None}) == run
+    theirs = read_origin(path)
+    one = RunConfig.model_validate(stored | {"teacher": theirs.model_dump(mode="json")})
+    assert one.teachers == (theirs,)
+
+
+def test_the_teacher_sees_the_image_before_its_corruption(tmp_path: Path) -> None:
+    run, path = taught(tmp_path, corruption=1.0, mixup=0.0, cutmix=0.0)
+    clean = run.model_copy(update={"train": run.train.model_copy(update={"corruption": 0.0})})
+    seen: dict[str, list[Tensor]] = {}
+    for name, each in (("corrupted", run), ("clean", clean)):
+        trainer = trainer_of(each, tmp_path / name, path)
+        for who, model in (("model", trainer.state.model), ("teacher", trainer.state.teachers[0].model)):
+            pixels = seen.setdefault(f"{who}, {name}", [])
+            model.register_forward_pre_hook(lambda _, inputs, pixels=pixels: pixels.append(inputs[0]))
+        trainer.one_step(torch.arange(8))
+    torch.testing.assert_close(seen["teacher, corrupted"], seen["teacher, clean"], rtol=0, atol=0)
+    torch.testing.assert_close(seen["model, clean"], seen["teacher, clean"], rtol=0, atol=0)
+    assert not torch.allclose(seen["model, corrupted"][0], seen["teacher, corrupted"][0])
 
 
 def test_a_teacher_of_its_own_depth_and_patches_teaches(tmp_path: Path) -> None:
@@ -204,8 +254,7 @@ def test_a_teacher_of_its_own_depth_and_patches_teaches(tmp_path: Path) -> None:
     run = run_config(DROPOUT | {"num_blocks": 2}, epochs=1, distillation=1.0, **MIXED)
     run = run.model_copy(update={"init": read_origin(path)})
     trainer = trainer_of(run, tmp_path / "run", path)
-    assert isinstance(trainer.state.teacher, Teacher)
-    assert len(trainer.state.teacher.model.transformers[0]) == 1
+    assert len(trainer.state.teachers[0].model.transformers[0]) == 1
     trainer.fit()
 
 
@@ -238,4 +287,4 @@ def test_the_command_asks_the_model_of_init_or_of_teacher_and_wants_one(
     assert main(["--resume", str(run)]) == 0
     config = json.loads((run / "config.json").read_text())
     assert config["init"] is None
-    assert config["teacher"]["checkpoint_sha256"] == checkpoint.digest(whole / "best.safetensors")
+    assert [each["checkpoint_sha256"] for each in config["teachers"]] == [checkpoint.digest(whole / "best.safetensors")]

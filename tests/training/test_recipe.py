@@ -61,8 +61,7 @@ def test_the_same_command_goes_on_where_it_was(
     runs = [run_of(out / f"stage-{number}") for number in (1, 2, 3)]
     digests = [checkpoint.digest(out / f"stage-{number}" / "best.safetensors") for number in (1, 2, 3)]
     assert [run.init and run.init.checkpoint_sha256 for run in runs] == [None, digests[0], digests[1]]
-    assert runs[2].teacher is not None
-    assert runs[2].teacher.checkpoint_sha256 == digests[0]
+    assert [teacher.checkpoint_sha256 for teacher in runs[2].teachers] == [digests[0]]
     assert [run.model.num_blocks for run in runs] == [1, 2, 2]
     assert [run.train.seed for run in runs] == [3, 3, 3]
     # The last stage alone reads the test images.
@@ -158,5 +157,5 @@ def test_the_recipe_of_version_9_is_what_trained_it() -> None:
         )
         assert model == theirs.model, stage.number
         assert train.model_copy(update={"precision": "bfloat16"}) == theirs.train, stage.number
-        for path, origin in ((stage.args.init, theirs.init), (stage.args.teacher, theirs.teacher)):
-            assert (None if path is None else digests[path.name]) == (origin and origin.checkpoint_sha256)
+        paths = [path for path in (stage.args.init, *(stage.args.teacher or ())) if path is not None]
+        assert [digests[path.name] for path in paths] == [origin.checkpoint_sha256 for origin in theirs.origins]
