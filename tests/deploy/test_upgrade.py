@@ -112,8 +112,13 @@ def answered(process: Process) -> float:
     return sum(float(line.split()[-1]) for line in lines)
 
 
-def upgrade(tmp_path: Path, *, pre_stop_s: float, drain_delay_s: float) -> Counter[str]:
-    """Replace one pod by another while clients post; what they saw."""
+def upgrade(tmp_path: Path, *, drain_delay_s: float, until_seen: str) -> Counter[str]:
+    """Replace one pod by another while clients post; what they saw.
+
+    Args:
+        drain_delay_s: setting of the pods.
+        until_seen: status that a client must see before the old pod may end.
+    """
     make_model_folder(tmp_path / "m")
     arguments = on_model(tmp_path / "m", "--drain-delay-s", str(drain_delay_s))
     proxy = ServiceProxy()
@@ -132,12 +137,13 @@ def upgrade(tmp_path: Path, *, pre_stop_s: float, drain_delay_s: float) -> Count
             # The old pod is deleted: the kubelet begins with preStop, and the nodes hear of it meanwhile.
             noticed = threading.Timer(NOTICED_S, lambda: proxy.endpoints.remove(old.url()))
             noticed.start()
-            time.sleep(pre_stop_s)
+            time.sleep(PRE_STOP_S)
             body = png(1)
             slow.sendall(request_head(len(body)) + body[:30])
             old.wait(lambda: "perceiver_admitted_bytes 30.0" in httpx.get(f"{old.url()}/metrics").text)
             old.signal()
             time.sleep(DRAINING_S)
+            old.wait(lambda: seen[until_seen] > 0)
             slow.sendall(body[30:])  # what was accepted is answered, however slowly it comes
             assert slow.recv(100).startswith(b"HTTP/1.1 200")
             assert old.exit_status() == 0
@@ -148,9 +154,9 @@ def upgrade(tmp_path: Path, *, pre_stop_s: float, drain_delay_s: float) -> Count
 
 
 def test_nobody_notices(tmp_path: Path):
-    assert set(upgrade(tmp_path, pre_stop_s=PRE_STOP_S, drain_delay_s=DRAIN_DELAY_S)) == {"200"}
+    assert set(upgrade(tmp_path, drain_delay_s=DRAIN_DELAY_S, until_seen="200")) == {"200"}
 
 
 def test_a_pause_before_the_signal_is_not_enough(tmp_path: Path):
     """Who keeps a connection to the old pod is told 503 on it: so the test above can fail, and the delay is needed."""
-    assert set(upgrade(tmp_path, pre_stop_s=PRE_STOP_S, drain_delay_s=0)) == {"200", "503"}
+    assert set(upgrade(tmp_path, drain_delay_s=0, until_seen="503")) == {"200", "503"}

@@ -128,7 +128,7 @@ def test_a_distilled_run_lists_the_commands_of_its_teacher(copy: Path) -> None:
         f"`{'2' * 64}`)."
     )
     source = replace(source, run=run.model_copy(update={"teachers": (teacher, init)}))
-    assert "--init runs/stage-1 --teacher runs/stage-2 runs/stage-1 --data" in training_commands(source)[-1]
+    assert "--init runs/stage-1 --teacher runs/stage-2 runs/stage-1 --data" in list(training_commands(source))[-1]
     assert "the mean of the outputs of 2 models (knowledge distillation), which" in describe_run(source)
     elsewhere = teacher.model_copy(update={"run": of_teacher.model_copy(update={"dataset": "web"})})
     source = replace(source, run=run.model_copy(update={"teachers": (elsewhere,)}))
