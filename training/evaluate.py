@@ -87,7 +87,7 @@ class Confidence(BaseModel):
 def predict_logits(
     model: nn.Module, preprocess: Preprocess, split: Split, batch_size: int = 128, autocast: torch.dtype | None = None
 ) -> Tensor:
-    """Logits of every image, float32 [N, K], in order, on the split's device.
+    """Logits of every image, float32 [N, K], in order, on the device of ``preprocess``.
 
     Args:
         model: put into evaluation mode here, and back into the mode it was in.
@@ -98,9 +98,9 @@ def predict_logits(
     """
     was_training = model.training
     model.eval()
-    device = split.images.device.type
-    with torch.autocast(device, autocast) if autocast else nullcontext():
-        parts = [model(preprocess(images)).float() for images in split.images.split(batch_size)]
+    device = preprocess.mean.device
+    with torch.autocast(device.type, autocast) if autocast else nullcontext():
+        parts = [model(preprocess(images.to(device))).float() for images in split.images.split(batch_size)]
     model.train(was_training)
     return torch.cat(parts)
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 CORRELATION = 0.9  # from which on two images are near-duplicates
 THUMBNAIL = 16  # pixels: larger images are compared at this size, which forgives a shift
 AT_ONCE = 4096  # images: products of so many take 64 MiB
+PIXELS_AT_ONCE = AT_ONCE * 32 * 32  # which take 48 MiB as floats
 
 
 @torch.inference_mode()
@@ -25,8 +26,9 @@ def near_duplicates(images: Tensor, trained: Tensor) -> Tensor:
     Returns:
         bool [N] on the CPU. An image of one colour correlates with none.
     """
-    known = torch.cat([_standardised(part) for part in trained.split(AT_ONCE)])
-    found = [_is_near(part, known) | _is_near(part.flip(2), known) for part in images.split(AT_ONCE)]
+    size = max(1, PIXELS_AT_ONCE // (images.shape[1] * images.shape[2]))
+    known = torch.cat([_standardised(part) for part in trained.split(size)])
+    found = [_is_near(part, known) | _is_near(part.flip(2), known) for part in images.split(size)]
     return torch.cat(found).cpu()
 
 

@@ -84,7 +84,7 @@ def write_report(
     torch.set_float32_matmul_precision("highest")
 
     def logits_of(split: Split) -> Tensor:
-        return predict_logits(model, preprocess, split.to(device), batch_size).cpu()
+        return predict_logits(model, preprocess, split, batch_size).cpu()
 
     logits = {"val": logits_of(val)} | ({} if test is None else {"test": logits_of(test)})
     labels = {"val": val.labels.cpu()} | ({} if test is None else {"test": test.labels.cpu()})

@@ -102,7 +102,7 @@ class Trainer:
 
     Args:
         run: configuration; ``run.model`` and ``run.train`` are followed to the letter. Its precision is not "auto".
-        data: its training and validation splits are moved to the device whole.
+        data: its training and validation splits are moved to the device whole, unless they are mapped from files.
         folder: of the run; must exist.
         world: this process.
 
@@ -170,7 +170,7 @@ class Trainer:
         part = indices[self.share]
         with torch.autocast(device.type, self.autocast) if self.autocast else nullcontext():
             loss = self.train_step(
-                self.train_split.images[part],
+                self.train_split.images[part.to(self.train_split.images.device)].to(device, non_blocking=True),
                 self.train_split.labels[part],
                 draws,
                 None if weight is None else weight.to(device, non_blocking=True),

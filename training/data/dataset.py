@@ -9,8 +9,11 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from training.data.decoded import map_images
 
 CIFAR100 = "cifar100"
 
@@ -25,17 +28,29 @@ class Split:
 
     images: uint8 [N, H, W, 3], RGB, 0..255.
     labels: int64 [N], indices into ``DataSet.labels``.
+    file: the images are mapped from; None where they lie in memory.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
+    file: Path | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs: it maps the same file."""
+        return vars(self) | ({} if self.file is None else {"images": tuple(self.images.shape)})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what `__getstate__` gave."""
+        file = state["file"]
+        vars(self).update(state | ({} if file is None else {"images": map_images(file, state["images"])}))
+
     def to(self, device: torch.device | str) -> Split:
-        """Return the same split on ``device``."""
-        return Split(self.images.to(device), self.labels.to(device))
+        """Return the same split on ``device``; images that are mapped from a file stay where they are."""
+        images = self.images if self.file is not None else self.images.to(device)
+        return Split(images, self.labels.to(device), self.file)
 
     def batches(self, size: int) -> Iterator[Split]:
         """The split in parts of at most ``size`` images, in order."""

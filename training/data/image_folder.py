@@ -71,13 +71,12 @@ class _Listing:
 
     def read(self, size: int, description: str, unreadable: dict[Path, DataError]) -> Split:
         """Read the files; those that are no images are left out, and added to ``unreadable``."""
-        images, errors = read_images(self.paths, size, description)
+        images, file, errors = read_images(self.paths, size, description)
         unreadable |= {self.paths[index]: error for index, error in errors.items()}
         labels = self.labels
         if errors:
-            kept = np.setdiff1d(np.arange(len(labels)), list(errors))
-            images, labels = images[kept], labels[kept]
-        return Split(torch.from_numpy(images), torch.from_numpy(labels))
+            labels = labels[np.setdiff1d(np.arange(len(labels)), list(errors))]
+        return Split(images, torch.from_numpy(labels), file)
 
     def at(self, indices: NDArray[np.int64]) -> _Listing:
         return _Listing([self.paths[index] for index in indices], self.labels[indices])
