@@ -29,9 +29,8 @@ class Rate:
             self._resumed = self._clock()
         self._in_flight += number
 
-    def give_back(self, number: int, *, served: bool, missed: bool = False) -> None:
-        """Count so many fewer in flight; whether they were served, or missed their deadline."""
-        now = self._clock()
+    def give_back(self, number: int, now: float, *, served: bool, missed: bool = False) -> None:
+        """Count so many fewer in flight by now; whether they were served, or missed their deadline."""
         if served:
             self._count += number
         self._missed += missed
@@ -78,6 +77,7 @@ class Admission:
         self.images = self.background_images = 0
         self.bytes = 0
         self._max_retry_after = min(max(max_wait, 1.0), MAX_RETRY_AFTER_SECONDS)
+        self._clock = clock
         self._image_rate, self._byte_rate = Rate(clock), Rate(clock)
 
     def is_full(self, images: int = 1, size: int = 0) -> bool:
@@ -138,20 +138,22 @@ class Admission:
             if others and self.background_images + images > self.max_images // 2:
                 raise Overloaded("Too many explanations are in flight; try again later.")
             self.background_images += images
-        else:
+        elif images:
             self._image_rate.take(images)
         self.images += images
-        self.bytes += size
-        self._byte_rate.take(size)
+        if size:
+            self.bytes += size
+            self._byte_rate.take(size)
 
     def _give_back(self, ticket: "Ticket", *, served: bool, missed: bool) -> None:
+        now = self._clock()
         self.images -= ticket.images
         self.bytes -= ticket.bytes
         if ticket.is_background:
             self.background_images -= ticket.images
         else:
-            self._image_rate.give_back(ticket.images, served=served, missed=missed)
-        self._byte_rate.give_back(ticket.bytes, served=True)
+            self._image_rate.give_back(ticket.images, now, served=served, missed=missed)
+        self._byte_rate.give_back(ticket.bytes, now, served=True)
 
 
 class Ticket:
