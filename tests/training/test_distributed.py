@@ -38,7 +38,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     ) as process:
         try:
-            _, error = process.communicate(timeout=200)
+            _, error = process.communicate(timeout=600)  # on a busy machine
         except subprocess.TimeoutExpired:
             process.terminate()  # and not killed, so that it ends its two processes
             raise

@@ -172,7 +172,7 @@ def test_the_readings_of_a_lineage_are_counted(tmp_path: Path) -> None:
     older = origin.model_copy(update={"test_readings": None, "checkpoint_sha256": "0" * 64})
     elsewhere = origin.run.model_copy(update={"dataset": "web", "init": older})
     teacher = origin.model_copy(update={"run": elsewhere, "checkpoint_sha256": "1" * 64, "test_readings": 5})
-    run = origin.run.model_copy(update={"init": origin.model_copy(update={"test_readings": 3}), "teacher": teacher})
+    run = origin.run.model_copy(update={"init": origin.model_copy(update={"test_readings": 3}), "teachers": (teacher,)})
     assert run.lineage_test_readings(2) == 2 + 3 + 1
     assert describe_readings(2, 6) == "2 times by this run, 6 times with those that led to it"
     (tmp_path / "first" / "report.json").unlink()
