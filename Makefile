@@ -35,11 +35,12 @@ test: $(DEV)/.installed ## Run every test
 chaos: $(DEV)/.installed ## Misuse and overload a real service (ARGS="fuzz" or "openapi" for more)
 	$(DEV)/bin/python -m tests.chaos $(ARGS)
 
-lint: $(DEV)/.installed ## Check style, types and layers
+lint: $(DEV)/.installed ## Check style, types, layers and prose
 	$(DEV)/bin/ruff check .
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy
 	$(DEV)/bin/lint-imports
+	$(DEV)/bin/python docs/check_prose.py
 
 format: $(DEV)/.installed ## Format the code
 	$(DEV)/bin/ruff format .

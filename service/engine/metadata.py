@@ -1,4 +1,4 @@
-"""The metadata of a model file, which export writes and the service reads. See docs/artifact.md.
+"""The metadata of a model file, which export writes and the service reads. See docs/models.md.
 
 Shape letters: H and W the input size in pixels, C classes.
 """

@@ -1,4 +1,4 @@
-"""The model folder's layout: what export writes and the service reads. See docs/artifact.md.
+"""The model folder's layout: what export writes and the service reads. See docs/models.md.
 
     <folder>/<version>/model.onnx     the graph, with the metadata in its metadata_props
     <folder>/<version>/golden.npz     real images, and the logits and features that torch gave for them in float32

@@ -1,0 +1,111 @@
+"""README and docs: each link leads somewhere, and what they show is what the code has."""
+
+import re
+import runpy
+import tomllib
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+from service.api.paths import PAGE_FILES, PATHS, V2_INFER, known_path
+from service.errors import ERRORS
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "benchmarks/*.md", "docs/**/*.md", "models/**/*.md", "docker/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
+MARKDOWN = MarkdownIt("commonmark").enable("table")
+# Paths of the protocol v2 of which the reference says that they are not there.
+ABSENT = {
+    "/v2/cudasharedmemory",
+    "/v2/logging",
+    "/v2/repository/models/NAME/load",
+    "/v2/systemsharedmemory",
+    "/v2/trace/setting",
+}
+
+
+def inline(path: Path) -> list[Token]:
+    """All tokens within lines of text."""
+    return [child for token in MARKDOWN.parse(path.read_text(encoding="utf-8")) for child in token.children or []]
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a page's headings as GitHub makes them."""
+    tokens = MARKDOWN.parse(path.read_text(encoding="utf-8"))
+    seen: Counter[str] = Counter()
+    found = set()
+    for opening, heading in pairwise(tokens):
+        if opening.type == "heading_open":
+            text = "".join(child.content for child in heading.children or [])
+            slug = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
+            found.add(f"{slug}-{seen[slug]}" if seen[slug] else slug)
+            seen[slug] += 1
+    return found
+
+
+def targets(path: Path) -> list[str]:
+    """Where the links and images of a page lead, other hosts left out."""
+    named = [str(token.attrs.get("href", token.attrs.get("src", ""))) for token in inline(path)]
+    return [target for target in named if target and not re.match(r"[a-z]+:", target)]
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_each_link_and_anchor_resolves(page: str) -> None:
+    path = ROOT / page
+    broken = []
+    for target in targets(path):
+        name, _, anchor = unquote(target).partition("#")
+        file = (path.parent / name).resolve() if name else path
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(target)
+    assert broken == []
+
+
+def test_each_page_of_docs_is_reached_from_the_readme() -> None:
+    linked = {(ROOT / target.partition("#")[0]).resolve() for target in targets(ROOT / "README.md")}
+    assert {*DOCS.glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"} <= linked
+
+
+def test_each_path_that_docs_name_exists() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in pages)
+    asked = re.findall(r"localhost:\d000(/[\w/.-]*)", text)
+    asked += re.findall(r"\b(?:GET|POST) (/[\w/.{}-]*)", text)
+    for span in (token.content for path in pages for token in inline(path) if token.type == "code_inline"):
+        asked += re.findall(r"^(?:GET |POST )?(/(?:predict|explain|embed|health|metrics|models|v2)[\w/.-]*)", span)
+    named = {path.rstrip(".") for path in asked if "..." not in path} - ABSENT
+    unknown = {path for path in named if not is_known(path.replace("NAME", "m").replace("VERSION", "1"))}
+    assert unknown == set()
+
+
+def is_known(path: str) -> bool:
+    """Whether the service answers a path, `/v2/models/` and other beginnings with dots after them included."""
+    return known_path(path) != "other" or any(known.startswith(path) for known in {*PATHS, PAGE_FILES, V2_INFER})
+
+
+def test_each_error_has_its_example() -> None:
+    text = (DOCS / "http-api.md").read_text(encoding="utf-8").partition("## Errors")[2]
+    for kind in ERRORS:
+        assert re.search(rf"\b{kind.status}\b[ |]+`{kind.code}`", text), kind.code
+
+
+def test_the_first_version_of_the_changelog_is_the_package_s_and_the_chart_s() -> None:
+    version = re.findall(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[0]
+    assert version == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert version == yaml.safe_load((ROOT / "deploy/helm/perceiver/Chart.yaml").read_text())["appVersion"]
+
+
+def test_the_chart_of_the_rivals_is_drawn_from_the_results() -> None:
+    drawn = runpy.run_path(str(DOCS / "draw_rivals.py"))["draw"]()
+    assert drawn == (DOCS / "rivals.svg").read_text(encoding="utf-8"), "run: python docs/draw_rivals.py"
