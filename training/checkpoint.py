@@ -77,6 +77,7 @@ class RunConfig(BaseModel):
     train: TrainConfig
     pictures_sha256: str | None = Field(None, description="of training and validation images and labels")
     init: Origin | None = Field(None, description="whose weights it begins with; None: it begins at random")
+    averaged: tuple[Origin, ...] = Field((), description="with whose weights it averages those of `init`")
     teachers: tuple[Origin, ...] = Field(
         (), description="whose answers, in the mean, are part of its targets, where not those of `init`"
     )
@@ -102,7 +103,12 @@ class RunConfig(BaseModel):
     @property
     def origins(self) -> tuple[Origin, ...]:
         """What it begins with, and what teaches it where those are others."""
-        return (self.init, *self.teachers) if self.init is not None else self.teachers
+        return (*self.inits, *self.teachers)
+
+    @property
+    def inits(self) -> tuple[Origin, ...]:
+        """The mean of whose weights it begins with; none where it begins at random."""
+        return () if self.init is None else (self.init, *self.averaged)
 
     @property
     def draw_seed(self) -> int:
@@ -112,7 +118,7 @@ class RunConfig(BaseModel):
         """
         if self.init is None:
             return self.train.seed
-        text = f"{self.train.seed}/{self.init.checkpoint_sha256}"
+        text = "/".join([str(self.train.seed), *(origin.checkpoint_sha256 for origin in self.inits)])
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
     def ancestry(self) -> tuple[Origin, ...]:
@@ -137,7 +143,7 @@ class RunConfig(BaseModel):
     @property
     def taught_by(self) -> tuple[Origin, ...]:
         """Whose answers are part of the targets."""
-        return (self.teachers or self.origins) if self.train.distillation else ()
+        return (self.teachers or self.inits) if self.train.distillation else ()
 
 
 class Header(BaseModel):

@@ -75,11 +75,11 @@ class Classifier:
         if labels is not None and tuple(labels) != run.labels:
             new = {"labels": tuple(labels), "superclasses": None, "superclass_names": None, "init": read_origin(file)}
             config = ModelConfig.model_validate(run.model.model_dump() | {"num_classes": len(labels)})
-            run = run.model_copy(update={**new, "model": config, "teachers": (), "stage": None})
+            run = run.model_copy(update={**new, "model": config, "averaged": (), "teachers": (), "stage": None})
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # of the head
                 model, temperature = Perceiver(config), 1.0
-            load_initial_weights(model, run, file)
+            load_initial_weights(model, run, [file])
         return cls(run, model.to(device), preprocess.to(device), temperature)
 
     @property

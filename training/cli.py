@@ -120,10 +120,12 @@ def _add_run(group: Any) -> None:
     group.add_argument(
         "--init",
         type=Path,
+        nargs="+",
         metavar="PATH",
-        help="begin with the weights of a run, of a model folder or of a .safetensors file, not with random ones. The "
-        "model is that one, but for flags that are given: its patches, and latents on a grid, may stand closer or "
-        "wider, its blocks may be more. Other classes get a fresh head",
+        help="begin with the weights of a run, of a model folder or of a .safetensors file, not with random ones; of "
+        "several, with their mean, which --epochs 0 reports as it is. The model is the first one, but for flags that "
+        "are given: its patches, and latents on a grid, may stand closer or wider, its blocks may be more. Other "
+        "classes get a fresh head",
     )
     group.add_argument(
         "--teacher",
@@ -225,7 +227,7 @@ def choose_preset(args: argparse.Namespace) -> Preset | None:
         raise ValueError(f"--preset {args.preset}: there is no such preset; there are {', '.join(PRESETS)}.")
     if args.init is not None and "latent_std" in changes:
         raise ValueError(f"--latent-std {changes['latent_std']} changes nothing with --init, which has latents.")
-    init = None if args.init is None else read_run(args.init)
+    init = None if args.init is None else read_run(args.init[0])
     if args.preset is None:
         args.preset = init.preset if init is not None and init.preset in PRESETS else DEFAULT_PRESET
     preset = PRESETS[args.preset]
@@ -242,6 +244,8 @@ def choose_preset(args: argparse.Namespace) -> Preset | None:
             f"--distillation {chosen.train.distillation} takes its targets from another model: name one with "
             "--teacher, or with --init."
         )
+    if chosen.train.epochs == 0 and args.init is None:
+        raise ValueError("--epochs 0 trains nothing: name the weights that are reported with --init, or more epochs.")
     if args.teacher is not None and not chosen.train.distillation:
         named = " ".join(map(str, args.teacher))
         raise ValueError(f"--teacher {named} teaches nothing without --distillation: give both, or neither.")

@@ -142,7 +142,9 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    epochs: int = Field(50, ge=1, description="passes over the training images, at most")
+    epochs: int = Field(
+        50, ge=0, description="passes over the training images, at most; 0: report what --init begins with"
+    )
     batch_size: int = Field(64, ge=1, description="images a step, over all processes")
     seed: int = Field(
         0,

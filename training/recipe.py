@@ -134,11 +134,10 @@ def plan(args: argparse.Namespace, argv: list[str]) -> list[Stage]:
                 f"--recipe {args.recipe}: stage {number} says {_flags(given)}, which is given beside --recipe."
             )
         if mine.init is None and stages:
-            mine.init = stages[-1].folder
-        if mine.init is not None:
-            mine.init = _folder_of(mine.init, stages)
-        if mine.teacher is not None:
-            mine.teacher = [_folder_of(path, stages) for path in mine.teacher]
+            mine.init = [stages[-1].folder]
+        for origin in ("init", "teacher"):
+            if (paths := getattr(mine, origin)) is not None:
+                setattr(mine, origin, [_folder_of(path, stages) for path in paths])
         for each in ("data", "device", "threads", "max_minutes"):
             setattr(mine, each, getattr(args, each))
         mine.out = folder / f"stage-{number}"

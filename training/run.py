@@ -159,8 +159,7 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World, deadlin
             if preset is None:
                 trainer.resume()
             else:
-                teachers = [find_checkpoint(path) for path in args.teacher or ()]
-                trainer.load_origins(None if args.init is None else find_checkpoint(args.init), teachers)
+                trainer.load_origins(*(list(map(find_checkpoint, paths or ())) for paths in (args.init, args.teacher)))
             if preset is not None and world.is_main:
                 (folder / "config.json").write_text(run.model_dump_json(indent=2) + "\n", encoding="utf-8")
                 seen_images.write(folder, data_set.train, origin_folders(args))
@@ -203,8 +202,7 @@ def enlarges_only(args: argparse.Namespace, run: RunConfig) -> bool:
 
 def origin_folders(args: argparse.Namespace) -> list[Path]:
     """The folders of the checkpoints that a run begins with and learns from."""
-    init = [] if args.init is None else [args.init]
-    return [find_checkpoint(path).parent for path in (*init, *(args.teacher or ()))]
+    return [find_checkpoint(path).parent for path in (*(args.init or ()), *(args.teacher or ()))]
 
 
 def resume_command(args: argparse.Namespace, run: RunConfig, world: World, folder: Path) -> str:
@@ -249,9 +247,13 @@ def prepare(
         folder = args.resume
     else:
         world.share(preset.train.batch_size)
-        init = None if args.init is None else read_origin(find_checkpoint(args.init))
-        if init is not None:
-            check_compatible(find_checkpoint(args.init), init.run.model, preset.model)
+        inits = [read_origin(find_checkpoint(path)) for path in args.init or ()]
+        for path, origin in zip(args.init or (), inits, strict=True):
+            check_compatible(find_checkpoint(path), origin.run.model, preset.model)
+            if origin.run.labels != inits[0].run.labels:
+                raise CheckpointError(
+                    f"{path}: tells other classes than {args.init[0]}; the mean of weights is of models of the same."
+                )
         # Twice, because without --out the folder is named after data that has to be read first.
         check_unused(args.out)
         data_set = load_for(preset, args.data)
@@ -278,7 +280,8 @@ def prepare(
             model=preset.model.model_copy(update={"num_classes": len(data_set.labels)}),
             train=train,
             pictures_sha256=data_set.digest(),
-            init=init,
+            init=inits[0] if inits else None,
+            averaged=tuple(inits[1:]),
             teachers=tuple(read_origin(find_checkpoint(path)) for path in args.teacher or ()),
             stage=None if args.stage is None else recipe_stage(args.stage),
         )

@@ -238,6 +238,16 @@ class Trainer:
             state.save_last(self.folder / "last.safetensors", val)
         return True
 
+    def keep_initial(self) -> bool:
+        """Validate and keep the weights that the run begins with; False when a signal stopped the validation."""
+        val = self.world.broadcast(self.validate() if self.world.is_main else None)
+        if val is None:
+            return False
+        if self.world.is_main:
+            self.state.save_best(self.folder / "best.safetensors", val)
+            self.state.save_last(self.folder / "last.safetensors", val)
+        return True
+
     def _metrics_entry(self, train_loss: float, val: Metrics, seconds: float) -> MetricsEntry:
         return {
             "epoch": self.state.epoch,
@@ -293,21 +303,19 @@ class Trainer:
         """
         self.state.load_last(self.folder / "last.safetensors", len(self.train_split))
 
-    def load_origins(self, init: Path | None, teachers: Sequence[Path]) -> None:
+    def load_origins(self, inits: Sequence[Path], teachers: Sequence[Path]) -> None:
         """Take the weights of other runs before the first step.
 
         Args:
-            init: the checkpoint of ``run.init``; see `training.transfer.load_initial_weights`.
-            teachers: those of ``run.teachers``; without them ``init`` teaches, where the run has a teacher.
+            inits: the checkpoints of ``run.inits``; see `training.transfer.load_initial_weights`.
+            teachers: those of ``run.teachers``; without them ``inits`` teach, where the run has teachers.
 
         Raises:
             CheckpointError: one can't be read, or is another one by now.
         """
-        if init is not None:
-            load_initial_weights(self.state.model, self.run, init)
-        paths = teachers or ([] if init is None else [init])
-        # A run without --distillation has none.
-        for teacher, path in zip(self.state.teachers, paths, strict=bool(self.state.teachers)):
+        if inits:
+            load_initial_weights(self.state.model, self.run, inits)
+        for teacher, path in zip(self.state.teachers, teachers or inits, strict=bool(self.state.teachers)):
             teacher.load_weights(path)
 
     def fit(self, deadline: float | None = None, max_steps: int | None = None) -> bool:
@@ -332,6 +340,8 @@ class Trainer:
                 return False
             return self.world.any(self.stop_requested or (deadline is not None and time.monotonic() >= deadline))
 
+        if self.config.epochs == 0 and not self.keep_initial():
+            return False
         with self._events() as events:
             while self.state.epoch < self.config.epochs and not self.state.plateau.should_stop(self.config):
                 if should_stop() or not self.train_epoch(should_stop) or not self.finish_epoch():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -174,8 +175,8 @@ def validation_overlaps(run: RunConfig, path: Path | None, *, has_val: bool) -> 
     return [(why, theirs) for why, theirs in reasons if why is not None]
 
 
-def load_initial_weights(model: Perceiver, run: RunConfig, path: Path) -> None:
-    """Copy a checkpoint's weights into a fresh model.
+def load_initial_weights(model: Perceiver, run: RunConfig, paths: Sequence[Path]) -> None:
+    """Copy a checkpoint's weights into a fresh model, or the mean of several (Wortsman et al. 2022, "model soups").
 
     What belongs to positions in the image is interpolated where the patches, or latents on a grid, stand closer or
     wider (bicubic, as Dosovitskiy et al. 2021, section 3.2, do). Blocks that the checkpoint lacks stand after its own
@@ -184,14 +185,20 @@ def load_initial_weights(model: Perceiver, run: RunConfig, path: Path) -> None:
 
     Args:
         model: of ``run``.
-        run: what is about to be trained, beginning with this checkpoint.
-        path: a ``.safetensors`` file.
+        run: what is about to be trained, beginning with these checkpoints.
+        paths: ``.safetensors`` files.
 
     Raises:
-        CheckpointError: it can't be read, or is no longer the one that `read_origin` has seen.
+        CheckpointError: one can't be read, or is no longer the one that `read_origin` has seen.
     """
-    assert run.init is not None
-    tensors, header = load_origin(path, run.init)
+    parts = [_fitted_weights(model, run, path, origin) for path, origin in zip(paths, run.inits, strict=True)]
+    mean = {name: torch.stack([part[name] for part in parts]).mean(dim=0) for name in parts[0]}
+    checkpoint.load_into(model, mean, paths[0])
+
+
+def _fitted_weights(model: Perceiver, run: RunConfig, path: Path, origin: Origin) -> dict[str, Tensor]:
+    """The weights of a checkpoint in the shapes of a fresh model."""
+    tensors, header = load_origin(path, origin)
     theirs = header.run.model
     weights = checkpoint.strip_prefix("model", tensors)
     for name in weights:
@@ -211,7 +218,7 @@ def load_initial_weights(model: Perceiver, run: RunConfig, path: Path) -> None:
             block = checkpoint.strip_prefix(f"transformers.{i}.{j}", fresh)
             block |= {name: torch.zeros_like(block[name]) for name in block if ".output." in name}
             weights |= checkpoint.add_prefix(f"transformers.{i}.{j}", block)
-    checkpoint.load_into(model, weights, path)
+    return weights
 
 
 @torch.no_grad()

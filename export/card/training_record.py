@@ -65,9 +65,12 @@ def origin_flags(run: RunConfig, folders: Mapping[str, str]) -> list[str]:
         run: that of the command.
         folders: of earlier runs, by SHA-256 of their checkpoint.
     """
-    flags = [] if run.init is None else [f"--init {folders[run.init.checkpoint_sha256]}"]
-    teachers = " ".join(folders[origin.checkpoint_sha256] for origin in run.teachers)
-    return [*flags, f"--teacher {teachers}"] if teachers else flags
+    named = (("--init", run.inits), ("--teacher", run.teachers))
+    return [
+        " ".join([flag, *(folders[origin.checkpoint_sha256] for origin in origins)])
+        for flag, origins in named
+        if origins
+    ]
 
 
 def training_command(launcher: str, run: RunConfig, flags: Sequence[str]) -> str:
@@ -89,17 +92,25 @@ def training_command(launcher: str, run: RunConfig, flags: Sequence[str]) -> str
 
 def describe_run(source: Source) -> str:
     """Return the epoch of the weights, the duration and machine of the run, its initial weights and its teachers."""
-    epochs = len(source.epochs)
+    inits, epochs = source.run.inits, len(source.epochs)
+    earlier = "an earlier stage trains" if recipe_stages(source.run) else "the commands before the last train"
+    each = "; ".join(f"epoch {init.epoch}, {describe_origin(init)}" for init in inits)
+    if source.run.train.epochs == 0:
+        return f"The mean of the weights of {len(inits)} models, which {earlier}: {each}."
     of_all = f" of {epochs}" if epochs >= source.epoch else ""
     text = f"The weights of epoch {source.epoch}{of_all}."
     if source.training_seconds is not None:
         text += f" All {epochs} epochs took {duration(source.training_seconds)} of training{on_machines(source)}."
-    earlier = "an earlier stage trains" if recipe_stages(source.run) else "the commands before the last train"
-    if (init := source.run.init) is not None:
-        text += (
-            f" Training started from the weights of epoch {init.epoch} of another run ({describe_origin(init)}), which "
-            f"{earlier}."
-        )
+    match inits:
+        case ():
+            pass
+        case (init,):
+            text += (
+                f" Training started from the weights of epoch {init.epoch} of another run ({describe_origin(init)}), "
+                f"which {earlier}."
+            )
+        case _:
+            text += f" Training started from the mean of the weights of {len(inits)} models, which {earlier}: {each}."
     if source.run.taught_by:
         text += f" Of the targets {source.run.train.distillation:.0%} were "
         match source.run.teachers:

@@ -38,7 +38,7 @@ def taught(folder: Path, **train: object) -> tuple[RunConfig, Path]:
 def trainer_of(run: RunConfig, folder: Path, path: Path) -> Trainer:
     folder.mkdir()
     trainer = Trainer(run, data_set(), folder, ALONE)
-    trainer.load_origins(path, [])
+    trainer.load_origins([path], [])
     return trainer
 
 
@@ -174,14 +174,14 @@ def test_a_teacher_of_any_architecture_teaches_a_model_that_begins_at_random(tmp
     assert run.taught_by == run.teachers
     trainer = Trainer(run, data_set(), tmp_path, ALONE)
     fresh = [weights.clone() for weights in trainer.state.model.parameters()]
-    trainer.load_origins(None, [path])
+    trainer.load_origins([], [path])
     assert all(torch.equal(*pair) for pair in zip(fresh, trainer.state.model.parameters(), strict=True))
     began, _, _ = checkpoint.load_model(path)
     for name, tensor in began.state_dict().items():
         assert torch.equal(trainer.state.teachers[0].model.state_dict()[name], tensor), name
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises(CheckpointError, match="has changed since this run was prepared"):
-        trainer.load_origins(None, [path])
+        trainer.load_origins([], [path])
 
 
 def test_of_a_beginning_and_a_teacher_each_has_its_part(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_of_a_beginning_and_a_teacher_each_has_its_part(tmp_path: Path) -> None:
     checkpoint.save(teacher, tensors, header)
     run = run.model_copy(update={"teachers": (read_origin(teacher),)})
     trainer = Trainer(run, data_set(), tmp_path, ALONE)
-    trainer.load_origins(init, [teacher])
+    trainer.load_origins([init], [teacher])
     for mine, path in ((trainer.state.model, init), (trainer.state.teachers[0].model, teacher)):
         for name, tensor in checkpoint.load_model(path)[0].state_dict().items():
             assert torch.equal(mine.state_dict()[name], tensor), name
@@ -213,7 +213,7 @@ def test_each_of_several_teachers_has_a_part_in_the_loss(tmp_path: Path) -> None
     checkpoint.save(other, tensors, header)
     run = run.model_copy(update={"teachers": (read_origin(path), read_origin(other))})
     trainer = Trainer(run, data_set(), tmp_path, ALONE)
-    trainer.load_origins(path, [path, other])
+    trainer.load_origins([path], [path, other])
     pixels = trainer.state.preprocess(trainer.train_split.images[:8])
     found = mean_answer([teacher(pixels) for teacher in trainer.state.teachers]).softmax(dim=1)
     with torch.no_grad():

@@ -89,7 +89,7 @@ def continued(run: RunConfig, path: Path) -> RunConfig:
 
 def begun(folder: Path, run: RunConfig, path: Path) -> Trainer:
     trainer = trainer_in(folder, run)
-    trainer.load_origins(path, [])
+    trainer.load_origins([path], [])
     return trainer
 
 

@@ -157,5 +157,5 @@ def test_the_recipe_of_version_9_is_what_trained_it() -> None:
         )
         assert model == theirs.model, stage.number
         assert train.model_copy(update={"precision": "bfloat16"}) == theirs.train, stage.number
-        paths = [path for path in (stage.args.init, *(stage.args.teacher or ())) if path is not None]
+        paths = (*(stage.args.init or ()), *(stage.args.teacher or ()))
         assert [digests[path.name] for path in paths] == [origin.checkpoint_sha256 for origin in theirs.origins]

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from export.card.training_record import describe_run, training_commands
+from export.source import load_source
 from tests.training.commands import RECIPE
 from tests.training.data_sets import write_folder
 from tests.training.tiny import MODEL, run_config
@@ -52,7 +54,7 @@ def saved(folder: Path, run: RunConfig, name: str = "best.safetensors") -> tuple
 def begun(path: Path, run: RunConfig) -> Perceiver:
     torch.manual_seed(5)
     model = Perceiver(run.model)
-    load_initial_weights(model, run.model_copy(update={"init": read_origin(path)}), path)
+    load_initial_weights(model, run.model_copy(update={"init": read_origin(path)}), [path])
     return model
 
 
@@ -196,7 +198,7 @@ def test_a_checkpoint_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
     run = run.model_copy(update={"init": read_origin(path)})
     saved(tmp_path, run_config(epochs=4))
     with pytest.raises(CheckpointError, match="has changed since this run was prepared"):
-        load_initial_weights(Perceiver(run.model), run, path)
+        load_initial_weights(Perceiver(run.model), run, [path])
 
 
 def test_checkpoints_are_found_in_runs_and_model_folders(tmp_path: Path) -> None:
@@ -355,3 +357,58 @@ def test_what_can_not_be_begun_with_is_told_before_anything_is_written(
     assert main(["--resume", str(whole), "--init", str(whole)]) == 2
     assert "leave out --init" in capsys.readouterr().err
     assert not run.exists()
+
+
+def test_several_models_give_the_mean_of_their_weights(tmp_path: Path) -> None:
+    run = run_config(WIDE)
+    one, path = saved(tmp_path / "one", run)
+    with torch.no_grad():
+        for parameter in one.parameters():
+            parameter.add_(1.0)
+    tensors, header = checkpoint.load(path)
+    other = tmp_path / "other.safetensors"
+    checkpoint.save(other, tensors | checkpoint.add_prefix("model", one.state_dict()), header)
+    origins = [read_origin(each) for each in (path, other)]
+    mean = Perceiver(run.model)
+    begins = run.model_copy(update={"init": origins[0], "averaged": (origins[1],)})
+    load_initial_weights(mean, begins, [path, other])
+    for name, weights in checkpoint.strip_prefix("model", tensors).items():
+        torch.testing.assert_close(mean.state_dict()[name], (weights + one.state_dict()[name]) / 2)
+    # Its draws are its own, and its lineage is theirs.
+    assert begins.draw_seed != run.model_copy(update={"init": origins[0]}).draw_seed
+    assert begins.ancestry() == tuple(origins)
+
+
+@pytest.mark.usefixtures("without_curves")
+def test_the_mean_of_models_is_reported_as_it_is(tmp_path: Path, whole: Path, image_dir: Path) -> None:
+    flags = [*RECIPE, "--data", str(image_dir)]
+    other = tmp_path / "other"
+    assert main([*flags, "--init", str(whole), "--out", str(other)]) == 0
+    mean = tmp_path / "mean"
+    assert main([*flags, "--init", str(whole), str(other), "--epochs=0", "--out", str(mean)]) == 0
+    one, two, both = (checkpoint.load(folder / "best.safetensors")[0] for folder in (whole, other, mean))
+    for name, weights in checkpoint.strip_prefix("model", both).items():
+        torch.testing.assert_close(weights, (one[f"model.{name}"] + two[f"model.{name}"]) / 2)
+    report = json.loads((mean / "report.json").read_text())
+    assert report["epoch"] == 0
+    assert report["val"]["n"] == checkpoint.load(mean / "best.safetensors")[1].val.n
+    source = load_source(mean)
+    assert describe_run(source).startswith("The mean of the weights of 2 models, which the commands before the last")
+    assert "--init runs/stage-1 runs/stage-2" in list(training_commands(source))[-1]
+    assert "--epochs 0" in list(training_commands(source))[-1]
+
+
+def test_what_can_not_be_averaged_is_refused(
+    tmp_path: Path, whole: Path, image_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*RECIPE, "--data", str(image_dir), "--out", str(tmp_path / "run")]
+    assert main([*flags, "--epochs=0"]) == 2
+    assert "--epochs 0 trains nothing: name the weights that are reported with --init" in capsys.readouterr().err
+    tensors, header = checkpoint.load(whole / "best.safetensors")
+    others = tuple(f"other {label}" for label in header.run.labels)
+    other = tmp_path / "other.safetensors"
+    run = header.run.model_copy(update={"labels": others})
+    checkpoint.save(other, tensors, header.model_copy(update={"run": run}))
+    assert main([*flags, "--init", str(whole), str(other)]) == 2
+    assert f"{other}: tells other classes than {whole}; the mean of weights is of models" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
