@@ -29,8 +29,9 @@ def draw() -> str:
     """Return the SVG: a panel for each model, a bar for each server, with the range over the rounds."""
     tables = {name: rows_of(name) for name in PANELS}
     heights = [len(rows) for _, rows in tables.values()]
-    style = {"svg.fonttype": "none", "svg.hashsalt": "rivals", "font.family": "sans-serif", "font.size": 10}
-    with plt.rc_context(style):
+    with plt.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "rivals", "font.family": "sans-serif", "font.size": 10}
+    ):
         figure, axes = plt.subplots(
             len(PANELS), figsize=(8, 0.42 * sum(heights) + 1.6), height_ratios=heights, layout="constrained"
         )

@@ -57,6 +57,7 @@ def anchors(path: Path) -> set[str]:
 def targets(path: Path) -> list[str]:
     """Where the links and images of a page lead, other hosts left out."""
     named = [str(token.attrs.get("href", token.attrs.get("src", ""))) for token in inline(path)]
+    named += re.findall(r'<img src="([^"]+)"', path.read_text(encoding="utf-8"))
     return [target for target in named if target and not re.match(r"[a-z]+:", target)]
 
 
