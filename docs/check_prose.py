@@ -18,8 +18,8 @@ from markdown_it.token import Token
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "docs/*.md")
 MAX_README_WORDS = 900
-MAX_README_SENTENCE_WORDS = 30
-MAX_SENTENCE_WORDS = 40
+MAX_README_SENTENCE_WORDS = 25
+MAX_SENTENCE_WORDS = 30
 MAX_LINE_CHARACTERS = 160
 # Each with the field's term for it.
 WORDS = {
