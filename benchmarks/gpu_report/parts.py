@@ -337,13 +337,17 @@ def send(
     processes = max(1, min(MAX_PROCESSES, usable_cores() // 2))
     if publish is None:
         return run_load(plan, warmup_s=WARMUP_S, processes=processes)
-    timer = threading.Timer(WARMUP_S + seconds / 4, publish)
-    timer.start()
+    timer = threading.Timer((seconds - WARMUP_S) / 4, publish)
+
+    def begin() -> None:
+        """Start the timer with the window: there, and at its end, the load reads the server's CPU time."""
+        if timer.ident is None:
+            timer.start()
+
     try:
-        return run_load(plan, warmup_s=WARMUP_S, processes=processes)
+        return run_load(plan, warmup_s=WARMUP_S, processes=processes, server_cpu=begin)
     finally:
         timer.cancel()
-        timer.join()
 
 
 def add_load(
