@@ -363,7 +363,7 @@ def add_load(
         precision=precision,
         batch=batch,
         connections=connections,
-        images_per_s=summary.images_per_second,
+        images_per_s=summary.images_per_second if connections else None,  # an open loop has the rate that it is given
         p50_ms=summary.latency_ms.get("p50"),
         p99_ms=summary.latency_ms.get("p99"),
         errors="; ".join(f"{code}: {n}" for code, n in summary.errors.items()) or "none",
