@@ -23,6 +23,7 @@ LONG = (
     "tests/benchmarks/test_commands.py",
     "tests/end_to_end/test_service_process.py",
     "tests/benchmarks/test_gpu_report.py",
+    "tests/docs/test_commands.py",
     "tests/export/test_variants.py",
     "tests/export/test_export.py",
     "tests/export/test_int8.py",
