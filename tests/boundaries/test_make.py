@@ -1,4 +1,4 @@
-"""What `make serve` does and refuses, as make itself tells it without running anything."""
+"""What `make serve` and `make test` do and refuse, as make itself tells it without running anything."""
 
 import os
 import re
@@ -10,6 +10,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import LONG
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,3 +83,15 @@ def test_a_python_without_wheels_is_told_so(version: tuple[int, ...], fits: bool
     first, last = re.findall(r"\(3, (\d+)\)", code)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == f">=3.{first},<3.{last}"
+
+
+def test_the_files_that_make_test_begins_with_are_there_and_their_order_is_kept() -> None:
+    assert [name for name in LONG if not (ROOT / name).is_file()] == []
+    done = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "--dist loadfile --no-loadscope-reorder" in done
+
+
+@pytest.mark.parametrize(("arguments", "named"), [((), True), (("ARGS=tests/service -k batcher",), False)])
+def test_the_tests_that_measure_are_named_unless_others_are(arguments: tuple[str, ...], named: bool) -> None:
+    done = subprocess.run(["make", "-n", "test", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ("$(grep " in done.stdout) is named

@@ -30,6 +30,7 @@ def write_files() -> ModuleType:
     return module
 
 
+@pytest.mark.smoke
 def test_files_are_what_their_sources_say():
     written = write_files().files()
     for path, text in written.items():

@@ -315,6 +315,7 @@ def test_what_does_not_reach_the_container_is_said(page: str):
         assert name in text
 
 
+@pytest.mark.smoke
 def test_example_is_what_its_generator_writes():
     import env_example
 

@@ -56,6 +56,7 @@ QUERIES = [query.expr for panel in PANELS for query in panel.queries] + [
 ]
 
 
+@pytest.mark.smoke
 def test_file_is_what_the_generator_makes():
     assert dashboard.TARGET.read_text() == dashboard.text(), "run python docker/grafana/dashboard.py"
 

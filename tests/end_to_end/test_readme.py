@@ -11,6 +11,7 @@ README = (ROOT / "README.md").read_text()
 COMMAND = "curl -F file=@docs/apple.png localhost:8000/predict"
 
 
+@pytest.mark.smoke
 def test_the_first_answer_is_the_one_in_the_readme(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Rounded: the last digits are the processor's."""
     shown = README.partition(COMMAND)[2].partition("##")[0]

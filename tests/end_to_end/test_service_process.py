@@ -27,6 +27,7 @@ def post(client: httpx.Client, number: int = 1, **headers: str) -> httpx.Respons
     return client.post("/predict", content=png(number), headers=IMAGE | headers)
 
 
+@pytest.mark.smoke
 def test_a_image_in_a_label_out(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     image = pixels(HEIGHT, WIDTH)

@@ -1,44 +1,19 @@
 """The Open Inference Protocol v2 as its own clients speak it: tritonclient and kserve from PyPI, and a real process."""
 
-import fcntl
-import hashlib
 import json
-import os
-import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.end_to_end.clients.environment import client_python
 from tests.end_to_end.process import ROOT, on_model, started
 from tests.fakes import CLASSES, HEIGHT, WIDTH, make_model_folder, tiny_images, tiny_logits
 from tests.imaging.files import encode
 
 CLIENTS = Path(__file__).parent / "clients"
-REQUIREMENTS = CLIENTS / "requirements.txt"
-PYTHON = re.findall(r"```python\n(.*?)```", (ROOT / "docs/clients.md").read_text(), re.DOTALL)
-SNIPPETS = [code for code in PYTHON if "RequestedOutput" in code]  # of the protocol's own clients
-
-
-@pytest.fixture(scope="session")
-def client_python() -> Path:
-    """The interpreter of an environment with both clients, made once for each state of their requirements."""
-    home = ROOT / ".venv-clients" / hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()[:12]
-    home.mkdir(parents=True, exist_ok=True)
-    python, mark = home / "bin/python", home / "installed"
-    with (home / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # processes of pytest-xdist share it
-        if not mark.exists():
-            subprocess.run([sys.executable, "-m", "venv", home], check=True)
-            install = [python, "-m", "pip", "install", "--quiet", "--requirement", REQUIREMENTS]
-            run = subprocess.run(install, capture_output=True, text=True, check=False)
-            if run.returncode != 0:
-                (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no clients from PyPI: {run.stderr[-2000:]}")
-            mark.touch()
-    return python
 
 
 def output_of(python: Path, *arguments: object) -> str:
@@ -49,7 +24,7 @@ def output_of(python: Path, *arguments: object) -> str:
 
 
 @pytest.mark.timeout(900)  # the first time, the environment is made
-def test_both_clients_get_what_the_model_says(client_python: Path, tmp_path: Path) -> None:
+def test_both_clients_get_what_the_model_says(tmp_path: Path) -> None:
     make_model_folder(tmp_path / "m")
     images = tiny_images(3)
     same = np.stack([images[0], images[0]])
@@ -58,7 +33,9 @@ def test_both_clients_get_what_the_model_says(client_python: Path, tmp_path: Pat
     with started(tmp_path, *on_model(tmp_path / "m")) as process, process.ready() as client:
         url = str(client.base_url).rstrip("/")
         seen = json.loads(
-            output_of(client_python, CLIENTS / "calls.py", url, "tiny", tmp_path / "images.npy", tmp_path / "image.png")
+            output_of(
+                client_python(), CLIENTS / "calls.py", url, "tiny", tmp_path / "images.npy", tmp_path / "image.png"
+            )
         )
         by_predict = client.post("/predict", content=(tmp_path / "image.png").read_bytes()).json()["predictions"][0]
         assert "Traceback" not in process.stderr
@@ -125,16 +102,3 @@ def check_kserve(seen: dict[str, Any], expected: dict[str, np.ndarray]) -> None:
     for binary in (True, False):
         np.testing.assert_allclose(seen[f"images_{binary}"], expected["images"], atol=1e-4)
     assert seen["error"].startswith("There is no model 'other' here; there is 'tiny'., '404")
-
-
-@pytest.mark.timeout(900)
-def test_the_lines_in_the_docs_print_the_label(client_python: Path, tmp_path: Path) -> None:
-    assert len(SNIPPETS) == 2
-    with started(tmp_path, "--provider", "cpu") as process, process.ready() as client:
-        for snippet in SNIPPETS:
-            program = snippet.replace("localhost:8000", f"{client.base_url.host}:{client.base_url.port}")
-            shown = re.search(r"# (.*)\n", snippet)
-            assert shown is not None
-            probability, *label = output_of(client_python, "-c", program).strip().split(":")
-            assert label == shown[1].split(":")[1:]
-            assert float(probability) == pytest.approx(float(shown[1].split(":")[0]), abs=0.02)

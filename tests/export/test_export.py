@@ -70,6 +70,7 @@ def test_metadata_come_back_from_the_file(exported: Path, run: Path) -> None:
     assert open_engine(exported).metadata == metadata
 
 
+@pytest.mark.smoke
 def test_the_engine_gives_the_checkpoints_calibrated_logits(exported: Path, run: Path) -> None:
     model, preprocess, _ = load_model(run)
     images = np.random.default_rng(1).integers(0, 256, (5, SIZE, SIZE, 3), dtype=np.uint8)

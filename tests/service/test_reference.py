@@ -46,6 +46,7 @@ def told(family: str) -> bool:
     return f"| `{family}` |" in REFERENCE or f"| `{family}_total` |" in REFERENCE
 
 
+@pytest.mark.smoke
 def test_the_reference_is_current() -> None:
     written = runpy.run_path(str(DOCS / "write_reference.py"))["page"]()
     assert written == REFERENCE, "run: python docs/write_reference.py"

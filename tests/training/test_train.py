@@ -122,6 +122,7 @@ def test_the_best_epoch_is_chosen_by_what_the_recipe_says(tmp_path: Path, best_b
     assert header.val.loss == lines[header.epoch - 1]["val_loss"]
 
 
+@pytest.mark.smoke
 def test_the_training_loss_is_the_mean_of_the_epoch(tmp_path: Path) -> None:
     # Weights that rest and images as they are: every epoch has the loss of all images.
     run = run_config(learning_rate=1e-12, weight_decay=0, flip=False)

@@ -1,0 +1,1 @@
+"""One report of a GPU host: `python -m benchmarks.gpu_report`."""

@@ -1,0 +1,33 @@
+"""The environment of the clients of the Open Inference Protocol, which are no dependencies of the project."""
+
+import fcntl
+import functools
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.process import ROOT
+
+REQUIREMENTS = Path(__file__).parent / "requirements.txt"
+
+
+@functools.cache
+def client_python() -> Path:
+    """The interpreter of an environment with both clients, made once for each state of their requirements."""
+    home = ROOT / ".venv-clients" / hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()[:12]
+    home.mkdir(parents=True, exist_ok=True)
+    python, mark = home / "bin/python", home / "installed"
+    with (home / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes of pytest-xdist share it
+        if not mark.exists():
+            subprocess.run([sys.executable, "-m", "venv", home], check=True)
+            install = [python, "-m", "pip", "install", "--quiet", "--requirement", REQUIREMENTS]
+            run = subprocess.run(install, capture_output=True, text=True, check=False)
+            if run.returncode != 0:
+                (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no clients from PyPI: {run.stderr[-2000:]}")
+            mark.touch()
+    return python
