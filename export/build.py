@@ -155,17 +155,17 @@ def check_parity(
         path.write_bytes(content)
         with warm_engine(path, "cpu", options.max_batch) as engine:
             comparisons = compare_with_torch(engine, reference, golden, FLOAT32_TOLERANCE)
-            require_unfamiliarity(engine, golden, FLOAT32_TOLERANCE)
-    print(TABLE_HEAD, *comparisons, summary(comparisons), sep="\n")
-    try:
-        require(comparisons)
-    except GateError as error:
-        if options.plain:
-            raise
-        raise GateError(
-            f"{error} Where training/model.py was changed, export/graph/fold.py has to follow; --plain exports the "
-            "trained form, without that algebra."
-        ) from error
+            print(TABLE_HEAD, *comparisons, summary(comparisons), sep="\n")
+            try:
+                require(comparisons)
+                require_unfamiliarity(engine, golden, FLOAT32_TOLERANCE)
+            except GateError as error:
+                if options.plain:
+                    raise
+                raise GateError(
+                    f"{error} Where training/model.py was changed, export/graph/fold.py has to follow; --plain exports "
+                    "the trained form, without that algebra."
+                ) from error
     return comparisons
 
 
