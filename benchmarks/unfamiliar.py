@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.common import BenchmarkError, describe_run, find_model, print_run, run_command
+from export.unfamiliarity import Mahalanobis
 from imaging.decoder import decode
 from imaging.formats import read_header
 from service.engine.onnx_engine import EngineError, OnnxEngine
@@ -57,25 +58,9 @@ def photographs(folder: Path | None, size: tuple[int, int]) -> Images:
 
 def run(engine: OnnxEngine, images: Images) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """uint8 [N, H, W, 3] -> logits [N, C] and features [N, D]."""
-    parts = [engine.run_with_features(images[at : at + BATCH_SIZE]) for at in range(0, len(images), BATCH_SIZE)]
-    logits, features = zip(*parts, strict=True)
+    batches = (images[at : at + BATCH_SIZE] for at in range(0, len(images), BATCH_SIZE))
+    logits, _, features = zip(*(engine.run_outputs(batch, with_features=True) for batch in batches), strict=True)
     return np.concatenate(logits).astype(np.float64), np.concatenate(features).astype(np.float64)
-
-
-class Mahalanobis:
-    """Distance to the nearest class mean, with one covariance for all classes; fitted on features of known images."""
-
-    def __init__(self, features: NDArray[np.float64], labels: NDArray[np.int64]) -> None:
-        self.means = np.stack([features[labels == label].mean(axis=0) for label in np.unique(labels)])
-        centred = features - self.means[labels]
-        covariance = centred.T @ centred / len(features)
-        values, vectors = np.linalg.eigh(covariance)
-        self.whiten = vectors / np.sqrt(values + 1e-6 * values.max())
-
-    def familiarity(self, features: NDArray[np.float64]) -> Scores:
-        """[N, D] -> minus the distance, [N]."""
-        points, means = features @ self.whiten, self.means @ self.whiten
-        return -np.min(((points[:, None] - means[None]) ** 2).sum(axis=-1), axis=1)
 
 
 def log_sum_exp(logits: NDArray[np.float64]) -> Scores:
@@ -131,7 +116,7 @@ def main() -> int:
     scores = {
         "max probability": {kind: np.exp(z.max(axis=1) - log_sum_exp(z)) for kind, (z, _) in outputs.items()},
         "energy": {kind: log_sum_exp(z) for kind, (z, _) in outputs.items()},
-        "Mahalanobis": {kind: distance.familiarity(f) for kind, (_, f) in outputs.items()},
+        "Mahalanobis": {kind: -distance.distance(f) for kind, (_, f) in outputs.items()},
     }
     print("| score | test flagged | " + " | ".join(f"{kind} ({len(images[kind])})" for kind in foreign) + " | mean |")
     print("|---" * (len(foreign) + 3) + "|")

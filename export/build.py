@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import torch
 from onnx import ModelProto
@@ -27,6 +28,7 @@ from export.parity import (
     Comparison,
     compare_with_torch,
     require,
+    require_unfamiliarity,
     summary,
     warm_engine,
 )
@@ -36,6 +38,7 @@ from export.quantization.gate import validation_set
 from export.quantization.variants import Base, Variant, VariantPrecision, build_variants
 from export.source import Source, data_path, has_changed, load_data
 from export.triton import write_triton_config
+from export.unfamiliarity import Fit, fit_unfamiliarity, why_not
 from service.engine.metadata import (
     MODEL_FILE,
     MODEL_FILES,
@@ -126,6 +129,7 @@ def make_variants(
     reference: Callable[[Images], Logits],
     data: DataSet | None,
     golden: Golden,
+    fit: Fit | None,
     options: Options,
 ) -> list[Variant]:
     """Build the wanted variants that pass their gates; random weights are calibrated on the golden noise."""
@@ -133,7 +137,8 @@ def make_variants(
         return []
     eval_set = None if data is None else validation_set(data, reference)
     calibration = golden.images if data is None else data.train.images.numpy()
-    base = Base(graph, metadata, reference, golden, calibration, eval_set, options.max_batch, options.untimed)
+    finish = None if fit is None else fit.distance.append_to
+    base = Base(graph, metadata, reference, golden, calibration, eval_set, options.max_batch, options.untimed, finish)
     return build_variants(base, options.variants)
 
 
@@ -143,36 +148,35 @@ def check_parity(
     """Run the file as the service does, on the CPU, and compare it with torch; prints the table.
 
     Raises:
-        GateError: the logits differ.
+        GateError: the logits differ, or the unfamiliarity.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / MODEL_FILE
         path.write_bytes(content)
         with warm_engine(path, "cpu", options.max_batch) as engine:
             comparisons = compare_with_torch(engine, reference, golden, FLOAT32_TOLERANCE)
-    print(TABLE_HEAD, *comparisons, summary(comparisons), sep="\n")
-    try:
-        require(comparisons)
-    except GateError as error:
-        if options.plain:
-            raise
-        raise GateError(
-            f"{error} Where training/model.py was changed, export/graph/fold.py has to follow; --plain exports the "
-            "trained form, without that algebra."
-        ) from error
+            print(TABLE_HEAD, *comparisons, summary(comparisons), sep="\n")
+            try:
+                require(comparisons)
+                require_unfamiliarity(engine, golden, FLOAT32_TOLERANCE)
+            except GateError as error:
+                if options.plain:
+                    raise
+                raise GateError(
+                    f"{error} Where training/model.py was changed, export/graph/fold.py has to follow; --plain exports "
+                    "the trained form, without that algebra."
+                ) from error
     return comparisons
 
 
-def drop_variants_if_changed(source: Source, data: DataSet | None, options: Options) -> Options:
-    """Drop the variants, with a warning, if the data differ from the run's.
+def drop_variants(options: Options) -> Options:
+    """Drop the variants, with a warning, since the data differ from the run's.
 
     Validation images may then be training images of the run, which makes the accuracy of a variant look too good.
 
     Raises:
         ExportError: the user named the variants.
     """
-    if data is None or not has_changed(source, data):
-        return options
     changed = "the data set has other images than in training"
     if options.variants and options.variants_asked:
         raise ExportError(
@@ -205,6 +209,22 @@ def folded(trained: TrainedModel, image: torch.Tensor) -> nn.Module:
         ) from error
 
 
+def unfamiliarity(content: bytes, data: DataSet | None, *, is_changed: bool) -> Fit | None:
+    """Fit the output `unfamiliarity`; prints why where it can't be. Arguments as of `fit_unfamiliarity`."""
+    fit, reason = None, why_not(data, is_changed=is_changed)
+    if data is not None and reason is None:
+        try:
+            fit = fit_unfamiliarity(content, data)
+        except ExportError as error:
+            reason = str(error)
+    if fit is None:
+        print(f"no output unfamiliarity, so no answer says that an image is unlike the training images: {reason}.")
+        return None
+    shares = ", ".join(f"{each.share:.1%} of {each.n:,} {each.images}" for each in fit.flagged)
+    print(f"unfamiliar above {fit.metadata.threshold:.4g}: {shares} images")
+    return fit
+
+
 def build(source: Source, options: Options) -> ExportedModel:
     """Translate a model and run its gates; writes nothing.
 
@@ -213,7 +233,8 @@ def build(source: Source, options: Options) -> ExportedModel:
     """
     trained = TrainedModel(source.preprocess, source.model, source.temperature).eval()
     data = None if source.checkpoint is None else load_data(source, options.data)
-    options = drop_variants_if_changed(source, data, options)
+    is_changed = data is not None and has_changed(source, data)
+    options = drop_variants(options) if is_changed else options
     golden = make_golden(trained, source, data, options.golden)
     metadata = make_metadata(source, options.out.resolve().name if options.name is None else options.name)
     image = torch.zeros(1, *metadata.input_size, 3, dtype=torch.uint8)
@@ -223,18 +244,26 @@ def build(source: Source, options: Options) -> ExportedModel:
     flops = [(name, count_flops(form, image)) for name, form in forms]
     print("GFLOP an image: " + ", ".join(f"{name} {count / 1e9:.3f}" for name, count in flops))
     graph = to_onnx(WithFeatures(forms[-1][1]), metadata.input_size)
-    content = serialize(graph, to_props(metadata))
     reference = cached_reference(trained)
     try:
+        fit = unfamiliarity(serialize(graph, to_props(metadata)), data, is_changed=is_changed)
+        whole = graph
+        if fit is not None and golden.features is not None:
+            whole = fit.distance.append_to(graph)
+            metadata = metadata.model_copy(update={"unfamiliarity": fit.metadata})
+            scores = fit.distance.distance(golden.features).astype(np.float32)
+            golden = replace(golden, unfamiliarity=scores)
+        content = serialize(whole, to_props(metadata))
         comparisons = check_parity(content, reference, golden, options)
-        variants = make_variants(graph, metadata, reference, data, golden, options)
+        variants = make_variants(graph, metadata, reference, data, golden, fit, options)
     except (ArtifactError, EngineError) as error:
         raise ExportError(f"the service's engine can't run the exported model: {error}") from error
     leakage = data is not None and bool(
         validation_overlaps(source.run, data_path(source, options.data), has_val=data.has_val)
     )
-    duplicates = {} if data is None or has_changed(source, data) else data.copies()
-    return ExportedModel(content, golden, metadata, flops, comparisons, variants, leakage, duplicates)
+    duplicates = {} if data is None or is_changed else data.copies()
+    flagged = () if fit is None else fit.flagged
+    return ExportedModel(content, golden, metadata, flops, comparisons, variants, leakage, duplicates, flagged)
 
 
 def write_version(folder: Path, source: Source, exported: ExportedModel) -> None:

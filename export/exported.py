@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from export.parity import Comparison
 from export.quantization.variants import Variant
 from export.source import Source
+from export.unfamiliarity import Flagged
 from service.engine.metadata import ModelMetadata
 from service.repository.folder import Golden
 
@@ -24,6 +25,7 @@ class ExportedModel:
         variants: that passed their gates.
         leakage: whether validation images may have trained an earlier run that led to this one.
         duplicates: images of each split that are training images as well, by split.
+        flagged: which images the output `unfamiliarity` flags; empty where the graph has none.
     """
 
     content: bytes
@@ -34,6 +36,7 @@ class ExportedModel:
     variants: list[Variant]
     leakage: bool
     duplicates: Mapping[str, int]
+    flagged: tuple[Flagged, ...] = ()
 
 
 def metrics_json(source: Source, exported: ExportedModel) -> str:
@@ -43,6 +46,7 @@ def metrics_json(source: Source, exported: ExportedModel) -> str:
         "epochs": source.epochs,
         "operations_per_picture": dict(exported.flops),
         "verification": [asdict(comparison) for comparison in exported.comparisons],
+        "unfamiliar": [asdict(flagged) for flagged in exported.flagged],
         "variants": {
             variant.precision: variant.metadata.model_dump(mode="json")["gate"] for variant in exported.variants
         },

@@ -13,8 +13,9 @@ import numpy as np
 from export.errors import ExportError, GateError
 from export.graph.trained import Images, Logits
 from service.engine.onnx_engine import Engine, OnnxEngine
-from service.engine.session import ProviderChoice
+from service.engine.session import EngineError, ProviderChoice
 from service.repository.folder import GOLDEN_FILE, Golden
+from service.repository.golden_check import replay_golden
 
 # Rounding in float32 changes the logits of the reference preset by 4e-6; a larger difference is another function.
 FLOAT32_TOLERANCE = 1e-3
@@ -135,6 +136,31 @@ def compare_with_itself(engine: Engine, tolerance: float) -> list[Comparison]:
         alone = np.concatenate([engine.run(images[i : i + 1]) for i in range(len(images))])
         comparisons.append(compare(f"{name} alone", alone, engine.run(images), tolerance))
     return comparisons
+
+
+def require_unfamiliarity(engine: Engine, golden: Golden, tolerance: float) -> None:
+    """Require the unfamiliarity of torch's features on the golden images, where the model has one.
+
+    Args:
+        engine: what will serve.
+        golden: of the same size as the model's input.
+        tolerance: largest relative difference allowed.
+
+    Raises:
+        GateError: it differs.
+        ExportError: the golden images have none.
+    """
+    if engine.metadata.unfamiliarity is None:
+        return
+    try:
+        ratio = replay_golden(engine, golden).score_ratio
+    except EngineError as error:
+        raise ExportError(f"{GOLDEN_FILE}: {error}.") from error
+    if not ratio <= tolerance:  # so that NaN fails
+        raise GateError(
+            f"the gate refuses the output unfamiliarity: on golden images it differs from that of torch by up to "
+            f"{ratio:.1e} of it; allowed are {tolerance:.0e}."
+        )
 
 
 def max_difference(comparisons: Sequence[Comparison]) -> float:

@@ -6,7 +6,7 @@ https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/use
 
 from pathlib import Path
 
-from service.engine.metadata import FEATURES_NAME, INPUT_NAME, OUTPUT_NAME, ModelMetadata
+from service.engine.metadata import INPUT_NAME, ModelMetadata
 
 CONFIG_FILE = "config.pbtxt"
 MAX_BATCH_SIZE = 32
@@ -18,10 +18,9 @@ FIRST_LINE = f"{MARKER}; without this line it is left as it is."
 def triton_config(metadata: ModelMetadata) -> str:
     """Return the text of the file. It has no name, since Triton accepts only that of the folder."""
     height, width = metadata.input_size
-    outputs = {OUTPUT_NAME: len(metadata.labels)}
-    if metadata.feature_dim is not None:
-        outputs[FEATURES_NAME] = metadata.feature_dim
-    output = ",\n".join(f'  {{ name: "{name}" data_type: TYPE_FP32 dims: [ {dim} ] }}' for name, dim in outputs.items())
+    output = ",\n".join(
+        f'  {{ name: "{name}" data_type: TYPE_FP32 {dims(shape)} }}' for name, shape in metadata.output_shapes.items()
+    )
     preferred = ", ".join(map(str, PREFERRED_BATCH_SIZES))
     return f"""{FIRST_LINE}
 platform: "onnxruntime_onnx"
@@ -35,6 +34,11 @@ output [
 dynamic_batching {{ preferred_batch_size: [ {preferred} ] }}
 instance_group [ {{ count: 1 kind: KIND_AUTO }} ]
 """
+
+
+def dims(shape: list[int]) -> str:
+    """Return the fields of an output's shape. Triton takes no empty one: a single number is reshaped from `[batch]`."""
+    return f"dims: {shape}".replace("[", "[ ").replace("]", " ]") if shape else "dims: [ 1 ] reshape { shape: [ ] }"
 
 
 def write_triton_config(folder: Path, metadata: ModelMetadata) -> str | None:

@@ -13,6 +13,7 @@ from export.parity import (
     compare_with_itself,
     compare_with_torch,
     require,
+    require_unfamiliarity,
     warm_engine,
 )
 from export.quantization.gate import TIMED_BATCHES, EvalSet, refusal, run_gate, validation_set
@@ -30,6 +31,7 @@ from service.engine.metadata import (
 from service.engine.onnx_engine import OnnxEngine
 from service.engine.session import EngineError, Provider, ProviderChoice, read_metadata, resolve_provider
 from service.repository.folder import CHECKPOINT_FILE, GOLDEN_FILE, Golden, list_versions, load_golden
+from service.repository.golden_check import MAX_SCORE_RATIO
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,7 @@ def _compare(engine: OnnxEngine, version: Version, precision: Precision) -> list
     """
     tolerance = FLOAT32_TOLERANCE if precision == "float32" else engine.metadata.golden_tolerance
     alone = compare_with_itself(engine, tolerance)
+    require_unfamiliarity(engine, version.golden, FLOAT32_TOLERANCE if precision == "float32" else MAX_SCORE_RATIO)
     if version.reference is not None:
         return [*compare_with_torch(engine, version.reference, version.golden, tolerance), *alone]
     return [compare_golden(engine, version.golden, tolerance), *alone]

@@ -16,7 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from service.decoding.decode_process import Job, work
 from service.decoding.process_pool import ProcessPool, Reply
-from service.engine.metadata import MODEL_FILE, ModelMetadata, Provenance, ResizePolicy, to_props
+from service.engine.metadata import MODEL_FILE, ModelMetadata, Provenance, ResizePolicy, Unfamiliarity, to_props
+from service.engine.runners import Outputs
 from service.repository.folder import GOLDEN_FILE, Golden, save_golden
 
 Images = NDArray[np.uint8]
@@ -66,6 +67,11 @@ def tiny_metadata(**changes: object) -> ModelMetadata:
     return ModelMetadata.model_validate(fields | changes)
 
 
+def tiny_unfamiliarity(threshold: float) -> Unfamiliarity:
+    """Metadata of an output `unfamiliarity`."""
+    return Unfamiliarity(threshold=threshold, split="val", n=100, flagged=0.05, training_images=400)
+
+
 def tiny_images(n: int, seed: int = 0) -> Images:
     """Noise, uint8 [n, HEIGHT, WIDTH, 3]."""
     return np.random.default_rng(seed).integers(0, 256, (n, HEIGHT, WIDTH, 3), dtype=np.uint8)
@@ -81,6 +87,8 @@ def image(number: int) -> Images:
 class FakeEngine:
     """An engine whose logits are [the image's number, `tag`, 0, 0, 0] and whose runs obey the test.
 
+    With a `threshold` it has the output `unfamiliarity`, which is the image's number and a half.
+
     Attributes:
         batches: the numbers of the images of each run that has begun, in order.
         delay: seconds that each run sleeps.
@@ -93,9 +101,16 @@ class FakeEngine:
     runs_alone = False
 
     def __init__(
-        self, max_batch_size: int = 4, *, tag: float = 0, delay: float = 0, feature_dim: int | None = None
+        self,
+        max_batch_size: int = 4,
+        *,
+        tag: float = 0,
+        delay: float = 0,
+        feature_dim: int | None = None,
+        threshold: float | None = None,
     ) -> None:
-        self.metadata = tiny_metadata(feature_dim=feature_dim)
+        unfamiliarity = None if threshold is None else tiny_unfamiliarity(threshold)
+        self.metadata = tiny_metadata(feature_dim=feature_dim, unfamiliarity=unfamiliarity)
         self.max_batch_size = max_batch_size
         self.tag = tag
         self.delay = delay
@@ -131,12 +146,15 @@ class FakeEngine:
         finally:
             self.ended.release()
 
-    def run_with_features(self, images: Images) -> tuple[Logits, Logits]:
-        """Return the logits, and as features the images' numbers, counted up."""
+    def run_outputs(self, images: Images, *, with_features: bool = False) -> Outputs:
+        """Return the logits, the scores, and as features the images' numbers, counted up."""
         logits = self.run(images)
+        outputs = Outputs(logits, None if self.metadata.unfamiliarity is None else logits[:, 0] + np.float32(0.5))
+        if not with_features:
+            return outputs
         assert self.metadata.feature_dim is not None
         self.features_runs.append(len(images))
-        return logits, logits[:, :1] + np.arange(self.metadata.feature_dim, dtype=np.float32)
+        return outputs._replace(features=logits[:, :1] + np.arange(self.metadata.feature_dim, dtype=np.float32))
 
     def _run(self, images: Images) -> Logits:
         numbers = [int(image[0, 0, 0]) * 256 + int(image[0, 0, 1]) for image in images]

@@ -117,12 +117,14 @@ TRAFFIC = (
         kind="timeseries",
         unit=IMAGES_A_SECOND,
         shows="Images that have gone through the model; a request may hold several, an explanation takes many.",
-        bad="A fall while requests stay: images wait or are turned away.",
-        do="Compare with queue and rejections. Explanations take only what others leave.",
+        bad="A fall while requests stay: images wait or are turned away. A growing share unlike the training images: "
+        "clients send something else.",
+        do="Compare with queue and rejections. Explanations take only what others leave. Look at what clients send.",
         queries=(
             Query(rate("perceiver_images_total"), "images"),
             Query(rate("perceiver_explanation_runs_total"), "of these for explanations"),
             Query(rate("perceiver_explanations_total"), "explained"),
+            Query(rate("perceiver_unfamiliar_images_total"), "unlike the training images"),
         ),
     ),
     Panel(

@@ -10,6 +10,7 @@ from export.parity import Comparison, summary
 from export.quantization.gate import describe
 from export.quantization.variants import Variant
 from export.source import Source, top5
+from export.unfamiliarity import PASSING, Flagged
 from service.engine.metadata import MODEL_FILES, ModelMetadata
 from training.data.dataset import CIFAR100
 from training.near_duplicates import CORRELATION
@@ -129,12 +130,34 @@ def input_output(source: Source, metadata: ModelMetadata) -> str:
     if metadata.feature_dim is not None:
         text = f"`features`: float32 `[batch, {metadata.feature_dim}]`; what the head classifies, where asked for."
         features = f"\n{bullet(text)}"
+    if metadata.unfamiliarity is not None:
+        features += f"\n{bullet('`unfamiliarity`: float32 `[batch]`; see below.')}"
     return f"""## Input and output
 
 - `images`: uint8 `[batch, {height}, {width}, 3]`, RGB, 0..255. Normalisation and resize are inside the graph.
 {bullet(logits)}{features}
 - An image that is not {width} x {height} {crop[metadata.resize.crop]}
   and resized ({metadata.resize.filter}, antialiased) by the service."""
+
+
+def unfamiliar_images(metadata: ModelMetadata, flagged: Sequence[Flagged]) -> str:
+    """Return which images are flagged as unlike the training images; empty where the graph does not tell."""
+    fit = metadata.unfamiliarity
+    if fit is None:
+        return ""
+    text = (
+        "The output `unfamiliarity` is the Mahalanobis distance of the features to the nearest class mean, under one "
+        f"covariance for all classes (Lee et al. 2018), from {fit.training_images:,} training images. `/predict` says "
+        f"`unfamiliar` above {fit.threshold:.4g}, so {PASSING:.0%} of the validation images are not flagged. The drawn "
+        "images show nothing that has a class; photographs of other things are not measured here. An image that is "
+        "not flagged may be of no class too."
+    )
+    rows = [(SPLIT_NAMES.get(fit.split, fit.split), f"{fit.n:,}", f"{fit.flagged:.1%}")]
+    rows += [
+        (each.images if each.images == "test" else f"drawn: {each.images}", f"{each.n:,}", f"{each.share:.1%}")
+        for each in flagged
+    ]
+    return "\n\n".join(["## Unfamiliar images", table(("images", "n", "flagged"), rows), paragraph(text)])
 
 
 def limitations(source: Source, metadata: ModelMetadata) -> str:
@@ -196,6 +219,7 @@ def write_card(source: Source, exported: ExportedModel) -> str:
         evaluation(source),
         input_output(source, metadata),
         training_data(source, metadata, leakage=exported.leakage, duplicates=exported.duplicates),
+        unfamiliar_images(metadata, exported.flagged),
         limitations(source, metadata),
         error_analysis(source),
         training_record(source, metadata),

@@ -12,7 +12,7 @@ from onnx import ModelProto
 from export.errors import GateError
 from export.graph.to_onnx import serialize
 from export.graph.trained import Images, Logits
-from export.parity import compare_with_torch, max_difference, warm_engine
+from export.parity import compare_with_torch, max_difference, require_unfamiliarity, warm_engine
 from export.quantization import sensitivity
 from export.quantization.float16 import to_float16
 from export.quantization.gate import TIMED_BATCHES, EvalSet, describe, refusal, run_gate, too_few
@@ -20,6 +20,7 @@ from export.quantization.int8 import quantize_layers, replace_layers
 from service.engine.metadata import MODEL_FILE, MODEL_FILES, ModelMetadata, VariantGate, to_props
 from service.engine.session import EngineError, ProviderChoice, resolve_provider
 from service.repository.folder import Golden
+from service.repository.golden_check import MAX_SCORE_RATIO
 
 VariantPrecision = Literal["int8", "float16"]
 
@@ -41,6 +42,7 @@ class Base:
         eval_set: of the gates; None for random weights, whose accuracy can't be measured.
         max_batch: largest batch, in images.
         untimed: whether to write a variant whose speed can't be measured here.
+        finish: adds to a graph of any precision what stays in float32; None: nothing.
     """
 
     graph: ModelProto
@@ -51,6 +53,11 @@ class Base:
     eval_set: EvalSet | None
     max_batch: int
     untimed: bool
+    finish: Callable[[ModelProto], ModelProto] | None = None
+
+    def finished(self, graph: ModelProto) -> ModelProto:
+        """Return a graph as it is written."""
+        return graph if self.finish is None else self.finish(graph)
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,8 @@ def build_variant(base: Base, precision: VariantPrecision) -> Variant | None:
     if few is not None:  # before the sensitivity analysis, which takes minutes
         print(f"{name}: not written: {few}.")
         return None
-    for description, graph in candidate_graphs(base, precision):
+    for description, candidate in candidate_graphs(base, precision):
+        graph = base.finished(candidate)
         try:
             difference, gate = _measure(base, precision, graph, provider, timed=untimed is None)
         except (EngineError, GateError) as error:
@@ -130,18 +138,19 @@ def _measure(
     """Return the largest difference of a logit on golden images and edge batches, and the gate's result.
 
     Raises:
-        GateError: a logit is not finite.
+        GateError: a logit is not finite, or the unfamiliarity is another.
         EngineError: the graph does not run.
     """
     draft = _metadata(base.metadata, precision, 0.0, None)
     with tempfile.TemporaryDirectory() as folder:
         float32, path = Path(folder) / MODEL_FILE, Path(folder) / MODEL_FILES[precision]
-        float32.write_bytes(serialize(base.graph, to_props(base.metadata)))
+        float32.write_bytes(serialize(base.finished(base.graph), to_props(base.metadata)))
         path.write_bytes(serialize(graph, to_props(draft)))
         with warm_engine(path, provider, max(base.max_batch, *TIMED_BATCHES)) as engine:
             difference = max_difference(compare_with_torch(engine, base.reference, base.golden, math.inf))
             if not math.isfinite(difference):
                 raise GateError("some of its logits are not finite")
+            require_unfamiliarity(engine, base.golden, MAX_SCORE_RATIO)
             if base.eval_set is None:
                 return difference, None
             return difference, run_gate(float32, engine, base.eval_set, timed)

@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 from collections.abc import Sequence
 
 from service.batching.queue import Prediction
@@ -19,6 +20,7 @@ class PredictionWriter:
 
     def __init__(self, metadata: ModelMetadata, version: int) -> None:
         self.classes = len(metadata.labels)
+        self._threshold = metadata.unfamiliarity.threshold if metadata.unfamiliarity else math.inf
         self._head = f'{{"model":{json.dumps(metadata.name)},"version":{version},"predictions":['
         self._entries = [
             f'{{"label":{json.dumps(label)},"index":{index},"probability":'
@@ -34,18 +36,22 @@ class PredictionWriter:
             top_k: 1 to C; of equal probabilities the lower index comes first.
 
         Raises:
-            InferenceFailed: a logit is not a number, so that no answer would be one.
+            InferenceFailed: a logit or a score is not a number, so that no answer would be one.
         """
         images = [
-            self._image(name, *prediction.top(top_k)) for name, prediction in zip(filenames, predictions, strict=True)
+            self._image(name, *prediction.top(top_k), prediction.unfamiliarity)
+            for name, prediction in zip(filenames, predictions, strict=True)
         ]
         return f"{self._head}{','.join(images)}]}}".encode()
 
-    def _image(self, filename: str | None, classes: list[int], probabilities: list[float]) -> str:
+    def _image(self, filename: str | None, classes: list[int], probabilities: list[float], score: float | None) -> str:
         entries = self._entries
         top = "},".join([f"{entries[index]}{value:.6f}" for index, value in zip(classes, probabilities, strict=True)])
         name = "null" if filename is None else json.dumps(filename)
-        return f'{{"filename":{name},"top":[{top}}}]}}'
+        if score is None:
+            return f'{{"filename":{name},"top":[{top}}}]}}'
+        unfamiliar = "true" if score > self._threshold else "false"
+        return f'{{"filename":{name},"top":[{top}}}],"unfamiliar":{unfamiliar},"unfamiliarity":{score:.4f}}}'
 
 
 def server_timing(predictions: Sequence[Prediction], decode: float, total: float) -> bytes:

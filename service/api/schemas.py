@@ -28,6 +28,16 @@ class ImagePrediction(Schema):
 
     filename: str | None = Field(description="As the form sent it; null for other bodies.")
     top: list[ClassProbability] = Field(description="`top_k` classes, the most probable first.")
+    unfamiliar: bool | None = Field(
+        default=None,
+        description="Whether the image is unlike those of the training, so that its classes mean little. Absent where "
+        "the model can't tell, as `unfamiliarity`.",
+    )
+    unfamiliarity: float | None = Field(
+        default=None,
+        ge=0,
+        description="How unlike: the distance to the nearest class. `GET /models` has the threshold.",
+    )
 
 
 class PredictResponse(Schema):

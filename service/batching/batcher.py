@@ -18,20 +18,18 @@ from time import perf_counter
 from typing import Protocol, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from service.batching.engine_pool import EnginePool, PooledEngine
 from service.batching.queue import Batch, DropReason, FutureLike, Pixels, PriorityQueue, Request
 from service.batching.timer import TICK_SECONDS, Timer
 from service.engine.onnx_engine import Engine
+from service.engine.runners import Outputs
 from service.engine.thread import call_in_loop
 from service.errors import Draining, InferenceFailed, NotReady
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-# Logits, float32 [N, C], and where they were asked for features, float32 [N, D].
-RunResult = tuple[NDArray[np.float32], NDArray[np.float32] | None] | Exception
 
 
 class BatchObserver(Protocol):
@@ -42,6 +40,9 @@ class BatchObserver(Protocol):
 
     def queued(self, seconds: float) -> None:
         """Record the wait of one image that was run."""
+
+    def unfamiliar(self, images: int) -> None:
+        """Record how many images of a batch were unlike the training images."""
 
     def dropped(self, reason: DropReason) -> None:
         """Record an image that left the queue without a run."""
@@ -232,22 +233,19 @@ class DynamicBatcher:
 
     def _run(self, member: PooledEngine, batch: Batch) -> None:
         """Stack the images and run them; in the engine thread."""
-        result: RunResult
+        result: Outputs | Exception
         begun = perf_counter()
         try:
             # np.concatenate would release and retake the GIL for each image.
             images = np.frombuffer(b"".join(batch.images()), dtype=np.uint8).reshape(batch.size, *self._shape)
-            if batch.with_features:
-                result = member.engine.run_with_features(images)
-            else:
-                result = member.engine.run(images), None
-            if len(result[0]) != batch.size:
-                raise ValueError(f"the engine returned {len(result[0])} rows for {batch.size} images")
+            result = member.engine.run_outputs(images, with_features=batch.with_features)
+            if len(result.logits) != batch.size:
+                raise ValueError(f"the engine returned {len(result.logits)} rows for {batch.size} images")
         except Exception as error:
             result = error
         call_in_loop(self._loop, self._finish, member, batch, result, perf_counter() - begun)
 
-    def _finish(self, member: PooledEngine, batch: Batch, result: RunResult, seconds: float) -> None:
+    def _finish(self, member: PooledEngine, batch: Batch, result: Outputs | Exception, seconds: float) -> None:
         """End the futures of a batch and release its engine; in the event loop."""
         if member.hung:
             return  # `_hung` has failed them
@@ -258,25 +256,22 @@ class DynamicBatcher:
             if isinstance(result, Exception):
                 self._fail_batch(member, batch, result)
             else:
-                self._complete(member, batch, *result, seconds)
+                self._complete(member, batch, result, seconds)
         except Exception as error:  # raised by an observer
             self._observer_failed(error)
         self._pool.release(member)
         self._update_idle()
 
-    def _complete(
-        self,
-        member: PooledEngine,
-        batch: Batch,
-        logits: NDArray[np.float32],
-        features: NDArray[np.float32] | None,
-        seconds: float,
-    ) -> None:
+    def _complete(self, member: PooledEngine, batch: Batch, outputs: Outputs, seconds: float) -> None:
         member.failures = 0
-        batch.complete(logits, seconds, features)
+        batch.complete(outputs, seconds)
         self._observer.batch(batch.size, seconds)
         if batch.parts[0][0].is_background:
-            return  # its wait says nothing about that of others
+            return  # its wait says nothing about that of others, and covered images are unlike any
+        if (limit := member.engine.metadata.unfamiliarity) is not None and outputs.unfamiliarity is not None:
+            flagged = int(np.count_nonzero(outputs.unfamiliarity > limit.threshold))
+            if flagged:
+                self._observer.unfamiliar(flagged)
         queued, started = self._observer.queued, batch.started
         for request, start, stop in batch.parts:
             for _ in range(start, stop):

@@ -6,6 +6,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from service.engine.runners import Features, Logits, Scores
 from service.errors import InferenceFailed
 
 MANY_CLASSES: Final = 500  # above it sorting costs more than the call, so each image is ranked alone
@@ -19,14 +20,14 @@ class BatchLogits:
     event loop: the engine thread runs the next batch by then.
 
     Attributes:
-        logits: float32 [N, C].
-        features: float32 [N, D]; None where nobody asked for them.
+        logits, unfamiliarity, features: as of `Outputs`.
     """
 
-    __slots__ = ("_ranked", "features", "logits")
+    __slots__ = ("_ranked", "features", "logits", "unfamiliarity")
 
-    def __init__(self, logits: NDArray[np.float32], features: NDArray[np.float32] | None = None) -> None:
+    def __init__(self, logits: Logits, unfamiliarity: Scores | None = None, features: Features | None = None) -> None:
         self.logits = logits
+        self.unfamiliarity = unfamiliarity
         self.features = features
         self._ranked: Ranked | None = None
 
@@ -48,6 +49,19 @@ class BatchLogits:
             raise InferenceFailed("A logit of the model is not a number.")
         classes: list[int] = order[row, :k].tolist()
         return classes, values
+
+    def score(self, row: int) -> float | None:
+        """Return a row's unfamiliarity; None where the model has none.
+
+        Raises:
+            InferenceFailed: it is not finite.
+        """
+        if self.unfamiliarity is None:
+            return None
+        score = float(self.unfamiliarity[row])
+        if not isfinite(score):
+            raise InferenceFailed("The unfamiliarity that the model gives is not a number.")
+        return score
 
 
 def rank(logits: NDArray[np.float32]) -> Ranked:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.batching.logits import BatchLogits
+from service.engine.runners import Outputs
 from service.errors import DeadlineExceeded
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,11 @@ class Prediction:
         """The logits of this image, float32 [C]."""
         row: NDArray[np.float32] = self.batch_logits.logits[self.row]
         return row
+
+    @property
+    def unfamiliarity(self) -> float | None:
+        """How unlike the training images this one is; see `BatchLogits.score`."""
+        return self.batch_logits.score(self.row)
 
     @property
     def features(self) -> NDArray[np.float32]:
@@ -145,11 +151,9 @@ class Batch:
         """Whether any of its requests has asked for features."""
         return any(request.with_features for request, _, _ in self.parts)
 
-    def complete(
-        self, logits: NDArray[np.float32], seconds: float, features: NDArray[np.float32] | None = None
-    ) -> None:
-        """Give each image its row of float32 [N, C] and [N, D], and set the results of complete requests."""
-        batch_logits, row, size = BatchLogits(logits, features), 0, self.size
+    def complete(self, outputs: Outputs, seconds: float) -> None:
+        """Give each image its row of the outputs, and set the results of complete requests."""
+        batch_logits, row, size = BatchLogits(*outputs), 0, self.size
         for request, start, stop in self.parts:
             queued = self.started - request.enqueued
             rows = range(row, row + stop - start)

@@ -16,8 +16,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from service.engine.capture_lock import capture_lock
-from service.engine.metadata import FEATURES_NAME, INPUT_NAME, OUTPUT_NAME, ModelMetadata
-from service.engine.runners import Features, Images, Logits, descending
+from service.engine.metadata import FEATURES_NAME, INPUT_NAME, ModelMetadata
+from service.engine.runners import Images, Outputs, descending, fetch, names_of
 from service.engine.session import SessionSpec, open_session
 
 logger = logging.getLogger(__name__)
@@ -44,18 +44,22 @@ class CudaBatch:
         size = len(images)
         self.images = images
         self._input = ort.OrtValue.ortvalue_from_shape_and_type(images.shape, np.uint8, "cuda", device_id)
-        self._outputs = (size, len(metadata.labels))
-        self._output = ort.OrtValue.ortvalue_from_shape_and_type(self._outputs, np.float32, "cuda", device_id)
+        self._shapes = {name: (size, *metadata.output_shapes[name]) for name in names_of(metadata)}
+        self._outputs = {
+            name: ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, "cuda", device_id)
+            for name, shape in self._shapes.items()
+        }
         self._session = session
         self._binding = session.io_binding()
         self._binding.bind_ortvalue_input(INPUT_NAME, self._input)
-        self._binding.bind_ortvalue_output(OUTPUT_NAME, self._output)
+        for name, output in self._outputs.items():
+            self._binding.bind_ortvalue_output(name, output)
         self._device_id = device_id
         self._plain, self._graph = _run_options(NO_GRAPH), _run_options(size)
         self._runs_until_captured = RUNS_UNTIL_CAPTURED if captures else 0
 
-    def run(self) -> Logits:
-        """Copy in, run or replay, copy out: a new float32 [B, C]. The session waits for the device."""
+    def run(self) -> Outputs:
+        """Copy in, run or replay, copy out, into new arrays of B rows. The session waits for the device."""
         captures = self._runs_until_captured == 1
         options = self._plain if self._runs_until_captured > 1 else self._graph
         with capture_lock.exclusive() if captures else capture_lock.shared():
@@ -63,17 +67,17 @@ class CudaBatch:
             self._copy_in()
             self._session.run_with_iobinding(self._binding, options)
             self._runs_until_captured = max(0, self._runs_until_captured - 1)
-            return self._copy_out()
+            return Outputs(**{name: self._copy_out(name) for name in self._outputs})
 
     def _copy_in(self) -> None:
         if not copy(self._input.data_ptr(), self.images.ctypes.data, self.images.nbytes, HOST_TO_DEVICE):
             self._input.update_inplace(self.images)
 
-    def _copy_out(self) -> Logits:
-        logits = np.empty(self._outputs, dtype=np.float32)
-        if copy(logits.ctypes.data, self._output.data_ptr(), logits.nbytes, DEVICE_TO_HOST):
-            return logits
-        return np.asarray(self._output.numpy(), dtype=np.float32)
+    def _copy_out(self, name: str) -> NDArray[np.float32]:
+        values, output = np.empty(self._shapes[name], dtype=np.float32), self._outputs[name]
+        if copy(values.ctypes.data, output.data_ptr(), values.nbytes, DEVICE_TO_HOST):
+            return values
+        return np.asarray(output.numpy(), dtype=np.float32)
 
 
 class BucketRunner:
@@ -88,7 +92,7 @@ class BucketRunner:
         bind: Callable[[int], CudaBatch],
         sizes: Sequence[int],
         warm_up_runs: int = 1,
-        run_with_features: Callable[[Images], tuple[Logits, Features]] | None = None,
+        run_with_features: Callable[[Images], Outputs] | None = None,
     ) -> None:
         self.warm_up_runs = warm_up_runs
         self._run_with_features = run_with_features
@@ -96,17 +100,16 @@ class BucketRunner:
         self.sizes: Sequence[int] = descending(sizes)
         self._bound = {size: bind(size) for size in self.sizes}
 
-    def run(self, images: Images) -> Logits:
-        """Classify uint8 [N, H, W, 3], N <= sizes[0]; return float32 [N, C]."""
+    def run(self, images: Images, *, with_features: bool = False) -> Outputs:
+        """Run uint8 [N, H, W, 3], N <= sizes[0]; with features beside the bound buffers, which have none."""
+        if with_features:
+            assert self._run_with_features is not None
+            return self._run_with_features(images)
         n = len(images)
         batch = self._bound[self._bucket(n)]
         batch.images[:n] = images
-        return batch.run()[:n]
-
-    def run_with_features(self, images: Images) -> tuple[Logits, Features]:
-        """Return as `run` float32 [N, C], and float32 [N, D]; beside the bound buffers, which have logits alone."""
-        assert self._run_with_features is not None
-        return self._run_with_features(images)
+        logits, scores, _ = batch.run()
+        return Outputs(logits[:n], None if scores is None else scores[:n])
 
     def shrink(self, failed: int) -> int:
         """Drop the bucket that failed and all above it; return the new largest, 0 if only the smallest is left.
@@ -151,16 +154,15 @@ def cuda_runner(session: Any, metadata: ModelMetadata, sizes: Sequence[int], spe
             lambda size: CudaBatch(session, metadata, host[:size], spec.device_id, spec.cuda_graphs),
             sizes,
             warm_up_runs=RUNS_UNTIL_CAPTURED if spec.cuda_graphs else 1,
-            run_with_features=functools.partial(run_with_features, session, spec.device_id),
+            run_with_features=lambda images: run_with_features(session, metadata, spec.device_id, images),
         )
 
 
-def run_with_features(session: Any, device_id: int, images: Images) -> tuple[Logits, Features]:
-    """Run without bound buffers and without a graph: uint8 [N, H, W, 3] -> float32 [N, C], float32 [N, D]."""
+def run_with_features(session: Any, metadata: ModelMetadata, device_id: int, images: Images) -> Outputs:
+    """Run uint8 [N, H, W, 3] without bound buffers and without a graph."""
     with capture_lock.shared():
         use_device(device_id)
-        logits, features = session.run([OUTPUT_NAME, FEATURES_NAME], {INPUT_NAME: images}, _run_options(NO_GRAPH))
-        return logits, features
+        return fetch(session, [*names_of(metadata), FEATURES_NAME], images, _run_options(NO_GRAPH))
 
 
 def page_locked_zeros(shape: tuple[int, ...]) -> NDArray[np.uint8]:

@@ -22,6 +22,7 @@ MODEL_FILES: Mapping[Precision, str] = {"float32": MODEL_FILE, "float16": "model
 INPUT_NAME = "images"
 OUTPUT_NAME = "logits"
 FEATURES_NAME = "features"
+UNFAMILIARITY_NAME = "unfamiliarity"
 KEY_PREFIX = "perceiver."
 # The ONNX specification's keys for image inputs ("Image Category Definition" in MetadataProps.md).
 IMAGE_PROPS = {
@@ -99,6 +100,24 @@ class VariantGate(_Contract):
     speed: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0)]], ...] | None
 
 
+class Unfamiliarity(_Contract):
+    """From which score on an image counts as unfamiliar.
+
+    Attributes:
+        threshold: an image with a larger score is unfamiliar; a float32, as scores are.
+        split: the split that the threshold was fitted on.
+        n: number of its images.
+        flagged: share of these that are unfamiliar, 0..1.
+        training_images: number of training images that class means and covariance were fitted on.
+    """
+
+    threshold: Annotated[float, Field(gt=0)]
+    split: Split
+    n: Annotated[int, Field(ge=1)]
+    flagged: Fraction
+    training_images: Annotated[int, Field(ge=1)]
+
+
 class ModelMetadata(_Contract):
     """Metadata of a model, stored in the ONNX file.
 
@@ -109,6 +128,7 @@ class ModelMetadata(_Contract):
         temperature: divisor that calibrates the logits; the graph applies it already.
         parameters: number of trained parameters.
         feature_dim: width D of the output `features`; None where the graph has no such output.
+        unfamiliarity: threshold of the output `unfamiliarity`; None where the graph has no such output.
         gate: of a float16 or int8 file; None for the float32 file, and for random weights.
     """
 
@@ -126,6 +146,7 @@ class ModelMetadata(_Contract):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     provenance: Provenance
     feature_dim: Annotated[int, Field(ge=1)] | None = None
+    unfamiliarity: Unfamiliarity | None = None
     gate: VariantGate | None = None
 
     @field_validator("labels")
@@ -136,10 +157,20 @@ class ModelMetadata(_Contract):
             raise ValueError(f"every label must be unique; repeated: {', '.join(repeated)}")
         return labels
 
+    @property
+    def output_shapes(self) -> dict[str, list[int]]:
+        """The graph's outputs in its order, with their shapes behind the batch."""
+        shapes = {OUTPUT_NAME: [len(self.labels)]}
+        if self.feature_dim is not None:
+            shapes[FEATURES_NAME] = [self.feature_dim]
+        if self.unfamiliarity is not None:
+            shapes[UNFAMILIARITY_NAME] = []
+        return shapes
+
 
 def to_props(metadata: ModelMetadata) -> dict[str, str]:
     """Return ONNX metadata_props: one JSON string for each field, and the ONNX specification's image keys."""
-    absent = {name for name in ("feature_dim", "gate") if getattr(metadata, name) is None}
+    absent = {name for name in ("feature_dim", "unfamiliarity", "gate") if getattr(metadata, name) is None}
     fields = metadata.model_dump(mode="json", exclude=absent)
     return {f"{KEY_PREFIX}{name}": json.dumps(value) for name, value in fields.items()} | IMAGE_PROPS
 

@@ -16,7 +16,16 @@ from service.engine.capture_lock import capture_lock
 from service.engine.cuda import BucketRunner, cuda_runner, open_cuda_session
 from service.engine.cuda_probe import why_no_graphs
 from service.engine.metadata import ModelMetadata
-from service.engine.runners import Features, HostRunner, Images, Logits, default_buckets, is_out_of_memory
+from service.engine.runners import (
+    HostRunner,
+    Images,
+    Logits,
+    Outputs,
+    concatenate,
+    default_buckets,
+    is_out_of_memory,
+    names_of,
+)
 from service.engine.session import (
     EngineError,
     Provider,
@@ -54,8 +63,8 @@ class Engine(Protocol):
         Call this and `warm_up` from the same thread: a captured CUDA graph belongs to a thread.
         """
 
-    def run_with_features(self, images: Images) -> tuple[Logits, Features]:
-        """Return what `run` does, and features, float32 [N, D]; only where the metadata have a `feature_dim`."""
+    def run_outputs(self, images: Images, *, with_features: bool = False) -> Outputs:
+        """Return the logits as `run`, and the other outputs; features only where the metadata have a `feature_dim`."""
 
     def warm_up(self) -> None:
         """Run the batch sizes that matter, so that the first request does not pay for it."""
@@ -118,37 +127,29 @@ class OnnxEngine:
         self._tunes = tune_batch_size and self.provider == "cpu"
 
     def run(self, images: Images) -> Logits:
-        """Classify uint8 [N, H, W, 3]; return float32 [N, C]. See `Engine.run`.
+        """Classify uint8 [N, H, W, 3]; return float32 [N, C]. See `Engine.run`, and `run_outputs`."""
+        return self.run_outputs(images).logits
 
-        A batch that runs out of memory runs again in halves, and `max_batch_size` falls to the half.
+    def run_outputs(self, images: Images, *, with_features: bool = False) -> Outputs:
+        """Run uint8 [N, H, W, 3]. See `Engine.run_outputs`.
+
+        A batch that runs out of memory runs again in halves, and `max_batch_size` falls to the half. One with features
+        fails: they are rare, and must not slow down the others.
 
         Raises:
-            EngineError: the images have another dtype or shape, or onnxruntime failed.
+            EngineError: the images have another dtype or shape, the graph has no features, or onnxruntime failed.
         """
         runner = self._open_runner()
         self._check(images)
+        if with_features and self.metadata.feature_dim is None:
+            raise EngineError(f"{self.path}: this graph has no output features")
         try:
-            return runner.run(images)
+            return runner.run(images, with_features=with_features)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if with_features or not is_out_of_memory(error):
                 raise self._failed(images, error) from error
             size = self._lower_ceiling(runner, images, error)
             return self._run_in_parts(runner, images, size)
-
-    def run_with_features(self, images: Images) -> tuple[Logits, Features]:
-        """Return float32 [N, C] as `run`, and float32 [N, D]. See `Engine.run_with_features`.
-
-        Raises:
-            EngineError: as `run`, or the graph has no features. Memory that is short fails the batch.
-        """
-        runner = self._open_runner()
-        self._check(images)
-        if self.metadata.feature_dim is None:
-            raise EngineError(f"{self.path}: this graph has no output features")
-        try:
-            return runner.run_with_features(images)
-        except Exception as error:
-            raise self._failed(images, error) from error
 
     def warm_up(self) -> None:
         """Run every bucket from the largest down, and capture it on a GPU. On a CPU: the largest batch, and one image.
@@ -263,9 +264,9 @@ class OnnxEngine:
         self.max_batch_size = min(self.max_batch_size, smaller)
         return smaller
 
-    def _run_in_parts(self, runner: Runner, images: Images, size: int) -> Logits:
+    def _run_in_parts(self, runner: Runner, images: Images, size: int) -> Outputs:
         try:
-            return np.concatenate([runner.run(images[at : at + size]) for at in range(0, len(images), size)])
+            return concatenate([runner.run(images[at : at + size]) for at in range(0, len(images), size)])
         except Exception as error:
             raise EngineError(f"{self.path}: no memory for {len(images)}, nor for {size}: {error}") from error
 
@@ -280,7 +281,7 @@ def _open(path: Path, spec: SessionSpec, buckets: Sequence[int] | None) -> tuple
     metadata = metadata_of(session, path)
     check_graph(session, metadata, path)
     if not on_device:
-        return metadata, HostRunner(session, spec.max_batch_size)
+        return metadata, HostRunner(session, spec.max_batch_size, names_of(metadata))
     sizes = sorted({*(buckets or default_buckets(spec.max_batch_size)), spec.max_batch_size})
     if sizes[0] < 1 or sizes[-1] > spec.max_batch_size:
         raise EngineError(f"buckets must lie between 1 and max_batch_size {spec.max_batch_size}, and are {buckets}")

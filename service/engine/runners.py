@@ -4,17 +4,18 @@ Shape letters: N images of a batch, H and W input size, C classes, D width of th
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from service.engine.metadata import FEATURES_NAME, INPUT_NAME, OUTPUT_NAME
+from service.engine.metadata import FEATURES_NAME, INPUT_NAME, OUTPUT_NAME, UNFAMILIARITY_NAME, ModelMetadata
 
 Images = NDArray[np.uint8]
 Logits = NDArray[np.float32]
 Features = NDArray[np.float32]
+Scores = NDArray[np.float32]
 
 # onnxruntime has no exception class for this. These are the messages of its arena, of CUDA and its libraries, and of
 # C++.
@@ -30,6 +31,36 @@ OUT_OF_MEMORY_WORDS = (
 )
 
 
+class Outputs(NamedTuple):
+    """The outputs of one batch, by their names in the graph.
+
+    Attributes:
+        logits: float32 [N, C].
+        unfamiliarity: float32 [N]; None where the graph has no such output.
+        features: float32 [N, D]; None where nobody asked for them.
+    """
+
+    logits: Logits
+    unfamiliarity: Scores | None = None
+    features: Features | None = None
+
+
+def names_of(metadata: ModelMetadata) -> list[str]:
+    """Return the outputs that every run fetches: all but the features, which few requests ask for."""
+    return [OUTPUT_NAME] if metadata.unfamiliarity is None else [OUTPUT_NAME, UNFAMILIARITY_NAME]
+
+
+def fetch(session: Any, names: Sequence[str], images: Images, options: Any = None) -> Outputs:
+    """Run uint8 [N, H, W, 3] for some of the graph's outputs."""
+    return Outputs(**dict(zip(names, session.run(names, {INPUT_NAME: images}, options), strict=True)))
+
+
+def concatenate(parts: Sequence[Outputs]) -> Outputs:
+    """Join the outputs of several batches, which have no features."""
+    scores = [part.unfamiliarity for part in parts if part.unfamiliarity is not None]
+    return Outputs(np.concatenate([part.logits for part in parts]), np.concatenate(scores) if scores else None)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether a run failed for lack of memory, so that a smaller one may succeed."""
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY_WORDS)
@@ -38,31 +69,31 @@ def is_out_of_memory(error: BaseException) -> bool:
 class HostRunner:
     """Runs batches as they are: on a CPU, padded rows would take full time.
 
+    Args:
+        session: of onnxruntime.
+        max_batch_size: the largest batch, in images.
+        names: of the outputs that every run fetches.
+
     Attributes:
         sizes: batch sizes to run at warm-up, descending; the first is the largest that can run.
         warm_up_runs: runs until a size is at full speed.
     """
 
-    def __init__(self, session: Any, max_batch_size: int) -> None:
+    def __init__(self, session: Any, max_batch_size: int, names: Sequence[str] = (OUTPUT_NAME,)) -> None:
         self._session = session
+        self._names = [*names]
         self.warm_up_runs = 1
         self.sizes: Sequence[int] = descending({1, max_batch_size})
 
-    def run(self, images: Images) -> Logits:
-        """Classify uint8 [N, H, W, 3]; return float32 [N, C]."""
-        (logits,) = self._session.run([OUTPUT_NAME], {INPUT_NAME: images})
-        return np.asarray(logits, dtype=np.float32)
-
-    def run_with_features(self, images: Images) -> tuple[Logits, Features]:
-        """Return as `run` float32 [N, C], and float32 [N, D]."""
-        logits, features = self._session.run([OUTPUT_NAME, FEATURES_NAME], {INPUT_NAME: images})
-        return logits, features
+    def run(self, images: Images, *, with_features: bool = False) -> Outputs:
+        """Run uint8 [N, H, W, 3]."""
+        return fetch(self._session, [*self._names, FEATURES_NAME] if with_features else self._names, images)
 
     def trim(self, images: Images) -> None:
         """Run a batch, and free the memory that onnxruntime's arena keeps from larger ones."""
         options = ort.RunOptions()
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        self._session.run([OUTPUT_NAME], {INPUT_NAME: images}, options)
+        fetch(self._session, self._names, images, options)
 
     def shrink(self, failed: int) -> int:
         """Halve the size that failed with `failed` images; return the new largest, 0 for none."""

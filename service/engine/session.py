@@ -11,10 +11,8 @@ import onnxruntime as ort
 from service.engine.cpus import threads_within_limits
 from service.engine.cuda_probe import CUDA, why_no_cuda
 from service.engine.metadata import (
-    FEATURES_NAME,
     INPUT_NAME,
     MODEL_FILES,
-    OUTPUT_NAME,
     ArtifactError,
     ModelMetadata,
     Precision,
@@ -206,15 +204,13 @@ def check_graph(session: Any, metadata: ModelMetadata, path: Path) -> None:
 
     Raises:
         EngineError: names, element types or shapes differ from `images` uint8 [batch, H, W, 3], `logits` float32
-            [batch, C] and, where the metadata have a `feature_dim` D, `features` float32 [batch, D].
+            [batch, C] and, where the metadata have them, `features` float32 [batch, D] and `unfamiliarity` float32
+            [batch].
     """
     height, width = metadata.input_size
-    outputs = {OUTPUT_NAME: [len(metadata.labels)]}
-    if metadata.feature_dim is not None:
-        outputs[FEATURES_NAME] = [metadata.feature_dim]
     for kind, nodes, dtype, expected in (
         ("input", session.get_inputs(), "uint8", {INPUT_NAME: [height, width, 3]}),
-        ("output", session.get_outputs(), "float", outputs),
+        ("output", session.get_outputs(), "float", metadata.output_shapes),
     ):
         found = ", ".join(f"{node.name} {node.type} {node.shape}" for node in nodes)
         wanted = ", ".join(f"{name} tensor({dtype}) {['batch', *tail]}" for name, tail in expected.items())

@@ -62,6 +62,9 @@ class Metrics:
         self.inference_seconds = seconds("perceiver_inference_seconds", "Seconds of one run of the model.")
         self.batch_size = histogram("perceiver_batch_size", "Images in one run of the model.", buckets=IMAGES)
         self.images = counter("perceiver_images", "Images that the model has run, those of explanations included.")
+        self.unfamiliar_images = counter(
+            "perceiver_unfamiliar_images", "Images unlike those of the training, not counting those of explanations."
+        )
         self.explanations = counter("perceiver_explanations", "Images explained.")
         self.explanation_runs = counter("perceiver_explanation_runs", "Images run for explanations.")
         self.failed_batches = counter("perceiver_failed_batches", "Runs of the model that failed.")
@@ -156,6 +159,10 @@ class Metrics:
         self.batch_size.observe(size)
         self.inference_seconds.observe(seconds)
         self.images.inc(size)
+
+    def unfamiliar(self, images: int) -> None:
+        """Count images that were unlike the training images."""
+        self.unfamiliar_images.inc(images)
 
     def queued(self, seconds: float) -> None:
         """Time one image's wait."""

@@ -18,6 +18,7 @@ from service.engine.metadata import ArtifactError
 
 GOLDEN_FILE: Final = "golden.npz"
 CHECKPOINT_FILE: Final = "checkpoint.safetensors"  # what was exported; the service does not read it
+OPTIONAL: Final = ("features", "unfamiliarity")  # arrays of the golden images that some graphs have
 MAX_DIGITS: Final = 18  # of a version's number: it has to fit into 64 bits
 
 
@@ -30,15 +31,18 @@ class Golden:
         labels: int64 [K], the true classes.
         logits: float32 [K, C], from torch in float32.
         features: float32 [K, D], from torch in float32; None where the graph has no such output.
+        unfamiliarity: float32 [K], of these features; None where the graph has no such output.
     """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     logits: NDArray[np.float32]
     features: NDArray[np.float32] | None = None
+    unfamiliarity: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
-        kinds = {"images": ("uint8", 4), "labels": ("int64", 1), "logits": ("float32", 2), "features": ("float32", 2)}
+        kinds = {"images": ("uint8", 4), "labels": ("int64", 1), "logits": ("float32", 2)}
+        kinds |= {"features": ("float32", 2), "unfamiliarity": ("float32", 1)}
         for name, (dtype, ndim) in kinds.items():
             array = getattr(self, name)
             if array is None:
@@ -54,8 +58,10 @@ class Golden:
                 f"golden images: images, labels and logits must be equally many, and at least one each, "
                 f"and are {len(self.images)}, {len(self.labels)} and {len(self.logits)}"
             )
-        if self.features is not None and not (len(self.features) == len(self) and np.isfinite(self.features).all()):
-            raise ArtifactError("golden images: features must be as many as images, and finite")
+        for name in OPTIONAL:
+            array = getattr(self, name)
+            if array is not None and not (len(array) == len(self) and np.isfinite(array).all()):
+                raise ArtifactError(f"golden images: {name} must be as many as images, and finite")
         if self.images.shape[3] != 3 or not np.isfinite(self.logits).all():
             raise ArtifactError("golden images: images must have 3 channels and all logits must be finite")
 
@@ -79,8 +85,7 @@ def check_files(folder: Path) -> None:
 def save_golden(path: Path, golden: Golden) -> None:
     """Write `golden.npz`, compressed."""
     arrays: dict[str, Any] = {"images": golden.images, "labels": golden.labels, "logits": golden.logits}
-    if golden.features is not None:
-        arrays["features"] = golden.features
+    arrays |= {name: array for name in OPTIONAL if (array := getattr(golden, name)) is not None}
     np.savez_compressed(path, **arrays)
 
 
@@ -94,7 +99,7 @@ def load_golden(path: Path) -> Golden:
         with path.open("rb") as stream:  # np.load leaves the file open if it is no archive
             archive = np.load(stream, allow_pickle=False)
             arrays = {name: archive[name] for name in ("images", "labels", "logits")}
-            features = archive.get("features")
+            arrays |= {name: archive.get(name) for name in OPTIONAL}
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: the file is missing; a version must hold its golden images") from error
     except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds on damaged files
@@ -102,7 +107,7 @@ def load_golden(path: Path) -> Golden:
             f"{path}: must be an npz archive of images, labels and logits, and can't be read as one: {error}"
         ) from error
     try:
-        return Golden(**arrays, features=features)
+        return Golden(**arrays)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
 

@@ -15,6 +15,7 @@ from service.engine.session import EngineError
 from service.repository.folder import Golden
 
 FEW_IMAGES: Final = 4
+MAX_SCORE_RATIO: Final = 0.1  # of a score's difference to torch's score: one of another kind differs by more
 MIN_COSINE: Final = 0.99  # of features with torch's: it finds another vector; the logits find other numbers
 
 
@@ -26,12 +27,15 @@ class GoldenReport:
         max_abs_difference: the largest of a logit from the golden ones.
         labels_differ: how many of the `n` images have another label.
         rate: images a second.
+        score_ratio: the largest difference of an `unfamiliarity` from the golden one, as a share of that; 0 where the
+            model has none.
     """
 
     max_abs_difference: float
     labels_differ: int
     n: int
     rate: float
+    score_ratio: float = 0.0
 
 
 def replay_golden(engine: Engine, golden: Golden, *, is_whole: bool = True) -> GoldenReport:
@@ -48,16 +52,21 @@ def replay_golden(engine: Engine, golden: Golden, *, is_whole: bool = True) -> G
             f"golden images of shape {list(golden.images.shape[1:])} with {golden.logits.shape[1]} logits "
             f"do not fit a model of shape {list(wanted[0])} with {wanted[1]} classes"
         )
-    difference, wrong = 0.0, np.zeros(len(golden), dtype=np.bool_)
+    if engine.metadata.unfamiliarity is not None and golden.unfamiliarity is None:
+        raise EngineError("the golden images must have an unfamiliarity, since the model does")
+    difference, ratio, wrong = 0.0, 0.0, np.zeros(len(golden), dtype=np.bool_)
     begun, ran = perf_counter(), 0
     n = len(golden) if is_whole else min(len(golden), max(FEW_IMAGES, engine.max_batch_size))
     for part in _parts(engine, n):
         ran += len(part)
-        logits, expected = engine.run(golden.images[part]), golden.logits[part]
+        (logits, scores, _), expected = engine.run_outputs(golden.images[part]), golden.logits[part]
         difference = float(np.maximum(difference, np.abs(logits - expected).max()))  # keeps a NaN
+        if scores is not None and golden.unfamiliarity is not None:
+            known = golden.unfamiliarity[part]
+            ratio = float(np.maximum(ratio, (np.abs(scores - known) / known).max()))
         np.logical_or.at(wrong, part, logits.argmax(axis=1) != expected.argmax(axis=1))
     rate = ran / max(perf_counter() - begun, 1e-9)
-    return GoldenReport(difference, int(np.count_nonzero(wrong)), n, rate)
+    return GoldenReport(difference, int(np.count_nonzero(wrong)), n, rate, ratio)
 
 
 def _parts(engine: Engine, n: int) -> Iterator[NDArray[np.intp]]:
@@ -86,7 +95,8 @@ def check_features(engine: Engine, golden: Golden) -> None:
     if expected is None or expected.shape[1] != engine.metadata.feature_dim:
         raise EngineError(f"the golden images must have features of width {engine.metadata.feature_dim}")
     expected = expected[: engine.max_batch_size]
-    _, features = engine.run_with_features(golden.images[: len(expected)])
+    features = engine.run_outputs(golden.images[: len(expected)], with_features=True).features
+    assert features is not None
     lengths = np.linalg.norm(features, axis=1) * np.linalg.norm(expected, axis=1)
     cosine = float(((features * expected).sum(axis=1) / lengths).min())
     if not cosine >= MIN_COSINE:  # so that NaN fails
@@ -132,5 +142,10 @@ def check_golden(engine: Engine, golden: Golden, *, is_whole: bool = True) -> Go
             f"{report.labels_differ} of {report.n} labels differ",
             report,
             engine.metadata.precision,
+        )
+    if not report.score_ratio <= MAX_SCORE_RATIO:
+        raise EngineError(
+            f"the golden images give another unfamiliarity on {engine.provider}: it differs by up to "
+            f"{report.score_ratio:.1%}, and {MAX_SCORE_RATIO:.0%} is allowed"
         )
     return report

@@ -11,9 +11,10 @@ import time
 import numpy as np
 
 from service.engine.onnx_engine import OnnxEngine
+from service.engine.runners import Outputs
 from service.engine.session import EngineError
 from service.repository import versions
-from tests.fakes import HEIGHT, WIDTH, Images, Logits
+from tests.fakes import HEIGHT, WIDTH, Images
 
 MODULE = "tests.chaos.slow_service"
 VARIABLE = "CHAOS_RUN_MS"
@@ -23,11 +24,11 @@ POISON = np.full((HEIGHT, WIDTH, 3), (255, 0, 255), np.uint8)
 class SlowEngine(OnnxEngine):
     """The model itself, after a wait that costs no CPU time."""
 
-    def run(self, images: Images) -> Logits:
+    def run_outputs(self, images: Images, *, with_features: bool = False) -> Outputs:
         time.sleep(float(os.environ[VARIABLE]) / 1000)
         if any(np.array_equal(image, POISON) for image in images):
             raise EngineError("the device says no")
-        return super().run(images)
+        return super().run_outputs(images, with_features=with_features)
 
 
 if __name__ in ("__main__", "__mp_main__"):  # the latter in a worker

@@ -57,7 +57,8 @@ def exported(tmp_path: Path) -> tuple[Path, Golden]:
 def test_the_engine_gives_torchs_features_and_the_same_logits(exported: tuple[Path, Golden]) -> None:
     path, golden = exported
     engine = OnnxEngine(path, provider="cpu", intra_op_threads=1, max_batch_size=8)
-    logits, features = engine.run_with_features(golden.images)
+    logits, _, features = engine.run_outputs(golden.images, with_features=True)
+    assert features is not None
     np.testing.assert_array_equal(logits, engine.run(golden.images))
     np.testing.assert_allclose(features, golden.features, rtol=1e-4, atol=1e-4)
     assert logits.dtype == features.dtype == np.float32
@@ -83,7 +84,7 @@ def test_a_graph_without_features_says_so(tmp_path: Path) -> None:
     path.write_bytes(serialize(graph, to_props(tiny_metadata(labels=labels, input_size=(SIZE, SIZE)))))
     engine = OnnxEngine(path, provider="cpu", intra_op_threads=1)
     with pytest.raises(EngineError, match="no output features"):
-        engine.run_with_features(np.zeros((1, SIZE, SIZE, 3), np.uint8))
+        engine.run_outputs(np.zeros((1, SIZE, SIZE, 3), np.uint8), with_features=True)
     props = to_props(tiny_metadata(labels=labels, input_size=(SIZE, SIZE), feature_dim=16))
     path.write_bytes(serialize(graph, props))
     with pytest.raises(EngineError, match=r"must be logits.* features tensor\(float\) \['batch', 16\]"):

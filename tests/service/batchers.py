@@ -17,6 +17,7 @@ class RecordingObserver:
     def __init__(self) -> None:
         self.batches: list[int] = []
         self.waits: list[float] = []
+        self.unfamiliar_images = 0
         self.drops: Counter[str] = Counter()
         self.failed_batches: list[int] = []
         self.broken: set[str] = set()
@@ -32,6 +33,10 @@ class RecordingObserver:
     def queued(self, seconds: float) -> None:
         self._record("queued")
         self.waits.append(seconds)
+
+    def unfamiliar(self, images: int) -> None:
+        self._record("unfamiliar")
+        self.unfamiliar_images += images
 
     def dropped(self, reason: Literal["cancelled", "deadline"]) -> None:
         self._record("dropped")

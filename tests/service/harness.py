@@ -111,13 +111,14 @@ def png(number: int) -> bytes:
 def fake_folder(folder: Path, engine: FakeEngine, versions: Sequence[int] = (1,)) -> Path:
     """A model folder whose golden images suit a `FakeEngine`."""
     images = np.stack([image(number) for number in (3, 1, 2)])
-    logits = engine.run(images)
-    features = None if engine.metadata.feature_dim is None else engine.run_with_features(images)[1]
+    has_features = engine.metadata.feature_dim is not None
+    logits, unfamiliarity, features = engine.run_outputs(images, with_features=has_features)
+    golden = Golden(images, logits.argmax(axis=1), logits, features, unfamiliarity)
     engine.batches.clear()
     for version in versions:
         (folder / str(version)).mkdir(parents=True)
         (folder / str(version) / MODEL_FILE).write_bytes(b"the fake engine does not read this")
-        save_golden(folder / str(version) / GOLDEN_FILE, Golden(images, logits.argmax(axis=1), logits, features))
+        save_golden(folder / str(version) / GOLDEN_FILE, golden)
     return folder
 
 

@@ -23,7 +23,7 @@ class LimitedSession:
         self.limit = limit
         self.sizes: list[int] = []
 
-    def run(self, outputs: Sequence[str], feeds: dict[str, Images]) -> list[Logits]:
+    def run(self, outputs: Sequence[str], feeds: dict[str, Images], options: object = None) -> list[Logits]:
         images = feeds["images"]
         self.sizes.append(len(images))
         if len(images) > self.limit:

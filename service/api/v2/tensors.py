@@ -29,6 +29,7 @@ IMAGE_BYTES: Final = "image_bytes"
 DATATYPES: Final[Mapping[str, str]] = {IMAGES: "UINT8", IMAGE_BYTES: "BYTES"}
 DEFAULT_OUTPUT: Final = "logits"
 FEATURES: Final = "features"
+UNFAMILIARITY: Final = "unfamiliarity"
 MAX_SHAPE_BYTES: Final = 200  # of JSON; a shape of four numbers needs fewer
 LENGTH_BYTES: Final = 4  # before each element of a BYTES tensor, little-endian
 
@@ -249,17 +250,23 @@ def features_of(predictions: Sequence[Prediction]) -> Output:
     return features
 
 
+def unfamiliarity_of(predictions: Sequence[Prediction]) -> Output:
+    """Return float32 [N, 1]."""
+    return np.array([[prediction.unfamiliarity] for prediction in predictions], dtype=np.float32)
+
+
 OUTPUTS: Final[Mapping[str, Callable[[Sequence[Prediction]], Output]]] = {
     DEFAULT_OUTPUT: logits_of,
     "probabilities": probabilities_of,
     FEATURES: features_of,
+    UNFAMILIARITY: unfamiliarity_of,
 }
 
 
 def output_widths(metadata: ModelMetadata) -> dict[str, int]:
-    """Return the outputs of a model with their widths; an old one has no features."""
-    classes = len(metadata.labels)
-    widths = dict.fromkeys(OUTPUTS, classes) | {FEATURES: metadata.feature_dim or 0}
+    """Return the outputs of a model with their widths; an old one has no features, and no unfamiliarity."""
+    others = {FEATURES: metadata.feature_dim or 0, UNFAMILIARITY: int(metadata.unfamiliarity is not None)}
+    widths = dict.fromkeys(OUTPUTS, len(metadata.labels)) | others
     return {name: width for name, width in widths.items() if width}
 
 
@@ -272,7 +279,7 @@ def read_outputs(content: InferBody, metadata: ModelMetadata, max_classes: int) 
         max_classes: most classes that an output may name.
 
     Raises:
-        BadRequest: one that the model has not, that is asked for twice, with too many classes, or features as classes.
+        BadRequest: one that the model has not, that is asked for twice, with too many classes, or as classes in vain.
     """
     known = output_widths(metadata)
     is_binary = bool(content.parameters and content.parameters.binary_data_output)
@@ -281,8 +288,8 @@ def read_outputs(content: InferBody, metadata: ModelMetadata, max_classes: int) 
         name, parameters = output.name, output.parameters or OutputParameters()
         if name not in known:
             raise BadRequest(f"The model has no output {name[:40]}; it has {' and '.join(known)}.")
-        if name == FEATURES and parameters.classification:
-            raise BadRequest("The output features has no classes; leave out its classification.")
+        if name in (FEATURES, UNFAMILIARITY) and parameters.classification:
+            raise BadRequest(f"The output {name} has no classes; leave out its classification.")
         classes = min(parameters.classification or 0, len(metadata.labels))
         if classes > max_classes:
             raise BadRequest(f"The output {name} is asked for {classes} classes; this service allows {max_classes}.")

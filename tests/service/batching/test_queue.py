@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.batching.queue import Batch, FairQueue, PriorityQueue, Request
+from service.engine.runners import Outputs
 from service.errors import DeadlineExceeded, InferenceFailed
 from tests.fakes import CLASSES, image
 
@@ -119,7 +120,7 @@ def test_every_image_leaves_exactly_once_and_every_future_ends_in_order(sizes: l
     assert sorted(number for batch in batches for number in numbers_of(batch)) == list(range(sum(sizes)))
     for batch in reversed(batches):  # engines may end in any order
         logits = np.repeat(np.array(numbers_of(batch), dtype=np.float32)[:, None], CLASSES, axis=1)
-        batch.complete(logits, 0.5)
+        batch.complete(Outputs(logits), 0.5)
     for request, size, end in zip(requests, sizes, ends, strict=True):
         assert [answer.logits[0] for answer in request.future.result()] == list(range(end - size, end))
     loop.close()
@@ -169,7 +170,7 @@ def test_a_request_that_expires_half_way_ends_once(bench: Bench) -> None:
     request = bench.put(*range(6), deadline=2.0)
     first = bench.queue.pop(4, 1.0)
     assert bench.queue.pop(4, 2.0).dropped == ["deadline", "deadline"]
-    first.complete(np.zeros((4, CLASSES), dtype=np.float32), 0.1)
+    first.complete(Outputs(np.zeros((4, CLASSES), dtype=np.float32)), 0.1)
     assert isinstance(request.future.exception(), DeadlineExceeded)
 
 
@@ -194,7 +195,7 @@ def test_a_future_that_raises_does_not_harm_other_requests(
         SimpleNamespace(done=lambda: False, cancelled=lambda: False, set_result=burst, set_exception=burst),
     )
     batch = bench.queue.pop(3, 1.0)
-    batch.complete(np.zeros((3, 2), np.float32), 0.1) if answered else batch.fail(InferenceFailed)
+    batch.complete(Outputs(np.zeros((3, 2), np.float32)), 0.1) if answered else batch.fail(InferenceFailed)
     assert [requests[index].future.done() for index in (0, 2)] == [True, True]
     assert "a future refused its result" in caplog.text
 
@@ -212,7 +213,7 @@ def test_predictions_have_their_times_and_batch_size(bench: Bench) -> None:
     request = bench.put(1, 2)
     batch = bench.queue.pop(4, 1.0)
     request.enqueued, batch.started = 3.0, 4.5
-    batch.complete(np.zeros((2, CLASSES), dtype=np.float32), 0.25)
+    batch.complete(Outputs(np.zeros((2, CLASSES), dtype=np.float32)), 0.25)
     for prediction in request.future.result():
         assert (prediction.queue_seconds, prediction.inference_seconds, prediction.batch_size) == (1.5, 0.25, 2)
 

@@ -13,15 +13,15 @@ from service.engine import cuda as cuda_module
 from service.engine.capture_lock import CaptureLock
 from service.engine.cuda import RUNS_UNTIL_CAPTURED, BucketRunner, cuda_runner, page_locked_zeros
 from service.engine.onnx_engine import OnnxEngine
-from service.engine.runners import default_buckets
+from service.engine.runners import Outputs, default_buckets
 from service.engine.session import EngineError, SessionSpec
 from tests.fakes import (
     HEIGHT,
     WIDTH,
-    Logits,
     tiny_images,
     tiny_logits,
     tiny_metadata,
+    tiny_unfamiliarity,
 )
 
 
@@ -33,11 +33,11 @@ class FakeBound:
         self._limit = limit
         self._runs = runs
 
-    def run(self) -> Logits:
+    def run(self) -> Outputs:
         self._runs.append(len(self.images))
         if len(self.images) > self._limit():
             raise RuntimeError("CUDA failure 2: out of memory")
-        return tiny_logits(self.images, 1)
+        return Outputs(tiny_logits(self.images, 1))
 
 
 class BucketedEngine(OnnxEngine):
@@ -147,6 +147,10 @@ class FakeOrtValue:
         return self.array.ctypes.data
 
 
+def brightness(images: np.ndarray) -> np.ndarray:
+    return images.mean(axis=(1, 2, 3), dtype=np.float32)
+
+
 class FakeRunOptions(dict[str, str]):
     add_run_config_entry = dict.__setitem__
 
@@ -161,6 +165,7 @@ class FakeSession:
         self.devices: list[int] = []
         self.device: Callable[[], int] = lambda: 0
         self.bindings = 0
+        self.outputs: dict[str, FakeOrtValue] = {}
 
     def io_binding(self) -> Self:
         self.bindings += 1
@@ -171,14 +176,15 @@ class FakeSession:
         self.input = value
 
     def bind_ortvalue_output(self, name: str, value: FakeOrtValue) -> None:
-        assert name == "logits"
-        self.output = value
+        self.outputs[name] = value
 
     def run_with_iobinding(self, binding: Self, options: FakeRunOptions) -> None:
         self.graphs.append(options["gpu_graph_id"])
         self.alone.append(self.lock._capturing)
         self.devices.append(self.device())
-        binding.output.array[:] = tiny_logits(binding.input.array, 1)
+        images = binding.input.array
+        for name, value in binding.outputs.items():
+            value.array[:] = {"logits": tiny_logits(images, 1), "unfamiliarity": brightness(images)}[name]
 
 
 @pytest.fixture
@@ -197,10 +203,21 @@ def test_each_batch_size_has_its_buffers_and_its_graph(fake_ort: FakeSession) ->
     assert fake_ort.bindings == 3
     for n in (4, 1, 3, 2, 4):
         images = tiny_images(n, seed=n)
-        np.testing.assert_array_equal(runner.run(images), tiny_logits(images, 1))
+        np.testing.assert_array_equal(runner.run(images).logits, tiny_logits(images, 1))
     # The first run of each is none that is captured.
     assert fake_ort.graphs == ["-1", "-1", "4", "-1", "4"]
     assert fake_ort.bindings == 3  # nothing is bound anew
+
+
+def test_the_unfamiliarity_is_bound_as_the_logits_are(fake_ort: FakeSession) -> None:
+    metadata = tiny_metadata(unfamiliarity=tiny_unfamiliarity(3))
+    runner = cuda_runner(fake_ort, metadata, [1, 4], SessionSpec("cuda", cuda_graphs=True))
+    for n in (4, 1, 3, 3):
+        images = tiny_images(n, seed=n)
+        outputs = runner.run(images)
+        np.testing.assert_array_equal(outputs.logits, tiny_logits(images, 1))
+        np.testing.assert_array_equal(outputs.unfamiliarity, brightness(images))
+    assert fake_ort.graphs == ["-1", "-1", "4", "4"]
 
 
 def test_runs_that_capture_are_alone_and_later_ones_are_not(fake_ort: FakeSession) -> None:
@@ -238,7 +255,7 @@ def test_features_run_beside_the_graphs_and_the_bound_buffers(fake_ort: FakeSess
 
     fake_ort.run = run
     runner = cuda_runner(fake_ort, tiny_metadata(), [1, 2, 4], SessionSpec("cuda", cuda_graphs=True))
-    logits, features = runner.run_with_features(tiny_images(3))
+    logits, _, features = runner.run(tiny_images(3), with_features=True)
     np.testing.assert_array_equal(logits * 2, features)
     assert asked == [(["logits", "features"], "-1")]
     assert fake_ort.graphs == []

@@ -12,8 +12,9 @@ from service.engine import onnx_engine as engine_module
 from service.engine.cuda import RUNS_UNTIL_CAPTURED, BucketRunner
 from service.engine.metadata import ModelMetadata
 from service.engine.onnx_engine import OnnxEngine
+from service.engine.runners import Outputs
 from service.engine.session import EngineError, SessionSpec, open_session
-from tests.fakes import Logits, tiny_images, tiny_logits
+from tests.fakes import tiny_images, tiny_logits
 from tests.service.engine.test_cuda import FakeBound
 
 
@@ -47,7 +48,7 @@ class FakeCuda:
         fails = self.fails_at == "capture"
 
         class Bound(FakeBound):
-            def run(self) -> Logits:
+            def run(self) -> Outputs:
                 if captures and len(self.images) in without_memory:
                     raise RuntimeError("CUDA failure 2: out of memory")
                 if captures and fails:

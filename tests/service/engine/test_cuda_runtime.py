@@ -93,7 +93,7 @@ def test_images_and_answers_are_copied_by_the_runtime_and_not_under_the_interpre
     for n in (1, 3, 2, 4):
         images = tiny_images(n, seed=n)
         runtime.calls.clear()
-        np.testing.assert_array_equal(runner.run(images), tiny_logits(images, 1))
+        np.testing.assert_array_equal(runner.run(images).logits, tiny_logits(images, 1))
         # The first copy is at its end before the run begins, which is on another stream.
         assert runtime.calls == ["cudaSetDevice", *["cudaMemcpy", "cudaStreamSynchronize"] * 2]
         assert runtime.kind == DEVICE_TO_HOST != HOST_TO_DEVICE

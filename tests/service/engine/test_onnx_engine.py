@@ -187,7 +187,7 @@ def test_onnxruntimes_out_of_memory_errors_are_recognised(tmp_path: Path) -> Non
 
 def test_any_other_failure_is_no_reason_to_try_again(folder: Path) -> None:
     class BrokenSession(LimitedSession):
-        def run(self, outputs: Sequence[str], feeds: dict[str, Images]) -> list[Logits]:
+        def run(self, outputs: Sequence[str], feeds: dict[str, Images], options: object = None) -> list[Logits]:
             super().run(outputs, feeds)
             raise RuntimeError("CUDA error 700: an illegal memory access was encountered")
 

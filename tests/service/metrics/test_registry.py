@@ -23,6 +23,7 @@ FAMILIES = {
     "perceiver_inference_seconds": "histogram",
     "perceiver_batch_size": "histogram",
     "perceiver_images": "counter",
+    "perceiver_unfamiliar_images": "counter",
     "perceiver_explanations": "counter",
     "perceiver_explanation_runs": "counter",
     "perceiver_failed_batches": "counter",

@@ -1,8 +1,10 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from service.engine.runners import Outputs
 from service.engine.session import EngineError
 from service.repository.folder import GOLDEN_FILE, Golden, load_golden
 from service.repository.golden_check import FEW_IMAGES, GoldenMismatchError, check_golden, replay_golden
@@ -14,6 +16,7 @@ from tests.fakes import (
     FakeEngine,
     Images,
     Logits,
+    image,
     make_model_folder,
     tiny_images,
     tiny_logits,
@@ -59,6 +62,23 @@ def test_an_engine_that_gives_no_number_is_refused() -> None:
         check_golden(NanEngine(), golden)
 
 
+def test_another_unfamiliarity_is_refused() -> None:
+    engine = FakeEngine(max_batch_size=2, threshold=2)
+    images = np.stack([image(number) for number in (1, 2, 9)])
+    logits, scores, _ = engine.run_outputs(images)
+    assert scores is not None
+    golden = Golden(images, logits.argmax(axis=1), logits, unfamiliarity=scores)
+    assert check_golden(engine, golden).score_ratio == 0
+    other = scores.copy()
+    other[2] /= 1.05
+    assert check_golden(engine, replace(golden, unfamiliarity=other)).score_ratio == pytest.approx(0.05, rel=1e-4)
+    other[2] /= 1.1
+    with pytest.raises(EngineError, match=r"another unfamiliarity on cpu: it differs by up to 15\.5%, and 10%"):
+        check_golden(engine, replace(golden, unfamiliarity=other))
+    with pytest.raises(EngineError, match="must have an unfamiliarity"):
+        check_golden(engine, replace(golden, unfamiliarity=None))
+
+
 def test_golden_images_go_on_in_smaller_batches_when_memory_runs_out(folder: Path) -> None:
     engine, session = limited_engine(folder, limit=2)
     engine.max_batch_size = 4
@@ -78,9 +98,9 @@ def test_golden_images_are_run_in_each_batch_size_of_a_gpu(folder: Path) -> None
             self.max_batch_size = largest
             self.sizes: list[int] = []
 
-        def run(self, images: np.ndarray) -> np.ndarray:
+        def run_outputs(self, images: np.ndarray) -> Outputs:
             self.sizes.append(len(images))
-            return tiny_logits(images, 1) + (len(images) == self.wrong)
+            return Outputs(tiny_logits(images, 1) + (len(images) == self.wrong))
 
     golden = load_golden(folder / GOLDEN_FILE)
     assert len(golden) == 7
