@@ -104,6 +104,16 @@ def test_decoding(tmp_path: Path) -> None:
     assert [row["way"] for row in rows(out)] == ["thread", "process"]
 
 
+def test_explaining(tmp_path: Path) -> None:
+    out = tmp_path / "explaining.csv"
+    done = run("benchmarks.explaining", "--seconds", "2", "--rounds", "1", "--rate", "5", "--csv", str(out))
+    assert done.returncode == 0, done.stderr
+    alone, beside = rows(out)
+    assert alone["errors"] == beside["errors"] == "0"
+    assert float(alone["explanations_per_s"]) == 0 < float(beside["explanations_per_s"])
+    assert "p99 longer by" in done.stdout
+
+
 def test_training_speed(tmp_path: Path) -> None:
     out = tmp_path / "training.csv"
     flags = ("compact", "--seconds", "0.1", "--batch-size", "4", "--threads", "1", "--device", "cpu", "--csv", str(out))
