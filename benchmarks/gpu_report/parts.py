@@ -159,7 +159,9 @@ def gpu_tests(run: Run, name: str) -> None:
     """Run the tests that are marked `gpu`."""
     if importlib.util.find_spec("pytest") is None:
         raise BenchmarkError("pytest is not installed")
-    files = sorted(str(path) for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text("utf-8"))
+    files = sorted(
+        str(path) for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8")
+    )
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     lines = [line for line in (done.stdout or done.stderr).splitlines() if line.strip()]
