@@ -12,7 +12,7 @@ from pathlib import Path
 from training.cli import build_parser, overrides
 
 SHIPPED = Path(__file__).parent / "recipes"
-DEFAULT_RECIPE = "version-9"  # what made the shipped model
+DEFAULT_RECIPE = "version-11"  # what made the shipped model
 
 # What belongs to the machine or to the run as a whole, and is given beside --recipe.
 OF_THE_WHOLE = ("recipe", "stages", "resume", "out", "data", "device", "threads", "max_minutes", "max_steps")

@@ -137,12 +137,12 @@ def test_without_a_word_of_what_to_train_the_default_recipe_is_meant(capsys: pyt
     assert len(capsys.readouterr().out.splitlines()) == len(read_lines(DEFAULT_RECIPE))
 
 
-def test_the_recipe_of_version_9_is_what_trained_it() -> None:
+def test_the_recipe_of_the_shipped_model_is_what_trained_it() -> None:
     """Its stages' configurations, from the checkpoint; the machine decides the precision now."""
-    run = checkpoint.load(Path("models/perceiver-cifar100/10/checkpoint.safetensors"))[1].run
+    run = checkpoint.load(Path("models/perceiver-cifar100/11/checkpoint.safetensors"))[1].run
     wanted = [*(origin.run for origin in run.ancestry()), run]
     parser = build_parser()
-    stages = plan(parser.parse_args(["--recipe", "version-9"]), ["--recipe", "version-9"])
+    stages = plan(parser.parse_args(["--recipe", DEFAULT_RECIPE]), ["--recipe", DEFAULT_RECIPE])
     assert len(stages) == len(wanted)
     digests = {f"stage-{i}": origin.checkpoint_sha256 for i, origin in enumerate(run.ancestry(), 1)}
     model = PRESETS["compact"].model
