@@ -205,9 +205,9 @@ def test_a_heat_map_lies_over_the_region_that_the_model_sees(tab: Tab, tmp_path:
 
 def test_the_heat_map_is_the_services_own(tab: Tab) -> None:
     tab.page.unroute("**/explain?*")
-    tab.page.get_by_role("button", name="Cup").click()
+    tab.page.get_by_role("button", name="Rocket").click()
     expect(tab.result().locator("canvas")).to_be_visible()
-    expect(tab.result().get_by_text("the more “cup” loses")).to_be_visible()
+    expect(tab.result().get_by_text("the more “rocket” loses")).to_be_visible()
     tab.assert_quiet()
 
 
