@@ -45,6 +45,8 @@ def map_images(file: Path, shape: Sequence[int]) -> Tensor:
         uint8 of that shape. Writing to it changes this process's copy alone.
     """
     count = torch.Size(shape).numel()
+    if count == 0:  # an empty file can't be mapped
+        return torch.empty(*shape, dtype=torch.uint8)
     return torch.from_file(str(file), shared=False, size=count, dtype=torch.uint8).view(*shape)
 
 

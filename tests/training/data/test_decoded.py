@@ -89,6 +89,14 @@ def test_unreadable_images_are_told_each_time(folder: Path, monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("on_disk")
+def test_a_folder_of_which_nothing_can_be_read_is_told(folder: Path) -> None:
+    for file in folder.rglob("*.*"):
+        file.write_bytes(b"no image")
+    with pytest.raises(DataError, match="images cannot be read:"):
+        load(folder, input_size=12)
+
+
+@pytest.mark.usefixtures("on_disk")
 def test_what_was_not_written_to_its_end_is_not_taken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         read_image = image_files.read_image
