@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
-from training.cli import build_parser, choose_preset
+from training.cli import batch_sizes, build_parser, choose_preset
 from training.recipe import DEFAULT_RECIPE, is_bare, plan
 
 
@@ -29,11 +30,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         # Torch takes seconds to import, and what is wrong with the flags has been said by now.
+        from training.processes import count_processes, run_processes
         from training.run import execute, execute_stages
 
+        try:
+            count = count_processes(args, batch_sizes(args, preset, stages))
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        if count > 1:
+            return run_processes(argv, count, args.threads)
         return execute(args, preset) if stages is None else execute_stages(args, stages)
     except KeyboardInterrupt:
-        print("interrupted; a run that has a checkpoint goes on with --resume", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted; a run that has a checkpoint goes on with --resume", file=sys.stderr)
         return 130
 
 

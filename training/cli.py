@@ -6,8 +6,9 @@ Imports no torch: what is wrong with the flags is said at once.
 from __future__ import annotations
 
 import argparse
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
@@ -17,6 +18,7 @@ from training.config import PRESETS, ModelConfig, Preset, TrainConfig
 
 if TYPE_CHECKING:
     from training.checkpoint import RunConfig
+    from training.recipe import Stage
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -49,11 +51,11 @@ USED_ONLY: dict[str, tuple[Callable[[Preset], bool], str]] = {
 USAGE = """python -m training [--preset NAME] [--data DIR] [--out RUN] [flags]
        python -m training [--recipe FILE] [--out RUN]                 (stage after stage)
        python -m training --resume RUN
-       torchrun --standalone --nproc-per-node N -m training ...    (N processes share each batch)"""
+       torchrun --standalone --nproc-per-node N -m training ...            (on N GPUs)"""
 
 EPILOG = """Exit status: 0 done; 1 failed; 2 something you can put right, said in a sentence; 3 stopped before the end
 by Ctrl-C, SIGTERM, --max-minutes or --max-steps, with a checkpoint to --resume from; 130 interrupted at once. torchrun
-makes 1 of all but 0, and calls a stop a failure: look for the line "stopped after step", and resume by torchrun."""
+makes 1 of all but 0, and calls a stop a failure: look for the line "stopped after step"."""
 
 
 def positive_int(text: str) -> int:
@@ -149,8 +151,15 @@ def _add_run(group: Any) -> None:
         "--threads",
         type=positive_int,
         metavar="INT",
-        help="CPU threads of torch (default: its choice); on two cores two processes of one thread each train faster: "
-        "torchrun --standalone --nproc-per-node 2 -m training ... --threads 1",
+        help="CPU threads of each process (default: torch's choice, shared out). Without --processes: of one process",
+    )
+    group.add_argument(
+        "--processes",
+        type=positive_int,
+        metavar="INT",
+        help="processes that share each batch on a CPU (default: as many as torch takes threads, but no more than one "
+        "for 64 images of a batch). Several of one thread train faster than one of several threads, and sum in another "
+        "order",
     )
     group.add_argument(
         "--max-minutes",
@@ -211,6 +220,19 @@ def read_run(path: Path) -> RunConfig:
         return checkpoint.load(transfer.find_checkpoint(path))[1].run
     except checkpoint.CheckpointError as error:
         raise ValueError(str(error)) from error
+
+
+def batch_sizes(args: argparse.Namespace, preset: Preset | None, stages: Sequence[Stage] | None) -> list[int]:
+    """Images a step of what is to be trained, stage by stage, as flags or presets have it before data are seen."""
+    if stages is not None:
+        own = (stage.args for stage in stages)
+        return [each.batch_size or PRESETS[each.preset or DEFAULT_PRESET].train.batch_size for each in own]
+    if preset is not None:
+        return [preset.train.batch_size]
+    try:
+        return [int(json.loads((args.resume / "config.json").read_bytes())["train"]["batch_size"])]
+    except (OSError, ValueError, KeyError, TypeError):
+        return [1]  # no run, which is told later
 
 
 def choose_preset(args: argparse.Namespace) -> Preset | None:

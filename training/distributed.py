@@ -1,4 +1,4 @@
-"""One process, or one of several that ``torchrun`` started."""
+"""One process, or one of several that `training.processes` or ``torchrun`` started."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def _unpickled(stream: bytes) -> tuple[Any, list[Tensor]]:
 
 
 def join(device: str) -> World:
-    """Make this process ready to train: in the process group that ``torchrun``'s environment describes, or alone.
+    """Make this process ready to train: in its process group, or that of ``torchrun``'s environment, or alone.
 
     Args:
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
@@ -182,6 +182,8 @@ def join(device: str) -> World:
         torch.set_float32_matmul_precision("high")
     else:
         keep_freed_memory()
+    if dist.is_initialized():
+        return World(dist.get_rank(), dist.get_world_size(), where)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(0, 1, where)

@@ -15,7 +15,18 @@ SHIPPED = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "version-11"  # what made the shipped model
 
 # What belongs to the machine or to the run as a whole, and is given beside --recipe.
-OF_THE_WHOLE = ("recipe", "stages", "resume", "out", "data", "device", "threads", "max_minutes", "max_steps")
+OF_THE_WHOLE = (
+    "recipe",
+    "stages",
+    "resume",
+    "out",
+    "data",
+    "device",
+    "threads",
+    "processes",
+    "max_minutes",
+    "max_steps",
+)
 # What only a stage can say.
 OF_A_STAGE = ("preset", "init", "teacher", "resume", "max_steps")
 
@@ -63,7 +74,7 @@ class Stage:
     def resumed(self) -> argparse.Namespace:
         """The flags that go on with it."""
         args = build_parser().parse_args([])
-        for name in ("data", "device", "threads", "max_minutes"):
+        for name in ("data", "device", "threads", "processes", "max_minutes"):
             setattr(args, name, getattr(self.args, name))
         args.resume, args.stage, args.repeat = self.folder, self, self.args.repeat
         return args
@@ -138,7 +149,7 @@ def plan(args: argparse.Namespace, argv: list[str]) -> list[Stage]:
         for origin in ("init", "teacher"):
             if (paths := getattr(mine, origin)) is not None:
                 setattr(mine, origin, [_folder_of(path, stages) for path in paths])
-        for each in ("data", "device", "threads", "max_minutes"):
+        for each in ("data", "device", "threads", "processes", "max_minutes"):
             setattr(mine, each, getattr(args, each))
         mine.out = folder / f"stage-{number}"
         recipe = " ".join(filter(None, (shlex.join(["--recipe", name]), for_all)))

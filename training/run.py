@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+import torch.distributed as dist
 from pydantic import ValidationError
 
 from training import seen_images
@@ -207,10 +208,13 @@ def origin_folders(args: argparse.Namespace) -> list[Path]:
 
 def resume_command(args: argparse.Namespace, run: RunConfig, world: World, folder: Path) -> str:
     """What goes on with a run as it was begun: of other threads or devices the sums are others."""
-    launcher = ["python"] if world.size == 1 else ["torchrun", "--standalone", f"--nproc-per-node={world.size}"]
+    by_torchrun = dist.is_torchelastic_launched()
+    launcher = ["torchrun", "--standalone", f"--nproc-per-node={world.size}"] if by_torchrun else ["python"]
     if args.repeat is not None:
         return shell_command([*launcher, "-m", "training"], args.repeat)
-    where = ["--threads", str(args.threads)] if args.threads else []
+    own = not by_torchrun and (args.processes or world.size > 1)
+    where = ["--processes", str(world.size)] if own else []
+    where += ["--threads", str(torch.get_num_threads())] if own or args.threads else []
     where += ["--device", args.device] if args.device != "auto" else []
     flags = ["--resume", str(folder), *data_flag(args, run), *where]
     return shell_command([*launcher, "-m", "training"], flags)
@@ -375,7 +379,7 @@ def stop_by_signal(trainer: Trainer) -> Iterator[None]:
             for terminal in terminals:
                 os.dup2(nowhere, terminal)
             os.close(nowhere)
-        if trainer.world.size == 1:
+        if not dist.is_torchelastic_launched():
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     asking = [signal.SIGINT, signal.SIGTERM]

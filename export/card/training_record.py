@@ -30,9 +30,10 @@ def training_commands(source: Source) -> Iterator[str]:
     machines = source.machines
     launcher, flags = "python", []
     if len(machines) == 1 and machines[0].processes > 1:
-        launcher = f"torchrun --standalone --nproc-per-node {machines[0].processes}"
         if machines[0].device == "cpu":
-            flags.append(f"--threads {machines[0].threads}")
+            flags.append(f"--processes {machines[0].processes} --threads {machines[0].threads}")
+        else:
+            launcher = f"torchrun --standalone --nproc-per-node {machines[0].processes}"
     if (stages := recipe_stages(source.run)) and (last := stages[-1]):
         yield " ".join([launcher, "-m training", last.recipe, *flags, *data_flags(source.run)])
         return

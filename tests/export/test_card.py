@@ -46,6 +46,9 @@ def test_a_run_whose_later_epochs_name_the_machine(copy: Path) -> None:
     del lines[0]["device"]
     source = source_with_metrics(copy, "".join(json.dumps(line) + "\n" for line in lines))
     assert "on cpu, 2 processes of 1 thread (1 of the epochs do not name a machine)." in describe_run(source)
+    assert next(training_commands(source)).startswith("python -m training --preset compact --processes 2 --threads 1")
+    on_gpus = [{**line, "device": "Some GPU"} for line in lines]
+    source = source_with_metrics(copy, "".join(json.dumps(line) + "\n" for line in on_gpus))
     assert next(training_commands(source)).startswith("torchrun --standalone --nproc-per-node 2 -m training")
 
 
@@ -65,8 +68,7 @@ def test_a_run_with_initial_weights_lists_the_commands_of_all_stages(copy: Path)
     before, after = training_commands(source)
     assert before.startswith("python -m training --preset reference --out runs/stage-1 --data DATA/animals ")
     assert after.startswith(
-        "torchrun --standalone --nproc-per-node 2 -m training --preset compact --threads 1 "
-        "--init runs/stage-1 --data DATA/things "
+        "python -m training --preset compact --processes 2 --threads 1 --init runs/stage-1 --data DATA/things "
     )
     assert (
         "Training started from the weights of epoch 9 of another run (preset `reference` on `animals`, "

@@ -140,7 +140,7 @@ def test_the_card_says_what_a_user_must_know(exported: Path) -> None:
         "epochs 7, mixup 0.5",
         "The weights of epoch 2 of 3.",
         "15 min (900 s) of training on cpu, 2 processes of 1 thread.",
-        "torchrun --standalone --nproc-per-node 2 -m training --preset compact --threads 1 --data DATA/things",
+        "python -m training --preset compact --processes 2 --threads 1 --data DATA/things",
         "| 2 | 2.000 | 1.500 | 20.0% |",  # the second epoch
         "40 trained it, 20 others chose checkpoint and temperature, and 30 more tested it, and were read",
         "70.0% of the images the predicted class is at least of the right",

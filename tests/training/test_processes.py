@@ -1,0 +1,137 @@
+"""Processes that share each batch: how many are started, and that they stop, resume and fail as one does."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.commands import RECIPE
+from training import checkpoint
+from training.cli import build_parser
+from training.metrics_log import read_metrics
+from training.processes import count_processes
+
+TWO = [flag for flag in RECIPE if not flag.startswith("--threads")] + ["--processes=2"]
+
+
+def count(flags: list[str], *batch_sizes: int) -> int:
+    return count_processes(build_parser().parse_args(flags), batch_sizes)
+
+
+@pytest.fixture
+def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+@pytest.mark.usefixtures("eight_cores")
+def test_a_process_for_each_core_with_a_fair_share_of_the_batch() -> None:
+    assert count([], 1024) == 8
+    assert count([], 256) == 4  # 64 images each
+    assert count([], 192) == 3
+    assert count([], 250) == 2  # which divides it
+    assert count([], 256, 128) == 2  # for every stage
+    assert count([], 127) == count([], 8) == 1
+
+
+@pytest.mark.usefixtures("eight_cores")
+def test_flags_decide() -> None:
+    assert count(["--processes", "2"], 256) == count(["--processes", "2", "--threads", "1"], 8) == 2
+    assert count(["--processes", "1"], 256) == count(["--threads", "1"], 256) == 1
+
+
+def test_a_core_or_a_gpu_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert count([], 256) == 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert count([], 256) == 1
+    assert count(["--device", "cpu"], 256) == 2
+    with pytest.raises(ValueError, match=r"--processes 2: is for CPUs \(--device cpu\)"):
+        count(["--processes", "2"], 256)
+
+
+@pytest.mark.usefixtures("eight_cores")
+def test_beside_torchrun_none_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert count([], 256) == 1
+    with pytest.raises(ValueError, match="--processes 2: torchrun starts the processes here; leave it out"):
+        count(["--processes", "2"], 256)
+
+
+@contextmanager
+def started(*flags: str | Path) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "training", *map(str, flags)]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for_epoch(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("epoch   1"):
+        assert process.poll() is None
+
+
+def children(pid: int) -> list[int]:
+    """Those that train: the other child of `multiprocessing` tracks resources."""
+    every = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(each) for each in every if b"spawn_main" in Path(f"/proc/{each}/cmdline").read_bytes()]
+
+
+def test_ctrl_c_stops_all_and_the_command_that_is_told_goes_on(tmp_path: Path, image_dir: Path) -> None:
+    run = tmp_path / "run"
+    with started(*TWO, "--data", image_dir, "--out", run, "--epochs=1000") as process:
+        wait_for_epoch(process)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        output, error = process.communicate(timeout=240)
+    assert process.returncode == 3, error
+    (again,) = re.findall("go on with: python -m training (.*)", output)
+    assert again == f"--resume {run} --processes 2 --threads 1 --device cpu"
+    assert "Traceback" not in error
+    step = checkpoint.load(run / "last.safetensors")[1].step
+    epochs = len(read_metrics(run))
+    with started(*shlex.split(again), f"--max-steps={3 * epochs + 3}") as process:
+        output, error = process.communicate(timeout=240)
+    assert process.returncode == 3, error
+    assert "2 x cpu" in output
+    assert checkpoint.load(run / "last.safetensors")[1].step == 3 * epochs + 3 > step
+    assert {(line["processes"], line["threads"]) for line in read_metrics(run)} == {(2, 1)}
+
+
+def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
+    with started(*TWO, "--data", tmp_path / "nowhere", "--out", tmp_path / "run") as process:
+        output, error = process.communicate(timeout=240)
+    assert (process.returncode, output) == (2, "")
+    assert re.fullmatch(r"error: .*nowhere: does not exist.*\n", error)
+
+
+def test_when_one_is_killed_the_run_fails_and_none_is_left(tmp_path: Path, image_dir: Path) -> None:
+    with started(*TWO, "--data", image_dir, "--out", tmp_path / "run", "--epochs=1000") as process:
+        wait_for_epoch(process)
+        both = children(process.pid)
+        os.kill(both[1], signal.SIGKILL)
+        _, error = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert len(both) == 2
+    assert "error: process 2 of 2 was ended by SIGKILL. " in error
+    assert not any(Path(f"/proc/{pid}").exists() for pid in both)

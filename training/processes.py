@@ -1,0 +1,126 @@
+"""Processes of this command that share each batch on a CPU: one for each core, unless flags say otherwise."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from training.distributed import PROCESS_GROUP_TIMEOUT
+
+FAILED = 1
+# Of a batch, for each process that is started unasked: with fewer, agreeing on the gradients costs what it gains.
+MIN_IMAGES = 64
+# For a process to end by itself once another has failed.
+GRACE_S = 30.0
+MEMORY = " Linux ends what takes too much memory so: try fewer --processes, or a lower --batch-size."
+FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+def count_processes(args: argparse.Namespace, batch_sizes: Sequence[int]) -> int:
+    """How many processes are to share each batch; 1 in a process that shares already.
+
+    Args:
+        args: the flags; --processes decides, and one process is meant by --threads alone.
+        batch_sizes: images a step, of each stage.
+
+    Raises:
+        ValueError: --processes does not go with the rest; a sentence for the user.
+    """
+    shares_already = "WORLD_SIZE" in os.environ or dist.is_initialized()
+    is_on_cpu = args.device == "cpu" or torch.cuda.device_count() == 0
+    if args.processes is not None:
+        if shares_already and not dist.is_initialized():
+            raise ValueError(f"--processes {args.processes}: torchrun starts the processes here; leave it out.")
+        if not is_on_cpu:
+            raise ValueError(
+                f"--processes {args.processes}: is for CPUs (--device cpu); for each GPU, torchrun starts a process."
+            )
+        return 1 if shares_already else args.processes
+    if shares_already or not is_on_cpu or args.threads is not None:
+        return 1
+    most = min([torch.get_num_threads(), *(size // MIN_IMAGES for size in batch_sizes)])
+    divides = (count for count in range(most, 1, -1) if all(size % count == 0 for size in batch_sizes))
+    return next(divides, 1)
+
+
+def run_processes(argv: Sequence[str], count: int, threads: int | None) -> int:
+    """Run the command in several processes; returns the exit status of the first, which writes and prints.
+
+    Args:
+        argv: the flags of ``python -m training``.
+        count: how many processes.
+        threads: of each; None shares out torch's number.
+    """
+    each = threads or max(1, torch.get_num_threads() // count)
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = (Path(folder) / "meeting").as_uri()
+        context = torch.multiprocessing.spawn(_run_one, (list(argv), count, each, meeting), count, join=False)
+        assert context is not None
+        with _forward_signals(context.pids()):
+            try:
+                while not context.join(grace_period=GRACE_S):
+                    pass
+            except (
+                torch.multiprocessing.ProcessExitedException,
+                torch.multiprocessing.ProcessRaisedException,
+            ) as error:
+                return _explain(error, [process.exitcode for process in context.processes])
+    return 0
+
+
+def _run_one(rank: int, argv: list[str], count: int, threads: int, meeting: str) -> None:
+    """One of the processes; those behind the first end well with it, since it says what there is to say."""
+    from training.__main__ import main
+
+    os.setpgid(0, 0)  # or a Ctrl-C would arrive twice: from the terminal, and passed on
+    os.environ["RANK"] = str(rank)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a container's host name may have no address
+    torch.set_num_threads(threads)
+    dist.init_process_group("gloo", meeting, PROCESS_GROUP_TIMEOUT, count, rank)
+    status = main(argv)
+    sys.exit(status if rank == 0 or status == FAILED else 0)
+
+
+def _explain(error: Exception, exit_codes: Sequence[int | None]) -> int:
+    """Say why the processes ended where none of them has said it; returns the exit status."""
+    for rank, code in enumerate(exit_codes):
+        if code is not None and code < 0 and code != -signal.SIGTERM:  # which `join` sends to those that are left
+            name = signal.Signals(-code).name
+            print(f"error: process {rank + 1} of {len(exit_codes)} was ended by {name}.{MEMORY}", file=sys.stderr)
+            return FAILED
+    if isinstance(error, torch.multiprocessing.ProcessExitedException):
+        return exit_codes[0] or FAILED
+    print(error, file=sys.stderr)
+    return FAILED
+
+
+@contextmanager
+def _forward_signals(pids: Sequence[int]) -> Iterator[None]:
+    """Pass on what stops a run to its processes, each of which ends as one alone does."""
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        for pid in pids:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+
+    numbers = [getattr(signal, name) for name in FORWARDED if hasattr(signal, name)]
+    # `nohup` has SIGHUP ignored.
+    previous = {n: signal.signal(n, forward) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
