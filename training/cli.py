@@ -226,7 +226,7 @@ def batch_sizes(args: argparse.Namespace, preset: Preset | None, stages: Sequenc
     """Images a step of what is to be trained, stage by stage, as flags or presets have it before data are seen."""
     if stages is not None:
         own = (stage.args for stage in stages)
-        return [each.batch_size or PRESETS[each.preset or DEFAULT_PRESET].train.batch_size for each in own]
+        return [each.batch_size or PRESETS.get(each.preset, PRESETS[DEFAULT_PRESET]).train.batch_size for each in own]
     if preset is not None:
         return [preset.train.batch_size]
     try:
