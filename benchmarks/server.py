@@ -34,6 +34,7 @@ class Server:
         settings: values by setting name, as `max_batch_size`; several workers get management ports. Variables of the
             caller's environment are not passed on: they would change what is measured without being seen.
         command: other words after the interpreter than `-m service`, for a server to compare with.
+        checkout: whose code runs.
         ready_timeout_s: seconds until it must be ready.
 
     Attributes:
@@ -51,11 +52,13 @@ class Server:
         settings: Mapping[str, str] | None = None,
         *,
         command: Sequence[str] = ("-m", "service"),
+        checkout: Path = ROOT,
         ready_timeout_s: float = 120.0,
     ) -> None:
         self.port = free_port()
         self.seconds_to_ready = 0.0
         self._command = [sys.executable, *command]
+        self._checkout = checkout
         settings = dict(settings or {})
         self._health_ports = [self.port]
         if (workers := worker_count(settings)) > 1:  # on the port that they share, the first would answer for all
@@ -70,7 +73,7 @@ class Server:
         start = time.monotonic()
         self._process = subprocess.Popen(
             self._command,
-            cwd=ROOT,
+            cwd=self._checkout,
             env=self._environment,
             stdin=subprocess.DEVNULL,
             stdout=self._log,

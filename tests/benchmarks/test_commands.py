@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import re
 import signal
 import subprocess
 import sys
@@ -90,11 +91,23 @@ def test_v2(tmp_path: Path) -> None:
 
 def test_request_path(tmp_path: Path) -> None:
     out = tmp_path / "path.csv"
-    done = run("benchmarks.request_path", "--seconds", "0.2", "--rounds", "1", "--connections", "4", "--csv", str(out))
+    few = ("--seconds", "0.5", "--rounds", "2", "--connections", "4")
+    done = run("benchmarks.request_path", *few, "--before", str(ROOT), "--csv", str(out))
     assert done.returncode == 0, done.stderr
-    kinds = ["service, raw body", "service, head and body apart", "service, multipart", "floor, raw body"]
-    assert [row["request"] for row in rows(out)] == kinds
+    kinds = ["service, raw body", "service, head and body apart", "service, multipart"]
+    measured = [*kinds, "floor, raw body", *(f"before: {kind}" for kind in kinds)]
+    assert [row["request"] for row in rows(out)] == measured
     assert all(row["errors"] == "0" and float(row["images_per_s"]) > 0 for row in rows(out))
+    # A round whose CPU time is below a clock tick has no ratio.
+    assert re.search(
+        r"^service, .*: \d+\.\d\d\d of the CPU time before, quartiles .*, n = 2$", done.stdout, re.MULTILINE
+    )
+
+
+def test_request_path_beside_no_checkout(tmp_path: Path) -> None:
+    done = run("benchmarks.request_path", "--before", str(tmp_path))
+    assert done.returncode != 0
+    assert f"--before {tmp_path}: is no checkout of this project; it has no service/" in done.stderr
 
 
 def test_decoding(tmp_path: Path) -> None:
