@@ -41,20 +41,24 @@ in seconds. None of the 4xx reaches the queue, 499 excepted.
 V2 = """
 ## Open Inference Protocol v2
 
-Over HTTP, on the port of `/predict`; errors are `{"error": "sentence"}`. [clients.md](clients.md) has an
-example of each client.
+Over HTTP, on the port of `/predict` but for what the table says; errors are `{"error": "sentence"}`.
+[clients.md](clients.md) has an example of each client.
 
 | endpoint | |
 |---|---|
 | `GET /v2`, `/v2/health/live`, `/v2/health/ready` | yes, without a key |
-| `GET /v2/models/NAME[/versions/VERSION]`, and `/ready`, `/config`, `/stats` below it; `GET /v2/models/stats` | yes; \
-NAME is the model's own, and of its versions the live one alone is there. All but `/ready` want a key where keys \
-are set. Statistics are the worker's since its start |
+| `GET /v2/models/NAME[/versions/VERSION]`, and `/ready`, `/config` below it | yes; NAME is the model's own, and of \
+its versions the live one alone is there |
 | `POST /v2/models/NAME[/versions/VERSION]/infer` | yes |
-| `POST /v2/repository/index` | yes; the body, `ready` in it too, is not read |
+| `GET /v2/models/NAME[/versions/VERSION]/stats`, `GET /v2/models/stats` | yes; the worker's since its start. On the \
+management port alone where there is one, as `/metrics` is |
+| `POST /v2/repository/index` | yes; the body, `ready` in it too, is not read. On the management port alone where \
+there is one, as `/models` is |
 | `/v2/repository/models/NAME/load`, `/unload` | no: 404. The highest version in the model folder serves |
 | `/v2/logging`, `/v2/trace/setting`, `/v2/systemsharedmemory`, `/v2/cudasharedmemory`, `/generate` | no: 404 |
 | gRPC | no |
+
+Where keys are set, all but the first row and `/ready` want one.
 
 | extension | |
 |---|---|

@@ -69,8 +69,9 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535)
     """TCP port to listen on; 0 takes a free one and logs it."""
     management_port: int | None = Field(None, ge=1, le=65535)
-    """TCP port of its own for /metrics, /health and /models, which the main port does not serve then. With several
-    workers each takes one of as many ports, from this one on. Unset: the main port has them.
+    """TCP port of its own for /metrics, /health, /models, and /v2's statistics and repository index, which the main
+    port does not serve then. With several workers each takes one of as many ports, from this one on. Unset: the main
+    port has them.
     """
     workers: Annotated[int, BeforeValidator(auto_is_0)] = Field(1, ge=0, le=64)
     """Processes that share the port, each a whole service with limits of its own; one that ends is replaced. auto, or

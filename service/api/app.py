@@ -20,7 +20,7 @@ from service.api.embed import EmbedEndpoint
 from service.api.endpoint import InferenceEndpoint
 from service.api.explain import ExplainEndpoint
 from service.api.keys import RequireKey
-from service.api.paths import EMBED, EXPLAIN, MANAGEMENT, PATHS, PREDICT, is_infer, is_keyed_v2
+from service.api.paths import EMBED, EXPLAIN, MANAGEMENT, PATHS, PREDICT, is_infer, is_keyed_v2, known_path
 from service.api.predict import PredictEndpoint
 from service.api.request_log import RequestLog
 from service.api.response import error_response
@@ -237,6 +237,6 @@ def package_version() -> str:
 
 def check_port(path: str, *, is_management: bool) -> None:
     """Raise NotFound where a path is asked for on the other port."""
-    if (path in MANAGEMENT) != is_management:
+    if (known_path(path) in MANAGEMENT) != is_management:
         there = "client" if is_management else "management"
         raise NotFound(f"There is nothing at this path of this port; the {there} port may have it.")

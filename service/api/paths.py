@@ -21,8 +21,11 @@ PATHS: Final = frozenset(
 # What dashboard and alarms call requests for inference. Explanations take what others leave, and have no objective.
 INFERENCE: Final = frozenset({PREDICT, EMBED, V2_INFER})
 V2_MODEL_PATH: Final = re.compile(rf"{V2}/models/([^/]+)(?:/versions/([^/]+))?(/infer|/ready|/config|/stats|)")
-# With a management port, clients do not see these, and operators see nothing else.
-MANAGEMENT: Final = frozenset({"/health", "/health/live", "/health/ready", "/metrics", "/models", "/models/reload"})
+# With a management port, clients do not see these, and operators see nothing else. `known_path` gives their form.
+MANAGEMENT: Final = frozenset(
+    {"/health", "/health/live", "/health/ready", "/metrics", "/models", "/models/reload"}
+    | {f"{V2}/models/stats", f"{V2_MODEL}/stats", f"{V2}/repository/index"}
+)
 
 
 def known_path(path: str) -> str:

@@ -2,16 +2,19 @@
 
 import json
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
 from tests.end_to_end.clients.environment import client_python
-from tests.end_to_end.process import ROOT, on_model, started
+from tests.end_to_end.process import ROOT, SECONDS, on_model, started
 from tests.fakes import CLASSES, HEIGHT, WIDTH, make_model_folder, tiny_images, tiny_logits
 from tests.imaging.files import encode
+from tests.service.harness import free_ports
 
 CLIENTS = Path(__file__).parent / "clients"
 
@@ -30,13 +33,14 @@ def test_both_clients_get_what_the_model_says(tmp_path: Path) -> None:
     same = np.stack([images[0], images[0]])
     np.save(tmp_path / "images.npy", images)
     (tmp_path / "image.png").write_bytes(encode(images[0], "PNG"))
-    with started(tmp_path, *on_model(tmp_path / "m")) as process, process.ready() as client:
-        url = str(client.base_url).rstrip("/")
-        seen = json.loads(
-            output_of(
-                client_python(), CLIENTS / "calls.py", url, "tiny", tmp_path / "images.npy", tmp_path / "image.png"
-            )
-        )
+    port = free_ports(1)
+    management = f"http://127.0.0.1:{port}"
+    arguments = on_model(tmp_path / "m", f"--management-port={port}")
+    with started(tmp_path, *arguments) as process, ExitStack() as stack:
+        client = stack.enter_context(httpx.Client(base_url=process.url(), timeout=SECONDS))
+        process.wait(lambda: client.get("/v2/health/ready").status_code == 200)
+        files = tmp_path / "images.npy", tmp_path / "image.png"
+        seen = json.loads(output_of(client_python(), CLIENTS / "calls.py", process.url(), management, "tiny", *files))
         by_predict = client.post("/predict", content=(tmp_path / "image.png").read_bytes()).json()["predictions"][0]
         assert "Traceback" not in process.stderr
     expected = {"images": tiny_logits(images, 1), "image_bytes": tiny_logits(same, 1)}
@@ -81,7 +85,7 @@ def check_triton(seen: dict[str, Any], expected: dict[str, np.ndarray]) -> None:
                 assert float(value) == pytest.approx(values[index], abs=1e-4)
     np.testing.assert_allclose(seen["default"], expected["images"], atol=1e-4)
     assert seen["async"] == seen["default"]
-    assert [status for status, _ in seen["errors"]] == ["404", "404", "400", "400", "415", "404"]
+    assert [status for status, _ in seen["errors"]] == ["404", "404", "400", "400", "415", "404", "404", "404", "404"]
     messages = [message for _, message in seen["errors"]]
     assert messages[:4] == [
         "There is no model 'other' here; there is 'tiny'.",
@@ -89,6 +93,8 @@ def check_triton(seen: dict[str, Any], expected: dict[str, np.ndarray]) -> None:
         "The request has 2 inputs; send one, images or image_bytes.",
         "The model has no output features; it has logits and probabilities.",
     ]
+    elsewhere = "There is nothing at this path of this port; the {} port may have it."
+    assert messages[6:] == [elsewhere.format(port) for port in ("management", "management", "client")]
     (stats,) = seen["stats"][0]["model_stats"]
     assert stats == seen["stats"][1]["model_stats"][0]
     assert stats["inference_stats"]["success"]["count"] == 6

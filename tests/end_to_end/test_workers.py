@@ -5,7 +5,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -16,21 +16,11 @@ from tests.end_to_end.load import IMAGE, Load
 from tests.end_to_end.process import SECONDS, Process, make_slow_model, on_model, started
 from tests.fakes import HEIGHT, WIDTH, make_model_folder, tiny_images
 from tests.imaging.files import encode
-from tests.service.harness import request_head
+from tests.service.harness import free_ports, request_head
 
 WORKERS = 2
 # What is half sent stays admitted for as long as a test takes.
 PATIENT = ("--body-timeout-s=600", "--drain-timeout-s=600")
-
-
-def free_ports(count: int) -> int:
-    """The first of so many ports in a row that are free now."""
-    for first in range(20_000 + os.getpid() % 5000, 60_000, count):
-        with ExitStack() as stack, suppress(OSError):
-            for offset in range(count):
-                stack.enter_context(socket.create_server(("127.0.0.1", first + offset)))
-            return first
-    raise OSError("no free ports")
 
 
 class Workers:

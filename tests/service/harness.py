@@ -5,8 +5,10 @@
 
 import asyncio
 import json
+import os
+import socket
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -196,6 +198,16 @@ async def stop(server: Server) -> None:
     async with asyncio.timeout(20):
         await asyncio.gather(*server.server_state.tasks, return_exceptions=True)
         await server.lifespan.shutdown()
+
+
+def free_ports(count: int) -> int:
+    """The first of so many ports in a row that are free now."""
+    for first in range(20_000 + os.getpid() % 5000, 60_000, count):
+        with ExitStack() as stack, suppress(OSError):
+            for offset in range(count):
+                stack.enter_context(socket.create_server(("127.0.0.1", first + offset)))
+            return first
+    raise OSError("no free ports")
 
 
 def request_head(length: int | None, *headers: str, target: str = "/predict", method: str = "POST") -> bytes:

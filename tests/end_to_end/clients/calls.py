@@ -1,6 +1,6 @@
 """Triton's and KServe's clients against a service, in an environment of their own: prints what they saw as JSON.
 
-python calls.py URL MODEL IMAGES.npy FILE
+python calls.py URL MANAGEMENT_URL MODEL IMAGES.npy FILE
 """
 
 import asyncio
@@ -28,8 +28,8 @@ def triton_inputs(images: np.ndarray, file: bytes, *, binary: bool) -> dict[str,
     return {"images": pixels, "image_bytes": files}
 
 
-def by_triton(host: str, model: str, images: np.ndarray, file: bytes) -> dict[str, Any]:
-    client = triton.InferenceServerClient(host)
+def by_triton(host: str, management: str, model: str, images: np.ndarray, file: bytes) -> dict[str, Any]:
+    client, operator = triton.InferenceServerClient(host), triton.InferenceServerClient(management)
     seen: dict[str, Any] = {
         "live": client.is_server_live(),
         "ready": client.is_server_ready(),
@@ -39,7 +39,7 @@ def by_triton(host: str, model: str, images: np.ndarray, file: bytes) -> dict[st
         "server": client.get_server_metadata(),
         "metadata": client.get_model_metadata(model, "1"),
         "config": client.get_model_config(model),
-        "index": client.get_model_repository_index(),
+        "index": operator.get_model_repository_index(),
     }
     for binary in (True, False):
         for name, tensor in triton_inputs(images, file, binary=binary).items():
@@ -65,9 +65,13 @@ def by_triton(host: str, model: str, images: np.ndarray, file: bytes) -> dict[st
         error_of(lambda: client.infer(model, [pixels], outputs=[triton.InferRequestedOutput("features")])),
         error_of(lambda: client.infer(model, [pixels], request_compression_algorithm="gzip")),
         error_of(lambda: client.load_model(model)),
+        error_of(lambda: client.get_inference_statistics(model)),
+        error_of(lambda: client.get_model_repository_index()),
+        error_of(lambda: operator.get_model_metadata(model)),
     ]
-    seen["stats"] = [client.get_inference_statistics(model), client.get_inference_statistics()]
+    seen["stats"] = [operator.get_inference_statistics(model), operator.get_inference_statistics()]
     client.close()
+    operator.close()
     return seen
 
 
@@ -121,10 +125,11 @@ async def by_kserve(url: str, model: str, images: np.ndarray, file: bytes) -> di
 
 
 def main() -> None:
-    url, model, images, file = sys.argv[1], sys.argv[2], np.load(sys.argv[3]), Path(sys.argv[4]).read_bytes()
+    url, management, model = sys.argv[1:4]
+    images, file = np.load(sys.argv[4]), Path(sys.argv[5]).read_bytes()
     host = url.removeprefix("http://")
     seen = {
-        "triton": by_triton(host, model, images, file),
+        "triton": by_triton(host, management.removeprefix("http://"), model, images, file),
         "triton_aio": asyncio.run(by_triton_aio(host, model, images, file)),
         "kserve": asyncio.run(by_kserve(url, model, images, file)),
     }

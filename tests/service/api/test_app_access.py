@@ -4,13 +4,55 @@ import json
 import logging
 from pathlib import Path
 
+import httpx
 import pytest
 
 from service.api.app import PerceiverApp
 from tests.fakes import tiny_metadata
-from tests.service.harness import error_of, png, read_answer, request_head, running
+from tests.service.harness import error_of, free_ports, png, read_answer, request_head, running
 
 JSON_ROUTES = ["/health", "/health/live", "/health/ready", "/models", "/openapi.json"]
+
+
+# The management port
+
+FOR_OPERATORS = (
+    *("GET /health", "GET /health/live", "GET /health/ready", "GET /metrics", "GET /models", "POST /models/reload"),
+    *("GET /v2/models/stats", "GET /v2/models/tiny/stats", "GET /v2/models/tiny/versions/1/stats"),
+    "POST /v2/repository/index",
+)
+FOR_CLIENTS = (
+    *("POST /predict", "POST /explain", "POST /embed", "GET /", "GET /docs", "GET /openapi.json"),
+    *("GET /v2", "GET /v2/health/live", "GET /v2/health/ready", "POST /v2/models/tiny/infer"),
+    *(f"GET /v2/models/tiny{tail}" for tail in ("", "/ready", "/config", "/versions/1", "/versions/1/ready")),
+)
+
+
+async def test_each_path_is_on_one_of_the_two_ports(tmp_path: Path) -> None:
+    port = free_ports(1)
+    key = {"x-api-key": "first"}
+    async with (
+        running(tmp_path, management_port=port, api_keys="first") as run,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as management,
+    ):
+        sides = ((FOR_OPERATORS, management, run.client, "management"), (FOR_CLIENTS, run.client, management, "client"))
+        for requests, right, wrong, name in sides:
+            for request in requests:
+                method, path = request.split()
+                assert (await right.request(method, path, headers=key)).status_code != 404, request
+                answer = await wrong.request(method, path, headers=key)
+                assert answer.status_code == 404, request
+                assert f"the {name} port may have it" in answer.text, request
+        for path, status in (("/metrics", 200), ("/models", 401), ("/v2/models/stats", 401)):
+            assert (await management.get(path)).status_code == status, path
+
+
+async def test_without_a_management_port_one_port_has_all(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        for request in (*FOR_OPERATORS, *FOR_CLIENTS):
+            assert (await run.client.request(*request.split())).status_code != 404, request
+        (stats,) = (await run.client.get("/v2/models/tiny/stats")).json()["model_stats"]
+        assert stats["version"] == "1"
 
 
 # Keys
