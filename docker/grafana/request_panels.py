@@ -48,7 +48,7 @@ NOW = (
         title="Images",
         kind="stat",
         unit=IMAGES_A_SECOND,
-        shows="Images that the model has classified.",
+        shows="Images that the model has classified. Runs for explanations are not counted.",
         bad="Near what benchmarks/engine.py measures on this machine: there is no more to be had.",
         do="Add a GPU or a host, or a model that is cheaper to run.",
         queries=(Query(rate("perceiver_images_total"), "images"),),
@@ -116,13 +116,14 @@ TRAFFIC = (
         title="Images classified",
         kind="timeseries",
         unit=IMAGES_A_SECOND,
-        shows="Images that have gone through the model; a request may hold several, an explanation takes many.",
+        shows="Images that the model has classified, of which a request may hold several. Beside them those that it has "
+        "run for explanations, each of which takes many.",
         bad="A fall while requests stay: images wait or are turned away. A growing share unlike the training images: "
         "clients send something else.",
         do="Compare with queue and rejections. Explanations take only what others leave. Look at what clients send.",
         queries=(
-            Query(rate("perceiver_images_total"), "images"),
-            Query(rate("perceiver_explanation_runs_total"), "of these for explanations"),
+            Query(rate("perceiver_images_total"), "classified"),
+            Query(rate("perceiver_explanation_runs_total"), "run for explanations"),
             Query(rate("perceiver_explanations_total"), "explained"),
             Query(rate("perceiver_unfamiliar_images_total"), "unlike the training images"),
         ),

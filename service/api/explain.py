@@ -103,11 +103,9 @@ class ExplainRequest(InferenceRequest):
         future: asyncio.Future[list[Prediction]] = asyncio.get_running_loop().create_future()
         live.batcher.submit([image.data for image in images], future, self._until, is_background=True)
         try:
-            predictions = await future
+            return await future
         finally:
             del future  # an error's traceback holds this frame: a cycle of references
-        self._service.metrics.explanation_run(len(images))
-        return predictions
 
     async def _drawn(self, live: LiveModel) -> bytes:
         shown = live.metadata.model_copy(update={"input_size": display_size(live.metadata.input_size)})

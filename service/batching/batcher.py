@@ -35,8 +35,8 @@ T = TypeVar("T")
 class BatchObserver(Protocol):
     """Counts images and batches. Called in the event loop; must be quick."""
 
-    def batch(self, size: int, seconds: float) -> None:
-        """Record a batch of `size` images that took `seconds`."""
+    def batch(self, size: int, seconds: float, *, is_background: bool) -> None:
+        """Record a batch of `size` images that took `seconds`, and whether they are of background requests."""
 
     def queued(self, seconds: float) -> None:
         """Record the wait of one image that was run."""
@@ -265,8 +265,9 @@ class DynamicBatcher:
     def _complete(self, member: PooledEngine, batch: Batch, outputs: Outputs, seconds: float) -> None:
         member.failures = 0
         batch.complete(outputs, seconds)
-        self._observer.batch(batch.size, seconds)
-        if batch.parts[0][0].is_background:
+        is_background = batch.parts[0][0].is_background
+        self._observer.batch(batch.size, seconds, is_background=is_background)
+        if is_background:
             return  # its wait says nothing about that of others, and covered images are unlike any
         if (limit := member.engine.metadata.unfamiliarity) is not None and outputs.unfamiliarity is not None:
             flagged = int(np.count_nonzero(outputs.unfamiliarity > limit.threshold))

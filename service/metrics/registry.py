@@ -61,12 +61,12 @@ class Metrics:
         self.queue_seconds = seconds("perceiver_queue_seconds", "Seconds an image waited for its batch.")
         self.inference_seconds = seconds("perceiver_inference_seconds", "Seconds of one run of the model.")
         self.batch_size = histogram("perceiver_batch_size", "Images in one run of the model.", buckets=IMAGES)
-        self.images = counter("perceiver_images", "Images that the model has run, those of explanations included.")
+        self.images = counter("perceiver_images", "Images that the model has run, but for explanations.")
         self.unfamiliar_images = counter(
             "perceiver_unfamiliar_images", "Images unlike those of the training, not counting those of explanations."
         )
         self.explanations = counter("perceiver_explanations", "Images explained.")
-        self.explanation_runs = counter("perceiver_explanation_runs", "Images run for explanations.")
+        self.explanation_runs = counter("perceiver_explanation_runs", "Images that the model has run for explanations.")
         self.failed_batches = counter("perceiver_failed_batches", "Runs of the model that failed.")
         self.rejections = counter("perceiver_rejections", "Requests answered with an error, by its code.", ["reason"])
         # Alarms and panels use these, and Prometheus sees no increase in a counter that begins with its first event.
@@ -144,21 +144,17 @@ class Metrics:
         """Count explained images."""
         self.explanations.inc(images)
 
-    def explanation_run(self, images: int) -> None:
-        """Count images that were run for an explanation, whatever becomes of it."""
-        self.explanation_runs.inc(images)
-
     def rejected(self, code: str) -> None:
         """Count a request that ended in an error."""
         self.rejections.labels(code).inc()
 
     # The batcher
 
-    def batch(self, size: int, seconds: float) -> None:
-        """Count one run of the model."""
+    def batch(self, size: int, seconds: float, *, is_background: bool) -> None:
+        """Count one run of the model, for explanations or for others: never for both."""
         self.batch_size.observe(size)
         self.inference_seconds.observe(seconds)
-        self.images.inc(size)
+        (self.explanation_runs if is_background else self.images).inc(size)
 
     def unfamiliar(self, images: int) -> None:
         """Count images that were unlike the training images."""

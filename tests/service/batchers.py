@@ -26,7 +26,7 @@ class RecordingObserver:
         if method in self.broken:
             raise RuntimeError(f"the observer is broken in {method}")
 
-    def batch(self, size: int, seconds: float) -> None:
+    def batch(self, size: int, seconds: float, *, is_background: bool) -> None:
         self._record("batch")
         self.batches.append(size)
 

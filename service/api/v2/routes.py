@@ -179,7 +179,7 @@ def stats_of(service: Service, live: LiveModel) -> Json:
     stats = {
         "name": live.metadata.name,
         "version": str(live.version),
-        "inference_count": int(value("perceiver_images_total")),
+        "inference_count": int(value("perceiver_images_total") + value("perceiver_explanation_runs_total")),
         "execution_count": steps["compute_infer"]["count"],
         "inference_stats": {"success": success, **steps},
     }

@@ -33,6 +33,9 @@ async def test_each_image_has_the_map_of_its_first_label(tmp_path: Path) -> None
         assert "total;dur=" in answer.headers["server-timing"]
         assert await run.metric("perceiver_explanations_total") == 2
         assert await run.metric("perceiver_explanation_runs_total") == 2 * RUNS
+        assert await run.metric("perceiver_images_total") == 0
+        (stats,) = (await run.client.get("/v2/models/stats")).json()["model_stats"]
+        assert stats["inference_count"] == 2 * RUNS
         assert await run.metric('perceiver_requests_total{code="200",route="/explain"}') == 1
         assert await run.metric("perceiver_request_seconds_count") == 0  # they have no objective
         assert run.service.admission.images == run.service.admission.bytes == 0
@@ -149,6 +152,9 @@ async def test_who_leaves_stops_the_runs(tmp_path: Path) -> None:
         run.engine.let_go()
         assert (await run.predict(9)).status_code == 200
         assert len(run.engine.batches) == 3  # nothing of it after the batch that ran
+        ran = sum(map(len, run.engine.batches[:2]))
+        assert await run.metric("perceiver_explanation_runs_total") == ran  # nobody is answered with them
+        assert await run.metric("perceiver_images_total") == 1
         assert run.service.admission.images == 0
 
 

@@ -29,7 +29,7 @@ async def test_covered_images_of_explanations_do_not_count(tmp_path: Path) -> No
     async with running(tmp_path, FakeEngine(threshold=0.25)) as run:
         answer = await run.client.post("/explain", content=png(9), headers=PNG)
         assert answer.status_code == 200
-        assert await run.metric("perceiver_images_total") > 1
+        assert await run.metric("perceiver_explanation_runs_total") > 1
         assert await run.metric(COUNTER) == 0
 
 

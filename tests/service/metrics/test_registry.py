@@ -74,14 +74,15 @@ def test_buckets_reach_from_half_a_millisecond_to_ten_seconds() -> None:
 
 def test_no_metric_is_shared_between_two_services() -> None:
     first, second = Metrics(), Metrics()
-    first.batch(3, 0.1)
+    first.batch(3, 0.1, is_background=False)
     assert "perceiver_images_total 3.0" in first.exposition("")[0].decode()
     assert "perceiver_images_total 0.0" in second.exposition("")[0].decode()
 
 
 def test_reports_of_the_batcher_and_the_store_are_counted() -> None:
     metrics = Metrics()
-    metrics.batch(4, 0.02)
+    metrics.batch(4, 0.02, is_background=False)
+    metrics.batch(7, 0.3, is_background=True)
     metrics.queued(0.001)
     metrics.dropped("cancelled")
     metrics.dropped("deadline")
@@ -93,7 +94,9 @@ def test_reports_of_the_batcher_and_the_store_are_counted() -> None:
     metrics.model_live(3, tiny_metadata(precision="float16"), "cuda")
     lines = metrics.exposition("")[0].decode().splitlines()
     for line in [
-        "perceiver_batch_size_sum 4.0",
+        "perceiver_images_total 4.0",
+        "perceiver_explanation_runs_total 7.0",
+        "perceiver_batch_size_sum 11.0",
         'perceiver_inference_seconds_bucket{le="0.025"} 1.0',
         "perceiver_queue_seconds_count 1.0",
         "perceiver_cancellations_total 1.0",
