@@ -50,6 +50,7 @@ class Service:
         self.metrics.ready.set_function(lambda: self.probed_status == "ready")
         self.metrics.queue_length.set_function(lambda: self.queue_length)
         self.metrics.admitted_images.set_function(lambda: self.admission.images)
+        self.metrics.admitted_background_images.set_function(lambda: self.admission.background_images)
         self.metrics.admitted_bytes.set_function(lambda: self.admission.bytes)
         self.metrics.max_batch_size.set_function(
             lambda: 0 if self.store.live is None else self.store.live.batcher.max_batch_size

@@ -30,12 +30,14 @@ BATCHES = (
         title="Queue",
         kind="timeseries",
         unit=IMAGES,
-        shows="Images that wait for a batch, images accepted and not yet answered, and how many may be.",
+        shows="Images that wait for a batch, images accepted and not yet answered, those of them for explanations, and "
+        "how many may be accepted.",
         bad="Accepted at the dashed limit: requests are turned away with 503.",
         do="Add capacity. A longer queue (PERCEIVER_MAX_QUEUE_SIZE) only makes everyone wait longer.",
         queries=(
             Query(f"sum(perceiver_queue_length{{{HERE}}})", "waiting"),
             Query(f"sum(perceiver_admitted_images{{{HERE}}})", "accepted"),
+            Query(f"sum(perceiver_admitted_background_images{{{HERE}}})", "for explanations"),
             Query(f"sum(perceiver_max_queue_size{{{HERE}}})", "limit"),
         ),
         dashed=("limit",),

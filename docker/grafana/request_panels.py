@@ -116,8 +116,8 @@ TRAFFIC = (
         title="Images classified",
         kind="timeseries",
         unit=IMAGES_A_SECOND,
-        shows="Images that the model has classified, of which a request may hold several. Beside them those that it has "
-        "run for explanations, each of which takes many.",
+        shows="Images that the model has classified, of which a request may hold several; beside them, those that it "
+        "has run for explanations, of which each takes many.",
         bad="A fall while requests stay: images wait or are turned away. A growing share unlike the training images: "
         "clients send something else.",
         do="Compare with queue and rejections. Explanations take only what others leave. Look at what clients send.",

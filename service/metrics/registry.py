@@ -96,7 +96,10 @@ class Metrics:
         self.ready = gauge("perceiver_ready", "1 while /health/ready returns 200.")
         self.queue_length = gauge("perceiver_queue_length", "Images waiting for a batch.")
         self.admitted_images = gauge("perceiver_admitted_images", "Images accepted and not yet answered.")
-        self.admitted_bytes = gauge("perceiver_admitted_bytes", "Bytes of the request bodies of these.")
+        self.admitted_background_images = gauge(
+            "perceiver_admitted_background_images", "Those of them for explanations, which wait until no others do."
+        )
+        self.admitted_bytes = gauge("perceiver_admitted_bytes", "Bytes of the request bodies that are held.")
         self.max_queue_size = gauge("perceiver_max_queue_size", "Images that may be accepted and not yet answered.")
         self.max_batch_size = gauge(
             "perceiver_max_batch_size",

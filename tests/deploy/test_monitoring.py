@@ -128,9 +128,21 @@ def pod(name: str, service: str = NAME, namespace: str = NAMESPACE, instance: st
     return f'{{namespace="{namespace}", service="{service}", pod="{name}", instance="{instance}", job="perceiver"}}'
 
 
+def queue(
+    name: str, *, admitted: str, background: str = "0x60", largest: str = "512x60", **where: str
+) -> dict[str, str]:
+    """The series of a pod's queue, in promtool's notation."""
+    labels = pod(name, **where)
+    return {
+        f"perceiver_admitted_images{labels}": admitted,
+        f"perceiver_admitted_background_images{labels}": background,
+        f"perceiver_max_queue_size{labels}": largest,
+    }
+
+
 def test_the_queues_metrics_are_those_that_the_service_has(helm: Helm):
     metrics = set(re.findall(r"perceiver_\w+", trigger(helm)["metadata"]["query"]))
-    assert len(metrics) == 2
+    assert len(metrics) == 3
     for metric in metrics:
         assert f"| `{metric}` | gauge |" in REFERENCE
 
@@ -143,15 +155,11 @@ def test_pods_wanted_are_the_shares_of_all_queues_by_the_threshold(helm: Helm, t
     assert found["metadata"]["ignoreNullValues"] == "false"
     series = {
         # 64 of 512 is the threshold itself, one pod: b goes from empty to full after 5 minutes.
-        f"perceiver_admitted_images{pod('a')}": "64x60",
-        f"perceiver_max_queue_size{pod('a')}": "512x60",
-        f"perceiver_admitted_images{pod('b')}": "0x29 512x30",
-        f"perceiver_max_queue_size{pod('b')}": "512x60",
+        **queue("a", admitted="64x60"),
+        **queue("b", admitted="0x29 512x30"),
         # Of other releases, which must not count.
-        f"perceiver_admitted_images{pod('c', service='dogs-perceiver')}": "512x60",
-        f"perceiver_max_queue_size{pod('c', service='dogs-perceiver')}": "512x60",
-        f"perceiver_admitted_images{pod('d', namespace='other')}": "512x60",
-        f"perceiver_max_queue_size{pod('d', namespace='other')}": "512x60",
+        **queue("c", service="dogs-perceiver", admitted="512x60"),
+        **queue("d", namespace="other", admitted="512x60"),
     }
     expect(tmp_path, found["metadata"]["query"], series, {"4m": 0.125, "8m": 1.125})
 
@@ -160,20 +168,15 @@ def test_pods_wanted_are_the_shares_of_all_queues_by_the_threshold(helm: Helm, t
 def test_workers_of_one_pod_count_as_one(helm: Helm, tmp_path: Path):
     """Half of a pod's queues is taken where one of its two is full."""
     series = {
-        f"perceiver_admitted_images{pod('a', instance='a:9000')}": "512x60",
-        f"perceiver_max_queue_size{pod('a', instance='a:9000')}": "512x60",
-        f"perceiver_admitted_images{pod('a', instance='a:9001')}": "0x60",
-        f"perceiver_max_queue_size{pod('a', instance='a:9001')}": "512x60",
+        **queue("a", instance="a:9000", admitted="512x60"),
+        **queue("a", instance="a:9001", admitted="0x60"),
     }
     expect(tmp_path, trigger(helm)["metadata"]["query"], series, {"4m": 0.5})
 
 
 @needs_promtool
 def test_a_burst_counts_by_its_share_of_the_window(helm: Helm, tmp_path: Path):
-    series = {
-        f"perceiver_admitted_images{pod('a')}": "0x20 512x2 0x20",
-        f"perceiver_max_queue_size{pod('a')}": "512x60",
-    }
+    series = queue("a", admitted="0x20 512x2 0x20")
     # Of the readings within 45 s, so many were full.
     query = trigger(helm, window="45s")["metadata"]["query"]
     expect(tmp_path, query, series, {"3m20s": 0, "3m50s": 0.6, "5m": 0})
@@ -182,11 +185,15 @@ def test_a_burst_counts_by_its_share_of_the_window(helm: Helm, tmp_path: Path):
 @needs_promtool
 def test_pods_that_prometheus_has_lost_give_nothing_and_not_zero(helm: Helm, tmp_path: Path):
     """So that ignoreNullValues can tell the two apart, and KEDA leaves the pods as they are."""
-    series = {
-        f"perceiver_admitted_images{pod('a')}": "512x12 stale",
-        f"perceiver_max_queue_size{pod('a')}": "512x12 stale",
-    }
+    series = queue("a", admitted="512x12 stale", background="0x12 stale", largest="512x12 stale")
     expect(tmp_path, trigger(helm)["metadata"]["query"], series, {"2m": 1, "3m": None})
+
+
+@needs_promtool
+def test_explanations_ask_for_no_pods(helm: Helm, tmp_path: Path):
+    """They take what others leave: 64 images wait beside them after 5 minutes, and these alone count."""
+    series = queue("a", admitted="256x29 320x30", background="256x60")
+    expect(tmp_path, trigger(helm)["metadata"]["query"], series, {"4m": 0, "8m": 0.125})
 
 
 def test_a_query_of_ones_own_is_taken_as_it_is(helm: Helm):

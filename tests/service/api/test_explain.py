@@ -135,6 +135,8 @@ async def test_admission_counts_a_batch_of_it(tmp_path: Path) -> None:
         run.engine.release()
         await run.until(lambda: len(run.engine.batches) == 2)
         assert run.service.admission.images == 4
+        for metric in ("perceiver_admitted_images", "perceiver_admitted_background_images"):
+            assert await run.metric(metric) == 4
         run.engine.let_go()
         assert (await explained).status_code == 200
         assert run.service.admission.images == 0

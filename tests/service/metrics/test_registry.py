@@ -40,6 +40,7 @@ FAMILIES = {
     "perceiver_max_queue_size": "gauge",
     "perceiver_max_batch_size": "gauge",
     "perceiver_admitted_images": "gauge",
+    "perceiver_admitted_background_images": "gauge",
     "perceiver_admitted_bytes": "gauge",
 }
 

@@ -53,12 +53,15 @@ app.kubernetes.io/component: test
 {{ if .Values.managementPort }}management{{ else }}http{{ end }}
 {{- end }}
 
-{{- /* The metrics that autoscaling reads. The alarms and the dashboard come whole from files/. */}}
+{{- /* What autoscaling reads. Explanations take what others leave, so they ask for no pods. The alarms and the dashboard
+       come whole from files/. */}}
 {{- define "perceiver.queueQuery" -}}
 {{- $pods := printf "{namespace=%q, service=%q}" .Release.Namespace (include "perceiver.fullname" .) }}
-{{- $taken := printf "sum by (pod) (avg_over_time(perceiver_admitted_images%s[%s]))" $pods .Values.autoscaling.queue.window }}
+{{- $window := .Values.autoscaling.queue.window }}
+{{- $taken := printf "sum by (pod) (avg_over_time(perceiver_admitted_images%s[%s]))" $pods $window }}
+{{- $background := printf "sum by (pod) (avg_over_time(perceiver_admitted_background_images%s[%s]))" $pods $window }}
 {{- $all := printf "sum by (pod) (perceiver_max_queue_size%s)" $pods }}
-{{- printf "sum(%s / %s)" $taken $all }}
+{{- printf "sum((%s - %s) / %s)" $taken $background $all }}
 {{- end }}
 
 {{- /* A setting as text. YAML's numbers come as floats, which would print 268435456 as 2.68435456e+08. */}}
