@@ -172,7 +172,7 @@ Unavailable = _error(
     503,
     "unavailable",
     "The service can't take this request now.",
-    "As many connections are open as `max_connections` allows; this one is closed, but for probes and metrics.",
+    "As many connections to this port are open as `max_connections` allows; this one is closed, a probe's too.",
 )
 Overloaded = _error(
     503,

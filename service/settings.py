@@ -185,7 +185,9 @@ class Settings(BaseSettings):
     """
 
     max_connections: int = Field(1024, ge=1, le=1_000_000)
-    """Open connections to the main port, in each worker, those in a TLS handshake too; others get 503."""
+    """Open connections to the main port, in each worker, those in a TLS handshake too; others get 503. The management
+    port counts its own up to this number, so that clients keep no probe out.
+    """
     header_timeout_s: float = Field(10.0, ge=0.1, le=600)
     """Seconds for a request's headers, and for a TLS handshake; a slower client is disconnected."""
     body_timeout_s: float = Field(30.0, ge=0.1, le=3600)

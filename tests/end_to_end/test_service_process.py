@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -18,7 +19,7 @@ from tests.chaos.slow_service import MODULE, VARIABLE
 from tests.end_to_end.process import ROOT, SECONDS, Process, make_slow_model, on_model, started
 from tests.fakes import HEIGHT, WIDTH, make_model_folder, tiny_logits
 from tests.imaging.files import encode, pixels
-from tests.service.harness import png, request_head
+from tests.service.harness import free_ports, png, request_head
 
 IMAGE = {"content-type": "image/png"}
 
@@ -84,6 +85,28 @@ def test_a_command_that_would_be_refused_is_not_shown(tmp_path: Path) -> None:
     with started(tmp_path, *on_model(tmp_path / "m", "--api-keys", "k")) as process, process.ready() as client:
         process.wait(lambda: "Ready: " in process.stderr)
         assert process.stderr.endswith(f"Ready: http://127.0.0.1:{client.base_url.port}\n")
+
+
+def test_clients_that_take_every_connection_keep_no_probe_out(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m")
+    port = free_ports(1)
+    settings = ("--max-connections=3", "--header-timeout-s=600", "--keep-alive-s=600", f"--management-port={port}")
+    with started(tmp_path, *on_model(tmp_path / "m", *settings)) as process, ExitStack() as stack:
+        clients = httpx.URL(process.url())
+
+        def connect(port: int | None) -> socket.socket:
+            """A connection that asks for nothing."""
+            return stack.enter_context(socket.create_connection((clients.host, port), timeout=SECONDS))
+
+        for _ in range(3):
+            connect(clients.port)
+        assert connect(clients.port).recv(1000).startswith(b"HTTP/1.1 503")
+        for _ in range(2):
+            connect(port)
+        operator = stack.enter_context(httpx.Client(base_url=f"http://{clients.host}:{port}", timeout=SECONDS))
+        process.wait(lambda: operator.get("/health/ready").status_code == 200)
+        assert 'perceiver_rejections_total{reason="unavailable"} 1.0' in operator.get("/metrics").text
+        assert connect(port).recv(1000).startswith(b"HTTP/1.1 503")  # it has a limit, too
 
 
 def test_sigterm_finishes_what_was_accepted_while_probes_say_503(tmp_path: Path) -> None:
