@@ -25,7 +25,7 @@ from service.api.predict import PredictEndpoint
 from service.api.request_log import RequestLog
 from service.api.response import error_response
 from service.api.routes import create_router
-from service.api.schemas import SECURITY, SECURITY_SCHEMES
+from service.api.schemas import SECURITY, SECURITY_SCHEMES, error_schemas
 from service.api.v2.request import InferEndpoint
 from service.api.v2.routes import create_v2_router
 from service.api.web_page import page_routes
@@ -166,6 +166,7 @@ class PerceiverApp(FastAPI):
         (top_k,) = [one for one in operation["parameters"] if one["name"] == "top_k"]
         top_k["schema"] |= {"maximum": max_top_k, "default": min(5, max_top_k)}
         document["components"]["securitySchemes"] = SECURITY_SCHEMES
+        document["components"]["schemas"] |= error_schemas()
         if self._asks_clients:
             keyed = [
                 path for path in document["paths"] if path in (PREDICT, EXPLAIN, EMBED, "/models") or is_keyed_v2(path)

@@ -26,6 +26,7 @@ from service.api.schemas import (
     QueueState,
     StatusResponse,
     VersionResponse,
+    content_of,
     error_responses,
     inference_bodies,
 )
@@ -38,7 +39,10 @@ NOT_READY = error_responses([errors.Unavailable, errors.NotReady, errors.Drainin
 KEYED = error_responses([errors.Unauthorized])
 FAILED = error_responses([*CONNECTION_ERRORS, errors.NotReady, errors.ServiceError])
 NOT_HEALTHY: dict[int | str, dict[str, object]] = {
-    503: {"model": HealthResponse | ErrorResponse, "description": "Not ready; an error where nobody can say why."}
+    503: {
+        "content": content_of(HealthResponse, ErrorResponse),
+        "description": "Not ready; an error where nobody can say why.",
+    }
 }
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import models_json_schema
 
 from service import errors
 from service.engine.metadata import ModelMetadata
@@ -194,13 +195,40 @@ BASE64 = {
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
+REFERENCE = "#/components/schemas/{model}"
+
+
+def content_of(*models: type[Schema]) -> dict[str, Any]:
+    """Refer to the schemas of one of these bodies. FastAPI would compile a validator of them for each route and status.
+
+    `error_schemas` and the routes' own responses have what is referred to.
+    """
+    references = [{"$ref": REFERENCE.format(model=model.__name__)} for model in models]
+    return {"application/json": {"schema": {"anyOf": references} if len(references) > 1 else references[0]}}
+
+
+def error_schemas() -> dict[str, Any]:
+    """Return the schemas of all bodies of errors, by their names."""
+    models: list[tuple[type[BaseModel], Literal["serialization"]]] = [
+        (ErrorResponse, "serialization"),
+        (V2Error, "serialization"),
+    ]
+    schemas: dict[str, Any] = models_json_schema(models, ref_template=REFERENCE)[1]["$defs"]
+    return schemas
+
+
 def error_responses(
-    kinds: Iterable[type[errors.ServiceError]], model: object = ErrorResponse
+    kinds: Iterable[type[errors.ServiceError]], *models: type[Schema]
 ) -> dict[int | str, dict[str, Any]]:
-    """Describe errors for OpenAPI, by status; each description lists the codes."""
+    """Describe errors for OpenAPI, by status; each description lists the codes. The body is an `ErrorResponse`.
+
+    Args:
+        kinds: the errors.
+        models: bodies that it may be instead.
+    """
     described: dict[int | str, dict[str, Any]] = {}
     for kind in kinds:
-        entry = described.setdefault(kind.status, {"description": "", "model": model})
+        entry = described.setdefault(kind.status, {"description": "", "content": content_of(*models, ErrorResponse)})
         entry["description"] = f"{entry['description']}`{kind.code}`: {kind.default} ".lstrip()
         if kind.status == errors.Unavailable.status:
             entry["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}

@@ -117,9 +117,9 @@ def test_decoding(tmp_path: Path) -> None:
     assert [row["way"] for row in rows(out)] == ["thread", "process"]
 
 
-def test_explaining(tmp_path: Path) -> None:
+def test_explaining(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "explaining.csv"
-    done = run("benchmarks.explaining", "--seconds", "2", "--rounds", "1", "--rate", "5", "--csv", str(out))
+    done = run("benchmarks.explaining", str(tiny), "--seconds", "1", "--rounds", "1", "--rate", "10", "--csv", str(out))
     assert done.returncode == 0, done.stderr
     alone, beside = rows(out)
     assert alone["errors"] == beside["errors"] == "0"

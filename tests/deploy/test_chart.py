@@ -7,6 +7,7 @@ from copy import deepcopy
 import pytest
 from jsonschema import ValidationError
 
+from service.settings import Settings
 from tests.deploy.files import CHART, VALUES, Yaml
 from tests.deploy.schemas import CUSTOM, NEWEST, OLDEST, validate
 from tests.deploy.tools import NAME, Helm
@@ -118,6 +119,10 @@ def test_what_the_chart_makes_is_as_kubernetes_wants_it(helm: Helm, case: str, k
         validate(one, kubernetes)
     kinds = ALWAYS - ({"PodDisruptionBudget"} if case == "no disruption budget" else set()) | beside
     assert objects.kinds() == dict.fromkeys(kinds, 1)
+    # A misspelt variable would stop the start.
+    variables = objects.environment()
+    settings = {name.removeprefix("PERCEIVER_").lower() for name in variables if name.startswith("PERCEIVER_")}
+    assert {"model_dir", "drain_delay_s", "provider"} <= settings <= set(Settings.model_fields)
 
 
 def test_a_model_in_an_image_of_its_own(helm: Helm):

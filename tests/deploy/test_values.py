@@ -14,7 +14,6 @@ import yaml
 
 from service.settings import Settings
 from tests.deploy.files import CHART, DEPLOY, ROOT, VALUES, Yaml
-from tests.deploy.test_chart import CASES
 from tests.deploy.tools import Helm
 
 SCHEMA: Yaml = json.loads((CHART / "values.schema.json").read_text())
@@ -166,15 +165,6 @@ def test_settings_arrive_as_text_that_the_service_reads(helm: Helm, monkeypatch:
         "device_ids": (1, 3),
         "cors_origins": ("https://a.example.org", "https://b.example.org"),
     }
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_every_variable_is_a_setting(helm: Helm, case: str):
-    """A misspelt one would stop the start."""
-    names = helm.objects(CASES[case][0]).environment()
-    settings = {name.removeprefix("PERCEIVER_").lower() for name in names if name.startswith("PERCEIVER_")}
-    assert {"model_dir", "drain_delay_s", "provider"} <= settings
-    assert settings <= set(Settings.model_fields)
 
 
 def test_values_that_the_docs_name_are_there():

@@ -70,7 +70,7 @@ class Helm(Tool):
         """What the chart gives with these values."""
         run = self.template(values, kubernetes=kubernetes)
         assert run.returncode == 0, run.stderr
-        return Objects(one for one in yaml.safe_load_all(run.stdout) if one is not None)
+        return Objects(one for one in yaml.load_all(run.stdout, yaml.CSafeLoader) if one is not None)
 
     def refusal(self, values: Yaml, *, kubernetes: str = "1.37") -> str:
         """What helm says of values that it refuses."""
@@ -86,4 +86,4 @@ class Kubectl(Tool):
         """What a folder with a kustomization.yaml gives."""
         run = self.run("kustomize", folder)
         assert run.returncode == 0, run.stderr
-        return Objects(yaml.safe_load_all(run.stdout))
+        return Objects(yaml.load_all(run.stdout, yaml.CSafeLoader))

@@ -47,17 +47,17 @@ def test_alarms_go_off_and_stay_silent():
 def mutated(folder: Path, name: str, **changes: object) -> Path:
     """The unit tests of one alarm, over rules in which it is changed."""
     for path in RULES:
-        document = yaml.safe_load(path.read_text())
+        document = yaml.load(path.read_text(), yaml.CSafeLoader)
         for rule in (rule for group in document["groups"] for rule in group["rules"]):
             if rule.get("alert") == name:
                 rule.update(changes)
-        (folder / path.name).write_text(yaml.safe_dump(document))
-    tests: Yaml = yaml.safe_load(UNIT_TESTS.read_text())
+        (folder / path.name).write_text(yaml.dump(document, Dumper=yaml.CSafeDumper))
+    tests: Yaml = yaml.load(UNIT_TESTS.read_text(), yaml.CSafeLoader)
     tests["rule_files"] = [path.name for path in RULES]
     tests["tests"] = [
         test for test in tests["tests"] if any(case["alertname"] == name for case in test["alert_rule_test"])
     ]
-    (folder / "tests.yml").write_text(yaml.safe_dump(tests))
+    (folder / "tests.yml").write_text(yaml.dump(tests, Dumper=yaml.CSafeDumper))
     return folder / "tests.yml"
 
 

@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from onnx import ModelProto
 from PIL import Image
 from torch import nn
 
+from export import build
+from export.graph.to_onnx import to_onnx
 from training import checkpoint
 from training.checkpoint import RunConfig
 from training.config import ModelConfig, TrainConfig
@@ -128,6 +131,32 @@ def write_run(folder: Path, data: Path | None, model_config: ModelConfig = TINY,
     for name in (CURVES, *PLOTS):
         (folder / name).write_bytes(name.encode())
     return folder
+
+
+@pytest.fixture(scope="session")
+def graphs() -> dict[tuple[str, tuple[int, int], bytes], ModelProto]:
+    """What torch has translated, by the modules, the input size, and what they give for noise."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def translated_once(graphs: dict[tuple[str, tuple[int, int], bytes], ModelProto]) -> Iterator[None]:
+    """Have torch translate equal models once: seconds each, in tests of what comes before and after it."""
+
+    def to_onnx_once(model: nn.Module, input_size: tuple[int, int]) -> ModelProto:
+        noise = np.random.default_rng(0).integers(0, 256, (3, *input_size, 3), dtype=np.uint8)
+        with torch.no_grad():
+            given = b"".join(values.numpy().tobytes() for values in model(torch.from_numpy(noise)))
+        key = (repr(model), input_size, given)
+        if key not in graphs:
+            graphs[key] = to_onnx(model, input_size)
+        graph = ModelProto()
+        graph.CopyFrom(graphs[key])
+        return graph
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "to_onnx", to_onnx_once)
+        yield
 
 
 @pytest.fixture(scope="session")

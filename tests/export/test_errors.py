@@ -21,6 +21,8 @@ from training import checkpoint
 from training.config import PRESETS
 from training.report_schema import Report
 
+pytestmark = pytest.mark.usefixtures("translated_once")
+
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert main(arguments) == 2

@@ -39,8 +39,9 @@ def test_features_are_what_the_head_classifies(kind: dict[str, bool]) -> None:
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture
-def exported(tmp_path: Path) -> tuple[Path, Golden]:
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Golden]:
+    folder = tmp_path_factory.mktemp("features")
     config = TINY.model_copy(update={"test_time_flip": True})
     trained, images = trained_model(config), random_images(config, 5)
     with torch.inference_mode():
@@ -48,10 +49,10 @@ def exported(tmp_path: Path) -> tuple[Path, Golden]:
     labels = tuple(f"class {index}" for index in range(config.num_classes))
     metadata = tiny_metadata(labels=labels, input_size=(SIZE, SIZE), feature_dim=config.dim, golden_tolerance=1e-3)
     graph = to_onnx(WithFeatures(fold(trained)), (SIZE, SIZE))
-    (tmp_path / MODEL_FILE).write_bytes(serialize(graph, to_props(metadata)))
+    (folder / MODEL_FILE).write_bytes(serialize(graph, to_props(metadata)))
     golden = Golden(images.numpy(), logits.argmax(axis=1), logits, features)
-    save_golden(tmp_path / "golden.npz", golden)
-    return tmp_path / MODEL_FILE, load_golden(tmp_path / "golden.npz")
+    save_golden(folder / "golden.npz", golden)
+    return folder / MODEL_FILE, load_golden(folder / "golden.npz")
 
 
 def test_the_engine_gives_torchs_features_and_the_same_logits(exported: tuple[Path, Golden]) -> None:

@@ -26,6 +26,7 @@ from tests.export.conftest import SIZE, TINY, write_images, write_run
 from tests.export.test_fold import random_images, trained_model
 from tests.fakes import tiny_metadata, tiny_unfamiliarity
 
+pytestmark = pytest.mark.usefixtures("translated_once")
 DIM, CLASSES = 6, 3
 
 

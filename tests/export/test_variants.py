@@ -19,6 +19,7 @@ from service.engine.session import EngineError, read_metadata
 from tests.export.conftest import SIZE
 from tests.fakes import FakeEngine
 
+pytestmark = pytest.mark.usefixtures("translated_once")
 GATE = VariantGate(
     provider="cpu", split="val", n=5000, labels_equal=0.995, top1=0.59, top1_float32=0.593, speed=((1, 1.01), (8, 1.2))
 )
@@ -226,6 +227,7 @@ def test_a_variant_that_is_not_tried_gives_a_warning(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("service.engine.session.why_no_cuda", lambda device_id=0: "there is none")
+    monkeypatch.setattr(gate, "measure_speedup", lambda base, variant, batches: FAST)
     assert export(run, tmp_path / "out") == 0
     assert "warning: model.fp16.onnx is not tried: its speed is measured on CUDA" in capsys.readouterr().out
     assert export(run, tmp_path / "none", "--variants") == 0

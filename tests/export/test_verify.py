@@ -38,6 +38,7 @@ from tests.export.conftest import SIZE
 from tests.fakes import Images, Logits, tiny_metadata
 from training import checkpoint
 
+pytestmark = pytest.mark.usefixtures("translated_once")
 ARGUMENTS = ("--golden", "6", "--max-batch", "2", "--variants")
 
 

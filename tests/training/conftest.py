@@ -36,6 +36,13 @@ def without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.report.save_curves", lambda lines, path, best_by: None)
 
 
+@pytest.fixture
+def without_figures(without_curves: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out those of the report as well, which take longer than the runs here."""
+    for name in ("save_answers", "save_confusion", "save_reliability"):
+        monkeypatch.setattr(f"training.report.{name}", lambda *_args: None)
+
+
 @pytest.fixture(scope="session")
 def image_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of tiny images of three classes; copy it before changing anything."""

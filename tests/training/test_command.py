@@ -71,7 +71,7 @@ def test_a_run_leaves_its_folder(tmp_path: Path, image_dir: Path) -> None:
 
 
 def test_ctrl_c_stops_with_a_checkpoint(
-    tmp_path: Path, image_dir: Path, without_curves: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, image_dir: Path, without_figures: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     flags = command(*RECIPE, "--data", image_dir, "--out", run, "--epochs=1000")
@@ -117,7 +117,7 @@ def assert_finishes_as(run: Path, whole: Path) -> None:
 
 
 def test_what_goes_on_with_a_run_names_where_its_images_are_now_and_what_computes(
-    tmp_path: Path, image_dir: Path, without_curves: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, image_dir: Path, without_figures: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, old, new = tmp_path / "run", tmp_path / "old", tmp_path / "new"
     shutil.copytree(image_dir, old)
@@ -137,7 +137,7 @@ def test_a_signal_stops_after_the_step(
     tmp_path: Path,
     image_dir: Path,
     whole: Path,
-    without_curves: None,
+    without_figures: None,
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
 ) -> None:
@@ -173,7 +173,7 @@ def test_ctrl_c_while_the_data_is_read(
     assert capsys.readouterr().err.startswith("interrupted")
 
 
-def test_minutes_and_steps_bound_a_run(tmp_path: Path, image_dir: Path, whole: Path, without_curves: None) -> None:
+def test_minutes_and_steps_bound_a_run(tmp_path: Path, image_dir: Path, whole: Path, without_figures: None) -> None:
     run = tmp_path / "run"
     assert main([*RECIPE, "--data", str(image_dir), "--out", str(run), "--max-minutes=1e-9"]) == 3
     assert checkpoint.load(run / "last.safetensors")[1].step == 0

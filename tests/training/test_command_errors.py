@@ -248,6 +248,7 @@ def test_too_little_memory_for_the_batch(
     assert f"too little memory for a batch of 4 images: {advice}" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_run_that_another_process_writes(
     tmp_path: Path, image_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -296,7 +297,7 @@ def test_other_errors_are_not_taken_for_want_of_memory(
 
 
 def test_a_loss_that_bursts_is_told(
-    tmp_path: Path, image_dir: Path, capsys: pytest.CaptureFixture[str], without_curves: None
+    tmp_path: Path, image_dir: Path, capsys: pytest.CaptureFixture[str], without_figures: None
 ) -> None:
     run = [*RECIPE, "--data", str(image_dir), "--out", str(tmp_path / "run")]
     burst = ["--optimizer=adamw", "--learning-rate=1e30", "--clip-norm=0", "--schedule=plateau"]

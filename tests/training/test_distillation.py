@@ -20,7 +20,7 @@ from training.distillation import Teacher, check_teachers, distillation_loss, me
 from training.train import Trainer
 from training.transfer import read_origin
 
-pytestmark = pytest.mark.usefixtures("without_curves")
+pytestmark = pytest.mark.usefixtures("without_figures")
 
 # With all that changes the pixels, and all that a teacher must not do though its run did: drop out.
 MIXED = {"zoom": 0.2, "crop_padding": 1, "mixup": 0.4, "cutmix": 1.0, "trivial_augment": 1.0, "label_smoothing": 0.1}

@@ -57,7 +57,7 @@ def test_both_processes_end_with_the_same_weights(pair: tuple[Path, str], name: 
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
 
-@pytest.mark.usefixtures("without_curves")
+@pytest.mark.usefixtures("without_figures")
 def test_two_processes_train_as_one_with_twice_their_batch(pair: tuple[Path, str], tmp_path: Path) -> None:
     alone = two_processes.trainer_in(tmp_path, ALONE, two_processes.NO_BIAS, two_processes.PLAIN)
     before = two_processes.weights(alone)

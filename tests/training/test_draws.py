@@ -16,7 +16,7 @@ from training.data import augment
 from training.train import Trainer
 from training.transfer import read_origin
 
-pytestmark = pytest.mark.usefixtures("without_curves")
+pytestmark = pytest.mark.usefixtures("without_figures")
 
 RECIPE: dict[str, Any] = {
     "crop_padding": 2,

@@ -35,7 +35,7 @@ def test_the_batch_of_few_images(batch_size: int, images: int, processes: int, e
     assert reduce_batch_size(batch_size, images, World(0, processes, torch.device("cpu"))) == expected
 
 
-@pytest.mark.usefixtures("without_curves")
+@pytest.mark.usefixtures("without_figures")
 def test_few_images_are_told_and_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # A class of two images, and one of one, which cannot be validated; warm-up as long as the run.
     data = write_folder(tmp_path / "data", {"ant": 6, "bee": 2, "cow": 1})
@@ -60,7 +60,7 @@ def test_few_images_are_told_and_trained_on(tmp_path: Path, capsys: pytest.Captu
     assert checkpoint.load(tmp_path / "named" / "last.safetensors")[1].step == 1
 
 
-@pytest.mark.usefixtures("without_curves")
+@pytest.mark.usefixtures("without_figures")
 def test_a_class_that_looks_like_a_split_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Test images without labels beside folders of classes, say."""
     data = write_folder(tmp_path / "data", {"ant": 6, "bee": 6, "test": 3})
@@ -75,7 +75,7 @@ def test_a_class_that_looks_like_a_split_is_told(tmp_path: Path, capsys: pytest.
     assert "taken for a class" not in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("without_curves")
+@pytest.mark.usefixtures("without_figures")
 def test_splits_that_lack_a_class_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, counts in (("train", {"ant": 6, "bee": 6}), ("val", {"ant": 3}), ("test", {"bee": 3})):
         write_folder(tmp_path / "data" / name, counts)
@@ -86,7 +86,7 @@ def test_splits_that_lack_a_class_are_told(tmp_path: Path, capsys: pytest.Captur
     assert "warning: no test image of ant: no figure tells how well that is known; put some into test/." in said
 
 
-@pytest.mark.usefixtures("without_curves")
+@pytest.mark.usefixtures("without_figures")
 def test_copies_of_training_pictures_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One of another format in another class, and a link; not those that train twice."""
     data = tmp_path / "data"

@@ -60,7 +60,7 @@ def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch, native: boo
 
 
 @pytest.mark.parametrize("native", [True, False])
-@pytest.mark.usefixtures("without_curves")
+@pytest.mark.usefixtures("without_figures")
 def test_a_run_says_and_keeps_the_precision_that_it_began_with(
     tmp_path: Path, image_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], native: bool
 ) -> None:

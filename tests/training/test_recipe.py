@@ -41,7 +41,7 @@ def run_of(folder: Path) -> RunConfig:
     return RunConfig.model_validate_json((folder / "config.json").read_text())
 
 
-@pytest.mark.usefixtures("without_curves")
+@pytest.mark.usefixtures("without_figures")
 def test_the_same_command_goes_on_where_it_was(
     tmp_path: Path, image_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,7 +81,7 @@ def test_the_same_command_goes_on_where_it_was(
     assert "--recipe" not in training_record(half, make_metadata(half, "things"))
 
 
-@pytest.mark.usefixtures("without_curves")
+@pytest.mark.usefixtures("without_figures")
 def test_a_stage_of_other_flags_is_not_taken_for_this_one(
     tmp_path: Path, image_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,7 +28,7 @@ def finished(folder: Path, test: int | None) -> Trainer:
     return trainer
 
 
-@pytest.mark.usefixtures("without_curves")
+@pytest.mark.usefixtures("without_figures")
 def test_the_report_measures_the_best_checkpoint_on_the_test_images(tmp_path: Path) -> None:
     trainer = finished(tmp_path, test=9)
     report = trainer.report()
@@ -65,7 +65,7 @@ def test_without_test_images_the_validation_figures_do_and_it_says_so(tmp_path: 
             assert image.format == "PNG"
 
 
-@pytest.mark.usefixtures("without_curves")
+@pytest.mark.usefixtures("without_figures")
 def test_the_report_lists_the_worst_confusions(tmp_path: Path) -> None:
     trainer = finished(tmp_path, test=30)
     report = trainer.report()
@@ -76,7 +76,7 @@ def test_the_report_lists_the_worst_confusions(tmp_path: Path) -> None:
     assert sum(pair.count for pair in report.most_confused) == mistakes
 
 
-@pytest.mark.usefixtures("without_curves")
+@pytest.mark.usefixtures("without_figures")
 def test_the_test_images_are_read_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = finished(tmp_path, test=9)
     passes = []
@@ -93,7 +93,7 @@ def test_the_test_images_are_read_in_one_pass(tmp_path: Path, monkeypatch: pytes
     assert sorted(seen)[-2:] == [0, 9]
 
 
-@pytest.mark.usefixtures("without_curves")
+@pytest.mark.usefixtures("without_figures")
 def test_the_report_tells_superclasses_where_the_data_has_them(tmp_path: Path) -> None:
     groups = {"superclasses": (0, 1, 0), "superclass_names": ("mammals and ants", "bees")}
     run = run_config(optimizer="adamw", learning_rate=0.01).model_copy(update=groups)
@@ -106,7 +106,7 @@ def test_the_report_tells_superclasses_where_the_data_has_them(tmp_path: Path) -
     assert finished(tmp_path / "plain", test=9).report().superclasses == ()
 
 
-@pytest.mark.usefixtures("without_curves")
+@pytest.mark.usefixtures("without_figures")
 def test_the_report_tells_how_sure_the_model_is_of_what_it_does_not_know(tmp_path: Path) -> None:
     trainer = finished(tmp_path, test=9)
     report = trainer.report()
@@ -130,7 +130,7 @@ def test_the_report_tells_how_sure_the_model_is_of_what_it_does_not_know(tmp_pat
     assert again.model_copy(update=once) == report
 
 
-@pytest.mark.usefixtures("without_curves")
+@pytest.mark.usefixtures("without_figures")
 def test_the_report_tells_how_robust_the_model_is(tmp_path: Path) -> None:
     report = finished(tmp_path, test=9).report()
     clean, *corrupted = report.corruptions
@@ -146,7 +146,7 @@ def test_the_report_tells_how_robust_the_model_is(tmp_path: Path) -> None:
     assert all(each.n == 9 for each in corrupted)
 
 
-@pytest.mark.usefixtures("without_curves")
+@pytest.mark.usefixtures("without_figures")
 def test_the_report_has_the_figures_without_near_duplicates(tmp_path: Path) -> None:
     data = data_set(test=9)
     assert data.test is not None
@@ -163,7 +163,7 @@ def test_the_report_has_the_figures_without_near_duplicates(tmp_path: Path) -> N
     assert report.distinct.top1 == pytest.approx(right.double().mean().item())
 
 
-@pytest.mark.usefixtures("without_curves")
+@pytest.mark.usefixtures("without_figures")
 def test_the_readings_of_a_lineage_are_counted(tmp_path: Path) -> None:
     finished(tmp_path / "first", test=9).report()
     origin = read_origin(tmp_path / "first" / "best.safetensors")
@@ -193,7 +193,7 @@ def test_lines_are_appended_read_and_forgotten(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == [*lines[:2], {"epoch": 3, "train_loss": 7.0}]
 
 
-def test_an_average_of_weights_is_what_the_report_measures(tmp_path: Path, without_curves: None) -> None:
+def test_an_average_of_weights_is_what_the_report_measures(tmp_path: Path, without_figures: None) -> None:
     trainer = Trainer(run_config(ema_decay=0.9, optimizer="adamw"), data_set(), tmp_path, ALONE)
     trainer.fit()
     loaded = checkpoint.load_model(tmp_path / "last.safetensors")[0].state_dict()

@@ -17,7 +17,7 @@ from training import checkpoint
 from training.checkpoint import CheckpointError
 from training.evaluate import predict_logits
 
-pytestmark = pytest.mark.usefixtures("without_curves")
+pytestmark = pytest.mark.usefixtures("without_figures")
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())

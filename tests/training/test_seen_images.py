@@ -29,7 +29,7 @@ def test_images_are_known_again_whatever_their_labels(tmp_path: Path) -> None:
     assert len(seen_images.read(tmp_path / "a")) == len(seen_images.read(tmp_path / "nowhere")) == 0
 
 
-@pytest.mark.usefixtures("without_curves")
+@pytest.mark.usefixtures("without_figures")
 def test_a_run_tells_which_images_trained_what_it_begins_with(
     tmp_path: Path, whole: Path, image_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,7 +18,7 @@ from training.precision import choose_precision
 from training.state import seed_step
 from training.train import Trainer, epoch_order
 
-pytestmark = pytest.mark.usefixtures("without_curves")
+pytestmark = pytest.mark.usefixtures("without_figures")
 
 # --- order
 
@@ -199,7 +199,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(tmp_pat
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_presets_recipe_trains(name: str, tmp_path: Path, without_curves: None) -> None:
+def test_every_presets_recipe_trains(name: str, tmp_path: Path, without_figures: None) -> None:
     changes = {"epochs": 2, "batch_size": 8, "compile": False, "crop_padding": min(PRESETS[name].train.crop_padding, 7)}
     recipe = PRESETS[name].train.model_dump() | changes
     recipe["precision"] = choose_precision(PRESETS[name].train.precision, ALONE.device)

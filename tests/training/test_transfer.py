@@ -219,7 +219,7 @@ def test_checkpoints_are_found_in_runs_and_model_folders(tmp_path: Path) -> None
 # --- the command
 
 
-@pytest.mark.usefixtures("without_curves")
+@pytest.mark.usefixtures("without_figures")
 def test_what_a_user_should_know_of_another_grid_or_other_images_is_told(
     tmp_path: Path, whole: Path, image_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,7 +237,7 @@ def test_what_a_user_should_know_of_another_grid_or_other_images_is_told(
     assert "warning: 16 latents are interpolated from a grid of 4." in told
 
 
-@pytest.mark.usefixtures("without_curves")
+@pytest.mark.usefixtures("without_figures")
 def test_other_shares_of_the_same_images_are_told_only_where_they_mix(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -298,7 +298,7 @@ def test_who_may_have_trained_on_what_validates_now(tmp_path: Path) -> None:
         why({"fraction": 0.05}, dict(other))
 
 
-@pytest.mark.usefixtures("without_curves")
+@pytest.mark.usefixtures("without_figures")
 def test_a_share_is_kept_when_resuming_and_refused_beside_given_validation_images(
     tmp_path: Path, image_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -315,7 +315,7 @@ def test_a_share_is_kept_when_resuming_and_refused_beside_given_validation_image
     assert not (tmp_path / "given").exists()
 
 
-@pytest.mark.usefixtures("without_curves")
+@pytest.mark.usefixtures("without_figures")
 def test_a_run_that_begins_with_another_goes_on_from_its_figures(tmp_path: Path, whole: Path, image_dir: Path) -> None:
     run = tmp_path / "run"
     flags = [*RECIPE, "--epochs=1", "--learning-rate=1e-9", "--adamw-learning-rate=1e-9", "--weight-decay=0"]
@@ -379,7 +379,7 @@ def test_several_models_give_the_mean_of_their_weights(tmp_path: Path) -> None:
     assert begins.ancestry() == tuple(origins)
 
 
-@pytest.mark.usefixtures("without_curves")
+@pytest.mark.usefixtures("without_figures")
 def test_the_mean_of_models_is_reported_as_it_is(tmp_path: Path, whole: Path, image_dir: Path) -> None:
     flags = [*RECIPE, "--data", str(image_dir)]
     other = tmp_path / "other"

@@ -7,7 +7,7 @@ from fastapi import APIRouter
 
 from service import errors
 from service.api.paths import INFERENCE, V2, V2_INFER, V2_MODEL, V2_VERSION
-from service.api.schemas import CONNECTION_ERRORS, PREDICT_ERRORS, ErrorResponse, V2Error, error_responses
+from service.api.schemas import CONNECTION_ERRORS, PREDICT_ERRORS, V2Error, error_responses
 from service.api.v2.request import check_model
 from service.api.v2.tensors import DATATYPES, IMAGES, output_widths
 from service.lifecycle import Service
@@ -40,7 +40,7 @@ def create_v2_router(service: Service, version: str) -> APIRouter:
     """Return the routes of a service of this version."""
     unavailable = [errors.NotReady, errors.Draining]
     kinds = [*CONNECTION_ERRORS, errors.Unauthorized, errors.NotFound, errors.ServiceError, *unavailable]
-    responses = error_responses(kinds, V2Error | ErrorResponse)  # the latter from a connection, which knows no path yet
+    responses = error_responses(kinds, V2Error)  # or the other, from a connection, which knows no path yet
     router = APIRouter(tags=["v2"], responses=responses, generate_unique_id_function=lambda route: route.name)
 
     def get(path: str, endpoint: Callable[..., Any], name: str) -> None:
@@ -97,7 +97,7 @@ def create_v2_router(service: Service, version: str) -> APIRouter:
             endpoint,
             methods=["POST"],
             name=f"v2_{endpoint.__name__}",
-            responses=error_responses([*PREDICT_ERRORS, errors.NotFound], V2Error | ErrorResponse),
+            responses=error_responses([*PREDICT_ERRORS, errors.NotFound], V2Error),
             openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": INFER_BODY}}}},
         )
     get(V2, server, "server")

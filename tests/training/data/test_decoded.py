@@ -138,7 +138,7 @@ def test_another_process_maps_the_same_file(folder: Path) -> None:
     assert mapped.train.images.any()
 
 
-@pytest.mark.usefixtures("without_curves")
+@pytest.mark.usefixtures("without_figures")
 def test_a_run_learns_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, least in (("memory", 1 << 30), ("disk", 1)):
         monkeypatch.setattr(decoded, "MIN_BYTES", least)
