@@ -87,7 +87,8 @@ class ExplainRequest(InferenceRequest):
 
     async def _map(self, live: LiveModel, image: Pixels, masks: Grid, label: int, probability: float) -> Grid:
         """Run the image under each mask, a batch at a time: no more of it is in memory or in the queue."""
-        size = min(live.batcher.max_batch_size, self._service.admission.max_images)
+        # A large batch must leave room for others, whom a full queue would refuse.
+        size = min(live.batcher.max_batch_size, len(masks), max(1, self._service.admission.max_images // 2))
         self._ticket.add(images=max(0, size - self._ticket.images))
         fill = await asyncio.to_thread(mean_colour, image)
         covered: list[float] = []

@@ -128,7 +128,7 @@ async def test_what_comes_meanwhile_waits_for_one_batch(tmp_path: Path) -> None:
 
 
 async def test_admission_counts_a_batch_of_it(tmp_path: Path) -> None:
-    async with running(tmp_path, FakeEngine(max_batch_size=4), max_queue_size=6, max_images=6) as run:
+    async with running(tmp_path, FakeEngine(max_batch_size=4), max_queue_size=8, max_images=8) as run:
         run.engine.hold()
         explained = asyncio.create_task(run.client.post("/explain", content=png(1), headers=PNG))
         await run.until(lambda: run.engine.batches == [[1]])
@@ -140,6 +140,22 @@ async def test_admission_counts_a_batch_of_it(tmp_path: Path) -> None:
         run.engine.let_go()
         assert (await explained).status_code == 200
         assert run.service.admission.images == 0
+
+
+@pytest.mark.parametrize(("max_queue_size", "taken"), [(8, 4), (512, masks.RUNS)])
+async def test_a_large_batch_of_it_keeps_nobody_out(tmp_path: Path, max_queue_size: int, taken: int) -> None:
+    engine = FakeEngine(max_batch_size=512)
+    async with running(tmp_path, engine, max_batch_size=512, max_queue_size=max_queue_size, max_images=1) as run:
+        run.engine.hold()
+        explained = asyncio.create_task(run.client.post("/explain", content=png(1), headers=PNG))
+        await run.until(lambda: run.engine.batches == [[1]])
+        run.engine.release()
+        await run.until(lambda: len(run.engine.batches) == 2)
+        assert run.service.admission.images == len(run.engine.batches[1]) == taken
+        predicted = asyncio.create_task(run.predict(7))
+        await run.until(lambda: run.service.queue_length == 1 or predicted.done())
+        run.engine.let_go()
+        assert (await predicted).status_code == (await explained).status_code == 200
 
 
 async def test_who_leaves_stops_the_runs(tmp_path: Path) -> None:
