@@ -99,6 +99,12 @@ class Service:
             case "failed":
                 raise NotReady("The model has failed; the process is being replaced.")
 
+    def check_probed(self) -> None:
+        """Do the same for a probe, which is told Draining while the service is leaving."""
+        if self.probed_status == "draining":
+            raise Draining()
+        self.check_ready()
+
     @property
     def failure(self) -> str:
         """Why the process can't go on and should be replaced; "" while it can."""

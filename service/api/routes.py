@@ -140,9 +140,7 @@ def add_health(router: APIRouter, service: Service) -> None:
     @router.get("/health/ready", tags=["operation"], responses=NOT_READY)
     async def ready() -> StatusResponse:
         """200 when predictions are served: not before the golden check has passed, nor while draining."""
-        if service.probed_status == "draining":
-            raise errors.Draining()
-        service.check_ready()
+        service.check_probed()
         return StatusResponse(status="ready")
 
 

@@ -46,9 +46,9 @@ def create_v2_router(service: Service, version: str) -> APIRouter:
     def get(path: str, endpoint: Callable[..., Any], name: str) -> None:
         router.add_api_route(path, endpoint, methods=["GET"], name=f"v2_{name}")
 
-    def get_of_model(tail: str, answer: Callable[[LiveModel], Json]) -> None:
+    def get_of_model(tail: str, answer: Callable[[LiveModel], Json], check: Callable[[], None]) -> None:
         def of(name: str, version: str | None) -> Json:
-            service.check_ready()
+            check()
             check_model(service.lease(), name, version)
             return answer(service.lease())
 
@@ -72,9 +72,7 @@ def create_v2_router(service: Service, version: str) -> APIRouter:
 
     async def ready() -> Json:
         """200 when predictions are served. The specification calls the field `live`, and KServe `ready`."""
-        if service.probed_status == "draining":
-            raise errors.Draining()
-        service.check_ready()
+        service.check_probed()
         return {"live": True, "ready": True}
 
     async def all_stats() -> Json:
@@ -104,10 +102,10 @@ def create_v2_router(service: Service, version: str) -> APIRouter:
     get(f"{V2}/health/live", live, "live")
     get(f"{V2}/health/ready", ready, "ready")
     get(f"{V2}/models/stats", all_stats, "stats")
-    get_of_model("", metadata_of)
-    get_of_model("/ready", lambda live: {"name": live.metadata.name, "ready": True})
-    get_of_model("/config", config_of)
-    get_of_model("/stats", lambda live: stats_of(service, live))
+    get_of_model("", metadata_of, service.check_ready)
+    get_of_model("/ready", lambda live: {"name": live.metadata.name, "ready": True}, service.check_probed)
+    get_of_model("/config", config_of, service.check_ready)
+    get_of_model("/stats", lambda live: stats_of(service, live), service.check_ready)
 
     @router.post(f"{V2}/repository/index", name="v2_index")
     async def index() -> list[Json]:

@@ -333,7 +333,9 @@ async def test_errors_of_the_router_have_the_protocols_shape(tmp_path: Path) -> 
         for path in ("/v2/models/other", "/v2/models/other/config", "/v2/models/tiny/versions/2", "/v2/models/x/ready"):
             assert "tiny" in sentence(await run.client.get(path), 404)
         run.service.leaving = True
-        assert "shutting down" in sentence(await run.client.get("/v2/health/ready"), 503)
+        for path in ("/v2/health/ready", "/v2/models/tiny/ready", "/v2/models/tiny/versions/1/ready"):
+            assert "shutting down" in sentence(await run.client.get(path), 503)
+        assert (await run.client.get("/v2/models/tiny")).status_code == 200
         assert (await run.client.get("/v2/health/live")).json() == {"live": True}
 
 
