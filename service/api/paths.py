@@ -61,4 +61,6 @@ def model_of(path: str) -> tuple[str, str | None]:
 
 def is_keyed_v2(path: str) -> bool:
     """Whether a path of the protocol v2 tells of models, so that it needs a key; probes and `/v2` need none."""
-    return path.startswith((f"{V2}/models/", f"{V2}/repository/")) and not path.endswith("/ready")
+    match = V2_MODEL_PATH.fullmatch(path)  # a model, too, may be named "ready"
+    is_probe = match is not None and match[3] == "/ready"
+    return path.startswith((f"{V2}/models/", f"{V2}/repository/")) and not is_probe

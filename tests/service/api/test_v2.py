@@ -325,6 +325,16 @@ async def test_keys(tmp_path: Path) -> None:
         assert (await post(run, {"inputs": [in_binary()]}, PIXELS, authorization="Bearer a")).status_code == 200
 
 
+async def test_a_model_named_as_a_probe_needs_a_key(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    engine.metadata = tiny_metadata(name="ready")
+    async with running(tmp_path, engine, api_keys="a") as run:
+        for path in ("/v2/models/ready", "/v2/models/ready/versions/ready", "/v2/models/ready/config"):
+            assert "key" in sentence(await run.client.get(path), 401)
+        assert (await run.client.get("/v2/models/ready/ready")).status_code == 200
+        assert (await run.client.get("/v2/models/ready", headers={"x-api-key": "a"})).json()["name"] == "ready"
+
+
 async def test_errors_of_the_router_have_the_protocols_shape(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         assert "nothing at this path" in sentence(await run.client.get("/v2/logging"), 404)
