@@ -160,7 +160,8 @@ def config_of(live: LiveModel) -> Json:
 def stats_of(service: Service, live: LiveModel) -> Json:
     """Counts and nanoseconds of this worker since its start, by its metrics; `success` counts requests.
 
-    The time of `success` is the sum of decoding, waiting and running.
+    The time of `success` is the sum of decoding, waiting and running. That of `fail` is not measured. The specification
+    wants every step, and perf_analyzer reads them: those that are not here have zeros.
     """
     value = service.metrics.value
 
@@ -174,12 +175,15 @@ def stats_of(service: Service, live: LiveModel) -> Json:
     }
     succeeded = sum(value("perceiver_requests_total", route=path, code="200") for path in INFERENCE)
     success = {"count": int(succeeded), "ns": sum(step["ns"] for step in steps.values())}
+    fail = {"count": int(value("perceiver_request_seconds_count") - succeeded), "ns": 0}
+    absent = {step: {"count": 0, "ns": 0} for step in ("compute_output", "cache_hit", "cache_miss")}
     stats = {
         "name": live.metadata.name,
         "version": str(live.version),
         "inference_count": int(value("perceiver_images_total") + value("perceiver_explanation_runs_total")),
         "execution_count": steps["compute_infer"]["count"],
-        "inference_stats": {"success": success, **steps},
+        "inference_stats": {"success": success, "fail": fail, **steps, **absent},
+        "batch_stats": [],
     }
     return {"model_stats": [stats]}
 

@@ -360,6 +360,12 @@ async def test_it_is_counted_with_the_requests_for_inference(tmp_path: Path) -> 
         assert await run.metric(f'perceiver_requests_total{{code="200",route="{route}/ready"}}') == 1
         assert await run.metric("perceiver_request_seconds_count") == 3
         assert await run.metric('perceiver_rejections_total{reason="not_found"}') == 1
+        (stats,) = (await run.client.get("/v2/models/stats")).json()["model_stats"]
+        steps = stats["inference_stats"]
+        done = {"success", "fail", "queue", "compute_input", "compute_infer"}
+        assert steps.keys() == done | {"compute_output", "cache_hit", "cache_miss"}
+        assert (steps["success"]["count"], steps["fail"]["count"]) == (2, 1)
+        assert all(step.keys() == {"count", "ns"} for step in steps.values())
 
 
 async def test_features_are_an_output_where_the_model_has_them(tmp_path: Path) -> None:
