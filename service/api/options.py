@@ -102,9 +102,12 @@ def read_normalize(query: bytes) -> bool:
 
 def _only_parameter(query: bytes, name: str) -> str | None:
     try:
-        parameters = parse_qsl(query.decode("latin-1"), keep_blank_values=True, errors="strict")
+        # Of a thousand the parser would hold up the event loop; of two, the answer says what is wrong.
+        parameters = parse_qsl(query.decode("latin-1"), keep_blank_values=True, errors="strict", max_num_fields=2)
     except UnicodeDecodeError as error:
         raise BadRequest("The query is not UTF-8.") from error
+    except ValueError as error:
+        raise BadRequest(f"The query has more than one parameter; there is {name}.") from error
     other = next((given for given, _ in parameters if given != name), None)
     if other is not None:
         raise BadRequest(f"There is no query parameter {other[:40]!r}; there is {name}.")

@@ -191,6 +191,8 @@ def check_count(images: int, max_images: int) -> None:
 
 def boundary_of(content_type: str) -> bytes:
     """Return what stands between the parts of a form."""
+    if len(content_type) > MAX_PART_HEAD_BYTES:
+        raise InvalidForm(f"The Content-Type of the form is larger than {MAX_PART_HEAD_BYTES} bytes.")
     boundary: bytes | None = parse_options_header(content_type)[1].get(b"boundary")
     if not boundary:
         raise InvalidForm("The Content-Type multipart/form-data names no boundary.")

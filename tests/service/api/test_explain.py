@@ -65,6 +65,7 @@ async def test_another_label_can_be_explained(tmp_path: Path) -> None:
         ("label=", "invalid_label"),
         ("label=class%200&label=class%201", "bad_request"),
         ("label=%ff", "bad_request"),
+        ("label=a&label=b&label=c", "bad_request"),
         ("top_k=1", "bad_request"),
     ],
 )

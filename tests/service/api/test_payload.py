@@ -222,6 +222,11 @@ def test_headers_of_a_part_that_are_none_are_refused() -> None:
         parse(FORM, form((f"X: {'y' * MAX_PART_HEAD_BYTES}", DATA)))
 
 
+def test_a_content_type_is_bounded_as_the_headers_of_a_part_are() -> None:
+    with pytest.raises(InvalidForm, match="larger than 4096 bytes"):
+        parse(f'{FORM}; a="{";" * MAX_PART_HEAD_BYTES}"', form((file_part(), DATA)))
+
+
 @pytest.mark.parametrize(
     ("content_type", "body"),
     [
