@@ -39,11 +39,17 @@ def main(arguments: list[str]) -> int:
     # Stopped with a checkpoint counts as a failure here: nothing half-trained is served.
     if status := train([where, str(run), *arguments]):
         return status
-    exporting = [str(run), "--out", str(folder)]
+    exporting = [str(trained_in(run)), "--out", str(folder)]
     if status := export(exporting):
         in_container = "docker compose --profile training run --rm --entrypoint python training"
         print(f"the run is kept; export it alone by: {in_container} -m export {shlex.join(exporting)}", file=sys.stderr)
     return status
+
+
+def trained_in(run: Path) -> Path:
+    """Return the folder of what was trained: of a recipe, that of its last stage."""
+    stages = [stage for stage in run.glob("stage-*") if (stage / "report.json").is_file()]
+    return max(stages, key=lambda stage: int(stage.name.removeprefix("stage-")), default=run)
 
 
 def train(arguments: list[str]) -> int:

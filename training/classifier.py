@@ -161,18 +161,20 @@ class Classifier:
             self._optimizers, self._config = make_optimizers(self.model, config), config
         step = TrainStep(self.model.train(), self.preprocess, config, ())
         losses = []
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed + self._epochs)
-            for chosen in epoch_order(config.seed, self._epochs, len(targets), config.batch_size).to(pixels.device):
-                draws = augment.draw(config, len(chosen)).share(slice(None), pixels.device)
-                mix = augment.draw_mix(config, self.run.model.image_size)
-                loss = step(pixels[chosen], targets[chosen], draws, None if mix is None else mix.to(pixels.device))
-                loss.backward()
-                clip_gradients(self.model, config.clip_norm)
-                for optimizer in self._optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                losses.append(loss.item())
-        self.model.eval()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed + self._epochs)
+                for chosen in epoch_order(config.seed, self._epochs, len(targets), config.batch_size).to(pixels.device):
+                    draws = augment.draw(config, len(chosen)).share(slice(None), pixels.device)
+                    mix = augment.draw_mix(config, self.run.model.image_size)
+                    loss = step(pixels[chosen], targets[chosen], draws, None if mix is None else mix.to(pixels.device))
+                    loss.backward()
+                    clip_gradients(self.model, config.clip_norm)
+                    for optimizer in self._optimizers:
+                        optimizer.step()
+                        optimizer.zero_grad(set_to_none=True)
+                    losses.append(loss.item())
+        finally:  # also of an interrupt, behind which a notebook goes on
+            self.model.eval()
         self._epochs += 1
         return sum(losses) / len(losses)

@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -18,13 +18,13 @@ import torch.multiprocessing
 
 from training.distributed import PROCESS_GROUP_TIMEOUT
 
-FAILED = 1
+FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130  # of `training.run`, whose import takes seconds
 # Of a batch, for each process that is started unasked: with fewer, agreeing on the gradients costs what it gains.
 MIN_IMAGES = 64
 # For a process to end by itself once another has failed.
 GRACE_S = 30.0
 MEMORY = " Linux ends what takes too much memory so: try fewer --processes, or a lower --batch-size."
-FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP")
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def count_processes(args: argparse.Namespace, batch_sizes: Sequence[int]) -> int:
@@ -38,7 +38,7 @@ def count_processes(args: argparse.Namespace, batch_sizes: Sequence[int]) -> int
         ValueError: --processes does not go with the rest; a sentence for the user.
     """
     shares_already = "WORLD_SIZE" in os.environ or dist.is_initialized()
-    is_on_cpu = args.device == "cpu" or torch.cuda.device_count() == 0
+    is_on_cpu = args.device == "cpu" or (args.device == "auto" and torch.cuda.device_count() == 0)
     if args.processes is not None:
         if shares_already and not dist.is_initialized():
             raise ValueError(f"--processes {args.processes}: torchrun starts the processes here; leave it out.")
@@ -64,7 +64,7 @@ def run_processes(argv: Sequence[str], count: int, threads: int | None) -> int:
     """
     each = threads or max(1, torch.get_num_threads() // count)
     with tempfile.TemporaryDirectory() as folder:
-        meeting = (Path(folder) / "meeting").as_uri()
+        meeting = str(Path(folder) / "meeting")
         context = torch.multiprocessing.spawn(_run_one, (list(argv), count, each, meeting), count, join=False)
         assert context is not None
         with _forward_signals(context.pids()):
@@ -80,28 +80,45 @@ def run_processes(argv: Sequence[str], count: int, threads: int | None) -> int:
 
 
 def _run_one(rank: int, argv: list[str], count: int, threads: int, meeting: str) -> None:
-    """One of the processes; those behind the first end well with it, since it says what there is to say."""
+    """One of the processes; those behind the first end well with it, unless they have failed by themselves."""
     from training.__main__ import main
 
     os.setpgid(0, 0)  # or a Ctrl-C would arrive twice: from the terminal, and passed on
     os.environ["RANK"] = str(rank)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a container's host name may have no address
+    if sys.platform == "linux":  # where a container's host name may have no address
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(threads)
-    dist.init_process_group("gloo", meeting, PROCESS_GROUP_TIMEOUT, count, rank)
-    status = main(argv)
-    sys.exit(status if rank == 0 or status == FAILED else 0)
+    status = INTERRUPTED
+    # By `spawn` an interrupt while the others are waited for would be a good end.
+    with suppress(KeyboardInterrupt):
+        # No address: torch takes what is escaped in one, as a blank is, for the file's name.
+        store = dist.FileStore(meeting, count)
+        dist.init_process_group("gloo", store=store, timeout=PROCESS_GROUP_TIMEOUT, world_size=count, rank=rank)
+        status = main(argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # At once: gloo's threads outlive the group, and now and then abort a process that takes its time to exit.
+    os._exit(status if rank == 0 or status in (FAILED, USER_ERROR) else 0)
 
 
 def _explain(error: Exception, exit_codes: Sequence[int | None]) -> int:
     """Say why the processes ended where none of them has said it; returns the exit status."""
-    for rank, code in enumerate(exit_codes):
-        if code is not None and code < 0 and code != -signal.SIGTERM:  # which `join` sends to those that are left
+    codes = [code or 0 for code in exit_codes]
+    for rank, code in enumerate(codes):
+        if code < 0 and -code not in STOPPING:  # `join` sends SIGTERM to those that are left
+            killed = -code == signal.SIGKILL
             name = signal.Signals(-code).name
-            print(f"error: process {rank + 1} of {len(exit_codes)} was ended by {name}.{MEMORY}", file=sys.stderr)
+            print(
+                f"error: process {rank + 1} of {len(codes)} was ended by {name}.{MEMORY if killed else ''}",
+                file=sys.stderr,
+            )
             return FAILED
-    if isinstance(error, torch.multiprocessing.ProcessExitedException):
-        return exit_codes[0] or FAILED
-    print(error, file=sys.stderr)
+    if said := [code for code in codes if code > FAILED]:  # what others raise then is that their peer has gone
+        return said[0]
+    if codes[0] < 0:  # stopped before it could tell: as a shell tells it of one process
+        return 128 - codes[0]
+    if isinstance(error, torch.multiprocessing.ProcessRaisedException):
+        print(error, file=sys.stderr)
     return FAILED
 
 
@@ -116,9 +133,8 @@ def _forward_signals(pids: Sequence[int]) -> Iterator[None]:
             except ProcessLookupError:
                 continue
 
-    numbers = [getattr(signal, name) for name in FORWARDED if hasattr(signal, name)]
     # `nohup` has SIGHUP ignored.
-    previous = {n: signal.signal(n, forward) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+    previous = {n: signal.signal(n, forward) for n in STOPPING if signal.getsignal(n) is not signal.SIG_IGN}
     try:
         yield
     finally:

@@ -132,8 +132,8 @@ def status_or_error(work: Callable[[], int]) -> int:
         return print_error(
             f"too little memory for the data ({error}): use fewer images or a lower --input-size.", USER_ERROR
         )
-    except FloatingPointError as error:
-        return print_error(error, FAILED)
+    except FloatingPointError as error:  # which all processes notice together
+        return print_error(error, FAILED) if os.environ.get("RANK", "0") == "0" else FAILED
     except OSError as error:
         if error.errno in DISK_FULL:
             return print_error(f"{error.strerror}: {DISK_FULL_ADVICE}.", USER_ERROR)

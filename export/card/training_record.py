@@ -29,10 +29,10 @@ def training_commands(source: Source) -> Iterator[str]:
     """Yield the commands that train the model again: that of its recipe, or those of all runs that led to it."""
     machines = source.machines
     launcher, flags = "python", []
-    if len(machines) == 1 and machines[0].processes > 1:
-        if machines[0].device == "cpu":
+    if len(machines) == 1:
+        if machines[0].device == "cpu":  # where the default depends on the cores
             flags.append(f"--processes {machines[0].processes} --threads {machines[0].threads}")
-        else:
+        elif machines[0].processes > 1:
             launcher = f"torchrun --standalone --nproc-per-node {machines[0].processes}"
     if (stages := recipe_stages(source.run)) and (last := stages[-1]):
         yield " ".join([launcher, "-m training", last.recipe, *flags, *data_flags(source.run)])

@@ -32,7 +32,13 @@ class Reset:
 
 
 class ComposeLoader(yaml.SafeLoader):
-    """YAML with the tag that the Compose specification adds for merges."""
+    """YAML with the tag that the Compose specification adds for merges; a doubled key is refused, as Compose does."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Yaml:
+        keys = [key.value for key, _ in node.value]
+        doubled = sorted({key for key in keys if keys.count(key) > 1})
+        assert not doubled, f"{doubled} twice{node.start_mark}"
+        return super().construct_mapping(node, deep)
 
 
 ComposeLoader.add_constructor("!reset", lambda loader, node: Reset())

@@ -151,6 +151,14 @@ def test_training_is_followed_by_the_export(training, tmp_path: Path):
     ]
 
 
+def test_of_a_recipe_the_last_stage_is_exported(training):
+    for number in (1, 2, 10):
+        Path(f"runs/night/stage-{number}").mkdir(parents=True)
+        Path(f"runs/night/stage-{number}/report.json").touch()
+    assert training.main([]) == 0
+    assert [call[1] for call in training.calls] == ["--out", "runs/night/stage-10"]
+
+
 def test_training_goes_on_where_the_run_has_begun(training):
     Path("runs/night").mkdir(parents=True)
     Path("runs/night/config.json").touch()

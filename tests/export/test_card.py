@@ -47,6 +47,9 @@ def test_a_run_whose_later_epochs_name_the_machine(copy: Path) -> None:
     source = source_with_metrics(copy, "".join(json.dumps(line) + "\n" for line in lines))
     assert "on cpu, 2 processes of 1 thread (1 of the epochs do not name a machine)." in describe_run(source)
     assert next(training_commands(source)).startswith("python -m training --preset compact --processes 2 --threads 1")
+    alone = [{**line, "processes": 1, "threads": 2} for line in lines]
+    source = source_with_metrics(copy, "".join(json.dumps(line) + "\n" for line in alone))
+    assert next(training_commands(source)).startswith("python -m training --preset compact --processes 1 --threads 2")
     on_gpus = [{**line, "device": "Some GPU"} for line in lines]
     source = source_with_metrics(copy, "".join(json.dumps(line) + "\n" for line in on_gpus))
     assert next(training_commands(source)).startswith("torchrun --standalone --nproc-per-node 2 -m training")

@@ -11,13 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.training.tiny import LABELS, make_split
+from tests.training.tiny import DROPOUT, LABELS, make_split, run_config
 from training import checkpoint
 from training.checkpoint import CheckpointError
 from training.classifier import Classifier
 from training.config import TrainConfig
 from training.data.dataset import DataError
+from training.model import Perceiver
 from training.predict import main
+from training.preprocessing import Preprocess
 from training.report_schema import Report
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +45,19 @@ def test_features_are_what_the_head_classifies(whole: Path) -> None:
     features = classifier.features(images)
     assert features.shape == (5, classifier.run.model.dim)
     torch.testing.assert_close(classifier.model.head(features) / classifier.temperature, classifier.logits(images))
+
+
+def test_after_an_interrupt_nothing_is_dropped_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    run, split = run_config(DROPOUT), make_split(8, 5)
+    classifier = Classifier(run, Perceiver(run.model), Preprocess(run.model.image_size))
+    monkeypatch.setattr("training.classifier.clip_gradients", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        classifier.train_epoch(split.images.numpy(), [LABELS[index] for index in split.labels])
+    images = split.images.numpy()
+    assert torch.equal(classifier.logits(images), classifier.logits(images))
 
 
 def test_epochs_teach_and_repeat_themselves(whole: Path) -> None:

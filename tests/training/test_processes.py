@@ -8,18 +8,21 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 
 from tests.training.commands import RECIPE
-from training import checkpoint
+from training import checkpoint, processes
 from training.cli import build_parser
 from training.metrics_log import read_metrics
 from training.processes import count_processes
+from training.run import status_or_error
 
 TWO = [flag for flag in RECIPE if not flag.startswith("--threads")] + ["--processes=2"]
 
@@ -62,11 +65,94 @@ def test_a_core_or_a_gpu_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("eight_cores")
+def test_that_there_is_no_gpu_is_said_by_one() -> None:
+    assert count(["--device", "cuda"], 256) == 1
+    with pytest.raises(ValueError, match=r"--processes 2: is for CPUs \(--device cpu\)"):
+        count(["--device", "cuda", "--processes", "2"], 256)
+
+
+@pytest.mark.usefixtures("eight_cores")
 def test_beside_torchrun_none_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert count([], 256) == 1
     with pytest.raises(ValueError, match="--processes 2: torchrun starts the processes here; leave it out"):
         count(["--processes", "2"], 256)
+
+
+class LeftError(Exception):
+    """The process would be gone, with this status."""
+
+
+def run_one(rank: int, main: Callable[..., int], folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The status with which one of two processes ends."""
+
+    def leave(status: int) -> None:
+        raise LeftError(status)
+
+    monkeypatch.setenv("RANK", "")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    monkeypatch.setattr(os, "setpgid", lambda pid, group: None)
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: None)
+    monkeypatch.setattr("training.__main__.main", main)
+    with pytest.raises(LeftError) as left:
+        processes._run_one(rank, [], 2, 1, str(folder / "meeting"))
+    return int(left.value.args[0])
+
+
+@pytest.mark.parametrize(
+    ("status", "first", "other"), [(0, 0, 0), (1, 1, 1), (2, 2, 2), (3, 3, 0), (130, 130, 0)], ids=str
+)
+def test_a_process_leaves_at_once(
+    status: int, first: int, other: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gloo's threads now and then abort one that takes its time, and a whole run would count as failed."""
+    assert [run_one(rank, lambda argv: status, tmp_path, monkeypatch) for rank in (0, 1)] == [first, other]
+
+
+def test_an_interrupt_before_all_have_met_is_no_good_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(argv: Sequence[str]) -> int:
+        raise KeyboardInterrupt
+
+    assert run_one(0, interrupt, tmp_path, monkeypatch) == 130
+
+
+EXITED = torch.multiprocessing.ProcessExitedException("ended", 0, 1, 1)
+RAISED = torch.multiprocessing.ProcessRaisedException("Connection closed by peer", 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "codes", "status", "said"),
+    [
+        (EXITED, [3, 0], 3, ""),
+        (EXITED, [1, 1], 1, ""),
+        (RAISED, [0, 1], 1, "Connection closed by peer\n"),
+        (RAISED, [2, 1], 2, ""),  # the first has said it, and the other that the first has gone
+        (RAISED, [1, 2], 2, ""),
+        (EXITED, [-signal.SIGINT, -signal.SIGINT], 130, ""),  # while torch was imported
+        (EXITED, [-signal.SIGTERM, 0], 143, ""),
+        (RAISED, [1, -signal.SIGKILL], 1, f"error: process 2 of 2 was ended by SIGKILL.{processes.MEMORY}\n"),
+        (RAISED, [-signal.SIGSEGV, 1], 1, "error: process 1 of 2 was ended by SIGSEGV.\n"),
+    ],
+    ids=str,
+)
+def test_why_the_processes_have_ended(
+    error: Exception, codes: list[int], status: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert processes._explain(error, codes) == status
+    assert capsys.readouterr().err == said
+
+
+def test_what_all_notice_is_said_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def diverge() -> int:
+        raise FloatingPointError("the training loss became nan")
+
+    statuses = []
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        statuses.append(status_or_error(diverge))
+    assert statuses == [1, 1]
+    assert capsys.readouterr().err == "error: the training loss became nan\n"
 
 
 @contextmanager
@@ -118,7 +204,9 @@ def test_ctrl_c_stops_all_and_the_command_that_is_told_goes_on(tmp_path: Path, i
     assert {(line["processes"], line["threads"]) for line in read_metrics(run)} == {(2, 1)}
 
 
-def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
+def test_what_is_wrong_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "with a blank").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "with a blank"))  # where the processes meet
     with started(*TWO, "--data", tmp_path / "nowhere", "--out", tmp_path / "run") as process:
         output, error = process.communicate(timeout=240)
     assert (process.returncode, output) == (2, "")

@@ -77,9 +77,10 @@ def store(key: str, decoded: Iterable[NDArray[np.uint8] | None]) -> tuple[Path, 
                 else:
                     stream.write(image.data)
         partial.replace(file)
+        # Last, and whole or not at all: without it the pixels are not taken for whole.
+        partial.write_text(json.dumps(unreadable), encoding="utf-8")
+        partial.replace(notes)
     finally:
         partial.unlink(missing_ok=True)
-    # Written last: without it the pixels are not taken for whole.
-    notes.write_text(json.dumps(unreadable), encoding="utf-8")
     print(f"decoded images are kept in {file} ({file.stat().st_size / 1e9:.1f} GB)", file=sys.stderr)
     return file, unreadable

@@ -127,6 +127,19 @@ def test_a_full_disk_is_told_with_what_is_wanted(folder: Path, monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("on_disk")
+def test_what_filled_the_disk_up_is_no_harm_once_there_is_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, *_args: object, **_options: object) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(DataError, match="make room there"):
+            load(folder, input_size=12)
+    assert len(load(folder, input_size=12).train)
+
+
+@pytest.mark.usefixtures("on_disk")
 def test_another_process_maps_the_same_file(folder: Path) -> None:
     mapped = load(folder, input_size=64)
     stream = pickle.dumps(mapped.train)
