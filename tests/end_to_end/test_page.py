@@ -140,6 +140,19 @@ def test_an_image_gets_its_label(tab: Tab, event: str) -> None:
     tab.assert_accessible()
 
 
+def test_behind_a_proxy_that_keeps_the_times_there_is_an_answer(tab: Tab) -> None:
+    def without_times(route: Route) -> None:
+        answer = route.fetch()
+        headers = {name: value for name, value in answer.headers.items() if name != "server-timing"}
+        route.fulfill(response=answer, headers=headers)
+
+    tab.page.route("**/predict", without_times)
+    tab.give("drop", APPLE)
+    expect(tab.result().get_by_text("Answered by perceiver-cifar100, version")).to_be_visible()
+    expect(tab.result().locator("dt")).to_have_text(["with the network"])
+    tab.assert_quiet()
+
+
 def test_several_images_get_a_result_each(tab: Tab) -> None:
     files = [APPLE, *(ROOT / "service/api/page").glob("*.jpg")]
     tab.page.set_input_files("#files", files)

@@ -56,11 +56,15 @@ async function post(path, file) {
 /** Run a task when fewer than PARALLEL others run. */
 function enqueue(task) {
   waiting.push(task);
+  runNext();
+}
+
+function runNext() {
   while (running < PARALLEL && waiting.length) {
     running += 1;
     waiting.shift()().finally(() => {
       running -= 1;
-      if (waiting.length) enqueue(waiting.shift());
+      runNext();
     });
   }
 }
@@ -80,11 +84,12 @@ function curlCommand(name) {
   return `curl ${header}-F ${quoted(`file=@${path}`)} ${quoted(new URL("predict", document.baseURI).href)}`;
 }
 
-/** Milliseconds of each part, from the header Server-Timing. */
+/** Milliseconds of each part, from the header Server-Timing; null where a proxy keeps it. */
 function timing(header) {
   const times = Object.fromEntries(
     [...(header ?? "").matchAll(/(\w+);dur=([\d.]+)/g)].map(([, name, value]) => [name, Number(value)]),
   );
+  if (!("total" in times)) return null;
   times.rest = Math.max(0, times.total - times.decode - times.queue - times.inference);
   return times;
 }
@@ -181,12 +186,13 @@ class Result {
     this.find(".unfamiliar").hidden = !unfamiliar;
     this.find(".top").replaceChildren(...top.map(bar));
     this.find("select").replaceChildren(...top.map(({ label }) => new Option(shown(label), label)));
+    const parts = times ? PARTS : [];
     this.find(".times").replaceChildren(
-      ...PARTS.map(([part, words]) => term(part, words, times[part])),
-      term("total", "total", times.total),
+      ...parts.map(([part, words]) => term(part, words, times[part])),
+      ...(times ? [term("total", "total", times.total)] : []),
       term("network", "with the network", roundTrip),
     );
-    this.find(".time").replaceChildren(...PARTS.map(([part]) => {
+    this.find(".time").replaceChildren(...parts.map(([part]) => {
       const piece = document.createElement("b");
       piece.className = part;
       piece.style.width = `${times[part] / times.total * 100}%`;

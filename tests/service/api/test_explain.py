@@ -178,8 +178,8 @@ async def test_who_leaves_stops_the_runs(tmp_path: Path) -> None:
 
 
 async def test_a_deadline_ends_it(tmp_path: Path) -> None:
-    async with running(tmp_path, FakeEngine(delay=0.05)) as run:
-        answer = await run.client.post("/explain", content=png(1), headers=PNG | {"x-request-timeout-ms": "120"})
+    async with running(tmp_path, FakeEngine(delay=0.5)) as run:
+        answer = await run.client.post("/explain", content=png(1), headers=PNG | {"x-request-timeout-ms": "2000"})
         assert (answer.status_code, error_of(answer.content)) == (504, "deadline_exceeded")
         await run.until(lambda: run.service.queue_length == 0)
         ran = sum(map(len, run.engine.batches))
