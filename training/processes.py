@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from tqdm import tqdm
 
 from training.distributed import PROCESS_GROUP_TIMEOUT
 
@@ -88,6 +90,7 @@ def _run_one(rank: int, argv: list[str], count: int, threads: int, meeting: str)
     if sys.platform == "linux":  # where a container's host name may have no address
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(threads)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which would count as leaked
     status = INTERRUPTED
     # By `spawn` an interrupt while the others are waited for would be a good end.
     with suppress(KeyboardInterrupt):

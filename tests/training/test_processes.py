@@ -194,6 +194,7 @@ def test_ctrl_c_stops_all_and_the_command_that_is_told_goes_on(tmp_path: Path, i
     (again,) = re.findall("go on with: python -m training (.*)", output)
     assert again == f"--resume {run} --processes 2 --threads 1 --device cpu"
     assert "Traceback" not in error
+    assert "leaked" not in error
     step = checkpoint.load(run / "last.safetensors")[1].step
     epochs = len(read_metrics(run))
     with started(*shlex.split(again), f"--max-steps={3 * epochs + 3}") as process:
