@@ -74,7 +74,8 @@ def test_the_same_command_goes_on_where_it_was(
     source = load_source(out / "stage-3")
     record = training_record(source, make_metadata(source, "things"))
     commands = [line for line in record.splitlines() if line.startswith("    ")]
-    assert commands == [f"    python -m training --recipe mine.toml --seed=3 --data DATA/{image_dir.name}"]
+    machine = "--processes 1 --threads 1"
+    assert commands == [f"    python -m training --recipe mine.toml --seed=3 {machine} --data DATA/{image_dir.name}"]
     assert "`--epochs 1 --batch-size 8 --num-blocks 2 --seed=3`" in record
     # A stage on its own has those that led to it.
     half = load_source(out / "stage-2")
