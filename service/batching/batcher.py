@@ -4,7 +4,8 @@
     dropping cancelled and expired requests -> run in the engine thread -> end every future exactly once -> release
 
 Batches form by themselves while the engines are busy; an idle service runs an image at once. Late arrivals join until
-the pop. `service.batching.queue` defines the order in which images leave the queue. While all engines are busy, a poll
+the pop. `service.batching.queue` defines the order in which images leave the queue. Background batches take the last
+free engine only when nobody else has come for a second. While all engines are busy, a poll
 of the queue every TICK_SECONDS fails expired requests, since a run may be long or hang.
 """
 
@@ -30,6 +31,9 @@ from service.errors import Draining, InferenceFailed, NotReady
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# For so long after another request, background batches leave an engine free: on a CPU they would take its cores.
+QUIET_S = 1.0
 
 
 class BatchObserver(Protocol):
@@ -90,6 +94,7 @@ class DynamicBatcher:
         self._idle = asyncio.Event()  # the queue is empty and no engine runs
         self._idle.set()
         self._loop_task: asyncio.Task[None] | None = None
+        self._last_normal = -math.inf  # when a request came that is not of the background, in loop time
         self._expiry_timer = Timer(self._drop_expired)
         self._refusal: Callable[[], Exception] | None = NotReady
         self.failure = ""
@@ -136,7 +141,8 @@ class DynamicBatcher:
             images: at least one, each the memory of a uint8 [H, W, 3]; it must not change before `future` ends.
             future: its `done` is true once its client has gone; images that are still queued are dropped then.
             deadline: seconds on the clock of `loop.time()`; no image starts to run after it. Infinity for none.
-            is_background: whether the images wait until no others do; they delay others by at most one batch.
+            is_background: whether the images wait until no others do; they delay others by at most one batch, and leave
+                one of several engines free while others come.
             with_features: whether the predictions have features, which the model must have.
 
         Raises:
@@ -152,6 +158,8 @@ class DynamicBatcher:
                 raise ValueError(f"an image must have {self._bytes} bytes, and has {size}")
         request = Request(images, future, deadline, is_background=is_background, with_features=with_features)
         self._queue.put(request)
+        if not is_background:
+            self._last_normal = self._loop.time()
         self._arrived.set()
         self._idle.clear()
         self._expiry_timer.wake()
@@ -205,6 +213,10 @@ class DynamicBatcher:
         while True:
             await self._arrived.wait()
             member = await self._pool.claim()
+            if self._leaves_engine_free():
+                self._pool.release(member)
+                self._arrived.clear()  # until another request comes, or a batch ends
+                continue
             room = member.engine.max_batch_size
             if not self._delay:
                 room = self._pool.room(member, self._queue.next.images)
@@ -217,6 +229,12 @@ class DynamicBatcher:
                 self._pool.release(member)
             (self._arrived.set if self._queue else self._arrived.clear)()
             self._record_dropped(batch.dropped)
+
+    def _leaves_engine_free(self) -> bool:
+        """Whether only the background waits, runs already, and would take the last free engine while others come."""
+        if not self._queue.is_background or self._loop.time() - self._last_normal > QUIET_S:
+            return False
+        return self._pool.background_runs > 0 and not self._pool.has_free
 
     async def _wait_for_more(self, size: int) -> None:
         with suppress(TimeoutError):  # the delay of the oldest is over, or a deadline is near
@@ -260,14 +278,15 @@ class DynamicBatcher:
         except Exception as error:  # raised by an observer
             self._observer_failed(error)
         self._pool.release(member)
+        if self._queue:
+            self._arrived.set()
         self._update_idle()
 
     def _complete(self, member: PooledEngine, batch: Batch, outputs: Outputs, seconds: float) -> None:
         member.failures = 0
         batch.complete(outputs, seconds)
-        is_background = batch.parts[0][0].is_background
-        self._observer.batch(batch.size, seconds, is_background=is_background)
-        if is_background:
+        self._observer.batch(batch.size, seconds, is_background=batch.is_background)
+        if batch.is_background:
             return  # its wait says nothing about that of others, and covered images are unlike any
         if (limit := member.engine.metadata.unfamiliarity) is not None and outputs.unfamiliarity is not None:
             flagged = int(np.count_nonzero(outputs.unfamiliarity > limit.threshold))

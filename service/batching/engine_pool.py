@@ -48,6 +48,16 @@ class EnginePool:
         return any(member.batch is not None for member in self.members)
 
     @property
+    def background_runs(self) -> int:
+        """Engines that run a batch of the background."""
+        return sum(member.batch is not None and member.batch.is_background for member in self.members)
+
+    @property
+    def has_free(self) -> bool:
+        """Whether an engine is free beside the claimed one."""
+        return not self._free.empty()
+
+    @property
     def max_batch_size(self) -> int:
         """Images in the largest batch that any engine takes; 0 without engines."""
         return max((member.engine.max_batch_size for member in self.members), default=0)

@@ -147,6 +147,11 @@ class Batch:
         return [image for request, start, stop in self.parts for image in request.images[start:stop]]
 
     @property
+    def is_background(self) -> bool:
+        """Whether its requests are of the background; never some of them alone."""
+        return bool(self.parts) and self.parts[0][0].is_background
+
+    @property
     def with_features(self) -> bool:
         """Whether any of its requests has asked for features."""
         return any(request.with_features for request, _, _ in self.parts)
@@ -269,6 +274,11 @@ class PriorityQueue:
     def images(self) -> int:
         """Images in both queues."""
         return self._normal.images + self._background.images
+
+    @property
+    def is_background(self) -> bool:
+        """Whether the next batch is of the background."""
+        return not self._normal and bool(self._background)
 
     @property
     def next(self) -> FairQueue:

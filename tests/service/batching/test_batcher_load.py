@@ -8,6 +8,7 @@ from collections.abc import Awaitable
 
 import pytest
 
+from service.batching.batcher import DynamicBatcher
 from service.batching.queue import Prediction
 from tests.fakes import FakeEngine, image
 from tests.service.batchers import (
@@ -119,8 +120,7 @@ async def test_background_images_delay_a_request_by_the_batch_that_runs_and_no_o
     engine = FakeEngine(max_batch_size=4)
     engine.hold()
     batcher = start(engine, observer=observer)
-    future: asyncio.Future[list[Prediction]] = asyncio.get_running_loop().create_future()
-    batcher.submit([image(number).data for number in range(12)], future, is_background=True)
+    future = in_background(batcher, 12)
     await begun(engine)  # the first four run
     tasks = await submitted(batcher, 100, 101)
     engine.let_go()
@@ -128,3 +128,46 @@ async def test_background_images_delay_a_request_by_the_batch_that_runs_and_no_o
     assert [int(prediction.logits[0]) for prediction in await future] == list(range(12))
     assert engine.batches == [[0, 1, 2, 3], [100, 101], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert len(observer.waits) == 2  # the waits of background images are none of theirs
+
+
+def in_background(batcher: DynamicBatcher, count: int) -> asyncio.Future[list[Prediction]]:
+    future: asyncio.Future[list[Prediction]] = asyncio.get_running_loop().create_future()
+    batcher.submit([image(number).data for number in range(count)], future, is_background=True)
+    return future
+
+
+async def test_background_images_leave_an_engine_free_while_others_come(start: Start) -> None:
+    engines = first, second = FakeEngine(max_batch_size=2), FakeEngine(max_batch_size=2)
+    batcher = start(*engines)
+    assert await numbers(await submitted(batcher, 100)) == [100]
+    for engine in engines:
+        engine.hold()
+    future = in_background(batcher, 8)
+    await begun(second)
+    tasks = await submitted(batcher, 101)
+    await begun(first, 2)  # its first run was before
+    assert first.batches == [[100], [101]]
+    for engine in engines:
+        engine.let_go()
+    assert await numbers(tasks) == [101]
+    assert [int(prediction.logits[0]) for prediction in await future] == list(range(8))
+
+
+@pytest.mark.parametrize("came_before", [False, True])
+async def test_background_images_take_every_engine_while_nobody_else_comes(
+    start: Start, monkeypatch: pytest.MonkeyPatch, came_before: bool
+) -> None:
+    monkeypatch.setattr("service.batching.batcher.QUIET_S", 0.0)
+    engines = FakeEngine(max_batch_size=2), FakeEngine(max_batch_size=2)
+    batcher = start(*engines)
+    if came_before:
+        assert await numbers(await submitted(batcher, 100)) == [100]
+        await begun(engines[0])
+    for engine in engines:
+        engine.hold()
+    future = in_background(batcher, 8)
+    for engine in engines:
+        await begun(engine)
+    for engine in engines:
+        engine.let_go()
+    assert [int(prediction.logits[0]) for prediction in await future] == list(range(8))
