@@ -28,7 +28,7 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport=SIZE)
         page.goto(service.url())
-        page.get_by_role("button", name="Cup").click()
+        page.get_by_role("button", name="Rocket").click()
         expect(page.get_by_text("Answered by")).to_be_visible()
         expect(page.locator("article")).not_to_have_attribute("aria-busy", "true", timeout=60_000)
         page.mouse.move(0, 0)

@@ -296,7 +296,7 @@ def test_the_keyboard_is_enough(tab: Tab) -> None:
 @pytest.mark.parametrize("tab", [{"viewport": PHONE}, {"viewport": PHONE, "color_scheme": "dark"}], indirect=True)
 def test_it_fits_a_phone(tab: Tab) -> None:
     tab.assert_accessible()
-    tab.page.get_by_role("button", name="Cup").click()
+    tab.page.get_by_role("button", name="Apple").click()
     expect(tab.result().locator("canvas")).to_be_visible()
     tab.assert_accessible()
 
