@@ -19,8 +19,8 @@ import torch.multiprocessing
 from tqdm import tqdm
 
 from training.distributed import PROCESS_GROUP_TIMEOUT
+from training.run import FAILED, INTERRUPTED, USER_ERROR
 
-FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130  # of `training.run`, whose import takes seconds
 # Of a batch, for each process that is started unasked: with fewer, agreeing on the gradients costs what it gains.
 MIN_IMAGES = 64
 # For a process to end by itself once another has failed.

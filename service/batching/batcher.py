@@ -5,8 +5,8 @@
 
 Batches form by themselves while the engines are busy; an idle service runs an image at once. Late arrivals join until
 the pop. `service.batching.queue` defines the order in which images leave the queue. Background batches take the last
-free engine only when nobody else has come for a second. While all engines are busy, a poll
-of the queue every TICK_SECONDS fails expired requests, since a run may be long or hang.
+free engine only when nobody else has come for a second. While all engines are busy, a poll of the queue every
+TICK_SECONDS fails expired requests, since a run may be long or hang.
 """
 
 import asyncio
@@ -234,7 +234,7 @@ class DynamicBatcher:
         """Whether only the background waits, runs already, and would take the last free engine while others come."""
         if not self._queue.is_background or self._loop.time() - self._last_normal > QUIET_S:
             return False
-        return self._pool.background_runs > 0 and not self._pool.has_free
+        return self._pool.runs_background and not self._pool.has_free
 
     async def _wait_for_more(self, size: int) -> None:
         with suppress(TimeoutError):  # the delay of the oldest is over, or a deadline is near

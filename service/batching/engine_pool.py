@@ -48,9 +48,9 @@ class EnginePool:
         return any(member.batch is not None for member in self.members)
 
     @property
-    def background_runs(self) -> int:
-        """Engines that run a batch of the background."""
-        return sum(member.batch is not None and member.batch.is_background for member in self.members)
+    def runs_background(self) -> bool:
+        """Whether any engine runs a batch of the background."""
+        return any(member.batch is not None and member.batch.is_background for member in self.members)
 
     @property
     def has_free(self) -> bool:
