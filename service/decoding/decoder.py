@@ -201,7 +201,10 @@ class Decoder:
                 raise Unavailable("The system starts no more threads; try again later.") from error
             # When the thread is free, not when nobody waits any more: it can't be interrupted.
             work.add_done_callback(lambda _: call_in_loop(loop, self._free.release))
-            return await asyncio.wrap_future(work)
+            try:
+                return await asyncio.wrap_future(work)
+            finally:
+                del work  # its error's traceback holds this frame: a cycle that keeps the whole body
 
     @asynccontextmanager
     async def _before(self, deadline: float) -> AsyncIterator[None]:

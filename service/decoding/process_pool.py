@@ -264,6 +264,8 @@ class ProcessPool:
         except asyncio.CancelledError:
             process.abandon(reply)
             raise
+        finally:
+            del reply  # its error's traceback holds this frame: a cycle that keeps the file
 
     def close(self) -> None:
         """End all processes."""

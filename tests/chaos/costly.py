@@ -6,12 +6,14 @@ keeps its promise makes no difference.
 
 import asyncio
 import contextlib
+import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 from PIL import Image
@@ -116,40 +118,93 @@ class Seen:
         return found
 
 
-async def press(address: tuple[str, int], pid: int, body: bytes, content_type: str, seconds: float) -> Seen:
+Sample = tuple[list[float], Counter[int]]  # seconds of the small requests, and their answers
+
+
+class Probers:
+    """Send small requests in a process of their own: a client that writes megabytes would delay them itself."""
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._connection, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=answer_commands, args=(theirs, address), daemon=True)
+        self._process.start()
+
+    def begin(self) -> None:
+        """Start sending."""
+        self._connection.send("begin")
+        self._connection.recv()
+
+    def end(self) -> Sample:
+        """Stop sending; what was seen."""
+        self._connection.send("end")
+        return cast(Sample, self._connection.recv())
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.close()
+        self._process.join()
+
+
+def answer_commands(connection: Connection, address: tuple[str, int]) -> None:
+    """Probe between each two commands, until the other side has closed."""
+    with contextlib.suppress(EOFError):
+        while connection.recv():
+            connection.send("begun")
+            connection.send(asyncio.run(probe(address, connection)))
+
+
+async def probe(address: tuple[str, int], connection: Connection) -> Sample:
+    """Send small images until there is a command."""
+    latencies: list[float] = []
+    statuses: Counter[int] = Counter()
+
+    async def prober() -> None:
+        while not connection.poll():
+            begun = time.perf_counter()
+            statuses[await send(address, IMAGES["PNG"], "image/png")] += 1
+            latencies.append(time.perf_counter() - begun)
+            await asyncio.sleep(0.005)
+
+    await asyncio.gather(*(prober() for _ in range(PROBERS)))
+    connection.recv()
+    return latencies, statuses
+
+
+async def send(address: tuple[str, int], data: bytes, kind: str) -> int:
+    """Post a body over a connection of its own; its status."""
+    reader, writer = await asyncio.open_connection(*address)
+    try:
+        with contextlib.suppress(ConnectionError):
+            await Wire(reader, writer).post(data, kind)
+        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            return int((await reader.readline()).split()[1])
+    finally:
+        writer.close()
+
+
+async def press(
+    address: tuple[str, int], pid: int, probers: Probers, body: bytes, content_type: str, seconds: float
+) -> Seen:
     """Send a file over several connections for so long, and small images beside it."""
     seen = Seen(len(body))
+    probers.begin()
     until = time.monotonic() + seconds
-    small = IMAGES["PNG"]
     before, cpu_before = memory_of(pid), tree_cpu_seconds(pid) or 0.0
-
-    async def send(data: bytes, kind: str) -> int:
-        reader, writer = await asyncio.open_connection(*address)
-        try:
-            with contextlib.suppress(ConnectionError):
-                await Wire(reader, writer).post(data, kind)
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                return int((await reader.readline()).split()[1])
-        finally:
-            writer.close()
 
     async def sender() -> None:
         while not seen.statuses or time.monotonic() < until:
-            seen.statuses[await send(body, content_type)] += 1
+            seen.statuses[await send(address, body, content_type)] += 1
 
-    async def prober() -> None:
-        while sending:
-            begun = time.perf_counter()
-            seen.small_statuses[await send(small, "image/png")] += 1
-            seen.latencies.append(time.perf_counter() - begun)
+    async def watcher() -> None:
+        while True:
             seen.memory = max(seen.memory, memory_of(pid) - before)
             await asyncio.sleep(0.005)
 
-    sending = True
-    probing = [asyncio.create_task(prober()) for _ in range(PROBERS)]
+    watching = asyncio.create_task(watcher())
     await asyncio.gather(*(sender() for _ in range(SENDERS)))
-    sending = False
-    await asyncio.gather(*probing)
+    watching.cancel()
+    seen.latencies, seen.small_statuses = probers.end()
     seen.cpu_s = ((tree_cpu_seconds(pid) or 0.0) - cpu_before) / seen.statuses.total()
     return seen
 
@@ -169,14 +224,15 @@ def children(pid: int) -> list[int]:
 def costly(address: tuple[str, int], pid: int, seconds: float, names: list[str] | None = None) -> list[str]:
     """Send each row, print what it did, return what was not as promised; ratios are judged where all rows are sent."""
     complaints: list[str] = []
-    ordinary = asyncio.run(press(address, pid, photograph(), "image/jpeg", 2 * seconds))
-    print(ordinary.row("an ordinary photograph", 1.0), flush=True)
-    for name in names or ROWS:
-        kind = FORM if name in FORMS else "application/octet-stream"
-        seen = asyncio.run(press(address, pid, ROWS[name](), kind, seconds))
-        ratio = seen.p99 / ordinary.p99
-        print(seen.row(name, ratio), flush=True)
-        complaints += seen.complaints(name)
-        if names is None and ratio > MAX_RATIO:
-            complaints.append(f"{name}: the p99 of small requests was {ratio:.1f} times that beside photographs")
+    with contextlib.closing(Probers(address)) as probers:
+        ordinary = asyncio.run(press(address, pid, probers, photograph(), "image/jpeg", 2 * seconds))
+        print(ordinary.row("an ordinary photograph", 1.0), flush=True)
+        for name in names or ROWS:
+            kind = FORM if name in FORMS else "application/octet-stream"
+            seen = asyncio.run(press(address, pid, probers, ROWS[name](), kind, seconds))
+            ratio = seen.p99 / ordinary.p99
+            print(seen.row(name, ratio), flush=True)
+            complaints += seen.complaints(name)
+            if names is None and ratio > MAX_RATIO:
+                complaints.append(f"{name}: the p99 of small requests was {ratio:.1f} times that beside photographs")
     return complaints

@@ -13,11 +13,14 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 import pytest
+from PIL import Image
 
 from service.engine.session import EngineError
 from tests.fakes import FakeEngine
+from tests.imaging.files import encode, pixels
 from tests.service.harness import Running, png, read_answer, request_head, running
 
+FORM = "multipart/form-data; boundary=x"
 BOUNDARY = b"--x\r\nContent-Disposition: form-data; name=file; filename=a.png\r\n\r\n%b\r\n--x--\r\n"
 
 
@@ -66,7 +69,7 @@ async def settle() -> None:
     ("body", "kind", "status"),
     [
         (png(1), "image/png", 200),
-        (BOUNDARY % png(1), "multipart/form-data; boundary=x", 200),
+        (BOUNDARY % png(1), FORM, 200),
         (json.dumps({"images": ["aGk="]}).encode(), "application/json", 400),
         (b"{", "application/json", 400),
         (png(1)[:45], "image/png", 400),
@@ -79,6 +82,32 @@ async def settle() -> None:
 async def test_an_answer_at_once_leaves_nothing(tmp_path: Path, body: bytes, kind: str, status: int) -> None:
     async with running(tmp_path, max_body_bytes=10_000) as run:
         assert await ask(run, body, head_of=kind) == status  # what is made once, is made
+        with collected() as found:
+            for _ in range(3):
+                assert await ask(run, body, head_of=kind) == status
+            await settle()
+        assert found == []
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status"),
+    [
+        (encode(pixels(400, 500), "PNG"), "image/png", 200),
+        (encode(pixels(400, 500), "PNG")[:-2000], "image/png", 400),
+        (encode(Image.new("RGB", (5000, 5000)), "PNG"), "image/png", 413),
+        (encode(Image.new("RGB", (5000, 5001)), "PNG"), "image/png", 413),
+        (b'--x\r\nContent-Disposition: form-data; name="f"; filename=""\r\n\r\n\r\n' * 2000, FORM, 400),
+        (b'{"images": [%b]}' % b",".join([b'"aGk="'] * 15_000), "application/json", 413),
+    ],
+    ids=["decoded", "truncated", "too much work", "too many pixels", "form of empty files", "JSON of many images"],
+)
+async def test_a_body_that_a_thread_or_a_process_reads_leaves_nothing(
+    tmp_path: Path, body: bytes, kind: str, status: int
+) -> None:
+    async with running(
+        tmp_path, real_processes=True, max_pixels=25_000_000, inline_decode_bytes=10_000, decode_cpu_s=0.1
+    ) as run:
+        assert await ask(run, body, head_of=kind) == status
         with collected() as found:
             for _ in range(3):
                 assert await ask(run, body, head_of=kind) == status
