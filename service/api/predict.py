@@ -30,18 +30,15 @@ class PredictRequest(InferenceRequest):
 
     def _check_options(self, live: LiveModel) -> None:
         self._writer = self._endpoint.writer_of(live)
-        self._asked_top_k = read_top_k(self._query)
-        self._top_k = self._checked_top_k(self._asked_top_k)
+        self._asked_top_k = asked = read_top_k(self._query)
+        self._top_k = checked_top_k(asked, self._writer.classes, self._service.settings.max_top_k)
 
     def _check_payload(self, payload: Payload) -> None:
         if payload.top_k is None:
             return
-        top_k = positive(payload.top_k, InvalidTopK())
+        asked = positive(payload.top_k, InvalidTopK())
         if self._asked_top_k is None:
-            self._top_k = self._checked_top_k(top_k)
-
-    def _checked_top_k(self, top_k: int | None) -> int:
-        return checked_top_k(top_k, self._writer.classes, self._service.settings.max_top_k)
+            self._top_k = checked_top_k(asked, self._writer.classes, self._service.settings.max_top_k)
 
     def _response(self, result: list[Prediction]) -> Response:
         return json_response(200, self._writer.write(result, self._filenames, self._top_k), self._request_id)

@@ -115,7 +115,8 @@ class InferenceRequest:
         check_size(announced, settings.max_body_bytes)
         if service.admission.is_full(size=announced):
             raise Overloaded(retry_after=service.admission.retry_after(announced))
-        service.admission.check_wait(1, options.timeout, live.expected_rate)
+        if options.content_length is None or announced > settings.inline_decode_bytes:  # a small body is here already
+            service.admission.check_wait(1, options.timeout, live.expected_rate)
 
     def _check_content_type(self) -> None:
         check_content_type(self._options.content_type)

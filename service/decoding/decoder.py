@@ -91,7 +91,7 @@ class Decoder:
         Raises:
             ServiceError: what `imaging` raises for the first bad image; of several images it names the one.
         """
-        if sum(len(upload.data) for upload in uploads) > self.settings.inline_decode_bytes:
+        if sum([len(upload.data) for upload in uploads]) > self.settings.inline_decode_bytes:
             return None
         if (quick := self._decode_quickly(uploads, metadata)) is not None:
             return quick

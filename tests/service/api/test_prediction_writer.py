@@ -10,7 +10,7 @@ from service.batching.queue import Prediction
 from service.errors import InferenceFailed
 from tests.fakes import tiny_metadata
 
-LABELS = tuple(f'class {index} "quoted" \u00e4' for index in range(100))
+LABELS = tuple(f'class {index}% %d %% "quoted" \u00e4' for index in range(100))
 METADATA = tiny_metadata(labels=LABELS)
 
 
