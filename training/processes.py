@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -127,17 +126,25 @@ def _explain(error: Exception, exit_codes: Sequence[int | None]) -> int:
 
 @contextmanager
 def _forward_signals(pids: Sequence[int]) -> Iterator[None]:
-    """Pass on what stops a run to its processes, each of which ends as one alone does."""
+    """Pass on what stops or suspends a run to its processes, which do as one alone does."""
 
-    def forward(number: int, _frame: FrameType | None) -> None:
+    def send(number: int) -> None:
         for pid in pids:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, number)
-            except ProcessLookupError:
-                continue
 
+    def suspend() -> None:
+        send(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)  # until the shell's `fg` or `bg`
+        send(signal.SIGCONT)
+
+    handlers = {number: lambda number, _: send(number) for number in STOPPING}
+    if hasattr(signal, "SIGTSTP"):  # Ctrl-Z
+        handlers[signal.SIGTSTP] = lambda number, _: suspend()
     # `nohup` has SIGHUP ignored.
-    previous = {n: signal.signal(n, forward) for n in STOPPING if signal.getsignal(n) is not signal.SIG_IGN}
+    previous = {
+        n: signal.signal(n, handler) for n, handler in handlers.items() if signal.getsignal(n) != signal.SIG_IGN
+    }
     try:
         yield
     finally:

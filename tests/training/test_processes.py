@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,10 +185,28 @@ def children(pid: int) -> list[int]:
     return [int(each) for each in every if b"spawn_main" in Path(f"/proc/{each}/cmdline").read_bytes()]
 
 
-def test_ctrl_c_stops_all_and_the_command_that_is_told_goes_on(tmp_path: Path, image_dir: Path) -> None:
+def wait_for_states(pids: Sequence[int], *, suspended: bool) -> None:
+    """Return when all of the processes are suspended, or none is."""
+    while any((state(pid) == "T") != suspended for pid in pids):
+        time.sleep(0.01)
+
+
+def state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_ctrl_z_suspends_all_and_ctrl_c_stops_them_and_the_command_that_is_told_goes_on(
+    tmp_path: Path, image_dir: Path
+) -> None:
     run = tmp_path / "run"
     with started(*TWO, "--data", image_dir, "--out", run, "--epochs=1000") as process:
         wait_for_epoch(process)
+        every = [process.pid, *children(process.pid)]
+        assert len(every) == 3
+        os.killpg(process.pid, signal.SIGTSTP)
+        wait_for_states(every, suspended=True)
+        os.killpg(process.pid, signal.SIGCONT)
+        wait_for_states(every, suspended=False)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         output, error = process.communicate(timeout=240)
     assert process.returncode == 3, error
