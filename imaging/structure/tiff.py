@@ -17,6 +17,7 @@ WIDTH: Final = 256
 HEIGHT: Final = 257
 BITS: Final = 258
 COMPRESSION: Final = 259
+PHOTOMETRIC: Final = 262
 STRIP_OFFSETS: Final = 273
 SAMPLES: Final = 277
 ROWS_PER_STRIP: Final = 278
@@ -26,19 +27,25 @@ TILE_WIDTH: Final = 322
 TILE_HEIGHT: Final = 323
 TILE_OFFSETS: Final = 324
 TILE_BYTES: Final = 325
+EXTRA_SAMPLES: Final = 338
+SUBSAMPLING: Final = 530
 XMP: Final = 700
 LISTS: Final = frozenset({STRIP_OFFSETS, STRIP_BYTES, TILE_OFFSETS, TILE_BYTES})
 
-# Beside them: photometric interpretation, fill order, options of CCITT's codes, predictor, colours of a palette, extra
-# samples, sample format, tables and offsets of JPEG, and what YCbCr means.
+# Beside what is named here: fill order, options of CCITT's codes, predictor, colours of a palette, sample format,
+# tables and offsets of JPEG, and what YCbCr means.
 NEEDED: Final = LISTS | frozenset(
-    {WIDTH, HEIGHT, BITS, COMPRESSION, SAMPLES, ROWS_PER_STRIP, PLANES, TILE_WIDTH, TILE_HEIGHT}
-    | {262, 266, 292, 293, 317, 320, 338, 339, 347, 512, 513, 514, 515, 519, 520, 521, 529, 530, 531, 532, 0xBC01}
+    {WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, ROWS_PER_STRIP, PLANES, TILE_WIDTH, TILE_HEIGHT}
+    | {EXTRA_SAMPLES, SUBSAMPLING}
+    | {266, 292, 293, 317, 320, 339, 347, 512, 513, 514, 515, 519, 520, 521, 529, 531, 532, 0xBC01}
 )
 UNCOMPRESSED: Final = 1
 JPEG_COMPRESSIONS: Final = frozenset({6, 7})
 COMPRESSIONS: Final = JPEG_COMPRESSIONS | {UNCOMPRESSED, 2, 3, 4, 5, 8, 32771, 32773, 32809, 32946, 34676, 34677}
 RARE_COMPRESSIONS: Final = frozenset({34925, 50000, 50001})  # LZMA, Zstandard, WebP: as libtiff was built
+RGB, YCBCR = 2, 6
+ALPHAS: Final = {False: ([2],), True: ([1], [2])}  # extra samples, by whether it is compressed; 1: multiplied by it
+CHANNELS: Final = {0: 1, 1: 1, RGB: 3, 5: 4}  # by photometric interpretation: grey either way, RGB, CMYK
 
 MAX_PIECES: Final = 16_384  # strips or tiles: each costs Pillow about 10 us
 MAX_VALUES: Final = 3 << 16  # of another tag: the colours of a palette of 16 bits
@@ -76,6 +83,8 @@ def read_tags(directory: Directory) -> Header:
             raise ValueError
         if tag in NEEDED and tag not in LISTS:
             check_count(entry.count, MAX_VALUES, "values of a tag")
+    if compression not in JPEG_COMPRESSIONS:
+        check_layout(directory, is_compressed=compression != UNCOMPRESSED)
     pieces = check_pieces(directory, width, height)
     if compression != UNCOMPRESSED:
         check_bytes(directory)
@@ -85,6 +94,26 @@ def read_tags(directory: Directory) -> Header:
     packet = directory.data[xmp.start : xmp.start + xmp.size] if xmp else b""
     turned = orientation.chosen(directory.first(orientation.ORIENTATION), orientation.of_xmp(packet))
     return Header("TIFF", width, height, with_needed_tags(directory), turned)
+
+
+def check_layout(directory: Directory, *, is_compressed: bool) -> None:
+    """Raise UnsupportedFormat for what Pillow would take for other pixels without a word, or call damaged."""
+    photometric = directory.first(PHOTOMETRIC, 0)
+    if photometric == YCBCR and not is_compressed and directory.all(SUBSAMPLING).tolist() != [1, 1]:
+        raise UnsupportedFormat("TIFF with subsampled YCbCr is decoded with compression alone; save it as RGB.")
+    samples = directory.first(SAMPLES, 1)
+    if directory.first(PLANES) != 2 or samples == 1:
+        return
+    extra = directory.all(EXTRA_SAMPLES).tolist()
+    if photometric == RGB and extra in ALPHAS[is_compressed]:
+        is_known = True
+    else:
+        is_known = not any(extra) if is_compressed else not extra
+    if not is_known or samples != CHANNELS.get(photometric or 0, 0) + len(extra):
+        raise UnsupportedFormat(
+            "TIFF with a plane for each channel is decoded of RGB and CMYK, and with an alpha of RGB; "
+            "save it with the channels of a pixel together."
+        )
 
 
 def check_pieces(directory: Directory, width: int, height: int) -> int:

@@ -67,14 +67,27 @@ def png_of(width: int, height: int, bits: int, colour: int, rows: bytes, transpa
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def planar_tiff(array: NDArray[np.uint8] | NDArray[np.uint16], compressed: bool, order: str = "<") -> bytes:
-    """A TIFF of [height, width, channels] with a plane for each channel, which Pillow does not write."""
+def planar_tiff(
+    array: NDArray[np.uint8] | NDArray[np.uint16],
+    compressed: bool,
+    order: str = "<",
+    *,
+    photometric: int | None = None,
+    extra: tuple[int, ...] | None = None,
+) -> bytes:
+    """A TIFF of [height, width, channels] with a plane for each channel, which Pillow does not write.
+
+    Without more it is grey, RGB, or RGB with an alpha.
+    """
     height, width, channels = array.shape
+    extra = (2,) if extra is None and channels == 4 else extra or ()
+    if photometric is None:
+        photometric = 2 if channels > 1 else 1
     planes = [plane.astype(array.dtype.newbyteorder(order)).tobytes() for plane in np.moveaxis(array, 2, 0)]
     if compressed:
         planes = [zlib.compress(plane) for plane in planes]
-    lists = 8 + 2 + 12 * 10 + 4  # where what does not fit into an entry begins
-    values = (2 + 4 + 4) * channels if channels > 1 else 0
+    lists = 8 + 2 + 12 * (11 if extra else 10) + 4  # where what does not fit into an entry begins
+    values = (4 + 4) * channels * (channels > 1) + 2 * channels * (channels > 2)
     begins = np.cumsum([lists + values, *map(len, planes)])[:-1].tolist()
     entries, behind = b"", b""
     for tag, kind, numbers in (
@@ -82,16 +95,17 @@ def planar_tiff(array: NDArray[np.uint8] | NDArray[np.uint16], compressed: bool,
         (257, "H", [height]),
         (258, "H", [8 * array.itemsize] * channels),
         (259, "H", [8 if compressed else 1]),
-        (262, "H", [2 if channels > 1 else 1]),  # RGB or grey
+        (262, "H", [photometric]),
         (273, "I", begins),
         (277, "H", [channels]),
         (278, "H", [height]),
         (279, "I", [len(plane) for plane in planes]),
         (284, "H", [2]),  # planes
+        *([(338, "H", extra)] if extra else []),
     ):
         data = struct.pack(f"{order}{len(numbers)}{kind}", *numbers)
         entries += struct.pack(order + "HHI", tag, 3 if kind == "H" else 4, len(numbers))
         entries += data.ljust(4, b"\0") if len(data) <= 4 else struct.pack(order + "I", lists + len(behind))
         behind += data if len(data) > 4 else b""
-    head = struct.pack(order + "2sHIH", b"II" if order == "<" else b"MM", 42, 8, 10)
+    head = struct.pack(order + "2sHIH", b"II" if order == "<" else b"MM", 42, 8, 11 if extra else 10)
     return head + entries + bytes(4) + behind + b"".join(planes)

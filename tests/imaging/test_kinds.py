@@ -181,6 +181,44 @@ def test_a_tiff_of_another_variant_is_unsupported_and_not_damaged(
     decode(tiff_of(1, 8, 1, 1, None))  # which has a decoder
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize(
+    ("photometric", "channels", "extra"),
+    [(2, 4, ()), (2, 5, (2, 0)), (1, 2, (2,)), (8, 3, ()), (6, 3, ()), (5, 5, (2,))],
+    ids=["RGB and one more", "RGB with two more", "grey with alpha", "Lab", "YCbCr", "CMYK with alpha"],
+)
+def test_planes_that_pillow_mixes_up_are_unsupported(
+    photometric: int, channels: int, extra: tuple[int, ...], compressed: bool
+) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (*SIZE, channels), dtype=np.uint8)
+    with pytest.raises(UnsupportedFormat, match=r"a plane for each channel|subsampled YCbCr"):
+        decode(planar_tiff(array, compressed, photometric=photometric, extra=extra))
+
+
+@pytest.mark.parametrize(("photometric", "channels", "extra"), [(2, 4, (0,)), (5, 5, (0,)), (1, 2, (0,)), (2, 4, (1,))])
+def test_planes_beside_the_colours_are_read_where_they_are_compressed(
+    photometric: int, channels: int, extra: tuple[int, ...]
+) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (*SIZE, channels), dtype=np.uint8)
+    if extra == (1,):
+        array[..., 3] = 255
+    colours = array[..., : channels - 1]
+    decoded = decode(planar_tiff(array, compressed=True, photometric=photometric, extra=extra))
+    modes = {1: "L", 2: "RGB", 5: "CMYK"}
+    expected = Image.frombytes(modes[photometric], SIZE, colours.tobytes()).convert("RGB")
+    np.testing.assert_array_equal(decoded, np.asarray(expected))
+    with pytest.raises(UnsupportedFormat, match="a plane for each channel"):
+        decode(planar_tiff(array, compressed=False, photometric=photometric, extra=extra))
+
+
+def test_uncompressed_ycbcr_is_read_without_subsampling_alone() -> None:
+    data = encode(Image.fromarray(ARRAY).convert("YCbCr"), "TIFF", tiffinfo={530: (1, 1)})
+    assert np.abs(decode(data).astype(int) - ARRAY).max() <= 3
+    at = data.index(struct.pack("<HHI", 530, 3, 2)) + 8
+    with pytest.raises(UnsupportedFormat, match="subsampled YCbCr"):
+        decode(data[:at] + struct.pack("<HH", 2, 2) + data[at + 4 :])
+
+
 def test_grey_with_an_associated_alpha_is_unsupported() -> None:
     with pytest.raises(UnsupportedFormat, match="multiplied by its alpha"):
         sample("tiff_la_assoc.tif")
