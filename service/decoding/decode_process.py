@@ -15,6 +15,7 @@ import signal
 import socket
 import struct
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -48,6 +49,7 @@ ERRORS: Final[tuple[type[ImageError], ...]] = (
     TooManyPixels,
     ImageTooCostly,
 )
+STANDARD_ERROR: Final = 2  # a descriptor
 # What a terminal or a service manager sends to all processes: the service alone decides when this one ends.
 IGNORED_SIGNALS: Final = ("SIGINT", "SIGTERM", "SIGHUP")
 
@@ -109,8 +111,17 @@ def main(arguments: Sequence[str]) -> None:
     """Serve the socket whose descriptor is the first argument, under the `Limits` of the second, as JSON."""
     for name in IGNORED_SIGNALS:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
+    # What libraries say about clients' files is dropped: else these could fill the disk. The response has the error.
+    log = os.dup(STANDARD_ERROR)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), STANDARD_ERROR)
     with socket.socket(fileno=int(arguments[0])) as connection:
-        serve(connection, Limits(**json.loads(arguments[1])))
+        try:
+            serve(connection, Limits(**json.loads(arguments[1])))
+        except ConnectionError:  # the service has ended
+            raise
+        except Exception:
+            os.write(log, traceback.format_exc().encode())
+            raise
 
 
 def serve(connection: socket.socket, limits: Limits) -> None:
@@ -178,6 +189,6 @@ def limit_memory(spare: int) -> bool:
 
 
 if __name__ == "__main__":
-    with suppress(ConnectionError):  # the service has ended
+    with suppress(ConnectionError):
         main(sys.argv[1:])
     os._exit(0)

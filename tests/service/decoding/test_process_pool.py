@@ -4,6 +4,8 @@ import asyncio
 import os
 import resource
 import signal
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -13,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.decoding import process_pool
-from service.decoding.decode_process import DECODED, Job, Limits
-from service.decoding.process_pool import MODULE, ProcessEndedError, ProcessPool, Reply, environment
+from service.decoding import decode_process, process_pool
+from service.decoding.decode_process import DECODED, REPLY, Job, Limits
+from service.decoding.process_pool import MODULE, ProcessEndedError, ProcessPool, Reply, environment, launch
 from service.settings import Settings
 from tests.imaging.files import encode, pixels
 from tests.service.decoding.test_decoder import LARGE, until
@@ -159,6 +161,28 @@ async def test_a_process_that_says_what_it_should_not_is_ended() -> None:
         process.data_received(b"\xff" * 100)
         await until(lambda: reasons == ["died"])
         check(await pool.run(JOB, FILE))
+
+
+async def test_what_libraries_say_about_files_is_not_logged(capfd: pytest.CaptureFixture[str]) -> None:
+    whole = encode(ARRAY, "TIFF", compression="tiff_adobe_deflate")
+    samples = whole.index(struct.pack("<HHI", 277, 3, 1)) + 8
+    async with pool_of(1) as (pool, _):
+        for file in (
+            whole[:30] + b"damaged " + whole[38:],  # libtiff writes by itself
+            whole[:samples] + struct.pack("<H", 9999) + whole[samples + 2 :],  # Pillow logs and warns
+        ):
+            assert (await pool.run(JOB, file)).kind != DECODED
+    assert capfd.readouterr().err == ""
+
+
+def test_an_error_of_the_program_itself_is_logged(capfd: pytest.CaptureFixture[str]) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        process = launch(theirs.fileno(), LIMITS)
+        assert len(ours.recv(REPLY.size)) == REPLY.size  # it is ready
+        ours.sendall(decode_process.JOB.pack(2, 0) + b"[]")
+        assert process.wait(60) == 1
+    assert "Traceback" in capfd.readouterr().err
 
 
 async def test_one_ends_with_the_service_however_that_ends() -> None:
