@@ -5,6 +5,7 @@ request wait, for as long as the file's author likes.
 """
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -71,12 +72,23 @@ class Decoder:
         self._free = asyncio.Semaphore(PARSE_THREADS)
 
     async def start(self) -> None:
-        """Start the decode processes, and return when they are ready.
+        """Start the threads and the decode processes, and return when these are ready.
 
         Raises:
             OSError: one can't be started.
         """
+        self._start_threads()
         await self.processes.start()
+
+    def _start_threads(self) -> None:
+        """Start all threads while the system lets us: an executor that can't keeps what it was given in its queue."""
+        everyone = threading.Barrier(PARSE_THREADS)
+        try:
+            for _ in range(PARSE_THREADS):
+                self._threads.submit(everyone.wait)
+        except RuntimeError as error:
+            everyone.abort()
+            raise OSError("the system starts no more threads") from error
 
     def is_small(self, body: bytes) -> bool:
         """Whether a body is parsed on the event loop."""

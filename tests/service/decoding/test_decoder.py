@@ -187,6 +187,23 @@ async def test_a_thread_that_cannot_be_started_takes_no_place(monkeypatch: pytes
     decoder.close()
 
 
+async def test_threads_are_there_before_the_system_starts_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    decoder = Decoder(Settings(decode_processes=1))
+    await decoder.start()
+    other = Decoder(Settings(decode_processes=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        both = threading.Barrier(2)
+        assert sorted(await asyncio.gather(*(decoder.in_thread(both.wait, NEVER) for _ in range(2)))) == [0, 1]
+        with pytest.raises(OSError, match="no more threads"):
+            await other.start()
+    decoder.close()
+    other.close()
+
+
 async def test_a_thread_that_is_late_keeps_its_place_until_it_ends() -> None:
     decoder = Decoder(Settings())
     held = threading.Event()
