@@ -96,7 +96,7 @@ LengthRequired = _error(
     411,
     "length_required",
     "The request announces no body: send Content-Length, or Transfer-Encoding: chunked.",
-    "A request to `/predict` that does not announce its body, of which HTTP says then that there is none.",
+    "A request with images that does not announce its body, of which HTTP says then that there is none.",
 )
 BodyTooLarge = _error(
     413, "body_too_large", "The body is too large.", "More bytes than `max_body_bytes`; found while reading, not after."

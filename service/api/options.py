@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Final
 from urllib.parse import parse_qsl
 
-from service.errors import BadRequest, InvalidTimeout, InvalidTopK, ServiceError, UnsupportedEncoding
+from service.errors import BadRequest, InvalidTimeout, InvalidTopK, LengthRequired, ServiceError, UnsupportedEncoding
 
 DEFAULT_TOP_K: Final = 5
 MAX_QUERY_BYTES: Final = 1000
@@ -34,6 +34,7 @@ def read_options(lines: Sequence[tuple[bytes, bytes]], max_timeout_ms: int) -> R
 
     Raises:
         InvalidTimeout: not an integer, or below 1.
+        LengthRequired: no body is announced.
         UnsupportedEncoding: the body is compressed.
     """
     headers = dict(lines)
@@ -42,6 +43,8 @@ def read_options(lines: Sequence[tuple[bytes, bytes]], max_timeout_ms: int) -> R
         if any(coding.strip() not in (b"", b"identity") for coding in codings):  # a list may have empty places
             raise UnsupportedEncoding()
     length = headers.get(b"content-length")
+    if length is None and b"transfer-encoding" not in headers:
+        raise LengthRequired()
     timeout_ms = max_timeout_ms
     if (asked := headers.get(b"x-request-timeout-ms")) is not None:
         timeout_ms = min(max_timeout_ms, positive(asked.decode("latin-1"), InvalidTimeout()))

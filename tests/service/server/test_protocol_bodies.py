@@ -87,6 +87,16 @@ async def test_a_body_of_which_the_head_says_nothing_gets_a_sentence(tmp_path: P
         assert (await run.client.post("/models/reload")).status_code == 403  # which needs no body
 
 
+@pytest.mark.parametrize("target", ["/explain", "/embed", "/v2/models/tiny/infer"])
+async def test_nor_is_it_taken_for_an_empty_image_elsewhere(tmp_path: Path, target: str) -> None:
+    async with running(tmp_path) as run:
+        reader, writer = await run.connect()
+        writer.write(request_head(None, target=target) + bytes(2000))
+        status, _, body = await read_answer(reader)
+        assert (status, b"Content-Length" in body) == (411, True)
+        writer.close()
+
+
 async def test_a_broken_body_that_nobody_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timeouts, "LINGER_SECONDS", 0.2)
     async with running(tmp_path) as run:
