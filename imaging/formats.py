@@ -66,7 +66,9 @@ def is_cheap(header: Header, *, max_pixels: int) -> bool:
 
 
 def is_image(data: bytes) -> bool:
-    """Whether the first bytes announce an image, of a format that is decoded here or of another."""
+    """Whether the first bytes announce an image, of a format that is decoded here or of another; text is none."""
+    if b"\0" not in data:
+        return False
     try:
         sniff(data)
     except NotAnImage:

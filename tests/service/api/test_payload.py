@@ -145,6 +145,13 @@ def test_text_fields_beside_the_file_are_ignored_but_for_top_k() -> None:
     assert parse_payload(FORM, body) == Payload([Upload(DATA, "a.png")], top_k="3")
 
 
+@pytest.mark.parametrize(
+    "text", [b'<?xml version="1.0"?><note/>', b"<svg/>", b"%PDF is what I have", b"GIF89a was 1989"]
+)
+def test_a_text_field_that_begins_like_an_image_is_ignored_too(text: bytes) -> None:
+    assert parse(FORM, form(field("notes", text), (file_part(), DATA))) == [Upload(DATA, "a.png")]
+
+
 def test_a_form_of_text_fields_alone_says_how_to_send_a_file() -> None:
     with pytest.raises(NoImage, match="curl -F file=@"):  # what comes of `curl -F file=image.jpg`
         parse(FORM, form(field("file", b"image.jpg")))
