@@ -53,16 +53,27 @@ def test_of_equal_classes_the_lower_index_comes_first() -> None:
 
 
 @pytest.mark.parametrize("classes", [MANY_CLASSES, MANY_CLASSES + 1])
-def test_many_classes_are_ranked_alike(classes: int) -> None:
+@pytest.mark.parametrize("k", [1, 7, 500])
+def test_many_classes_are_ranked_alike(classes: int, k: int) -> None:
     logits = np.random.default_rng(2).normal(0, 2, (4, classes)).astype(np.float32).round(1)  # with ties
     outputs = BatchLogits(logits)
     exact = np.exp(logits.astype(np.float64))
     exact /= exact.sum(axis=1, keepdims=True)
     for row in (2, 0, 3, 1):
-        found, probabilities = outputs.top(row, 7)
-        order = np.argsort(-logits[row], kind="stable")[:7]
+        found, probabilities = outputs.top(row, k)
+        order = np.argsort(-logits[row], kind="stable")[:k]
         assert found == order.tolist()
         np.testing.assert_allclose(probabilities, exact[row][order], rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("k", [1, MANY_CLASSES + 1])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_of_many_classes_what_is_no_number_is_no_answer(value: float, k: int) -> None:
+    logits = np.zeros((1, MANY_CLASSES + 1), np.float32)
+    logits[0, 3:] = value
+    with pytest.raises(InferenceFailed, match="not a number"):
+        BatchLogits(logits).top(0, k)
 
 
 def test_large_logits_do_not_overflow() -> None:
