@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.api.endpoint import InferenceEndpoint
-from service.api.options import read_normalize
+from service.api.options import checked_normalize, read_normalize
 from service.api.paths import EMBED
+from service.api.payload import Payload
 from service.api.request import InferenceRequest, Respond
 from service.api.response import Headers, Response, json_response
 from service.batching.queue import Prediction
@@ -31,6 +32,11 @@ class EmbedRequest(InferenceRequest):
         if live.metadata.feature_dim is None:
             raise FeaturesUnavailable()
         self._is_normalized = read_normalize(self._query)
+
+    def _check_payload(self, payload: Payload) -> None:
+        field = payload.options.get("normalize")
+        if field is not None and not self._query:
+            self._is_normalized = checked_normalize(field)
 
     def _submit(self, live: LiveModel, uploads: Sequence[Upload], images: Sequence[Any]) -> None:
         live.batcher.submit([image.data for image in images], self, self._until, with_features=True)

@@ -41,10 +41,8 @@ class ExplainRequest(InferenceRequest):
     def _check_options(self, live: LiveModel) -> None:
         if self._service.settings.explain_max_runs == 0:
             raise ExplainDisabled()
-        label, labels = read_label(self._query), live.metadata.labels
-        if label is not None and label not in labels:
-            raise InvalidLabel(f"This model has no label {label[:40]!r}; GET /models lists those that it has.")
-        self._label = None if label is None else labels.index(label)
+        label = read_label(self._query)
+        self._label = None if label is None else index_of(label, live)
         self._wants_png = any(name == b"accept" and b"image/png" in value for name, value in self._headers)
 
     def _submit(self, live: LiveModel, uploads: Sequence[Upload], images: Sequence[Any]) -> None:
@@ -70,7 +68,10 @@ class ExplainRequest(InferenceRequest):
             self.set_result(predictions)
 
     def _check_payload(self, payload: Payload) -> None:
-        """Raise TooManyImages for more runs than are allowed, or for more maps than the response can show."""
+        """Raise TooManyImages for more runs than are allowed, or for more maps than the response can show.
+
+        The label may be a form's field, where the query has none.
+        """
         images, max_runs = len(payload.uploads), self._service.settings.explain_max_runs
         if images * (1 + RUNS) > max_runs:
             raise TooManyImages(
@@ -79,6 +80,9 @@ class ExplainRequest(InferenceRequest):
             )
         if self._wants_png and images > 1:
             raise TooManyImages("As image/png the response shows one image; send one, or accept application/json.")
+        if self._label is None and (label := payload.options.get("label")) is not None:
+            assert self._live is not None
+            self._label = index_of(label, self._live)
 
     def _label_of(self, prediction: Prediction) -> tuple[int, float]:
         (first, *_), _ = prediction.top(1)
@@ -140,6 +144,13 @@ class ExplainRequest(InferenceRequest):
             "explanations": explanations,
         }
         return json_response(200, json.dumps(content).encode(), self._request_id)
+
+
+def index_of(label: str, live: LiveModel) -> int:
+    """Return a label's index, or raise InvalidLabel."""
+    if label not in live.metadata.labels:
+        raise InvalidLabel(f"This model has no label {label[:40]!r}; GET /models lists those that it has.")
+    return live.metadata.labels.index(label)
 
 
 class ExplainEndpoint(InferenceEndpoint):

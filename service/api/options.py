@@ -98,9 +98,14 @@ def read_normalize(query: bytes) -> bool:
         BadRequest: another parameter, one given twice, or neither true nor false.
     """
     value = _only_parameter(query, "normalize")
-    if value not in (None, "true", "false"):
+    return value is None or checked_normalize(value)
+
+
+def checked_normalize(value: str) -> bool:
+    """Read true or false, or raise BadRequest."""
+    if value not in ("true", "false"):
         raise BadRequest("normalize must be true or false.")
-    return value != "false"
+    return value == "true"
 
 
 def _only_parameter(query: bytes, name: str) -> str | None:

@@ -7,7 +7,7 @@ import re
 from binascii import a2b_base64
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final
 from urllib.parse import unquote_to_bytes
@@ -30,6 +30,7 @@ from service.errors import (
 
 FORM: Final = "multipart/form-data"
 JSON: Final = "application/json"
+OPTIONS: Final = frozenset({"top_k", "label", "normalize"})
 BYTES: Final = frozenset({"application/octet-stream", "binary/octet-stream"})  # the second is what S3 says
 URL_SAFE: Final = bytes.maketrans(b"-_", b"+/")  # RFC 4648, section 5
 # RFC 5987
@@ -48,11 +49,11 @@ class Payload:
 
     Attributes:
         uploads: the image files in their order; never empty.
-        top_k: a form's field as it was sent, which may be no number; None where there is none.
+        options: a form's text fields whose names are those of query parameters, as they were sent.
     """
 
     uploads: list[Upload]
-    top_k: str | None = None
+    options: dict[str, str] = field(default_factory=dict)
 
 
 def check_size(size: int, max_bytes: int) -> None:
@@ -200,7 +201,7 @@ def boundary_of(content_type: str) -> bytes:
 
 
 def parse_form(content_type: str, body: bytes, max_images: int) -> Payload:
-    """Read every file of a multipart/form-data body, whatever its field is called, and the field `top_k`."""
+    """Read every file of a multipart/form-data body, whatever its field is called, and the fields of OPTIONS."""
     payload = Payload([])
     for number, (head, content) in enumerate(parts_of(body, boundary_of(content_type)), 1):
         if number > max_images + SPARE_PARTS:
@@ -208,16 +209,16 @@ def parse_form(content_type: str, body: bytes, max_images: int) -> Payload:
         headers = part_headers(head)
         disposition = headers.get(b"content-disposition", b"")
         options = parse_options_header(disposition)[1]
-        field = options.get(b"name", b"").decode("utf-8", "replace")
+        name = options.get(b"name", b"").decode("utf-8", "replace")
         filename = options.get(b"filename")
         if filename is None:
             filename = extended_name(disposition)
-        content = transfer_decoded(content, headers, field)
+        content = transfer_decoded(content, headers, name)
         if not content and filename == b"":
             continue  # what a browser sends for a file input in which nothing was chosen
         if filename is None and not holds_image(content, headers):
-            if field == "top_k":
-                payload.top_k = content.decode("latin-1")
+            if name in OPTIONS:
+                payload.options[name] = content.decode("utf-8", "replace")
             continue  # a token against forgery, a note: the commonest habit of clients
         check_count(len(payload.uploads) + 1, max_images)
         payload.uploads.append(Upload(content, None if filename is None else filename.decode("utf-8", "replace")))

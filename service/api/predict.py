@@ -34,9 +34,9 @@ class PredictRequest(InferenceRequest):
         self._top_k = checked_top_k(asked, self._writer.classes, self._service.settings.max_top_k)
 
     def _check_payload(self, payload: Payload) -> None:
-        if payload.top_k is None:
+        if (field := payload.options.get("top_k")) is None:
             return
-        asked = positive(payload.top_k, InvalidTopK())
+        asked = positive(field, InvalidTopK())
         if self._asked_top_k is None:
             self._top_k = checked_top_k(asked, self._writer.classes, self._service.settings.max_top_k)
 

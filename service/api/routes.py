@@ -16,7 +16,6 @@ from service.api.schemas import (
     PREDICT_ERRORS,
     PREDICTED,
     TOP_K,
-    TOP_K_FIELD,
     EmbedResponse,
     ErrorResponse,
     ExplainResponse,
@@ -87,7 +86,7 @@ def add_inference(router: APIRouter, settings: Settings) -> None:
         responses=PREDICTED | error_responses(PREDICT_ERRORS),
         openapi_extra={
             "parameters": [TOP_K, *INFERENCE_PARAMETERS],
-            "requestBody": {"required": True, "content": inference_bodies(max_images, TOP_K_FIELD)},
+            "requestBody": {"required": True, "content": inference_bodies(max_images, "top_k")},
         },
     )
     async def predict() -> PredictResponse:
@@ -101,7 +100,7 @@ def add_inference(router: APIRouter, settings: Settings) -> None:
         responses=EXPLAINED | error_responses(EXPLAIN_ERRORS),
         openapi_extra={
             "parameters": [LABEL, *INFERENCE_PARAMETERS],
-            "requestBody": {"required": True, "content": inference_bodies(max_explained)},
+            "requestBody": {"required": True, "content": inference_bodies(max_explained, "label")},
         },
     )
     async def explain() -> ExplainResponse:
@@ -115,7 +114,7 @@ def add_inference(router: APIRouter, settings: Settings) -> None:
         responses=EMBEDDED | error_responses(EMBED_ERRORS),
         openapi_extra={
             "parameters": [NORMALIZE, *INFERENCE_PARAMETERS],
-            "requestBody": {"required": True, "content": inference_bodies(max_images)},
+            "requestBody": {"required": True, "content": inference_bodies(max_images, "normalize")},
         },
     )
     async def embed() -> EmbedResponse:

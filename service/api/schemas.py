@@ -235,8 +235,9 @@ def error_responses(
     return described
 
 
-def inference_bodies(max_images: int, fields: str = "text fields are ignored.") -> dict[str, Any]:
-    """Return the OpenAPI content of a request with images; `fields` says what becomes of a form's text fields."""
+def inference_bodies(max_images: int, parameter: str) -> dict[str, Any]:
+    """Return the OpenAPI content of a request with images; the query parameter may be a form's text field too."""
+    fields = f"a text field {parameter} counts where the query has none; other text fields are ignored."
     several = {"type": "array", "minItems": 1, "maxItems": max_images}
     files = several | {"items": {"type": "string", "format": "binary"}}
     return {
@@ -284,7 +285,6 @@ EXPLAINED: dict[int | str, dict[str, Any]] = {
 EMBEDDED: dict[int | str, dict[str, Any]] = {
     200: {"description": "The features of each image.", "headers": INFERENCE_HEADERS}
 }
-TOP_K_FIELD = "a text field top_k counts where the query has none; other text fields are ignored."
 TOP_K: dict[str, Any] = {
     "name": "top_k",
     "in": "query",

@@ -147,9 +147,8 @@ def parse(content_type: bytes, body: bytes) -> str:
         return refused(result)
     assert 1 <= len(result.uploads) <= MAX_IMAGES
     assert all(isinstance(upload, Upload) and upload.data for upload in result.uploads)
-    if result.top_k is not None and isinstance(
-        wrong := outcome(lambda: positive(result.top_k, InvalidTopK())), ServiceError
-    ):
+    top_k = result.options.get("top_k")
+    if top_k is not None and isinstance(wrong := outcome(lambda: positive(top_k, InvalidTopK())), ServiceError):
         return refused(wrong)
     return "uploads"
 

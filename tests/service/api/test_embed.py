@@ -60,6 +60,16 @@ async def test_a_bad_parameter_is_refused(tmp_path: Path, query: str) -> None:
         assert (answer.status_code, error_of(answer.content)) == (400, "bad_request")
 
 
+async def test_the_parameter_may_be_a_field_of_a_form_and_the_query_goes_before_it(tmp_path: Path) -> None:
+    async with running(tmp_path, FakeEngine(feature_dim=3)) as run:
+        files = {"file": ("a.png", png(1))}
+        for query, field, normalized in (("", "false", False), ("?normalize=true", "false", True)):
+            answer = await run.client.post(f"/embed{query}", files=files, data={"normalize": field})
+            assert answer.json()["normalized"] is normalized
+        answer = await run.client.post("/embed", files=files, data={"normalize": "no"})
+        assert (answer.status_code, error_of(answer.content)) == (400, "bad_request")
+
+
 async def test_a_vector_of_zeros_stays_one(tmp_path: Path) -> None:
     async with running(tmp_path, FakeEngine(feature_dim=1)) as run:
         answer = await run.client.post("/embed", content=png(0), headers=PNG)

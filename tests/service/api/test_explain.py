@@ -76,6 +76,16 @@ async def test_a_label_that_is_none_is_refused_before_anything_runs(tmp_path: Pa
         assert run.engine.batches == []
 
 
+async def test_the_label_may_be_a_field_of_a_form_and_the_query_goes_before_it(tmp_path: Path) -> None:
+    async with running(tmp_path) as run:
+        files = {"file": ("a.png", png(1))}
+        for query, field, index in (("", "class 2", 2), ("?label=class%201", "class 2", 1)):
+            answer = await run.client.post(f"/explain{query}", files=files, data={"label": field})
+            assert [each["index"] for each in answer.json()["explanations"]] == [index]
+        answer = await run.client.post("/explain", files=files, data={"label": "dragon"})
+        assert (answer.status_code, error_of(answer.content)) == (400, "invalid_label")
+
+
 async def test_as_png_the_image_comes_with_its_map(tmp_path: Path) -> None:
     async with running(tmp_path) as run:
         photograph = encode(pixels(90, 60), "PNG")

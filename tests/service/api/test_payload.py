@@ -142,7 +142,7 @@ def field(name: str, value: bytes) -> tuple[str, bytes]:
 
 def test_text_fields_beside_the_file_are_ignored_but_for_top_k() -> None:
     body = form(field("csrf_token", b"x"), (file_part(), DATA), field("top_k", b"3"), field("notes", b"\xff"))
-    assert parse_payload(FORM, body) == Payload([Upload(DATA, "a.png")], top_k="3")
+    assert parse_payload(FORM, body) == Payload([Upload(DATA, "a.png")], {"top_k": "3"})
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_form_that_a_mail_library_writes() -> None:
         message.attach(part)
     head, _, body = message.as_bytes(policy=message.policy.clone(linesep="\r\n")).partition(b"\r\n\r\n")
     content_type = head.partition(b"Content-Type: ")[2].partition(b"\r\nMIME")[0].replace(b"\r\n", b"").decode()
-    assert parse_payload(content_type, body) == Payload([Upload(DATA, "ein langer Name.png")], top_k="2")
+    assert parse_payload(content_type, body) == Payload([Upload(DATA, "ein langer Name.png")], {"top_k": "2"})
 
 
 @pytest.mark.parametrize("coding", ["base64", "BASE64", "binary", "8bit", "7bit"])
