@@ -88,6 +88,9 @@ class OnnxEngine:
         tune_batch_size: measure at warm-up which batch size is fastest, and make it the largest (CPU only).
         runs_alone: see `Engine`.
 
+    Attributes:
+        without_graphs: why it has no CUDA graphs, though they were asked for; else None.
+
     Raises:
         EngineError: the file can't be loaded, does not run on that provider, or its graph breaks the contract.
         ArtifactError: its metadata break the contract.
@@ -123,6 +126,7 @@ class OnnxEngine:
         self._runner: Runner | None = None
         self.max_batch_size = max_batch_size
         self.runs_alone = runs_alone
+        self.without_graphs: str | None = None
         self._open()
         self._tunes = tune_batch_size and self.provider == "cpu"
 
@@ -236,6 +240,7 @@ class OnnxEngine:
         # Logged first: on a GPU that has gone, freeing the session ends the process.
         logger.warning("%s: no CUDA graphs, kernels are launched one by one: %s", self.path, reason)
         self.close()  # before another session needs the memory
+        self.without_graphs = reason
         self._spec = replace(self._spec, cuda_graphs=False)
         self.max_batch_size = self._spec.max_batch_size
         self.metadata, self._runner = _open(self.path, self._spec, self._buckets)

@@ -11,11 +11,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common import ROOT, BenchmarkError
+from benchmarks.gpu_report import forms
 from benchmarks.gpu_report import parts as parts_module
 from benchmarks.gpu_report.__main__ import run_parts
+from benchmarks.gpu_report.forms import BOUND, GRAPHS
 from benchmarks.gpu_report.page import Report
 from benchmarks.gpu_report.parts import SHIPPED, Part, Run, all_parts, first_answer, gpu_tests, http, prepare
 from benchmarks.tiny_model import make_tiny_model
+from service.engine.onnx_engine import OnnxEngine
+from service.engine.session import EngineError
 from tests.benchmarks.test_summary import load_of
 
 FLAGS = ("--device", "cpu", "--presets", "--batches", "1", "2", "--http-seconds", "1")
@@ -113,6 +117,24 @@ def test_a_part_that_raises_or_takes_too_long_gets_a_row_and_the_others_run(run:
     assert notes["endless"].startswith("stopped: its ")
     assert notes["fine"] == "done"
     assert [row["part"] for row in rows(run.report.folder)] == ["broken", "endless", "fine"]
+
+
+def test_a_form_without_its_graphs_is_not_measured_under_their_name(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As beside torch's CUDA build, whose cuDNN is older than graphs want."""
+    opened = []
+
+    def warm_up(engine: OnnxEngine) -> None:
+        opened.append(engine)
+        engine.without_graphs = "cuDNN must be 9.28.0 or newer"
+
+    monkeypatch.setattr(OnnxEngine, "warm_up", warm_up)
+    file = tiny / "1" / "model.onnx"
+    forms.open_form(BOUND, file, "cpu", [1])
+    with pytest.raises(EngineError, match=r"^no CUDA graphs: cuDNN must be 9\.28\.0 or newer$"):
+        forms.open_form(GRAPHS, file, "cpu", [1])
+    assert [engine._runner is None for engine in opened] == [False, True]
 
 
 def test_without_fastapi_or_pytest_the_rows_say_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

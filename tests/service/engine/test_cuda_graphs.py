@@ -80,6 +80,7 @@ def test_where_graphs_can_not_be_captured_kernels_are_launched_one_by_one(
     assert fake.held == [0, 0]  # what could not be captured has given its memory back
     assert fake.runs == [4, 4, 2, 2, 1, 1]
     assert caplog.text.count("no CUDA graphs") == 1
+    assert engine.without_graphs is not None
     images = tiny_images(3)
     np.testing.assert_array_equal(engine.run(images), tiny_logits(images, 1))
 
@@ -104,6 +105,7 @@ def test_a_small_batch_without_memory_for_its_graph_is_padded_to_one_that_has_it
     engine = OnnxEngine(folder / "model.onnx", provider="cuda", max_batch_size=8)
     engine.warm_up()
     assert fake.opened == [True]
+    assert engine.without_graphs is None
     assert engine.max_batch_size == 8
     assert "no memory for batches of 2 alone; the next size takes them" in caplog.text
     fake.runs.clear()
