@@ -76,6 +76,7 @@ yes, both ways |
 | output `logits` | FP32 `[N, C]` | the default |
 | output `probabilities` | FP32 `[N, C]` | their softmax |
 | output `features` | FP32 `[N, D]` | where the model has them ([explanations](explanations.md)) |
+| output `unfamiliarity` | FP32 `[N, 1]` | where the model has it ([explanations](explanations.md)) |
 
 A request has one input. More inputs, another name, datatype, shape or length, and an output that the model has not, are
 answered with 400.
