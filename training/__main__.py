@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from training.cli import batch_sizes, build_parser, choose_preset
-from training.recipe import DEFAULT_RECIPE, is_bare, plan
+from training.recipe import DEFAULT_RECIPE, is_bare, plan, read_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if stages is None:
                 raise ValueError("--stages shows those of a recipe: name one by --recipe.")
             print(*(stage.describe() for stage in stages), sep="\n")
+            if took := read_recipe(args.recipe).took:
+                print(f"It took {took}.")
             return 0
         preset = choose_preset(args) if stages is None else None
     except ValueError as error:

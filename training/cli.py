@@ -256,7 +256,7 @@ def choose_preset(args: argparse.Namespace) -> Preset | None:
     if init is not None:
         preset = preset.model_copy(update={"model": init.model})
     try:
-        chosen = Preset(model=_changed(preset.model, changes), train=_changed(preset.train, changes))
+        chosen = Preset(model=changed(preset.model, changes), train=changed(preset.train, changes))
     except ValidationError as error:
         first = error.errors()[0]
         flag = "".join(f"{_flag(str(part))} {first['input']}: " for part in first["loc"])
@@ -288,6 +288,7 @@ def _refuse(given: list[str]) -> None:
         raise ValueError(f"--resume goes on with the run as it was configured; leave out {flags}, or start a new run.")
 
 
-def _changed(config: Config, changes: dict[str, Any]) -> Config:
+def changed(config: Config, changes: dict[str, Any]) -> Config:
+    """A configuration with those of the changes that are its fields."""
     mine = {name: value for name, value in changes.items() if name in type(config).model_fields}
     return type(config).model_validate(config.model_dump() | mine)

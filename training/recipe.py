@@ -6,10 +6,16 @@ import argparse
 import shlex
 import sys
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from training.cli import build_parser, overrides
+from training.cli import DEFAULT_PRESET, build_parser, changed, overrides
+from training.config import PRESETS
+
+if TYPE_CHECKING:
+    from training.checkpoint import RunConfig
 
 SHIPPED = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "version-11"  # what made the shipped model
@@ -86,8 +92,26 @@ def is_bare(args: argparse.Namespace) -> bool:
     return all(getattr(args, name) is None for name in says) and not overrides(args)
 
 
-def read_lines(recipe: str) -> list[str]:
-    """The stages of a recipe, each a line of flags.
+def shipped_recipes() -> list[str]:
+    """Names of the recipes in `training/recipes`."""
+    return sorted(file.stem for file in SHIPPED.glob("*.toml"))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the file of a recipe holds.
+
+    Attributes:
+        lines: its stages, each a line of flags.
+        took: how long it took, and where; None where nobody has said it.
+    """
+
+    lines: list[str]
+    took: str | None = None
+
+
+def read_recipe(recipe: str) -> Recipe:
+    """Read a recipe.
 
     Args:
         recipe: path of a file, or the name of one in `training/recipes`.
@@ -95,7 +119,7 @@ def read_lines(recipe: str) -> list[str]:
     Raises:
         ValueError: there is none, or it is no recipe; a sentence for the user.
     """
-    shipped = sorted(file.stem for file in SHIPPED.glob("*.toml"))
+    shipped = shipped_recipes()
     path = SHIPPED / f"{recipe}.toml" if recipe in shipped else Path(recipe)
     if not path.is_file():
         raise ValueError(
@@ -105,12 +129,51 @@ def read_lines(recipe: str) -> list[str]:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"--recipe {recipe}: is no TOML ({error}).") from error
-    stages = content.get("stages")
-    if content.keys() != {"stages"} or not isinstance(stages, list) or not stages:
-        raise ValueError(f'--recipe {recipe}: must hold stages = ["flags of a stage", ...] and nothing else.')
+    stages, took = content.get("stages"), content.get("took")
+    if not {"stages"} <= content.keys() <= {"stages", "took"} or not isinstance(stages, list) or not stages:
+        raise ValueError(
+            f'--recipe {recipe}: must hold stages = ["flags of a stage", ...], may hold took = "how long", and nothing '
+            "else."
+        )
     if not all(isinstance(line, str) for line in stages):
         raise ValueError(f"--recipe {recipe}: each of its stages must be a text, the flags of that stage.")
-    return stages
+    if not isinstance(took, str | None):
+        raise ValueError(f'--recipe {recipe}: took must be a text, such as "a day on two cores".')
+    return Recipe(stages, took)
+
+
+def find_recipe(run: RunConfig) -> str | None:
+    """The shipped recipe whose stages are the runs that led to one and that one itself, whoever started them.
+
+    The precision, which is the machine's, may differ.
+    """
+    parser = build_parser()
+    plans = {name: plan(parser.parse_args(flags := ["--recipe", name]), flags) for name in shipped_recipes()}
+    return next((name for name, stages in plans.items() if _has_trained(stages, run)), None)
+
+
+def _has_trained(stages: Sequence[Stage], run: RunConfig) -> bool:
+    """Whether the flags of each stage are those of a run that led to this one, in that order."""
+    ancestry = run.ancestry()
+    runs = [*(origin.run for origin in ancestry), run]
+    if len(stages) != len(runs):
+        return False
+    # Of all stages but the last, which led to none.
+    digests = {stage.folder: origin.checkpoint_sha256 for stage, origin in zip(stages, ancestry, strict=False)}
+    for stage, theirs in zip(stages, runs, strict=True):
+        begins_with = [digests.get(path) for path in (*(stage.args.init or ()), *(stage.args.teacher or ()))]
+        if begins_with != [origin.checkpoint_sha256 for origin in theirs.origins]:
+            return False
+        name = stage.args.preset or (theirs.init.run.preset if theirs.init else DEFAULT_PRESET)
+        preset, changes = PRESETS[name], overrides(stage.args)
+        model = changed(theirs.init.run.model if theirs.init else preset.model, changes)
+        model = model.model_copy(update={"num_classes": theirs.model.num_classes})
+        train = changed(preset.train, changes).model_copy(update={"precision": theirs.train.precision})
+        if (name, model, train) != (theirs.preset, theirs.model, theirs.train):
+            return False
+        if (theirs.dataset, theirs.labels) != (run.dataset, run.labels):
+            return False
+    return True
 
 
 def plan(args: argparse.Namespace, argv: list[str]) -> list[Stage]:
@@ -126,7 +189,7 @@ def plan(args: argparse.Namespace, argv: list[str]) -> list[Stage]:
     given = [name for name in OF_A_STAGE if getattr(args, name) is not None]
     if given:
         raise ValueError(f"--recipe takes no {_flags(given)}: its stages say that; leave it out, or write a recipe.")
-    lines = read_lines(args.recipe)
+    lines = read_recipe(args.recipe).lines
     name = args.recipe if (SHIPPED / f"{args.recipe}.toml").is_file() else Path(args.recipe).name
     for_all = shlex.join(_given_flags(argv))
     folder = args.out or Path("runs") / Path(name).stem

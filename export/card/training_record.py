@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
@@ -9,11 +10,12 @@ from pydantic import BaseModel
 from export.card.markdown import bullet, code, duration, paragraph, table
 from export.source import Source, top5
 from service.engine.metadata import ModelMetadata
-from training.checkpoint import Origin, RecipeStage, RunConfig
+from training.checkpoint import Origin, RunConfig
 from training.cli import format_flag
 from training.config import PRESETS
 from training.data.dataset import CIFAR100
 from training.metrics_log import MACHINE_FIELDS
+from training.recipe import find_recipe, read_recipe, shipped_recipes
 
 STAGE_FOLDER = "runs/stage"
 FIRST_EPOCHS = (1, 2, 5)
@@ -34,8 +36,8 @@ def training_commands(source: Source) -> Iterator[str]:
             flags.append(f"--processes {machines[0].processes} --threads {machines[0].threads}")
         elif machines[0].processes > 1:
             launcher = f"torchrun --standalone --nproc-per-node {machines[0].processes}"
-    if (stages := recipe_stages(source.run)) and (last := stages[-1]):
-        yield " ".join([launcher, "-m training", last.recipe, *flags, *data_flags(source.run)])
+    if (recipe := recipe_of(source.run)) is not None:
+        yield " ".join([launcher, "-m training", recipe.flags, *flags, *data_flags(source.run)])
         return
     folders: dict[str, str] = {}
     for number, origin in enumerate(source.run.ancestry(), 1):
@@ -45,13 +47,38 @@ def training_commands(source: Source) -> Iterator[str]:
     yield training_command(launcher, source.run, [*flags, *origin_flags(source.run, folders)])
 
 
-def recipe_stages(run: RunConfig) -> list[RecipeStage]:
-    """Return the stages of the recipe that trained a run from its beginning to its end; empty where none did."""
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """The recipe that a run is the last stage of.
+
+    Attributes:
+        flags: --recipe, and what was given beside it.
+        lines: flags of each stage.
+        took: how long it took, and where; None where the recipe does not say so.
+        is_found: whether its stages were started one by one, and are known by what they trained.
+    """
+
+    flags: str
+    lines: Sequence[str]
+    took: str | None
+    is_found: bool = False
+
+
+def recipe_of(run: RunConfig) -> TrainingRecipe | None:
+    """Return the recipe that trained a run from its beginning to its end, or a shipped one that says the same."""
     stages = [each.stage for each in (*(origin.run for origin in run.ancestry()), run)]
-    if run.stage is None or run.stage.number != run.stage.count:
-        return []
-    of_recipe = [stage for stage in stages if stage is not None and stage.recipe == run.stage.recipe]
-    return of_recipe if len(of_recipe) == len(stages) else []
+    last = run.stage
+    if last is not None and last.number == last.count:
+        of_recipe = [stage for stage in stages if stage is not None and stage.recipe == last.recipe]
+        if len(of_recipe) == len(stages):
+            name = last.recipe.removeprefix("--recipe ")
+            took = read_recipe(name).took if name in shipped_recipes() else None
+            return TrainingRecipe(last.recipe, [stage.line for stage in of_recipe], took)
+    found = find_recipe(run)
+    if found is None:
+        return None
+    recipe = read_recipe(found)
+    return TrainingRecipe(f"--recipe {found}", recipe.lines, recipe.took, is_found=True)
 
 
 def data_flags(run: RunConfig) -> list[str]:
@@ -94,7 +121,7 @@ def training_command(launcher: str, run: RunConfig, flags: Sequence[str]) -> str
 def describe_run(source: Source) -> str:
     """Return the epoch of the weights, the duration and machine of the run, its initial weights and its teachers."""
     inits, epochs = source.run.inits, len(source.epochs)
-    earlier = "an earlier stage trains" if recipe_stages(source.run) else "the commands before the last train"
+    earlier = "an earlier stage trains" if recipe_of(source.run) else "the commands before the last train"
     each = "; ".join(f"epoch {init.epoch}, {describe_origin(init)}" for init in inits)
     if source.run.train.epochs == 0:
         return f"The mean of the weights of {len(inits)} models, which {earlier}: {each}."
@@ -150,10 +177,18 @@ def on_machines(source: Source) -> str:
 
 def stage_list(run: RunConfig) -> list[str]:
     """Return the stages of the recipe that trained a run, in lines; empty where none did."""
-    stages = recipe_stages(run)
-    if not stages:
+    recipe = recipe_of(run)
+    if recipe is None:
         return []
-    return ["Its stages, each of which begins with the one before it:", "", *(f"1. {code(s.line)}" for s in stages), ""]
+    took = "" if recipe.took is None else f"It took {recipe.took}. "
+    one_by_one = "Its stages were started one by one; this command draws other random numbers. "
+    order = "Each of these stages begins with the one before it, unless it says otherwise:"
+    return [
+        paragraph(f"{took}{one_by_one if recipe.is_found else ''}{order}"),
+        "",
+        *(f"1. {code(line)}" for line in recipe.lines),
+        "",
+    ]
 
 
 def first_epochs(source: Source) -> str:
@@ -172,9 +207,10 @@ def first_epochs(source: Source) -> str:
     ]
     if not rows:
         return ""
+    whose = "its" if recipe_of(source.run) is None else "the last stage's"
     text = paragraph(
-        "These were its first epochs, on validation images. A new run comes close to them; it repeats them bit for bit "
-        "only on the same device with as many processes and threads. `metrics.json` has every epoch."
+        f"These were {whose} first epochs, on validation images. A new run comes close to them; it repeats them bit "
+        "for bit only on the same device with as many processes and threads. `metrics.json` has every epoch."
     )
     head = ("epoch", "training loss", "validation loss", "top-1", *top5(source, "top-5"))
     return f"{text}\n\n{table(head, rows)}\n"

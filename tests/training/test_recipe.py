@@ -17,9 +17,9 @@ from training import checkpoint
 from training.__main__ import main
 from training.checkpoint import RunConfig
 from training.cli import build_parser
-from training.config import PRESETS
-from training.recipe import DEFAULT_RECIPE, is_bare, plan, read_lines
+from training.recipe import DEFAULT_RECIPE, find_recipe, is_bare, read_recipe
 from training.report_schema import Report
+from training.transfer import find_checkpoint
 
 FLAGS = [flag for flag in RECIPE if not flag.startswith(("--threads", "--device"))]
 MACHINE = ["--threads=1", "--device=cpu"]
@@ -100,8 +100,10 @@ def test_a_stage_of_other_flags_is_not_taken_for_this_one(
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
-        ("stages = []", [], 'must hold stages = ["flags of a stage", ...] and nothing else.'),
+        ("stages = []", [], 'must hold stages = ["flags of a stage", ...], may hold took'),
         ("stages = [3]", [], "each of its stages must be a text"),
+        ('stages = ["--epochs 3"]\ntook = 3', [], "took must be a text"),
+        ('stages = ["--epochs 3"]\nhours = "3"', [], "and nothing else."),
         ("stages = ", [], "is no TOML"),
         ('stages = ["--out x"]', [], "stage 1 says --out, which is given beside --recipe."),
         ('stages = ["--epochs 3"]', ["--init", "x"], "--recipe takes no --init: its stages say that"),
@@ -135,28 +137,40 @@ def test_without_a_word_of_what_to_train_the_default_recipe_is_meant(capsys: pyt
     for flags in (["--epochs=1"], ["--preset=compact"], ["--data=x"], ["--init=x"], ["--resume=x"], ["--no-flip"]):
         assert not is_bare(build_parser().parse_args(flags))
     assert main(["--stages"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(read_lines(DEFAULT_RECIPE))
+    recipe = read_recipe(DEFAULT_RECIPE)
+    *stages, last = capsys.readouterr().out.splitlines()
+    assert len(stages) == len(recipe.lines)
+    assert last == f"It took {recipe.took}."
 
 
 def test_the_recipe_of_the_shipped_model_is_what_trained_it() -> None:
     """Its stages' configurations, from the checkpoint; the machine decides the precision now."""
-    run = checkpoint.load(Path("models/perceiver-cifar100/11/checkpoint.safetensors"))[1].run
-    wanted = [*(origin.run for origin in run.ancestry()), run]
-    parser = build_parser()
-    stages = plan(parser.parse_args(["--recipe", DEFAULT_RECIPE]), ["--recipe", DEFAULT_RECIPE])
-    assert len(stages) == len(wanted)
-    digests = {f"stage-{i}": origin.checkpoint_sha256 for i, origin in enumerate(run.ancestry(), 1)}
-    model = PRESETS["compact"].model
-    for stage, theirs in zip(stages, wanted, strict=True):
-        changes = {name: value for name, value in vars(stage.args).items() if value is not None}
-        model = model.model_copy(
-            update={name: changes[name] for name in changes.keys() & type(model).model_fields.keys()}
-        )
-        train = PRESETS["compact"].train
-        train = train.model_copy(
-            update={name: changes[name] for name in changes.keys() & type(train).model_fields.keys()}
-        )
-        assert model == theirs.model, stage.number
-        assert train.model_copy(update={"precision": "bfloat16"}) == theirs.train, stage.number
-        paths = (*(stage.args.init or ()), *(stage.args.teacher or ()))
-        assert [digests[path.name] for path in paths] == [origin.checkpoint_sha256 for origin in theirs.origins]
+    source = load_source(Path("models/perceiver-cifar100"))
+    run = source.run
+    assert find_recipe(run) == DEFAULT_RECIPE
+    recipe = read_recipe(DEFAULT_RECIPE)
+    assert recipe.took is not None
+    record = training_record(source, make_metadata(source, "things"))
+    assert [line for line in record.splitlines() if line.startswith("    ")] == [
+        f"    python -m training --recipe {DEFAULT_RECIPE}"
+    ]
+    assert f"It took {recipe.took}." in record.replace("\n", " ")
+    assert "Its stages were started one by one" in record
+    assert f"1. `{recipe.lines[-1]}`" in record
+
+
+def test_a_run_of_other_stages_is_not_the_recipe_s() -> None:
+    run = checkpoint.load(find_checkpoint(Path("models/perceiver-cifar100")))[1].run
+    assert run.init is not None
+    warmer = run.train.model_copy(update={"learning_rate": 0.5})
+    first = run.init.run.model_copy(update={"train": run.init.run.train.model_copy(update={"seed": 1})})
+    for changes in (
+        {"train": warmer},
+        {"preset": "accurate"},
+        {"model": run.model.model_copy(update={"num_blocks": 5})},
+        {"init": run.init.model_copy(update={"run": first})},
+        {"init": run.init.model_copy(update={"checkpoint_sha256": "0" * 64}), "averaged": ()},
+        {"init": None, "averaged": (), "teachers": ()},
+        {"labels": ("other", *run.labels[1:])},
+    ):
+        assert find_recipe(run.model_copy(update=changes)) is None, changes.keys()
