@@ -2,9 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from service.errors import ExplainDisabled, InferenceFailed, InvalidLabel, TooMa
 from service.explanation.masks import METHOD, RUNS, Grid, cover, grid_of, heat_map, mean_colour, rise_masks
 from service.explanation.overlay import display_size, overlay
 from service.repository.versions import LiveModel
+
+T = TypeVar("T")
 
 DIGITS: Final = 6  # of the numbers in a response
 
@@ -51,7 +53,7 @@ class ExplainRequest(InferenceRequest):
 
     async def _explain(self, live: LiveModel, images: Sequence[Pixels] | Pixels) -> None:
         try:
-            masks = await asyncio.to_thread(rise_masks, grid_of(live.metadata.input_size))
+            masks = await self._in_thread(partial(rise_masks, grid_of(live.metadata.input_size)))
             predictions = await self._run(live, images)
             self._explained = [self._label_of(prediction) for prediction in predictions]
             self._maps = [
@@ -94,10 +96,10 @@ class ExplainRequest(InferenceRequest):
         # A large batch must leave room for others, whom a full queue would refuse.
         size = min(live.batcher.max_batch_size, len(masks), max(1, self._service.admission.max_images // 2))
         self._ticket.add(images=max(0, size - self._ticket.images))
-        fill = await asyncio.to_thread(mean_colour, image)
+        fill = await self._in_thread(partial(mean_colour, image))
         covered: list[float] = []
         for start in range(0, len(masks), size):
-            batch = await asyncio.to_thread(cover, image, fill, masks[start : start + size])
+            batch = await self._in_thread(partial(cover, image, fill, masks[start : start + size]))
             predictions = await self._run(live, batch)
             covered += softmax(np.stack([prediction.logits for prediction in predictions]))[:, label].tolist()
         if not np.isfinite(covered).all():
@@ -112,12 +114,15 @@ class ExplainRequest(InferenceRequest):
         finally:
             del future  # an error's traceback holds this frame: a cycle of references
 
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        return await self._service.decoder.in_thread(function, self._until)
+
     async def _drawn(self, live: LiveModel) -> bytes:
         shown = live.metadata.model_copy(update={"input_size": display_size(live.metadata.input_size)})
         (image,) = await self._service.decoder.decode(self._uploads, shown, self._until)
         ((label, probability),) = self._explained
         title = f"{live.metadata.labels[label]}, {probability:.1%}"
-        return await asyncio.to_thread(partial(overlay, image, self._maps[0], title))
+        return await self._in_thread(partial(overlay, image, self._maps[0], title))
 
     def _response(self, result: list[Prediction]) -> Response:
         if self._wants_png:

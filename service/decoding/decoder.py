@@ -197,7 +197,7 @@ class Decoder:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def in_thread(self, function: Callable[[], T], deadline: float) -> T:
-        """Call a function that parses a large body.
+        """Call a function that would hold up the event loop, in one of few threads that are there from the start.
 
         Raises:
             DeadlineExceeded: it did not return before the deadline.

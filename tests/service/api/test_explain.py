@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,20 @@ async def test_the_map_says_how_far_the_probability_falls(tmp_path: Path) -> Non
         (each,) = answer.json()["explanations"]
         found = np.array(each["map"])
         assert found[0, 0] == found.max() > 3 * np.sort(found.ravel())[-2]
+
+
+async def test_no_thread_is_started_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system starts no more threads, the answer would be 500."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async with running(tmp_path) as run:
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        for accept in ("application/json", "image/png"):
+            answer = await run.client.post("/explain", content=png(1), headers=PNG | {"accept": accept})
+            assert answer.status_code == 200, answer.text
+        monkeypatch.undo()
 
 
 async def test_another_label_can_be_explained(tmp_path: Path) -> None:
