@@ -16,11 +16,13 @@ def test_the_first_answer_is_the_one_in_the_readme(tmp_path_factory: pytest.Temp
     """Rounded: the last digits are the processor's."""
     shown = README.partition(COMMAND)[2].partition("##")[0]
     version = int(re.search(r'"version":(\d+)', shown)[1])  # type: ignore[index]
-    entries = [json.loads(entry) for entry in re.findall(r'\{"label".*?\}', shown)]
-    assert len(entries) == 2
+    (entry,) = [json.loads(entry) for entry in re.findall(r'\{"label".*?\}', shown)]
+    unfamiliarity = float(re.search(r'"unfamiliarity":([0-9.]+)', shown)[1])  # type: ignore[index]
     with started(tmp_path_factory.mktemp("readme"), "--provider", "cpu") as process, process.ready() as client:
         answer = client.post("/predict", files={"file": ("apple.png", (ROOT / "docs/apple.png").read_bytes())}).json()
     assert (answer["model"], answer["version"]) == ("perceiver-cifar100", version)
-    for entry, got in zip(entries, answer["predictions"][0]["top"], strict=False):
-        assert (got["label"], got["index"]) == (entry["label"], entry["index"])
-        assert got["probability"] == pytest.approx(entry["probability"], abs=0.02)
+    (image,) = answer["predictions"]
+    assert (image["top"][0]["label"], image["top"][0]["index"]) == (entry["label"], entry["index"])
+    assert image["top"][0]["probability"] == pytest.approx(entry["probability"], abs=0.02)
+    assert image["unfamiliarity"] == pytest.approx(unfamiliarity, abs=0.05)
+    assert not image["unfamiliar"]
