@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from training.checkpoint import RunConfig
 
 SHIPPED = Path(__file__).parent / "recipes"
-DEFAULT_RECIPE = "version-11"  # what made the shipped model
+DEFAULT_RECIPE = "version-12"  # what made the shipped model
 
 # What belongs to the machine or to the run as a whole, and is given beside --recipe.
 OF_THE_WHOLE = (
