@@ -14,28 +14,33 @@ import matplotlib.pyplot as plt
 
 TARGET = Path(__file__).parent / "rivals.svg"
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-PANELS = {"rivals.csv": "Tiny model", "rivals-shipped.csv": "Shipped model"}
+PANELS = (  # title, file, connections
+    ("Tiny model", "rivals.csv", "64"),
+    ("Shipped model", "rivals-shipped.csv", "64"),
+    ("Shipped model", "rivals-shipped.csv", "1"),
+)
 OURS, OTHERS = "#117068", "#9aa3ad"
 
 
-def rows_of(name: str) -> tuple[str, list[dict[str, str]]]:
-    """Return the machine and the rows of a CSV file of results."""
+def rows_of(name: str, connections: str) -> tuple[str, list[dict[str, str]]]:
+    """Return the machine of a CSV file of results, and its rows for so many connections."""
     lines = (RESULTS / name).read_text(encoding="utf-8").splitlines()
     (machine,) = (line.removeprefix("# machine: ") for line in lines if line.startswith("# machine: "))
-    return machine, list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    rows = csv.DictReader(line for line in lines if not line.startswith("#"))
+    return machine, [row for row in rows if row["connections"] == connections]
 
 
 def draw() -> str:
     """Return the SVG: a panel for each model, a bar for each server, with the range over the rounds."""
-    tables = {name: rows_of(name) for name in PANELS}
-    heights = [len(rows) for _, rows in tables.values()]
+    tables = [rows_of(name, connections) for _, name, connections in PANELS]
+    heights = [len(rows) for _, rows in tables]
     with plt.rc_context(
         {"svg.fonttype": "none", "svg.hashsalt": "rivals", "font.family": "sans-serif", "font.size": 10}
     ):
         figure, axes = plt.subplots(
             len(PANELS), figsize=(8, 0.42 * sum(heights) + 1.6), height_ratios=heights, layout="constrained"
         )
-        for axis, (name, (machine, rows)) in zip(axes, tables.items(), strict=True):
+        for axis, (title, _, connections), (machine, rows) in zip(axes, PANELS, tables, strict=True):
             middle, low, high = ([float(row[f"images_per_s{end}"]) for row in rows] for end in ("", "_min", "_max"))
             spread = [[m - least for m, least in zip(middle, low, strict=True)]]
             spread.append([most - m for m, most in zip(middle, high, strict=True)])
@@ -44,7 +49,8 @@ def draw() -> str:
             axis.barh(names, middle, xerr=spread, color=colours, height=0.62, error_kw={"elinewidth": 1, "capsize": 3})
             for place, (value, most) in enumerate(zip(middle, high, strict=True)):
                 axis.text(most + 0.01 * max(high), place, f" {value:,.0f}", va="center")
-            axis.set_title(f"{PANELS[name]}, {rows[0]['connections']} connections: {machine}", loc="left", fontsize=9)
+            many = "one connection" if connections == "1" else f"{connections} connections"
+            axis.set_title(f"{title}, {many}: {machine}", loc="left", fontsize=9)
             axis.set_xlim(0, 1.12 * max(high))
             axis.invert_yaxis()
             axis.spines[["top", "right"]].set_visible(False)
