@@ -27,8 +27,8 @@ help: ## This list
 serve: $(SERVE)/.installed ## Serve the shipped model on 127.0.0.1:8000 (PORT=, HOST=, MODEL=, RUNTIME=)
 	$(SERVE)/bin/python -m service --host $(HOST) --port $(PORT) --model-dir $(FOLDER) $(ARGS)
 
-# Tests run side by side, as tests/conftest.py says, and those that measure alone. The second run collects no other file
-# where none is named.
+# Tests run side by side, one a core; those that measure run alone. The order of the files is that of tests/conftest.py;
+# the second run collects no other file where none is named.
 test: $(DEV)/.installed ## Run every test (about 12 minutes on two cores)
 	$(DEV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 25 -m "not serial" $(ARGS)
 	$(DEV)/bin/python -m pytest -m serial $(or $(ARGS),$$(grep -rl --include='test_*.py' pytest.mark.serial tests)) || [ $$? = 5 ]

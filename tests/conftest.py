@@ -1,6 +1,5 @@
 """What every test needs."""
 
-import os
 import signal
 from pathlib import Path
 
@@ -49,11 +48,6 @@ LONG = (
     "tests/end_to_end/test_explanations.py",
 )
 PLACES = {name: place for place, name in enumerate(LONG)}
-
-
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: most tests wait for processes that they have started."""
-    return 1 + (os.cpu_count() or 1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
