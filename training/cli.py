@@ -39,7 +39,10 @@ USED_ONLY: dict[str, tuple[Callable[[Preset], bool], str]] = {
     **dict.fromkeys(("mixup", "cutmix"), (lambda preset: preset.train.mix_probability > 0, "with --mix-probability 0")),
     "decay_all": (lambda preset: preset.train.weight_decay > 0, "with --weight-decay 0"),
     "label_smoothing": (lambda preset: preset.train.distillation < 1, "with --distillation 1"),
-    "distillation_temperature": (lambda preset: preset.train.distillation > 0, "without --distillation"),
+    **dict.fromkeys(
+        ("distillation_temperature", "teachers_per_image"),
+        (lambda preset: preset.train.distillation > 0, "without --distillation"),
+    ),
     "fourier_bands": (lambda preset: preset.model.position != "learned", "with --position learned"),
     "sharing": (lambda preset: preset.model.num_iterations > 1, "with --num-iterations 1"),
     **dict.fromkeys(

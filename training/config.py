@@ -214,6 +214,11 @@ class TrainConfig(BaseModel):
     distillation_temperature: float = Field(
         2.0, gt=0, description="what divides both logits where the answers are compared"
     )
+    teachers_per_image: Literal["all", "one"] = Field(
+        "all",
+        description="who answers of an image: all teachers, in the mean, or one, by the image's place in the batch, "
+        "which costs as much as their mean does",
+    )
     ema_decay: float = Field(0.0, ge=0, lt=1, description="decay of the weight average that is evaluated; 0: off")
     best_by: Literal["top1", "loss"] = Field(
         "top1", description="validation figure that chooses the best checkpoint; of equal top1 the lower loss"

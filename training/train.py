@@ -83,10 +83,26 @@ class TrainStep(nn.Module):
         loss = augment.mixed_cross_entropy(logits, labels, weight, self.config.label_smoothing)
         if not self.teachers:
             return loss
-        answers = [teacher(self._pixels(teacher.preprocess, images, draws, weight)) for teacher in self.teachers]
+        answer = self._answer_one if self.config.teachers_per_image == "one" else self._answer_all
         return distillation_loss(
-            loss, logits, mean_answer(answers), self.config.distillation, self.config.distillation_temperature
+            loss, logits, answer(images, draws, weight), self.config.distillation, self.config.distillation_temperature
         )
+
+    def _answer_all(self, images: Tensor, draws: augment.Draws, weight: Tensor | None) -> Tensor:
+        """The mean of all teachers' answers, as logits, float [B, K]."""
+        return mean_answer(
+            [teacher(self._pixels(teacher.preprocess, images, draws, weight)) for teacher in self.teachers]
+        )
+
+    def _answer_one(self, images: Tensor, draws: augment.Draws, weight: Tensor | None) -> Tensor:
+        """Of each image one teacher's logits, float [B, K]; each teacher is asked about an equal part of the batch."""
+        count = len(self.teachers)
+        parts = [
+            teacher(self._pixels(teacher.preprocess, images, draws, weight).tensor_split(count)[i])
+            for i, teacher in enumerate(self.teachers)
+            if i < len(images)
+        ]
+        return torch.cat(parts)
 
     def _pixels(self, preprocess: Preprocess, images: Tensor, draws: augment.Draws, weight: Tensor | None) -> Tensor:
         pixels: Tensor = preprocess(images)

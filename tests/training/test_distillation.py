@@ -38,7 +38,7 @@ def taught(folder: Path, **train: object) -> tuple[RunConfig, Path]:
 def trainer_of(run: RunConfig, folder: Path, path: Path) -> Trainer:
     folder.mkdir()
     trainer = Trainer(run, data_set(), folder, ALONE)
-    trainer.load_origins([path], [])
+    trainer.load_origins([path], [path] * len(run.teachers))
     return trainer
 
 
@@ -114,6 +114,34 @@ def test_a_teacher_that_is_served_with_two_views_is_asked_once(tmp_path: Path) -
     with torch.no_grad():
         torch.testing.assert_close(teacher(pixels), served.forward_view(pixels), rtol=0, atol=0)
         assert not torch.allclose(teacher(pixels), served(pixels))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_one_teacher_an_image_is_asked_about_its_part_of_the_batch(batch: int, tmp_path: Path) -> None:
+    run, path = taught(tmp_path, teachers_per_image="one", mix_probability=1.0)
+    trainer = trainer_of(run.model_copy(update={"teachers": (read_origin(path),) * 3}), tmp_path / "run", path)
+    seen: list[Tensor] = []
+    for teacher in trainer.state.teachers:
+        teacher.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    student: list[Tensor] = []
+    trainer.state.model.register_forward_pre_hook(lambda _, inputs: student.append(inputs[0]))
+    trainer.one_step(torch.arange(batch))
+    sizes = {1: [1], 2: [1, 1], 7: [3, 2, 2]}[batch]
+    assert [len(pixels) for pixels in seen] == sizes
+    torch.testing.assert_close(torch.cat(seen), student[0], rtol=0, atol=0)
+
+
+def test_one_teacher_an_image_gives_what_all_give_where_they_agree(tmp_path: Path) -> None:
+    run, path = taught(tmp_path, epochs=1)
+    run = run.model_copy(update={"teachers": (read_origin(path),) * 2})
+    weights = []
+    for asked in ("all", "one"):
+        config = run.train.model_copy(update={"teachers_per_image": asked})
+        trainer = trainer_of(run.model_copy(update={"train": config}), tmp_path / asked, path)
+        trainer.fit()
+        weights.append(list(trainer.state.model.parameters()))
+    for mine, theirs in zip(*weights, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_a_share_of_nothing_is_the_run_without_a_teacher(tmp_path: Path) -> None:
