@@ -14,10 +14,11 @@ from training.config import PRESETS
 from training.data import cifar
 from training.data.dataset import DataError, DataSet
 from training.data.load import load_for
-from training.evaluate import TOP5_CLASSES, Metrics
+from training.evaluate import Metrics
 from training.metrics_log import MACHINE_FIELDS, MetricsEntry, read_metrics
 from training.model import Perceiver, count_parameters
 from training.preprocessing import Preprocess
+from training.recipe_run import recipe_run_of
 from training.report_schema import CURVES, METRICS_FILE, PLOTS, Report
 from training.report_schema import FILE as REPORT_FILE
 from training.transfer import find_checkpoint
@@ -61,7 +62,8 @@ class Source:
         checkpoint_sha256: of the file; zeros for random weights.
         git_commit: of the source tree that trained; None where unknown.
         epoch: after which the weights were saved.
-        epochs: of `metrics.jsonl`; empty where it can't be read.
+        epochs: of `metrics.jsonl`, for the last stage of a recipe those of all its stages; empty where it can't be
+            read.
         warnings: sentences for the user.
     """
 
@@ -81,17 +83,36 @@ class Source:
 
     @property
     def plots(self) -> list[Path]:
-        """The run's plots; those of the report only if it is of these weights."""
+        """The run's plots: curves, of all stages where those are known, and those of a report of these weights."""
         if self.checkpoint is None:
             return []
         names = [CURVES, *(PLOTS if self.report else ())]
-        return [path for path in map(self.checkpoint.with_name, names) if path.is_file()]
+        found = {name: self.checkpoint.with_name(name) for name in names}
+        whole = recipe_run_of(self.checkpoint.parent, self.run.stage, last=True)
+        if self.stages and whole is not None:
+            found[CURVES] = whole / CURVES
+        return [path for path in found.values() if path.is_file()]
+
+    @property
+    def stages(self) -> int:
+        """Number of the recipe's stages whose epochs are known; 0 where `epochs` are those of the run alone."""
+        return self.run.stage.number if self.run.stage and any("stage" in epoch for epoch in self.epochs) else 0
+
+    @property
+    def own_epochs(self) -> list[MetricsEntry]:
+        """Those of `epochs` that are of the run itself."""
+        return [epoch for epoch in self.epochs if epoch.get("stage", self.stages) == self.stages]
 
     @property
     def training_seconds(self) -> float | None:
-        """Duration of all epochs' steps; None if an epoch does not record it."""
+        """Duration of all epochs' steps; None if an epoch is missing or does not record it."""
         seconds = [epoch["seconds"] for epoch in self.epochs if "seconds" in epoch]
-        return sum(seconds) if len(seconds) == len(self.epochs) >= max(self.epoch, 1) else None
+        return sum(seconds) if seconds and len(seconds) == len(self.epochs) and self.has_own_epochs else None
+
+    @property
+    def has_own_epochs(self) -> bool:
+        """Whether the epochs of the run itself are known, up to that of the weights."""
+        return len(self.own_epochs) >= self.epoch
 
     @property
     def machines(self) -> list[Machine]:
@@ -107,7 +128,7 @@ class Source:
 
 def top5(source: Source, cell: str) -> list[str]:
     """Return a cell of a table's top-5 column; empty where so few classes have none."""
-    return [cell] if len(source.run.labels) >= TOP5_CLASSES else []
+    return [cell] if source.run.with_top5 else []
 
 
 def load_source(path: Path) -> Source:
@@ -141,7 +162,7 @@ def load_source(path: Path) -> Source:
         checkpoint_sha256=sha256,
         git_commit=header.git_commit,
         epoch=header.epoch,
-        epochs=read_epochs(checkpoint.parent),
+        epochs=read_epochs(checkpoint.parent, header.run),
         warnings=warnings,
     )
 
@@ -200,10 +221,14 @@ def read_exported(folder: Path, key: str) -> Any:
         return None
 
 
-def read_epochs(folder: Path) -> tuple[MetricsEntry, ...]:
-    """Read the epochs of a run, or those in a version's `metrics.json`; empty if damaged: only the card needs them."""
+def read_epochs(folder: Path, run: RunConfig) -> tuple[MetricsEntry, ...]:
+    """Read the epochs of a run, or those in a version's `metrics.json`; empty if damaged: only the card needs them.
+
+    Those of a recipe's last stage are those of all stages.
+    """
+    whole = recipe_run_of(folder, run.stage, last=True)
     try:
-        epochs = read_metrics(folder) or read_exported(folder, "epochs") or []
+        epochs = (whole and read_metrics(whole)) or read_metrics(folder) or read_exported(folder, "epochs") or []
     except ValueError:
         return ()
     return tuple(epochs) if all("epoch" in epoch for epoch in epochs) else ()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from training.config import ModelConfig, TrainConfig
-from training.evaluate import Metrics
+from training.evaluate import TOP5_CLASSES, Metrics
 from training.model import Perceiver
 from training.preprocessing import Preprocess
 
@@ -99,6 +99,11 @@ class RunConfig(BaseModel):
         if self.data is None or not Path(self.data).is_absolute():
             return self
         return self.model_copy(update={"data": Path(self.data).name})
+
+    @property
+    def with_top5(self) -> bool:
+        """Whether top-5 says anything of so many classes."""
+        return len(self.labels) >= TOP5_CLASSES
 
     @property
     def origins(self) -> tuple[Origin, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,15 @@ def append_metrics(folder: Path, line: MetricsEntry) -> None:
 
 def truncate_after(folder: Path, epoch: int) -> None:
     """Drop epochs that were written after the checkpoint, by a run killed between the two."""
-    kept = "".join(json.dumps(line) + "\n" for line in read_metrics(folder) if line["epoch"] <= epoch)
+    write_metrics(folder, [line for line in read_metrics(folder) if line["epoch"] <= epoch])
+
+
+def write_metrics(folder: Path, lines: Iterable[MetricsEntry]) -> None:
+    """Write these epochs in place of all, where those are others."""
+    text = "".join(json.dumps(line) + "\n" for line in lines)
     path, partial = folder / FILE, folder / f"{FILE}.partial"
-    if path.exists() and path.read_text(encoding="utf-8") == kept:
+    if path.exists() and path.read_text(encoding="utf-8") == text:
         return
     # Under another name first: where the disk is full, the epochs that there are stay.
-    partial.write_text(kept, encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -50,10 +50,13 @@ def _draw_accuracy(axes: Axes, columns: Mapping[str, Sequence[float]], best_by: 
     def rank(row: int) -> tuple[float, ...]:  # as `TrainState.is_best`
         return (-loss[row],) if best_by == "loss" else (top1[row], -loss[row])
 
-    best = max(range(len(top1)), key=rank)
+    # Of stages the last one is kept, and others may have had other validation images.
+    stages = columns.get("stage", [0] * len(top1))
+    best = max((row for row in range(len(top1)) if stages[row] == stages[-1]), key=rank)
+    whose = f" of stage {stages[best]}" if "stage" in columns else ""
     axes.plot(epochs[best], top1[best], marker="o", markersize=9, markerfacecolor="none", color=ORANGE, linestyle="")
     axes.annotate(
-        f"best by {best_by.replace('top1', 'top-1')}: {top1[best]:.1%}\nepoch {epochs[best]:g}",
+        f"best{whose} by {best_by.replace('top1', 'top-1')}: {top1[best]:.1%}\nepoch {epochs[best]:g}",
         (epochs[best], top1[best]),
         xytext=(-6, -12) if top1[best] > 0.2 else (-6, 30),  # clear of the axis
         textcoords="offset points",
@@ -72,8 +75,11 @@ def save_curves(metrics: Sequence[Mapping[str, float]], path: Path, best_by: str
     """Draw the rows of ``metrics.jsonl`` as ``path`` (PNG): loss, accuracy, learning rate, speed, each over epochs.
 
     Each row has epoch, train_loss, val_loss (nats), val_top1 (0..1), learning_rate, pictures_per_second, and val_top5
-    (0..1) where that is to be drawn.
-    The epoch that ``best_by`` (of `TrainConfig`) chooses is marked. Raises ValueError without a row.
+    (0..1) where that is to be drawn. Those of a recipe's run have the number of its stage, too.
+    The epoch that ``best_by`` (of `TrainConfig`) chooses, of the last stage, is marked.
+
+    Raises:
+        ValueError: there is no row.
     """
     if not metrics:
         raise ValueError("there are no curves before the first epoch has ended")
@@ -95,7 +101,26 @@ def save_curves(metrics: Sequence[Mapping[str, float]], path: Path, best_by: str
     for axes in (loss, accuracy, rate, speed):
         axes.set_xlim(0, 1.03 * max(epochs))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if "stage" in columns:
+            _mark_stages(axes, epochs, columns["stage"])
     figure.savefig(path)
+
+
+def _mark_stages(axes: Axes, epochs: Sequence[float], stages: Sequence[float]) -> None:
+    """Draw a line where each stage begins, with its number; one without epochs has none."""
+    axes.set_xlabel("epoch; dotted: where a stage begins")
+    first = dict(zip(reversed(stages), reversed(epochs), strict=True))
+    for stage, epoch in first.items():
+        axes.axvline(epoch - 0.5, color=GREY, linewidth=0.9, linestyle=":")
+        axes.annotate(
+            f"{stage:g}",
+            (epoch - 0.5, 0),
+            xycoords=("data", "axes fraction"),
+            xytext=(2, 2),
+            textcoords="offset points",
+            fontsize=7,
+            color=GREY,
+        )
 
 
 def save_confusion(pairs: Sequence[ConfusedPair], path: Path) -> None:

@@ -43,19 +43,27 @@ class Stage:
 
     Attributes:
         recipe: what names it, and the flags that were given beside it for all stages.
-        line: flags of this stage, and those for all stages.
+        lines: of all stages, each its flags and those for all stages.
         number: of this stage, from 1.
-        count: stages of the recipe.
         folder: of its run.
         args: its line, parsed, with paths and machine; what begins its run.
     """
 
     recipe: str
-    line: str
+    lines: tuple[str, ...]
     number: int
-    count: int
     folder: Path
     args: argparse.Namespace
+
+    @property
+    def line(self) -> str:
+        """Flags of this stage, and those for all stages."""
+        return self.lines[self.number - 1]
+
+    @property
+    def count(self) -> int:
+        """Stages of the recipe."""
+        return len(self.lines)
 
     @property
     def is_last(self) -> bool:
@@ -189,16 +197,16 @@ def plan(args: argparse.Namespace, argv: list[str]) -> list[Stage]:
     given = [name for name in OF_A_STAGE if getattr(args, name) is not None]
     if given:
         raise ValueError(f"--recipe takes no {_flags(given)}: its stages say that; leave it out, or write a recipe.")
-    lines = read_recipe(args.recipe).lines
     name = args.recipe if (SHIPPED / f"{args.recipe}.toml").is_file() else Path(args.recipe).name
     for_all = shlex.join(_given_flags(argv))
+    recipe = " ".join(filter(None, (shlex.join(["--recipe", name]), for_all)))
+    lines = tuple(" ".join(filter(None, (line, for_all))) for line in read_recipe(args.recipe).lines)
     folder = args.out or Path("runs") / Path(name).stem
     parser = build_parser()
     stages: list[Stage] = []
     for number, line in enumerate(lines, 1):
-        whole = " ".join(filter(None, (line, for_all)))
         try:
-            mine = parser.parse_args(shlex.split(whole))
+            mine = parser.parse_args(shlex.split(line))
         except SystemExit:
             print(f"error: --recipe {args.recipe}: stage {number} has flags that can't be read.", file=sys.stderr)
             raise
@@ -214,12 +222,16 @@ def plan(args: argparse.Namespace, argv: list[str]) -> list[Stage]:
                 setattr(mine, origin, [_folder_of(path, stages) for path in paths])
         for each in ("data", "device", "threads", "processes", "max_minutes"):
             setattr(mine, each, getattr(args, each))
-        mine.out = folder / f"stage-{number}"
-        recipe = " ".join(filter(None, (shlex.join(["--recipe", name]), for_all)))
-        mine.stage = Stage(recipe, whole, number, len(lines), mine.out, mine)
+        mine.out = stage_folder(folder, number)
+        mine.stage = Stage(recipe, lines, number, mine.out, mine)
         mine.repeat = argv
         stages.append(mine.stage)
     return stages
+
+
+def stage_folder(folder: Path, number: int) -> Path:
+    """The folder of a stage, in that of the recipe's run."""
+    return folder / f"stage-{number}"
 
 
 def _folder_of(path: Path, before: list[Stage]) -> Path:

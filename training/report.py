@@ -28,11 +28,12 @@ from training.evaluate import (
     most_confused,
     predict_logits,
 )
-from training.metrics_log import MACHINE_FIELDS, read_metrics
+from training.metrics_log import MACHINE_FIELDS, MetricsEntry, read_metrics, write_metrics
 from training.model import count_parameters
 from training.near_duplicates import near_duplicates
 from training.out_of_distribution import ALTERED, COUNT, out_of_distribution
 from training.plots import save_answers, save_confusion, save_curves, save_reliability, shorten
+from training.recipe_run import read_stages, recipe_run_of
 from training.report_schema import Report, describe_readings, read_test_readings
 
 SPLITS = {"test": "test images", "val": "validation images"}
@@ -42,23 +43,40 @@ VAL_NOTE = "no test images: the validation figures flatter, since checkpoint and
 TEST_NOTE = "checkpoint and temperature were chosen by the validation images; the test images chose nothing"
 
 
-def log_epoch(folder: Path, events: SummaryWriter, best_by: str, *, with_top5: bool) -> None:
+def log_epoch(folder: Path, events: SummaryWriter, run: RunConfig) -> None:
     """Show the last epoch of ``metrics.jsonl`` on the terminal, in TensorBoard's events and in ``curves.png``."""
     lines = read_metrics(folder)
-    if not with_top5:
-        lines = [{name: value for name, value in line.items() if name != "val_top5"} for line in lines]
     line = lines[-1]
     for key, value in line.items():
-        if key not in ("epoch", "step", *MACHINE_FIELDS):
+        if key not in ("epoch", "step", *MACHINE_FIELDS) and (key != "val_top5" or run.with_top5):
             events.add_scalar(key, value, int(line["epoch"]))
     events.flush()
-    save_curves(lines, folder / report_schema.CURVES, best_by)
-    top5 = f"  top-5 {line['val_top5']:.2%}" if with_top5 else ""
+    draw_curves(folder, lines, run)
+    log_stages(folder, run)
+    top5 = f"  top-5 {line['val_top5']:.2%}" if run.with_top5 else ""
     tqdm.write(
         f"epoch {line['epoch']:3d}  train loss {line['train_loss']:.4f}  val loss {line['val_loss']:.4f}  "
         f"top-1 {line['val_top1']:.2%}{top5}  {line['pictures_per_second']:.0f} images/s"
     )
     sys.stdout.flush()  # for whoever reads along in a log file
+
+
+def log_stages(folder: Path, run: RunConfig) -> None:
+    """Write ``metrics.jsonl`` and ``curves.png`` of the recipe's run that this run is a stage of, if it is one."""
+    above = recipe_run_of(folder, run.stage)
+    if above is None:
+        return
+    lines = read_stages(above)
+    write_metrics(above, lines)
+    if lines:  # a recipe may begin with a mean of weights
+        draw_curves(above, lines, run)
+
+
+def draw_curves(folder: Path, lines: Sequence[MetricsEntry], run: RunConfig) -> None:
+    """Draw epochs as ``curves.png``, without a top-5 that says nothing of so few classes."""
+    if not run.with_top5:
+        lines = [{name: value for name, value in line.items() if name != "val_top5"} for line in lines]
+    save_curves(lines, folder / report_schema.CURVES, run.train.best_by)
 
 
 def write_report(

@@ -32,6 +32,7 @@ from training.distributed import PeerFailed, World, join, shut_down
 from training.model import count_parameters
 from training.precision import choose_precision, computes_in_bfloat16, describe_precision
 from training.recipe import Stage
+from training.recipe_run import RecipeRunConfig, read_recipe_run, write_recipe_run
 from training.run_dir import check_outside_classes, check_unused, lock_run_dir
 from training.train import Trainer
 from training.transfer import check_compatible, find_checkpoint, read_origin
@@ -89,6 +90,8 @@ def in_world(args: argparse.Namespace, work: Callable[[World, float | None], int
 
 def run_stages(stages: Sequence[Stage], world: World, deadline: float | None) -> int:
     """Train each stage that has not ended; returns the exit status of the last that was trained."""
+    if (status := status_or_error(lambda: world.run_on_main(lambda: check_stages(stages)))) != DONE:
+        return status
     for stage in stages:
         if (status := status_or_error(lambda stage=stage: run_stage(stage, world, deadline))) != DONE:
             return status
@@ -105,6 +108,16 @@ def run_stage(stage: Stage, world: World, deadline: float | None) -> int:
     if has_begun:
         return start(stage.resumed(), None, world, deadline)
     return start(stage.args, choose_preset(stage.args), world, deadline)
+
+
+def check_stages(stages: Sequence[Stage]) -> int:
+    """Raise ValueError where a stage was trained by other flags, or their folder is another run's."""
+    folder = stages[0].folder.parent
+    if (folder / "config.json").exists() and read_recipe_run(folder) is None:
+        raise ValueError(f"--out {folder}: holds a run that is none of a recipe; name another folder.")
+    for stage in stages:
+        look_at_stage(stage)
+    return DONE
 
 
 def look_at_stage(stage: Stage) -> tuple[bool, bool]:
@@ -165,6 +178,9 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World, deadlin
                 (folder / "config.json").write_text(run.model_dump_json(indent=2) + "\n", encoding="utf-8")
                 seen_images.write(folder, data_set.train, origin_folders(args))
             if world.is_main:
+                if args.stage is not None:
+                    config = RecipeRunConfig(recipe=args.stage.recipe, stages=args.stage.lines)
+                    write_recipe_run(folder.parent, config)
                 warnings = (
                     f"warning: {warning}" for warning in warnings_for(run, data_set, preset, origin_folders(args))
                 )
@@ -186,12 +202,14 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World, deadlin
             if args.stage is not None and not args.stage.is_last:
                 trainer.test_split = None  # which the last stage alone reads
             report = trainer.report()
-    without = None if trainer.with_top5 else {"val": {"top5"}, "test": {"top5"}}
+    without = None if run.with_top5 else {"val": {"top5"}, "test": {"top5"}}
     shown = {"epoch", "temperature", "val", "test", "note"}
     print(report.model_dump_json(include=shown, exclude=without, indent=2))
     if args.stage is not None and not args.stage.is_last:
         return DONE
     export = shell_command(["python", "-m", "export"], [str(folder), *data_flag(args, run), "--out", "models/NAME"])
+    if args.stage is not None:
+        print(f"curves of all stages are in {folder.parent}")
     print(f"best checkpoint and report are in {folder}; export: {export}")
     return DONE
 
@@ -319,6 +337,11 @@ def reduce_batch_size(batch_size: int, images: int, world: World) -> int:
 def load_run(args: argparse.Namespace) -> tuple[RunConfig, DataSet]:
     """Configuration and data of the run in a folder."""
     path = args.resume / "config.json"
+    if read_recipe_run(args.resume) is not None:
+        raise CheckpointError(
+            f"--resume {args.resume}: holds the stages of a recipe; go on with the command that began it, --recipe "
+            f"and --out {args.resume}."
+        )
     try:
         run = RunConfig.model_validate_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:

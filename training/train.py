@@ -28,11 +28,11 @@ from training.data.dataset import DataSet
 from training.data.trivial_augment import trivial_augment
 from training.distillation import Teacher, distillation_loss, mean_answer
 from training.distributed import World
-from training.evaluate import TOP5_CLASSES, Metrics, measure, predict_logits
+from training.evaluate import Metrics, measure, predict_logits
 from training.metrics_log import MetricsEntry, append_metrics, truncate_after
 from training.optim import clip_gradients, schedule_factor, set_learning_rates
 from training.preprocessing import Preprocess
-from training.report import log_epoch, write_report
+from training.report import log_epoch, log_stages, write_report
 from training.report_schema import Report
 from training.state import initial_state, seed_step
 from training.transfer import load_initial_weights
@@ -155,11 +155,6 @@ class Trainer:
     def autocast(self) -> torch.dtype | None:
         """Type of the forward pass, None for float32."""
         return AUTOCAST[self.config.precision]
-
-    @property
-    def with_top5(self) -> bool:
-        """Whether top-5 says anything of so many classes."""
-        return len(self.run.labels) >= TOP5_CLASSES
 
     @property
     def evaluation_batch(self) -> int:
@@ -367,7 +362,7 @@ class Trainer:
                     self.world.barrier()  # torchrun gives the others 30 s once one process has ended
                     return False
                 if events is not None:
-                    log_epoch(self.folder, events, self.config.best_by, with_top5=self.with_top5)
+                    log_epoch(self.folder, events, self.run)
         return True
 
     def _events(self) -> SummaryWriter | nullcontext[None]:
@@ -375,6 +370,7 @@ class Trainer:
         if not self.world.is_main:
             return nullcontext()
         truncate_after(self.folder, self.state.epoch)
+        log_stages(self.folder, self.run)
         return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.state.epoch + 1)
 
     def report(self) -> Report:

@@ -55,7 +55,8 @@ def evaluation(source: Source) -> str:
     )
     if report is not None and report.distinct is not None:
         text += f" A near-duplicate has a correlation of {CORRELATION} or more with a training image."
-    captions = {CURVES: "learning curves", "reliability.png": PLOTS["reliability.png"]}
+    of_stages = f" of all {source.stages} stages" if source.stages else ""
+    captions = {CURVES: f"learning curves{of_stages}", "reliability.png": PLOTS["reliability.png"]}
     plots = [image(captions[path.name], path.name) for path in source.plots if path.name in captions]
     head = ("images", "n", "top-1", *top5(source, "top-5"), "loss", "ECE")
     return "\n\n".join(["## Evaluation", table(head, cells), text, *plots])

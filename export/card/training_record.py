@@ -120,15 +120,20 @@ def training_command(launcher: str, run: RunConfig, flags: Sequence[str]) -> str
 
 def describe_run(source: Source) -> str:
     """Return the epoch of the weights, the duration and machine of the run, its initial weights and its teachers."""
-    inits, epochs = source.run.inits, len(source.epochs)
+    inits, own = source.run.inits, len(source.own_epochs)
+    of_stages = f" of its {source.stages} stages" if source.stages else ""
+    took = ""
+    if source.training_seconds is not None:
+        took = (
+            f" All {len(source.epochs)} epochs{of_stages} took {duration(source.training_seconds)} of training"
+            f"{on_machines(source)}."
+        )
     earlier = "an earlier stage trains" if recipe_of(source.run) else "the commands before the last train"
     each = "; ".join(f"epoch {init.epoch}, {describe_origin(init)}" for init in inits)
     if source.run.train.epochs == 0:
-        return f"The mean of the weights of {len(inits)} models, which {earlier}: {each}."
-    of_all = f" of {epochs}" if epochs >= source.epoch else ""
-    text = f"The weights of epoch {source.epoch}{of_all}."
-    if source.training_seconds is not None:
-        text += f" All {epochs} epochs took {duration(source.training_seconds)} of training{on_machines(source)}."
+        return f"The mean of the weights of {len(inits)} models, which {earlier}: {each}.{took}"
+    of_all = f" of {own}" if source.has_own_epochs else ""
+    text = f"The weights of epoch {source.epoch}{of_all}{' in the last stage' if source.stages else ''}.{took}"
     match inits:
         case ():
             pass
@@ -175,12 +180,13 @@ def on_machines(source: Source) -> str:
     return f" on {machines}" + (f" ({unnamed} of the epochs do not name a machine)" if unnamed else "")
 
 
-def stage_list(run: RunConfig) -> list[str]:
+def stage_list(source: Source) -> list[str]:
     """Return the stages of the recipe that trained a run, in lines; empty where none did."""
-    recipe = recipe_of(run)
+    recipe = recipe_of(source.run)
     if recipe is None:
         return []
-    took = "" if recipe.took is None else f"It took {recipe.took}. "
+    # What the recipe's author measured, where this run does not tell it itself.
+    took = "" if recipe.took is None or source.stages else f"It took {recipe.took}. "
     one_by_one = "Its stages were started one by one; this command draws other random numbers. "
     order = "Each of these stages begins with the one before it, unless it says otherwise:"
     return [
@@ -207,7 +213,7 @@ def first_epochs(source: Source) -> str:
     ]
     if not rows:
         return ""
-    whose = "its" if recipe_of(source.run) is None else "the last stage's"
+    whose = "its" if source.stages or recipe_of(source.run) is None else "the last stage's"
     text = paragraph(
         f"These were {whose} first epochs, on validation images. A new run comes close to them; it repeats them bit "
         "for bit only on the same device with as many processes and threads. `metrics.json` has every epoch."
@@ -234,7 +240,7 @@ def training_record(source: Source, metadata: ModelMetadata) -> str:
             f"## Training record\n\n{text}\n",
             *(f"    {command}" for command in commands),
             "",
-            *stage_list(source.run),
+            *stage_list(source),
             *([curve] if curve else []),
             *settings,
             f"- Trained by the source tree of commit `{source.git_commit or 'unknown'}`.",

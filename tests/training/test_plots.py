@@ -92,6 +92,20 @@ def test_the_legend_hides_no_accuracy(
         assert legend.get_window_extent().count_contains(points) == 0, line.get_label()
 
 
+def test_curves_of_several_stages_are_one(tmp_path: Path, figures: list[Figure]) -> None:
+    numbers = [1, 1, 3, 3]  # the second had no epochs
+    staged = [row | {"stage": stage, "val_top1": 0.9 / stage} for row, stage in zip(rows(4), numbers, strict=True)]
+    save_curves(staged, tmp_path / "curves.png", "top1")
+    for axes in figures[0].axes:
+        assert axes.get_xlabel() == "epoch; dotted: where a stage begins"
+        marks = {line.get_xdata()[0] for line in axes.get_lines() if line.get_linestyle() == ":"}
+        assert marks == {0.5, 2.5}
+        assert [text.get_text() for text in axes.texts][-2:] == ["3", "1"]
+    assert list(figures[0].axes[0].get_lines()[0].get_xdata()) == [1, 2, 3, 4]
+    # The last stage is what is kept, whatever an earlier one has reached.
+    assert figures[0].axes[1].texts[0].get_text() == "best of stage 3 by top-1: 30.0%\nepoch 4"
+
+
 def test_no_curves_without_an_epoch(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="before the first epoch"):
         save_curves([], tmp_path / "curves.png", "top1")

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from export.build import make_metadata
-from export.card.training_record import training_record
+from export.card.training_record import describe_run, first_epochs, training_record
 from export.source import load_source
 from tests.training.commands import RECIPE, at_step
 from training import checkpoint
 from training.__main__ import main
 from training.checkpoint import RunConfig
 from training.cli import build_parser
+from training.metrics_log import MetricsEntry, read_metrics
 from training.recipe import DEFAULT_RECIPE, find_recipe, is_bare, read_recipe
 from training.report_schema import Report
 from training.transfer import find_checkpoint
@@ -80,6 +81,107 @@ def test_the_same_command_goes_on_where_it_was(
     # A stage on its own has those that led to it.
     half = load_source(out / "stage-2")
     assert "--recipe" not in training_record(half, make_metadata(half, "things"))
+
+
+def entries(folder: Path) -> list[MetricsEntry]:
+    """The epochs in a folder, without what the clock says."""
+    timed = {"seconds", "pictures_per_second"}
+    return [{key: value for key, value in line.items() if key not in timed} for line in read_metrics(folder)]
+
+
+@pytest.fixture
+def drawn(without_figures: None, monkeypatch: pytest.MonkeyPatch) -> dict[Path, list[MetricsEntry]]:
+    """What the last curves in each file were drawn from."""
+    seen: dict[Path, list[MetricsEntry]] = {}
+
+    def draw(lines: list[MetricsEntry], path: Path, best_by: str) -> None:
+        seen[path] = lines
+        path.write_bytes(str(path).encode())
+
+    monkeypatch.setattr("training.report.save_curves", draw)
+    return seen
+
+
+def test_the_whole_run_has_one_log_and_one_curve(
+    tmp_path: Path, image_dir: Path, drawn: dict[Path, list[MetricsEntry]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [f"{LINES[0]} --epochs=1", "--epochs 2 --batch-size 8"]
+    recipe, out, undisturbed = write_recipe(tmp_path, lines), tmp_path / "run", tmp_path / "undisturbed"
+    command = ["--recipe", str(recipe), "--data", str(image_dir), *MACHINE]
+    assert main([*command, "--out", str(undisturbed)]) == 0
+    expected = entries(undisturbed)
+    assert [(line["stage"], line["stage_epoch"], line["epoch"]) for line in expected] == [
+        (1, 1, 1),
+        (2, 1, 2),
+        (2, 2, 3),
+    ]
+    steps = expected[0]["step"]
+    assert [line["step"] for line in expected] == [steps, 2 * steps, 3 * steps]
+    of_stages = [*entries(undisturbed / "stage-1"), *entries(undisturbed / "stage-2")]
+    assert [line["val_loss"] for line in expected] == [line["val_loss"] for line in of_stages]
+    # Its digest, which the second stage draws from, has the time in it: trained again, it would be another.
+    shutil.copytree(undisturbed / "stage-1", out / "stage-1")
+    with monkeypatch.context() as patch:
+        at_step(patch, steps + 1, lambda: signal.raise_signal(signal.SIGINT))  # which the first stage does not reach
+        assert main([*command, "--out", str(out)]) == 3
+    assert entries(out) == expected[:2]
+    with (out / "stage-2" / "metrics.jsonl").open("a") as file:  # as a kill before the checkpoint leaves it
+        file.write(json.dumps(of_stages[-1]) + "\n")
+    assert main([*command, "--out", str(out)]) == 0
+    assert entries(out) == expected
+    assert [line["epoch"] for line in drawn[out / "curves.png"]] == [1, 2, 3]
+    assert [line["epoch"] for line in drawn[out / "stage-2" / "curves.png"]] == [1, 2]
+    assert all("val_top5" not in line for lines in drawn.values() for line in lines)  # of three classes
+    assert json.loads((out / "config.json").read_text()) == {"recipe": "--recipe mine.toml", "stages": lines}
+    # The last stage's card tells of them all, also when what was exported is exported again.
+    source = load_source(out / "stage-2")
+    assert list(source.epochs) == read_metrics(out)
+    assert source.plots[0].read_text() == str(out / "curves.png")
+    told = describe_run(source)
+    assert told.startswith(
+        f"The weights of epoch {source.epoch} of 2 in the last stage. All 3 epochs of its 2 stages took "
+    )
+    assert "These were its first epochs" in first_epochs(source)
+    exported = tmp_path / "model" / "1"
+    exported.mkdir(parents=True)
+    shutil.copy(out / "stage-2" / "best.safetensors", exported / "checkpoint.safetensors")
+    report = json.loads((out / "stage-2" / "report.json").read_text())
+    (exported / "metrics.json").write_text(json.dumps({"report": report, "epochs": source.epochs}))
+    assert describe_run(load_source(exported)) == told
+    # An earlier stage's card tells of that one alone, and so does a copy that lies elsewhere.
+    assert list(load_source(out / "stage-1").epochs) == read_metrics(out / "stage-1")
+    copy = shutil.copytree(out / "stage-2", tmp_path / "stage-2")
+    assert list(load_source(copy).epochs) == read_metrics(copy)
+
+
+def test_stages_without_epochs_are_no_gap(
+    tmp_path: Path, image_dir: Path, whole: Path, drawn: dict[Path, list[MetricsEntry]]
+) -> None:
+    lines = [f"--init {whole} --epochs 0", "--epochs 1 --batch-size 8", "--init stage-1 stage-2 --epochs 0"]
+    recipe, out = write_recipe(tmp_path, lines), tmp_path / "run"
+    assert main(["--recipe", str(recipe), "--data", str(image_dir), "--out", str(out), *MACHINE]) == 0
+    (line,) = read_metrics(out)
+    assert (line["stage"], line["stage_epoch"], line["epoch"]) == (2, 1, 1)
+    assert list(drawn) == [out / "stage-2" / "curves.png", out / "curves.png"]
+    source = load_source(out / "stage-3")
+    assert source.plots[0] == out / "curves.png"
+    assert "The mean of the weights of 2 models" in describe_run(source)
+    assert " All 1 epochs of its 3 stages took " in describe_run(source)
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_the_folder_of_the_whole_is_no_other_run_s(
+    tmp_path: Path, image_dir: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, LINES[:1])
+    run = shutil.copytree(whole, tmp_path / "single")
+    command = ["--recipe", str(recipe), "--data", str(image_dir), *MACHINE]
+    assert main([*command, "--out", str(run)]) == 2
+    assert f"--out {run}: holds a run that is none of a recipe" in capsys.readouterr().err
+    out = tmp_path / "run"
+    assert main([*command, "--out", str(out)]) == 0
+    assert main(["--resume", str(out)]) == 2
+    assert f"--resume {out}: holds the stages of a recipe; go on with the command" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("without_figures")
