@@ -80,6 +80,13 @@ class Stage:
         """Whether its run can be resumed."""
         return (self.folder / "last.safetensors").is_file()
 
+    @property
+    def origins(self) -> list[Path]:
+        """The folders of those stages that it begins with or learns from."""
+        paths = (*(self.args.init or ()), *(self.args.teacher or ()))
+        earlier = [stage_folder(self.folder.parent, number) for number in range(1, self.number)]
+        return [path for path in paths if path in earlier]
+
     def describe(self) -> str:
         """Its number, state and flags, in a line."""
         state = "done" if self.is_done else "stopped" if self.has_begun else "not begun"

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from training import seen_images
 from training.allocator import is_out_of_memory
-from training.checkpoint import DISK_FULL_ADVICE, CheckpointError, RecipeStage, RunConfig
+from training.checkpoint import DISK_FULL_ADVICE, CheckpointError, RecipeStage, RunConfig, digest
 from training.cli import choose_preset
 from training.config import Preset, TrainConfig
 from training.data.dataset import DataError, DataSet
@@ -111,7 +111,7 @@ def run_stage(stage: Stage, world: World, deadline: float | None) -> int:
 
 
 def check_stages(stages: Sequence[Stage]) -> int:
-    """Raise ValueError where a stage was trained by other flags, or their folder is another run's."""
+    """Raise ValueError where a stage can't be taken as it is (`look_at_stage`), or their folder is another run's."""
     folder = stages[0].folder.parent
     if (folder / "config.json").exists() and read_recipe_run(folder) is None:
         raise ValueError(f"--out {folder}: holds a run that is none of a recipe; name another folder.")
@@ -124,12 +124,21 @@ def look_at_stage(stage: Stage) -> tuple[bool, bool]:
     """Whether a stage has ended, and whether it can be resumed.
 
     Raises:
-        ValueError: other flags trained it.
+        ValueError: other flags trained it, or a stage that it began with is no longer the one that it was.
     """
     if stage.is_done or stage.has_begun:
         run = RunConfig.model_validate_json((stage.folder / "config.json").read_bytes())
         if run.stage is None or run.stage.line != stage.line:
             raise ValueError(f"{stage.folder}: was trained by other flags than the recipe's ({stage.line}).")
+        known = {origin.checkpoint_sha256 for origin in run.origins}
+        for earlier in stage.origins:
+            best = earlier / "best.safetensors"
+            # Of one that has ended, the weights may have been taken away to save room.
+            if digest(best) not in known if best.is_file() else not (earlier / "report.json").is_file():
+                raise ValueError(
+                    f"{stage.folder}: began with another {earlier.name} than there is now; restore that one, or remove "
+                    f"{stage.folder}, which is then trained again."
+                )
     return stage.is_done, stage.has_begun
 
 

@@ -141,6 +141,7 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(data.train) / self.config.batch_size)
         self.train_step = self._make_train_step()
         self.stop_requested = False
+        self.is_resumed = False
         self.validation_seconds = math.inf  # that the last one took; of the first nobody knows
 
     def _make_train_step(self) -> Callable[..., Tensor]:
@@ -313,6 +314,7 @@ class Trainer:
             CheckpointError: there is none, or it is not this run's.
         """
         self.state.load_last(self.folder / "last.safetensors", len(self.train_split))
+        self.is_resumed = True
 
     def load_origins(self, inits: Sequence[Path], teachers: Sequence[Path]) -> None:
         """Take the weights of other runs before the first step.
@@ -351,7 +353,8 @@ class Trainer:
                 return False
             return self.world.any(self.stop_requested or (deadline is not None and time.monotonic() >= deadline))
 
-        if self.config.epochs == 0 and not self.keep_initial():
+        # A run that is resumed has kept them: written again, with another time, they would have another digest.
+        if self.config.epochs == 0 and not self.is_resumed and not self.keep_initial():
             return False
         with self._events() as events:
             while self.state.epoch < self.config.epochs and not self.state.plateau.should_stop(self.config):

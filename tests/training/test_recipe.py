@@ -103,7 +103,11 @@ def drawn(without_figures: None, monkeypatch: pytest.MonkeyPatch) -> dict[Path, 
 
 
 def test_the_whole_run_has_one_log_and_one_curve(
-    tmp_path: Path, image_dir: Path, drawn: dict[Path, list[MetricsEntry]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    image_dir: Path,
+    drawn: dict[Path, list[MetricsEntry]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     lines = [f"{LINES[0]} --epochs=1", "--epochs 2 --batch-size 8"]
     recipe, out, undisturbed = write_recipe(tmp_path, lines), tmp_path / "run", tmp_path / "undisturbed"
@@ -148,6 +152,15 @@ def test_the_whole_run_has_one_log_and_one_curve(
     report = json.loads((out / "stage-2" / "report.json").read_text())
     (exported / "metrics.json").write_text(json.dumps({"report": report, "epochs": source.epochs}))
     assert describe_run(load_source(exported)) == told
+    # A stage that began with another one than there is now is not taken for this recipe's.
+    stage = undisturbed / "stage-1"
+    shutil.copy(stage / "last.safetensors", stage / "best.safetensors")
+    assert main([*command, "--out", str(undisturbed)]) == 2
+    shutil.rmtree(stage)
+    assert main([*command, "--out", str(undisturbed)]) == 2
+    message = f"{undisturbed / 'stage-2'}: began with another stage-1 than there is now; restore that one, or remove"
+    assert capsys.readouterr().err.count(message) == 2
+    assert not stage.exists()
     # An earlier stage's card tells of that one alone, and so does a copy that lies elsewhere.
     assert list(load_source(out / "stage-1").epochs) == read_metrics(out / "stage-1")
     copy = shutil.copytree(out / "stage-2", tmp_path / "stage-2")
@@ -166,6 +179,8 @@ def test_stages_without_epochs_are_no_gap(
     source = load_source(out / "stage-3")
     assert source.plots[0] == out / "curves.png"
     assert "The mean of the weights of 2 models" in describe_run(source)
+    assert main(["--resume", str(out / "stage-3"), *MACHINE]) == 0  # measures it again
+    assert load_source(out / "stage-3").checkpoint_sha256 == source.checkpoint_sha256
     assert " All 1 epochs of its 3 stages took " in describe_run(source)
 
 
