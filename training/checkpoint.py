@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -43,6 +44,9 @@ class Origin(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     checkpoint_sha256: str
+    weights_sha256: str | None = Field(
+        None, description="of its tensors alone, `digest_of`; None: a run of before they were told"
+    )
     epoch: int = Field(description="after which its weights were taken")
     git_commit: str | None
     run: RunConfig
@@ -117,13 +121,15 @@ class RunConfig(BaseModel):
 
     @property
     def draw_seed(self) -> int:
-        """Seed of order, augmentation and dropout, 0..2**32 - 1: that of the recipe, mixed with the digest of ``init``.
+        """Seed of order, augmentation and dropout, 0..2**32 - 1: the recipe's, mixed with the weights of ``init``.
 
-        A run that begins with another's weights would else see the same augmented images in the same order again.
+        A run that begins with another's weights would else see the same augmented images in the same order again. The
+        digest of the file would not do: it tells when the file was written, and a recipe would never repeat itself.
         """
         if self.init is None:
             return self.train.seed
-        text = "/".join([str(self.train.seed), *(origin.checkpoint_sha256 for origin in self.inits)])
+        digests = [origin.weights_sha256 or origin.checkpoint_sha256 for origin in self.inits]
+        text = "/".join([str(self.train.seed), *digests])
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
     def ancestry(self) -> tuple[Origin, ...]:
@@ -256,6 +262,15 @@ def digest(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and values of tensors, hexadecimal; their order does not count."""
+    whole = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        whole.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return whole.hexdigest()
 
 
 def add_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -78,9 +78,10 @@ def read_origin(path: Path) -> Origin:
     Raises:
         CheckpointError: it can't be read.
     """
-    _, header = checkpoint.load(path)
+    tensors, header = checkpoint.load(path)
     return Origin(
         checkpoint_sha256=checkpoint.digest(path),
+        weights_sha256=checkpoint.digest_of(tensors),
         epoch=header.epoch,
         git_commit=header.git_commit,
         run=header.run,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from tests.training.runs import assert_same_run, trainer_in
 from tests.training.tiny import DROPOUT, run_config
-from training.checkpoint import RunConfig
+from training import checkpoint
+from training.checkpoint import Origin, RunConfig
 from training.data import augment
 from training.train import Trainer
 from training.transfer import read_origin
@@ -127,6 +129,28 @@ def test_a_continued_run_draws_the_same_again_and_by_its_seed(tmp_path: Path, mo
         draws.append(recorder.taken())
     assert_same(draws[0], draws[1])
     assert_all_differ(draws[0], draws[2])
+
+
+def test_the_same_weights_written_at_another_time_are_continued_alike(tmp_path: Path) -> None:
+    run = run_config(DROPOUT, epochs=1, **RECIPE)
+    trainer_in(tmp_path / "first", run).fit()
+    path, later = tmp_path / "first" / "best.safetensors", tmp_path / "later.safetensors"
+    tensors, header = checkpoint.load(path)
+    checkpoint.save(later, tensors, header.model_copy(update={"created": "2001-01-01T00:00:00+00:00"}))
+    assert checkpoint.digest(path) != checkpoint.digest(later)
+    one, other = (continued(run, each) for each in (path, later))
+    assert one.draw_seed == other.draw_seed
+    other_weights = tensors | {"model.latents": tensors["model.latents"] + 1}
+    checkpoint.save(later, other_weights, header)
+    assert continued(run, later).draw_seed != one.draw_seed
+
+
+def test_a_run_of_before_the_weights_were_told_goes_on_by_the_digest_of_the_file(tmp_path: Path) -> None:
+    run = run_config()
+    assert run.train.seed == 0
+    origin = Origin(checkpoint_sha256="ab" * 32, epoch=1, git_commit=None, run=run)
+    seed = int.from_bytes(hashlib.sha256(f"0/{'ab' * 32}".encode()).digest()[:4], "little")
+    assert run.model_copy(update={"init": origin}).draw_seed == seed
 
 
 def test_a_continued_run_that_is_resumed_draws_as_one_that_nobody_stopped(
