@@ -12,6 +12,8 @@ from service.settings import Settings
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LIMITS = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").partition("## Limits")[2].partition("\n## ")[0]
+VERSIONS = [path for path in (ROOT / "models" / "perceiver-cifar100").iterdir() if path.name.isdigit()]
+NEWEST = max(VERSIONS, key=lambda path: int(path.name))
 UNITS = {"MiB": 2**20, "million": 10**6}
 
 
@@ -23,13 +25,11 @@ def cells(row: str) -> list[str]:
 def test_the_shipped_model_is_the_highest_version_with_its_own_figures() -> None:
     (row,) = re.findall(r"^\| shipped, .*$", README, re.MULTILINE)
     label, parameters, top1, top5, _ = cells(row)
-    folders = [path for path in (ROOT / "models" / "perceiver-cifar100").iterdir() if path.name.isdigit()]
-    newest = max(folders, key=lambda path: int(path.name))
     assert re.search(r"version (\d+)\]\((.*)\)", label).groups() == (  # type: ignore[union-attr]
-        newest.name,
-        f"models/perceiver-cifar100/{newest.name}/README.md",
+        NEWEST.name,
+        f"models/perceiver-cifar100/{NEWEST.name}/README.md",
     )
-    report = json.loads((newest / "metrics.json").read_text())["report"]
+    report = json.loads((NEWEST / "metrics.json").read_text())["report"]
     assert parameters == f"{report['parameters']:,}"
     assert (top1, top5) == (
         f"{report['test']['top1']:.2%}".replace("%", " %"),
@@ -37,7 +37,15 @@ def test_the_shipped_model_is_the_highest_version_with_its_own_figures() -> None
     )
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     named = {found for path in pages for found in re.findall(r"models/perceiver-cifar100/(\d+)/", path.read_text())}
-    assert named == {newest.name}
+    assert named == {NEWEST.name}
+
+
+def test_how_it_bears_corrupted_images_is_the_card_s() -> None:
+    shown = README.partition("Of 2,000 test images")[2].partition("\n")[0]
+    report = json.loads((NEWEST / "metrics.json").read_text())["report"]
+    *corruptions, rotation = report["corruptions"]
+    assert re.findall(r"[\d.]+(?= %)", shown) == [f"{each['top1']:.1%}".rstrip("%") for each in corruptions]
+    assert rotation["name"].startswith("rotation")  # which the README leaves out
 
 
 @pytest.mark.parametrize(
