@@ -1,7 +1,8 @@
 """Every command of README and docs is run from the text itself, or checked as far as it can be without its time.
 
 curl, Python and JavaScript run against a real service, in a folder that stands for a clone. `make` is asked what it
-would do; the project's own programs read their flags. What is neither fails, unless it is marked.
+would do; the project's own programs read their flags, and those of `RUN` run. What is neither fails, unless it is
+marked. Training, export and serving run from the README's text in `tests/end_to_end/test_own_images.py`.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -34,6 +36,7 @@ BLOCKS = [block for block in all_blocks() if block.why_not is None]
 COMMANDS = [command for block in BLOCKS if block.language in SHELL for command in commands(block)]
 SNIPPETS = [block for block in BLOCKS if block.language in PROGRAMS]
 OWN = ("benchmarks", "docs", "export", "service", "tests", "training")
+RUN = {"training.predict"}
 IN_SHELL = {"curl", "echo", "mkdir", "cp"}
 IMAGES = ("a.jpg", "b.png", "photo.jpg", "some.png", "image.jpg", "image.png")  # a reader's own
 ARGUMENTS = ("docs/apple.png", "docs/examples/five-things")  # of a program that takes an image and a folder
@@ -79,16 +82,24 @@ def test_command(command: Command, request: pytest.FixtureRequest, monkeypatch: 
         check_requirements(rest[1:])
     elif "-m" in rest and Path(program).name in ("python", "python3", "torchrun"):
         assert check_own(command.words, monkeypatch), unknown(command)
+        if rest[rest.index("-m") + 1] in RUN:
+            monkeypatch.chdir(request.getfixturevalue("clone"))
+            run_own(command.words, monkeypatch)
     elif program in IN_SHELL:
-        address, clone = request.getfixturevalue("address"), request.getfixturevalue("clone")
-        text = command.text.replace(ADDRESS, address)
-        environment = os.environ | {"CURL_HOME": str(clone)}
-        done = subprocess.run(
-            ["sh", "-c", text], cwd=clone, env=environment, capture_output=True, timeout=SECONDS, check=False
-        )
+        done = in_shell(command, request.getfixturevalue("address"), request.getfixturevalue("clone"))
         assert done.returncode == 0, f"{command}\n{done.stderr.decode()}{done.stdout.decode(errors='replace')}"
     else:
         pytest.fail(unknown(command))
+
+
+def test_an_answer_that_is_an_error(address: str, clone: Path) -> None:
+    every = all_blocks()
+    ((block, shown),) = [pair for pair in pairwise(every) if pair[0].why_not == "answers an error"]
+    (command,) = commands(block)
+    answer, promised = json.loads(in_shell(command, address, clone).stdout), json.loads(shown.text)
+    for error in (answer["error"], promised["error"]):
+        assert error.pop("request_id")
+    assert answer == promised
 
 
 @pytest.mark.timeout(900)  # the first time, the environment of the clients of v2 is made
@@ -147,6 +158,25 @@ def test_a_wrong_flag_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         check_own(shlex.split("python -m benchmarks.engine models/m --colour red"), monkeypatch)
     with pytest.raises(pytest.fail.Exception, match="max-bach-size"):
         check_own(shlex.split("python -m service --max-bach-size 3"), monkeypatch)
+
+
+def in_shell(command: Command, address: str, clone: Path) -> subprocess.CompletedProcess[bytes]:
+    """Run a line of a shell in the clone, against the service."""
+    text, environment = command.text.replace(ADDRESS, address), os.environ | {"CURL_HOME": str(clone)}
+    return subprocess.run(
+        ["sh", "-c", text], cwd=clone, env=environment, capture_output=True, timeout=SECONDS, check=False
+    )
+
+
+def run_own(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a program of the project within this process, which has imported its libraries."""
+    module, *flags = words[words.index("-m") + 1 :]
+    monkeypatch.setattr(sys, "argv", [module, *flags])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # it has been imported
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert not end.value.code
 
 
 def unknown(command: Command) -> str:

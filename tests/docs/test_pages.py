@@ -1,9 +1,11 @@
 """README and docs: each link leads somewhere, and what they show is what the code has."""
 
+import json
 import re
 import runpy
 import tomllib
 from collections import Counter
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote
@@ -14,7 +16,19 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from service.api.paths import PAGE_FILES, PATHS, V2_INFER, known_path
+from service.api.schemas import (
+    EmbedResponse,
+    ErrorResponse,
+    ExplainResponse,
+    HealthResponse,
+    ModelsResponse,
+    PredictResponse,
+)
+from service.engine.metadata import ModelMetadata
 from service.errors import ERRORS
+from service.settings import Settings
+from tests.docs.blocks import blocks
+from training.config import ModelConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -25,6 +39,10 @@ PAGES = sorted(
 )
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 MARKDOWN = MarkdownIt("commonmark").enable("table")
+GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *DOCS.glob("*.md")]
+# Files that a reader makes, and a name that stands for several.
+ONES_OWN = {"docker/prometheus/alertmanagers/mine.yml", "docker/compose.gpu.yml", "benchmarks/rivals/NAME.txt"}
+OF_OTHERS = {"--force-recreate", "--help"}  # of Docker, of argparse
 # Paths of the protocol v2 of which the reference says that they are not there.
 ABSENT = {
     "/v2/cudasharedmemory",
@@ -90,6 +108,38 @@ def test_each_path_that_docs_name_exists() -> None:
     assert unknown == set()
 
 
+def test_each_file_that_docs_name_exists() -> None:
+    folders = "benchmarks|deploy|docker|docs|export|imaging|service|tests|training"
+    named = {path for span in spans() for path in re.findall(rf"(?<![\w/.-])(?:{folders})/[\w./-]*", span)}
+    assert len(named) > 40
+    assert {path for path in named if not (ROOT / path).exists()} == ONES_OWN
+
+
+def test_each_module_and_flag_that_docs_name_exists() -> None:
+    """Of commands within a line; `test_commands.py` has those of blocks."""
+    modules = {module for span in spans() for module in re.findall(r"^\S*python -m ([\w.]+)", span)}
+    assert len(modules) > 15
+    assert {name for name in modules if find_spec(name) is None} == set()
+    own = [span for span in spans() if re.match(r"--[a-z]|make |\S*python -m ", span)]
+    flags = {word.partition("=")[0] for span in own for word in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
+    fields = {name for model in (Settings, ModelConfig, TrainConfig) for name in model.model_fields}
+    named = {flag for flag in flags if flag[2:].replace("-", "_").removeprefix("no_") not in fields}
+    programs = [
+        "benchmarks/**/*.py",
+        "export/**/*.py",
+        "training/**/*.py",
+        "tests/chaos/__main__.py",
+        "tests/deploy/queue_share.py",
+    ]
+    text = "".join(path.read_text(encoding="utf-8") for pattern in programs for path in ROOT.glob(pattern))
+    assert {flag for flag in named if f'"{flag}"' not in text} == OF_OTHERS
+
+
+def spans() -> set[str]:
+    """What stands as code within lines of the pages for readers."""
+    return {token.content for path in GUIDES for token in inline(path) if token.type == "code_inline"}
+
+
 def is_known(path: str) -> bool:
     """Whether the service answers a path, `/v2/models/` and other beginnings with dots after them included."""
     return known_path(path) != "other" or any(known.startswith(path) for known in {*PATHS, PAGE_FILES, V2_INFER})
@@ -99,6 +149,19 @@ def test_each_error_has_its_example() -> None:
     text = (DOCS / "http-api.md").read_text(encoding="utf-8").partition("## Errors")[2]
     for kind in ERRORS:
         assert re.search(rf"\b{kind.status}\b[ |]+`{kind.code}`", text), kind.code
+
+
+def test_each_answer_that_is_shown_has_its_shape() -> None:
+    page = "docs/http-api.md"
+    data = [block.text for block in blocks(page, (ROOT / page).read_text(encoding="utf-8")) if block.language == "json"]
+    shown = [json.loads(text) for text in data if "..." not in text]
+    shapes = [PredictResponse, ExplainResponse, EmbedResponse, HealthResponse, ModelsResponse, ErrorResponse]
+    assert len(shown) == len(shapes)
+    for answer, shape in zip(shown, shapes, strict=True):
+        for version in answer.get("versions", []):
+            assert version["metadata"].keys() <= ModelMetadata.model_fields.keys()
+            version["metadata"] = None  # the page shows a part of it
+        shape.model_validate(answer)
 
 
 def test_the_first_version_of_the_changelog_is_the_package_s_and_the_chart_s() -> None:

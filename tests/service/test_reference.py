@@ -82,7 +82,7 @@ def test_every_metric_is_told() -> None:
 
 
 def test_the_documents_name_no_setting_and_no_metric_that_there_is_not() -> None:
-    pages = {ROOT / "README.md", *DOCS.glob("*.md")}
+    pages = {ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *DOCS.glob("*.md")}
     text = "".join(path.read_text(encoding="utf-8") for path in pages)
     variables = {f"PERCEIVER_{name.upper()}" for name in Settings.model_fields}
     assert set(re.findall(r"\bPERCEIVER_[A-Z_]+[A-Z]\b", text)) <= variables
