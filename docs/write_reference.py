@@ -16,7 +16,8 @@ TARGET = Path(__file__).parent / "reference.md"
 HEAD = """\
 # Reference: settings, answers, metrics
 
-Written by `python docs/write_reference.py` from the code; a test holds the two together.
+Every setting, every error code, what of the Open Inference Protocol v2 is there, and every metric. Written by
+`python docs/write_reference.py` from the code; a test holds the two together.
 
 ## Settings
 
