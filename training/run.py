@@ -216,9 +216,10 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World, deadlin
     print(report.model_dump_json(include=shown, exclude=without, indent=2))
     if args.stage is not None and not args.stage.is_last:
         return DONE
-    export = shell_command(["python", "-m", "export"], [str(folder), *data_flag(args, run), "--out", "models/NAME"])
+    whole = folder if args.stage is None else folder.parent
+    export = shell_command(["python", "-m", "export"], [str(whole), *data_flag(args, run), "--out", "models/NAME"])
     if args.stage is not None:
-        print(f"curves of all stages are in {folder.parent}")
+        print(f"curves of all stages are in {whole}")
     print(f"best checkpoint and report are in {folder}; export: {export}")
     return DONE
 

@@ -18,6 +18,8 @@ from training.cli import format_flag
 from training.config import ModelConfig
 from training.data.load import load_for
 from training.model import Perceiver
+from training.recipe import stage_folder
+from training.recipe_run import read_recipe_run
 from training.report_schema import read_test_readings
 
 Overlap = Literal["share", "images"]
@@ -48,14 +50,20 @@ def find_checkpoint(path: Path) -> Path:
     """The checkpoint that a path means.
 
     Args:
-        path: a ``.safetensors`` file; a run's folder, of which ``best`` is taken; or a model folder, of which the
-            newest version's is.
+        path: a ``.safetensors`` file; a run's folder, of which ``best`` is taken; a recipe's run, of which the last
+            stage's is; or a model folder, of which the newest version's is.
 
     Raises:
         CheckpointError: there is none.
     """
     if not path.is_dir():
         return path
+    if (whole := read_recipe_run(path)) is not None:
+        path = stage_folder(path, len(whole.stages))
+        if not path.is_dir():
+            raise CheckpointError(
+                f"{path}: the recipe's last stage has not begun; go on with the recipe, or name an earlier stage."
+            )
     # Of the folders whose name is a plain positive integer, as the service counts them: no "03", no backup of one.
     versions = [folder for folder in path.iterdir() if re.fullmatch("[1-9][0-9]*", folder.name) and folder.is_dir()]
     candidates = [path / "best.safetensors", path / "checkpoint.safetensors"]

@@ -15,7 +15,7 @@ from export.source import load_source
 from tests.training.commands import RECIPE, at_step
 from training import checkpoint
 from training.__main__ import main
-from training.checkpoint import RunConfig
+from training.checkpoint import CheckpointError, RunConfig
 from training.cli import build_parser
 from training.metrics_log import MetricsEntry, read_metrics
 from training.recipe import DEFAULT_RECIPE, find_recipe, is_bare, read_recipe
@@ -54,6 +54,8 @@ def test_the_same_command_goes_on_where_it_was(
     said = capsys.readouterr().out
     assert f"stopped after step 4; go on with: python -m training --recipe {recipe}" in said
     assert not (out / "stage-2").exists()
+    with pytest.raises(CheckpointError, match="stage-3: the recipe's last stage has not begun"):
+        find_checkpoint(out)
     assert main(command) == 0
     assert main(command) == 0  # nothing is left to do
     said = capsys.readouterr().out
@@ -176,7 +178,8 @@ def test_stages_without_epochs_are_no_gap(
     (line,) = read_metrics(out)
     assert (line["stage"], line["stage_epoch"], line["epoch"]) == (2, 1, 1)
     assert list(drawn) == [out / "stage-2" / "curves.png", out / "curves.png"]
-    source = load_source(out / "stage-3")
+    source = load_source(out)
+    assert source.checkpoint == out / "stage-3" / "best.safetensors"
     assert source.plots[0] == out / "curves.png"
     assert "The mean of the weights of 2 models" in describe_run(source)
     assert main(["--resume", str(out / "stage-3"), *MACHINE]) == 0  # measures it again
