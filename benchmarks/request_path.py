@@ -20,7 +20,6 @@ from benchmarks.summary import Summary, medians, summarize
 from benchmarks.tiny_model import SIDE, make_tiny_model
 
 IMAGES = 256
-WARMUP_S = 0.5
 BEFORE = "before: "
 # One thread runs the tiny model fastest, and leaves the other cores to the event loop and the load.
 SETTINGS = {"provider": "cpu", "intra_op_threads": "1", "max_batch_size": "32"}
@@ -31,6 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.request_path", description=__doc__)
     parser.add_argument("--connections", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=3.0, help="of one measurement")
+    parser.add_argument("--warmup", type=float, default=0.5, help="seconds before, that do not count")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each kind, in turn")
     parser.add_argument("--processes", type=int, default=1, help="of the load generator")
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="of another commit, to compare with")
@@ -68,9 +68,9 @@ def main() -> int:
         measured: dict[str, list[Summary]] = {name: [] for name in kinds}
         for _ in range(args.rounds):
             for name, (server, requests) in kinds.items():
-                seconds = WARMUP_S + args.seconds
+                seconds = args.warmup + args.seconds
                 plan = Plan(HOST, server.port, requests, args.connections, seconds, apart="apart" in name)
-                load = run_load(plan, warmup_s=WARMUP_S, processes=args.processes, server_cpu=server.cpu_seconds)
+                load = run_load(plan, warmup_s=args.warmup, processes=args.processes, server_cpu=server.cpu_seconds)
                 measured[name].append(summarize(load))
     rows = [{"request": name, **medians(summaries)} for name, summaries in measured.items()]
     report(rows, about, args.csv)

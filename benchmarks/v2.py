@@ -15,7 +15,7 @@ from benchmarks.common import describe_run, print_run, report, run_command
 from benchmarks.generator import Plan
 from benchmarks.payloads import build_requests, generate_images
 from benchmarks.processes import run_load
-from benchmarks.request_path import IMAGES, SETTINGS, WARMUP_S
+from benchmarks.request_path import IMAGES, SETTINGS
 from benchmarks.server import HOST, Server
 from benchmarks.summary import Summary, medians, summarize
 from benchmarks.tiny_model import SIDE, make_tiny_model
@@ -46,6 +46,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.v2", description=__doc__)
     parser.add_argument("--connections", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=3.0, help="of one measurement")
+    parser.add_argument("--warmup", type=float, default=0.5, help="seconds before, that do not count")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each kind, in turn")
     parser.add_argument("--csv", type=Path, help="write the table; a bare name goes to benchmarks/results/")
     args = parser.parse_args()
@@ -63,8 +64,8 @@ def main() -> int:
         measured: dict[str, list[Summary]] = {name: [] for name in kinds}
         for _ in range(args.rounds):
             for name, (size, requests) in kinds.items():
-                plan = Plan(HOST, server.port, requests, args.connections, WARMUP_S + args.seconds)
-                load = run_load(plan, warmup_s=WARMUP_S, processes=1, server_cpu=server.cpu_seconds)
+                plan = Plan(HOST, server.port, requests, args.connections, args.warmup + args.seconds)
+                load = run_load(plan, warmup_s=args.warmup, processes=1, server_cpu=server.cpu_seconds)
                 measured[name].append(summarize(load, size))
     rows = [{"request": name, **medians(summaries)} for name, summaries in measured.items()]
     report(rows, about, args.csv)

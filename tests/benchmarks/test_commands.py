@@ -83,7 +83,7 @@ def test_open_loop_and_errors_by_code(tiny: Path, tmp_path: Path) -> None:
 
 def test_v2(tmp_path: Path) -> None:
     out = tmp_path / "v2.csv"
-    done = run("benchmarks.v2", "--seconds", "0.2", "--rounds", "1", "--csv", str(out))
+    done = run("benchmarks.v2", "--seconds", "0.2", "--warmup", "0.1", "--rounds", "1", "--csv", str(out))
     assert done.returncode == 0, done.stderr
     assert len(rows(out)) == 4
     assert all(row["errors"] == "0" and float(row["images_per_s"]) > 0 for row in rows(out))
@@ -91,7 +91,7 @@ def test_v2(tmp_path: Path) -> None:
 
 def test_request_path(tmp_path: Path) -> None:
     out = tmp_path / "path.csv"
-    few = ("--seconds", "0.5", "--rounds", "2", "--connections", "4")
+    few = ("--seconds", "0.2", "--warmup", "0.1", "--rounds", "2", "--connections", "4")
     done = run("benchmarks.request_path", *few, "--before", str(ROOT), "--csv", str(out))
     assert done.returncode == 0, done.stderr
     kinds = ["service, raw body", "service, head and body apart", "service, multipart"]
@@ -119,7 +119,8 @@ def test_decoding(tmp_path: Path) -> None:
 
 def test_explaining(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "explaining.csv"
-    done = run("benchmarks.explaining", str(tiny), "--seconds", "1", "--rounds", "1", "--rate", "10", "--csv", str(out))
+    options = ("--seconds", "0.5", "--rounds", "1", "--rate", "10", "--csv", str(out))
+    done = run("benchmarks.explaining", str(tiny), *options)
     assert done.returncode == 0, done.stderr
     alone, beside = rows(out)
     assert alone["errors"] == beside["errors"] == "0"
