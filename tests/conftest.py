@@ -1,5 +1,6 @@
 """What every test needs."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 # A shell that starts the tests in the background (`make test &`) has SIGINT ignored, and processes that tests start and
 # interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Files run side by side, one a core. There torch's threads, here and in what tests start, would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Nor is the time of an example of hypothesis a test: 200 ms pass on a machine that others use as well.
 hypothesis.settings.register_profile("untimed", deadline=None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -25,10 +24,6 @@ def command(*flags: str | Path) -> list[str]:
     return [sys.executable, "-m", "training", *map(str, flags)]
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
-
-
 def tensors_of(run: Path) -> dict[str, torch.Tensor]:
     return checkpoint.load(run / "last.safetensors")[0]
 
@@ -39,7 +34,7 @@ def tensors_of(run: Path) -> dict[str, torch.Tensor]:
 def test_a_run_leaves_its_folder(tmp_path: Path, image_dir: Path) -> None:
     run = tmp_path / "runs" / "tiny"
     flags = command(*RECIPE, "--data", image_dir, "--out", run)
-    done = subprocess.run(flags, capture_output=True, text=True, env=environment(), timeout=240)
+    done = subprocess.run(flags, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     config = json.loads((run / "config.json").read_text())
     assert (config["preset"], config["labels"], config["train"]["epochs"]) == ("compact", ["ant", "bee", "cat"], 2)
@@ -75,9 +70,7 @@ def test_ctrl_c_stops_with_a_checkpoint(
 ) -> None:
     run = tmp_path / "run"
     flags = command(*RECIPE, "--data", image_dir, "--out", run, "--epochs=1000")
-    with subprocess.Popen(
-        flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    ) as process:
+    with subprocess.Popen(flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         while not process.stdout.readline().startswith("epoch   1"):
             assert process.poll() is None

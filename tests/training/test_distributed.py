@@ -35,7 +35,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     ) as process:
         try:
             _, error = process.communicate(timeout=600)  # on a busy machine

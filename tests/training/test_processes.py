@@ -164,7 +164,6 @@ def started(*flags: str | Path) -> Iterator[subprocess.Popen[str]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,
     ) as process:
         try:
