@@ -20,10 +20,10 @@ hypothesis.settings.load_profile("untimed")
 
 
 # Files that take longest, the longest first: one that begins last would keep a core waiting for it. `make test` prints
-# the slowest tests. The first one makes an environment from PyPI, which the network takes most of.
+# the slowest tests. The second one makes an environment from PyPI, which the network takes most of.
 LONG = (
-    "tests/end_to_end/test_v2_clients.py",
     "tests/end_to_end/test_own_images.py",
+    "tests/end_to_end/test_v2_clients.py",
     "tests/benchmarks/test_commands.py",
     "tests/end_to_end/test_service_process.py",
     "tests/benchmarks/test_gpu_report.py",
@@ -38,6 +38,7 @@ LONG = (
     "tests/end_to_end/test_replicas.py",
     "tests/docker/test_live.py",
     "tests/docker/test_alarms.py",
+    "tests/training/test_processes.py",
     "tests/training/test_command.py",
     "tests/training/test_distributed.py",
     "tests/training/test_plots.py",
@@ -47,6 +48,7 @@ LONG = (
     "tests/deploy/test_values.py",
     "tests/deploy/test_upgrade.py",
     "tests/deploy/test_model_folder.py",
+    "tests/service/server/test_garbage.py",
     "tests/end_to_end/test_nginx.py",
     "tests/end_to_end/test_tls.py",
     "tests/end_to_end/test_explanations.py",
