@@ -63,11 +63,13 @@ bench: $(DEV)/.installed ## Images a second of the shipped model on this machine
 clean: ## Remove the environments and caches (no data, no runs)
 	rm -rf .venv .venv-serve-* .venv-clients .rivals .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis *.egg-info build
 
-# The tests run on onnxruntime-gpu, as production does; without its CUDA libraries it serves on the CPU.
+# The tests run on onnxruntime-gpu, as production does; without its CUDA libraries it serves on the CPU. A new pip first:
+# that of Python 3.11 takes several times as long to read the index.
 $(DEV)/.installed: pyproject.toml constraints.txt
 	$(FITTING)
 	@echo "Installing in $(DEV) (once, some minutes: with torch)"
 	$(PYTHON) -m venv --clear $(DEV)
+	$(DEV)/bin/python -m pip install --quiet --constraint constraints.txt pip
 	$(DEV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
 	touch $@
 
