@@ -47,7 +47,8 @@ def in_this_environment(words: list[str], folder: Path, more: str = "", written:
 
 
 def environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("PERCEIVER_")}
+    """A user's: training has a process for each core, where tests have one thread."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PERCEIVER_", "OMP_"))}
 
 
 def run(command: list[str]) -> str:
