@@ -117,7 +117,7 @@ def add_float16(place: ModelPlace, provider: Provider) -> None:
     draft = path.with_suffix(".draft")
     onnx.save(half, draft)
     with closing(OnnxEngine(draft, provider=provider, max_batch_size=4, cuda_graphs=False)) as engine:
-        difference = replay_golden(engine, load_golden(place.path / GOLDEN_FILE), is_whole=False).max_abs_difference
+        difference = replay_golden(engine, load_golden(place.path / GOLDEN_FILE)).max_abs_difference
     draft.unlink()
     tolerance = max(metadata.golden_tolerance, TOLERANCE_FACTOR * difference)
     onnx.helper.set_model_props(half, to_props(metadata.model_copy(update={"golden_tolerance": tolerance})))

@@ -385,8 +385,9 @@ def first_answer(load: "Load", version: int) -> float | None:
 
 
 def reason(error: BaseException) -> str:
-    """Say in one line why something failed."""
-    first = next(iter(str(error).strip().splitlines()), "")
+    """Say in one line why something failed; where the first line announces a log, with the log's last line."""
+    lines = str(error).strip().splitlines() or [""]
+    first = f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
     text = f"{type(error).__name__}: {first}" if not isinstance(error, BenchmarkError) else first
     return text if len(text) <= 300 else f"{text[:297]}..."
 

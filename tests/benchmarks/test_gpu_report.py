@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,13 @@ from benchmarks.gpu_report import parts as parts_module
 from benchmarks.gpu_report.__main__ import run_parts
 from benchmarks.gpu_report.forms import BOUND, GRAPHS
 from benchmarks.gpu_report.page import Report
-from benchmarks.gpu_report.parts import SHIPPED, Part, Run, all_parts, first_answer, gpu_tests, http, prepare
+from benchmarks.gpu_report.parts import SHIPPED, Part, Run, all_parts, first_answer, gpu_tests, http, prepare, reason
 from benchmarks.tiny_model import make_tiny_model
+from service.engine.metadata import MODEL_FILES
 from service.engine.onnx_engine import OnnxEngine
 from service.engine.session import EngineError
+from service.repository.folder import GOLDEN_FILE, load_golden, save_golden
+from service.repository.golden_check import check_golden
 from tests.benchmarks.test_summary import load_of
 
 FLAGS = ("--device", "cpu", "--presets", "--batches", "1", "2", "--http-seconds", "1")
@@ -135,6 +139,27 @@ def test_a_form_without_its_graphs_is_not_measured_under_their_name(
     with pytest.raises(EngineError, match=r"^no CUDA graphs: cuDNN must be 9\.28\.0 or newer$"):
         forms.open_form(GRAPHS, file, "cpu", [1])
     assert [engine._runner is None for engine in opened] == [False, True]
+
+
+def test_float16_may_differ_by_what_all_golden_images_differ(tmp_path: Path) -> None:
+    """The first four, of which a batch is made, are black: float16 tells these exactly."""
+    place = make_tiny_model(tmp_path / "m")
+    golden = load_golden(place.path / GOLDEN_FILE)
+    golden.images[:4], golden.logits[:4] = 0, 0
+    golden.logits[4:] += 0.05  # as a deeper model's float16 would differ
+    save_golden(place.path / GOLDEN_FILE, golden)
+    forms.add_float16(place, "cpu")
+    with closing(OnnxEngine(place.path / MODEL_FILES["float16"], provider="cpu", max_batch_size=8)) as engine:
+        engine.warm_up()
+        assert check_golden(engine, golden).max_abs_difference == pytest.approx(0.05, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [("it broke:\nTraceback\nno memory\n", "it broke: no memory"), ("one line", "one line"), ("two\nlines", "two")],
+)
+def test_a_log_s_last_line_is_the_reason(message: str, said: str) -> None:
+    assert reason(BenchmarkError(message)) == said
 
 
 def test_without_fastapi_or_pytest_the_rows_say_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
