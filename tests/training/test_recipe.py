@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from export.build import make_metadata
 from export.card.training_record import describe_run, first_epochs, training_record
@@ -61,6 +62,11 @@ def test_the_same_command_goes_on_where_it_was(
     said = capsys.readouterr().out
     assert said.count("stage 1 of 3, stopped") == said.count("stage 2 of 3, not begun") == 1
     assert said.count("export: python -m export") == 1
+    again = tmp_path / "again"
+    assert main([str(again) if word == str(out) else word for word in command]) == 0
+    one, other = (checkpoint.load(folder / "stage-3" / "best.safetensors")[0] for folder in (out, again))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    capsys.readouterr()
     runs = [run_of(out / f"stage-{number}") for number in (1, 2, 3)]
     digests = [checkpoint.digest(out / f"stage-{number}" / "best.safetensors") for number in (1, 2, 3)]
     assert [run.init and run.init.checkpoint_sha256 for run in runs] == [None, digests[0], digests[1]]
