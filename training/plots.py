@@ -54,12 +54,12 @@ def _draw_accuracy(axes: Axes, columns: Mapping[str, Sequence[float]], best_by: 
     stages = columns.get("stage", [0] * len(top1))
     best = max((row for row in range(len(top1)) if stages[row] == stages[-1]), key=rank)
     whose = f" of stage {stages[best]}" if "stage" in columns else ""
-    below = -12 if stages[0] == stages[-1] else -60  # where a stage begins the curve dips
+    has_dips = stages[0] != stages[-1]  # where a stage begins
     axes.plot(epochs[best], top1[best], marker="o", markersize=9, markerfacecolor="none", color=ORANGE, linestyle="")
     axes.annotate(
         f"best{whose} by {best_by.replace('top1', 'top-1')}: {top1[best]:.1%}\nepoch {epochs[best]:g}",
         (epochs[best], top1[best]),
-        xytext=(-6, below) if top1[best] > 0.2 else (-6, 30),  # clear of the axis
+        xytext=(-6, (-60 if has_dips else -12) if top1[best] > 0.2 else 30),  # clear of curve and axis
         textcoords="offset points",
         ha="right",
         va="top",
@@ -70,8 +70,8 @@ def _draw_accuracy(axes: Axes, columns: Mapping[str, Sequence[float]], best_by: 
     _style(axes, "Validation accuracy", "epoch", "share of the images")
     # Clear of both curves: those of a run that began with trained weights have nothing below them, those of stages
     # nothing below their end.
-    trained = "lower left" if highest[0] > 0.6 else "upper left"
-    axes.legend(frameon=False, loc=trained if stages[0] == stages[-1] else "lower right")
+    of_one = "lower left" if highest[0] > 0.6 else "upper left"
+    axes.legend(frameon=False, loc="lower right" if has_dips else of_one)
 
 
 def save_curves(metrics: Sequence[Mapping[str, float]], path: Path, best_by: str) -> None:
