@@ -16,7 +16,8 @@ from training.data.dataset import DataError, DataSet
 from training.data.load import load_for
 from training.evaluate import Metrics
 from training.metrics_log import MACHINE_FIELDS, MetricsEntry, read_metrics
-from training.model import Perceiver, count_parameters
+from training.model import Perceiver
+from training.network import count_parameters
 from training.preprocessing import Preprocess
 from training.recipe_run import recipe_run_of
 from training.report_schema import CURVES, METRICS_FILE, PLOTS, Report
@@ -149,6 +150,8 @@ def load_source(path: Path) -> Source:
         model, preprocess, header = load_model(checkpoint)
     except CheckpointError as error:
         raise ExportError(str(error)) from error
+    if not isinstance(model, Perceiver):
+        raise ExportError(f"{path}: is a residual network, which teaches and is not served; export what it has taught.")
     report, warnings = read_report(checkpoint.parent, sha256)
     return Source(
         model=model,
@@ -242,6 +245,8 @@ def random_source(preset: str, seed: int = 0) -> Source:
     """
     if preset not in PRESETS:
         raise ExportError(f"--random {preset}: there is no such preset; choose one of {', '.join(PRESETS)}.")
+    if PRESETS[preset].model.network != "perceiver":
+        raise ExportError(f"--random {preset}: is a residual network, which teaches and is not served.")
     config = PRESETS[preset].model.model_copy(update={"num_classes": RANDOM_CLASSES})
     labels = tuple(f"class {index}" for index in range(RANDOM_CLASSES))
     run = RunConfig(preset=preset, data=None, dataset="none", labels=labels, model=config, train=PRESETS[preset].train)

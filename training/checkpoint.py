@@ -23,9 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from training.build_model import build_model
 from training.config import ModelConfig, TrainConfig
 from training.evaluate import TOP5_CLASSES, Metrics
-from training.model import Perceiver
+from training.network import Network
 from training.preprocessing import Preprocess
 
 HEADER = "perceiver"
@@ -297,7 +298,7 @@ def load_into(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None
         ) from error
 
 
-def load_model(path: Path) -> tuple[Perceiver, Preprocess, Header]:
+def load_model(path: Path) -> tuple[Network, Preprocess, Header]:
     """Build the model that a checkpoint describes, in evaluation mode on the CPU, with its preprocessing.
 
     Args:
@@ -308,7 +309,7 @@ def load_model(path: Path) -> tuple[Perceiver, Preprocess, Header]:
     """
     path = path / "best.safetensors" if path.is_dir() else path
     tensors, header = load(path)
-    model = Perceiver(header.run.model)
+    model = build_model(header.run.model)
     preprocess = Preprocess(header.run.model.image_size)
     load_into(model, strip_prefix("model", tensors), path)
     load_into(preprocess, strip_prefix("preprocess", tensors), path)

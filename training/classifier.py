@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 
 from imaging.resize import resize_images
 from training import checkpoint
+from training.build_model import build_model
 from training.checkpoint import RunConfig
 from training.config import ModelConfig, TrainConfig
 from training.data import augment
 from training.data.image_files import read_image
-from training.model import Perceiver
+from training.network import Network
 from training.optim import clip_gradients, make_optimizers
 from training.preprocessing import Preprocess
 from training.report_schema import read_report
@@ -46,7 +47,7 @@ class Classifier:
         temperature: what divides the logits.
     """
 
-    def __init__(self, run: RunConfig, model: Perceiver, preprocess: Preprocess, temperature: float = 1.0) -> None:
+    def __init__(self, run: RunConfig, model: Network, preprocess: Preprocess, temperature: float = 1.0) -> None:
         self.run, self.temperature = run, temperature
         self.model, self.preprocess = model.eval(), preprocess
         self._optimizers: list[Optimizer] = []
@@ -78,7 +79,7 @@ class Classifier:
             run = run.model_copy(update={**new, "model": config, "averaged": (), "teachers": (), "stage": None})
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # of the head
-                model, temperature = Perceiver(config), 1.0
+                model, temperature = build_model(config), 1.0
             load_initial_weights(model, run, [file])
         return cls(run, model.to(device), preprocess.to(device), temperature)
 

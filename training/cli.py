@@ -271,6 +271,8 @@ def choose_preset(args: argparse.Namespace) -> Preset | None:
         )
     if chosen.train.epochs == 0 and args.init is None:
         raise ValueError("--epochs 0 trains nothing: name the weights that are reported with --init, or more epochs.")
+    if chosen.model.network == "residual" and args.init is not None and len(args.init) > 1:
+        raise ValueError("--init takes one residual network: the mean of several would need its norms measured anew.")
     if args.teacher is not None and not chosen.train.distillation:
         named = " ".join(map(str, args.teacher))
         raise ValueError(f"--teacher {named} teaches nothing without --distillation: give both, or neither.")

@@ -15,7 +15,12 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Sharing = Literal["all", "all_but_first_cross", "all_but_first", "none"]
+Network = Literal["perceiver", "residual"]
 Precision = Literal["auto", "float32", "bfloat16"]
+
+
+# Fields of the architecture that a residual network has.
+OF_RESIDUAL_NETWORK = {"network", "num_classes", "input_size", "image_size", "dim", "num_blocks", "test_time_flip"}
 
 
 class ModelConfig(BaseModel):
@@ -23,6 +28,11 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    network: Network = Field(
+        "perceiver",
+        description="residual: a wide residual network, to teach a Perceiver; its first stage has `dim` channels, and "
+        "each of three has `num_blocks` blocks",
+    )
     num_classes: int = Field(100, ge=2, description="classes to tell apart")
     input_size: int = Field(32, ge=1, description="height and width of the input image, pixels")
     image_size: int = Field(32, ge=1, description="size the image is resized to before the patches are cut, pixels")
@@ -93,6 +103,9 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.network == "residual":
+            self._check_residual()
+            return self
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}: "
@@ -115,6 +128,14 @@ class ModelConfig(BaseModel):
         if self.latent_dropout and self.kept_latents == self.num_latents:
             raise ValueError(f"latent_dropout {self.latent_dropout} leaves out none of num_latents {self.num_latents}")
         return self
+
+    def _check_residual(self) -> None:
+        unused = (name for name in type(self).model_fields if name not in OF_RESIDUAL_NETWORK)
+        changed = [name for name in unused if getattr(self, name) != type(self).model_fields[name].default]
+        if changed:
+            raise ValueError(f"a residual network has no {', '.join(changed)}: leave it out, or take preset teacher")
+        if self.num_blocks < 1:
+            raise ValueError("a residual network needs one block in each stage: set num_blocks 1, or more")
 
     @property
     def kept_latents(self) -> int:
@@ -305,6 +326,27 @@ PRESETS: dict[str, Preset] = {
             early_stop_patience=0,
             label_smoothing=0.1,
             crop_padding=4,
+            cutmix=1.0,
+            precision="auto",
+        ),
+    ),
+    # A convolutional teacher for `compact`: 2,777,764 parameters at 100 classes.
+    "teacher": Preset(
+        model=ModelConfig(network="residual", dim=64, num_blocks=2),
+        train=TrainConfig(
+            epochs=16,
+            batch_size=256,
+            optimizer="muon",
+            learning_rate=0.02,
+            adamw_learning_rate=0.003,
+            weight_decay=0.02,
+            decay_all=False,
+            clip_norm=1.0,
+            schedule="linear",
+            warmup_epochs=0.5,
+            early_stop_patience=0,
+            crop_padding=4,
+            trivial_augment=0.5,
             cutmix=1.0,
             precision="auto",
         ),

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training import checkpoint
+from training.build_model import build_model
 from training.checkpoint import CheckpointError, Origin, RunConfig
 from training.cli import format_flag
-from training.model import Perceiver
 from training.preprocessing import Preprocess
 from training.transfer import load_origin
 
@@ -30,7 +30,7 @@ class Teacher(nn.Module):
     def __init__(self, origin: Origin) -> None:
         super().__init__()
         self.origin = origin
-        self.model = Perceiver(origin.run.model.model_copy(update={"test_time_flip": False}))
+        self.model = build_model(origin.run.model.model_copy(update={"test_time_flip": False}))
         self.preprocess = Preprocess(origin.run.model.image_size)
         self.requires_grad_(False).eval()
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.config import ModelConfig
+from training.network import Network
 from training.position_encoding import fourier_features, grid_position_bias
 
 NORM_EPSILON = 1e-6
@@ -244,7 +245,7 @@ class Transformer(nn.ModuleList):
         return x
 
 
-class Perceiver(nn.Module):
+class Perceiver(Network):
     """Normalised images to logits.
 
     ``cross_attentions`` and ``transformers`` hold each set of weights once; which of them an iteration uses follows
@@ -252,8 +253,7 @@ class Perceiver(nn.Module):
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.tokens = Tokens(config)
         self.latents = nn.Parameter(torch.empty(config.num_latents, config.dim))
         crosses = self.cross_attention_of(config.num_iterations - 1) + 1
@@ -261,7 +261,6 @@ class Perceiver(nn.Module):
         self.cross_attentions = nn.ModuleList(CrossAttention(config) for _ in range(crosses))
         self.transformers = nn.ModuleList(Transformer(config) for _ in range(transformers))
         self.head_norm = nn.LayerNorm(config.dim, eps=NORM_EPSILON) if config.head_norm else nn.Identity()
-        self.head: nn.Module
         if config.head_hidden:
             self.head = FeedForward(config.dim, config.dim, config.num_classes, config.logits_dropout)
         else:
@@ -314,34 +313,6 @@ class Perceiver(nn.Module):
             return None
         return torch.randperm(self.config.num_latents, device=self.latents.device)[: self.config.kept_latents]
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels, float [B, 3, image_size, image_size] -> logits, float [B, K].
-
-        With ``test_time_flip``, outside of training, the mean of the image's and its mirror image's (Krizhevsky et
-        al. 2012, section 4.1, average the answers to mirrored crops).
-        """
-        if self.training or not self.config.test_time_flip:
-            return self.forward_view(pixels)
-        views = torch.stack([pixels, pixels.flip(3)], dim=1).flatten(0, 1)
-        return self.forward_view(views).unflatten(0, (-1, 2)).mean(dim=1)
-
-    def forward_with_features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward` in evaluation, and what the head classifies: float [B, K] and float [B, C].
-
-        The features are after norm and mean over the latents, with ``test_time_flip`` the mean of both views.
-        """
-        if not self.config.test_time_flip:
-            features = self.features_of_view(pixels)
-            return self.head(features), features
-        views = torch.stack([pixels, pixels.flip(3)], dim=1).flatten(0, 1)
-        features = self.features_of_view(views)
-        logits = self.head(features).unflatten(0, (-1, 2)).mean(dim=1)
-        return logits, features.unflatten(0, (-1, 2)).mean(dim=1)
-
-    def forward_view(self, pixels: Tensor) -> Tensor:
-        """The logits of the pixels as they are; shapes as `forward`'s."""
-        return self.head(self.features_of_view(pixels))
-
     def features_of_view(self, pixels: Tensor) -> Tensor:
         """What the head classifies, of the pixels as they are: float [B, 3, image_size, image_size] -> float [B, C]."""
         tokens = self.tokens(pixels)
@@ -351,8 +322,3 @@ class Perceiver(nn.Module):
             latents = self.cross_attentions[self.cross_attention_of(i)](latents, tokens, kept)
             latents = self.transformers[self.transformer_of(i)](latents)
         return self.head_norm(latents).mean(dim=1)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Trainable parameters of a model."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -222,7 +222,7 @@ def plan(args: argparse.Namespace, argv: list[str]) -> list[Stage]:
             raise ValueError(
                 f"--recipe {args.recipe}: stage {number} says {_flags(given)}, which is given beside --recipe."
             )
-        if mine.init is None and stages:
+        if mine.init is None and mine.preset is None and stages:
             mine.init = [stages[-1].folder]
         for origin in ("init", "teacher"):
             if (paths := getattr(mine, origin)) is not None:

@@ -29,8 +29,8 @@ from training.evaluate import (
     predict_logits,
 )
 from training.metrics_log import MACHINE_FIELDS, MetricsEntry, read_metrics, write_metrics
-from training.model import count_parameters
 from training.near_duplicates import near_duplicates
+from training.network import count_parameters
 from training.out_of_distribution import ALTERED, COUNT, out_of_distribution
 from training.plots import save_answers, save_confusion, save_curves, save_reliability, shorten
 from training.recipe_run import read_stages, recipe_run_of

@@ -29,7 +29,7 @@ from training.data.dataset import DataError, DataSet
 from training.data.load import load_for
 from training.distillation import check_teachers
 from training.distributed import PeerFailed, World, join, shut_down
-from training.model import count_parameters
+from training.network import count_parameters
 from training.precision import choose_precision, computes_in_bfloat16, describe_precision
 from training.recipe import Stage
 from training.recipe_run import RecipeRunConfig, read_recipe_run, write_recipe_run

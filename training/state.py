@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from training import checkpoint
+from training.build_model import build_model
 from training.checkpoint import CheckpointError, RunConfig
 from training.distillation import Teacher
 from training.evaluate import Metrics
-from training.model import Perceiver
+from training.network import Network
 from training.optim import Plateau, make_optimizers
 from training.preprocessing import Preprocess
 
@@ -48,7 +49,7 @@ class TrainState:
     """
 
     run: RunConfig
-    model: Perceiver
+    model: Network
     preprocess: Preprocess
     optimizers: list[Optimizer]
     average: AveragedModel | None
@@ -71,6 +72,8 @@ class TrainState:
         n = int(self.average.n_averaged)
         decay = min(self.run.train.ema_decay, (1 + n) / (10 + n)) if n else 0.0
         torch._foreach_lerp_(list(self.average.module.parameters()), list(self.model.parameters()), 1 - decay)
+        for mine, theirs in zip(self.average.module.buffers(), self.model.buffers(), strict=True):
+            mine.copy_(theirs)
         self.average.n_averaged += 1
 
     @property
@@ -188,7 +191,7 @@ def initial_state(run: RunConfig, train: Tensor, val: Tensor, device: torch.devi
     """
     checkpoint.git_commit()  # remembers it
     seed_step(run.train.seed)
-    model = Perceiver(run.model)
+    model = build_model(run.model)
     preprocess = Preprocess(run.model.image_size)
     # As the Keras example does, which adapts to all 50,000 images before it holds the last tenth out.
     preprocess.fit(train, val)

@@ -17,7 +17,7 @@ from training.checkpoint import CheckpointError, Header, Origin, RunConfig
 from training.cli import format_flag
 from training.config import ModelConfig
 from training.data.load import load_for
-from training.model import Perceiver
+from training.network import Network
 from training.recipe import stage_folder
 from training.recipe_run import read_recipe_run
 from training.report_schema import read_test_readings
@@ -114,7 +114,8 @@ def check_compatible(path: Path, theirs: ModelConfig, mine: ModelConfig) -> None
     free |= {"self_heads", "self_head_dim"} if theirs.num_blocks == 0 else set()  # then all blocks are fresh
     differing = [name for name in ModelConfig.model_fields if name not in free]
     differing = [name for name in differing if getattr(theirs, name) != getattr(mine, name)]
-    if mine.num_blocks < theirs.num_blocks:
+    is_deeper = mine.num_blocks > theirs.num_blocks
+    if mine.num_blocks < theirs.num_blocks or (is_deeper and mine.network == "residual"):
         differing.append("num_blocks")
     if mine.num_latents != theirs.num_latents and "normal" in (mine.latent_init, theirs.latent_init):
         differing.append("num_latents")  # only latents that stand on a grid have others between them
@@ -184,7 +185,7 @@ def validation_overlaps(run: RunConfig, path: Path | None, *, has_val: bool) -> 
     return [(why, theirs) for why, theirs in reasons if why is not None]
 
 
-def load_initial_weights(model: Perceiver, run: RunConfig, paths: Sequence[Path]) -> None:
+def load_initial_weights(model: Network, run: RunConfig, paths: Sequence[Path]) -> None:
     """Copy a checkpoint's weights into a fresh model, or the mean of several (Wortsman et al. 2022, "model soups").
 
     What belongs to positions in the image is interpolated where the patches, or latents on a grid, stand closer or
@@ -201,11 +202,14 @@ def load_initial_weights(model: Perceiver, run: RunConfig, paths: Sequence[Path]
         CheckpointError: one can't be read, or is no longer the one that `read_origin` has seen.
     """
     parts = [_fitted_weights(model, run, path, origin) for path, origin in zip(paths, run.inits, strict=True)]
-    mean = {name: torch.stack([part[name] for part in parts]).mean(dim=0) for name in parts[0]}
+    # Of one checkpoint as they are: a residual network also counts its steps, and of whole numbers there is no mean.
+    mean = parts[0]
+    if len(parts) > 1:
+        mean = {name: torch.stack([part[name] for part in parts]).mean(dim=0) for name in mean}
     checkpoint.load_into(model, mean, paths[0])
 
 
-def _fitted_weights(model: Perceiver, run: RunConfig, path: Path, origin: Origin) -> dict[str, Tensor]:
+def _fitted_weights(model: Network, run: RunConfig, path: Path, origin: Origin) -> dict[str, Tensor]:
     """The weights of a checkpoint in the shapes of a fresh model."""
     tensors, header = load_origin(path, origin)
     theirs = header.run.model
@@ -222,7 +226,7 @@ def _fitted_weights(model: Perceiver, run: RunConfig, path: Path, origin: Origin
     fresh = model.state_dict()
     if header.run.labels != run.labels:
         weights |= {name: fresh[name] for name in fresh if name.startswith("head.")}
-    for i, transformer in enumerate(model.transformers):
+    for i, transformer in enumerate(getattr(model, "transformers", ())):
         for j in range(theirs.num_blocks, len(transformer)):
             block = checkpoint.strip_prefix(f"transformers.{i}.{j}", fresh)
             block |= {name: torch.zeros_like(block[name]) for name in block if ".output." in name}

@@ -18,7 +18,8 @@ from training.checkpoint import RunConfig
 from training.config import ModelConfig, TrainConfig
 from training.evaluate import Confidence, ConfusedPair, Corruption, Metrics, SuperclassMetrics
 from training.metrics_log import MetricsEntry, append_metrics
-from training.model import Perceiver, count_parameters
+from training.model import Perceiver
+from training.network import count_parameters
 from training.preprocessing import Preprocess
 from training.report_schema import CURVES, PLOTS, Report
 

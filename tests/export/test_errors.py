@@ -17,9 +17,11 @@ from export.source import load_source
 from service.repository.folder import list_versions
 from tests.export.conftest import LABELS, write_run
 from tests.fakes import make_model_folder
+from tests.training.tiny import ALONE, data_set, run_config
 from training import checkpoint
-from training.config import PRESETS
+from training.config import PRESETS, ModelConfig
 from training.report_schema import Report
+from training.train import Trainer
 
 pytestmark = pytest.mark.usefixtures("translated_once")
 
@@ -200,6 +202,18 @@ def test_ctrl_c_is_no_traceback(
 def test_a_preset_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = fails(["--random", "huge", "--out", str(tmp_path / "out")], capsys)
     assert f"choose one of {', '.join(PRESETS)}." in error
+
+
+def test_a_convolutional_teacher_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    assert "teaches and is not served" in fails(["--random", "teacher", *out], capsys)
+    residual = ModelConfig(network="residual", num_classes=3, input_size=8, image_size=8, dim=8, num_blocks=1)
+    taught = run_config().model_copy(update={"model": residual})
+    folder = tmp_path / "run"
+    folder.mkdir()
+    trainer = Trainer(taught, data_set(), folder, ALONE)
+    assert trainer.keep_initial()
+    assert f"{folder}: is a residual network, which teaches" in fails([str(folder), *out], capsys)
 
 
 def test_a_folder_that_can_not_be_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

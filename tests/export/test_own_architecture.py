@@ -30,7 +30,7 @@ def test_a_model_that_the_algebra_does_not_know(
         other.head = torch.nn.Sequential(torch.nn.LayerNorm(config.dim), torch.nn.Linear(config.dim, len(LABELS)))
         return other
 
-    monkeypatch.setattr(checkpoint, "Perceiver", changed)
+    monkeypatch.setattr(checkpoint, "build_model", changed)
     tensors, header = checkpoint.load(copy / "best.safetensors")
     weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.head.")}
     weights |= {f"model.head.{name}": tensor for name, tensor in changed(header.run.model).head.state_dict().items()}

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from training.build_model import build_model
 from training.config import PRESETS, ModelConfig, Preset, TrainConfig
-from training.model import Perceiver, count_parameters
+from training.network import count_parameters
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -27,7 +28,7 @@ def test_the_reference_trains_as_the_example_does() -> None:
 
 
 def test_no_preset_is_larger_than_ten_million_parameters() -> None:
-    counts = {name: count_parameters(Perceiver(preset.model)) for name, preset in PRESETS.items()}
+    counts = {name: count_parameters(build_model(preset.model)) for name, preset in PRESETS.items()}
     assert counts["reference"] == 9_697_637
     assert max(counts.values()) < 10_000_000
 

@@ -19,7 +19,7 @@ from training.__main__ import main
 from training.checkpoint import CheckpointError, RunConfig
 from training.cli import build_parser
 from training.metrics_log import MetricsEntry, read_metrics
-from training.recipe import DEFAULT_RECIPE, find_recipe, is_bare, read_recipe
+from training.recipe import DEFAULT_RECIPE, find_recipe, is_bare, plan, read_recipe
 from training.report_schema import Report
 from training.transfer import find_checkpoint
 
@@ -89,6 +89,14 @@ def test_the_same_command_goes_on_where_it_was(
     # A stage on its own has those that led to it.
     half = load_source(out / "stage-2")
     assert "--recipe" not in training_record(half, make_metadata(half, "things"))
+
+
+def test_a_stage_that_names_a_preset_begins_at_random(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, [LINES[0], "--preset teacher --epochs 1", "--init stage-1 --teacher stage-2"])
+    flags = ["--recipe", str(recipe), "--out", str(tmp_path / "run")]
+    first, teacher, last = (stage.args for stage in plan(build_parser().parse_args(flags), flags))
+    assert (first.init, teacher.init, last.init) == (None, None, [first.out])
+    assert last.teacher == [teacher.out]
 
 
 def entries(folder: Path) -> list[MetricsEntry]:

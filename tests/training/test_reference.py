@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tests.training import reference_numpy as reference
 from training.config import PRESETS, ModelConfig
-from training.model import Perceiver, count_parameters
+from training.model import Perceiver
+from training.network import count_parameters
 from training.preprocessing import Preprocess
 
 pytestmark = pytest.mark.usefixtures("seeded")
