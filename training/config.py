@@ -15,7 +15,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Sharing = Literal["all", "all_but_first_cross", "all_but_first", "none"]
-Network = Literal["perceiver", "residual"]
+NetworkKind = Literal["perceiver", "residual"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -28,7 +28,7 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    network: Network = Field(
+    network: NetworkKind = Field(
         "perceiver",
         description="residual: a wide residual network, to teach a Perceiver; its first stage has `dim` channels, and "
         "each of three has `num_blocks` blocks",
