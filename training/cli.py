@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from training.config import PRESETS, ModelConfig, Preset, TrainConfig
+from training.config import OF_RESIDUAL_NETWORK, PRESETS, ModelConfig, Preset, TrainConfig
 
 if TYPE_CHECKING:
     from training.checkpoint import RunConfig
@@ -103,7 +103,8 @@ def _add_run(group: Any) -> None:
     group.add_argument(
         "--recipe",
         metavar="FILE",
-        help="train the stages of a recipe one after the other, each beginning with the one before it: a file, or the "
+        help="train the stages of a recipe one after the other, each beginning with the one before it unless it names "
+        "--init or a --preset: a file, or the "
         "name of a shipped one (default, where no flag says what to train: that of the shipped model). The same "
         "command again goes on where it was. Flags of recipe and model hold for every stage",
     )
@@ -258,6 +259,7 @@ def choose_preset(args: argparse.Namespace) -> Preset | None:
     preset = PRESETS[args.preset]
     if init is not None:
         preset = preset.model_copy(update={"model": init.model})
+    _check_network(args, preset.model.network, changes)
     try:
         chosen = Preset(model=changed(preset.model, changes), train=changed(preset.train, changes))
     except ValidationError as error:
@@ -282,9 +284,20 @@ def choose_preset(args: argparse.Namespace) -> Preset | None:
     if chosen.model.input_size > chosen.model.image_size:
         raise ValueError(
             f"--input-size {chosen.model.input_size} would be shrunk again, without filtering, to --image-size "
-            f"{chosen.model.image_size}, which the patches are cut from: give both, or neither."
+            f"{chosen.model.image_size}, which the model sees: give both, or neither."
         )
     return chosen
+
+
+def _check_network(args: argparse.Namespace, network: str, changes: dict[str, Any]) -> None:
+    """Raise ValueError where flags of the model are of another network than that of the preset, or of --init."""
+    asked = changes.get("network", network)
+    if args.init is not None and asked != network:
+        raise ValueError(f"--network {asked}: the model of --init is a {network} network; leave the flag out.")
+    foreign = [name for name in changes if name in ModelConfig.model_fields and name not in OF_RESIDUAL_NETWORK]
+    if asked == "residual" and foreign:
+        flags = ", ".join(map(_flag, foreign))
+        raise ValueError(f"a residual network has no use for {flags}: leave it out, or train another preset.")
 
 
 def _refuse(given: list[str]) -> None:

@@ -22,6 +22,8 @@ Precision = Literal["auto", "float32", "bfloat16"]
 # Fields of the architecture that a residual network has.
 OF_RESIDUAL_NETWORK = {"network", "num_classes", "input_size", "image_size", "dim", "num_blocks", "test_time_flip"}
 
+MIN_RESIDUAL_SIZE = 5
+
 
 class ModelConfig(BaseModel):
     """The architecture: everything that decides the shape of the weights and the function they compute."""
@@ -136,6 +138,12 @@ class ModelConfig(BaseModel):
             raise ValueError(f"a residual network has no {', '.join(changed)}: leave it out, or take preset teacher")
         if self.num_blocks < 1:
             raise ValueError("a residual network needs one block in each stage: set num_blocks 1, or more")
+        # Its norms take mean and variance over more than one number, of a batch of one image, too.
+        if self.image_size < MIN_RESIDUAL_SIZE:
+            raise ValueError(
+                f"a residual network halves images twice, and of {self.image_size} pixels one is left: set "
+                f"image_size {MIN_RESIDUAL_SIZE}, or more"
+            )
 
     @property
     def kept_latents(self) -> int:
@@ -436,3 +444,6 @@ PRESETS: dict[str, Preset] = {
         ),
     ),
 }
+
+# A residual network teaches, and is not served.
+EXPORTABLE_PRESETS = tuple(name for name, preset in PRESETS.items() if preset.model.network == "perceiver")

@@ -31,7 +31,7 @@ class Network(nn.Module):
     def forward_with_features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """`forward` in evaluation, and what the head classifies: float [B, K] and float [B, C].
 
-        The features are after norm and mean over the latents, with ``test_time_flip`` the mean of both views.
+        The features, `features_of_view`, are with ``test_time_flip`` the mean of both views.
         """
         if not self.config.test_time_flip:
             features = self.features_of_view(pixels)

@@ -217,10 +217,14 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World, deadlin
     if args.stage is not None and not args.stage.is_last:
         return DONE
     whole = folder if args.stage is None else folder.parent
-    export = shell_command(["python", "-m", "export"], [str(whole), *data_flag(args, run), "--out", "models/NAME"])
     if args.stage is not None:
         print(f"curves of all stages are in {whole}")
-    print(f"best checkpoint and report are in {folder}; export: {export}")
+    export = shell_command(["python", "-m", "export"], [str(whole), *data_flag(args, run), "--out", "models/NAME"])
+    is_teacher = run.model.network == "residual"
+    then = (
+        f"it teaches with --distillation 0.7 --teacher {shlex.quote(str(whole))}" if is_teacher else f"export: {export}"
+    )
+    print(f"best checkpoint and report are in {folder}; {then}")
     return DONE
 
 

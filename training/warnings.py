@@ -55,7 +55,7 @@ def warnings_for(
     if preset is not None:
         yield from overlap_warnings(run, data_set, origins)
         yield from copy_warnings(data_set)
-    if preset is not None and run.init is not None:
+    if preset is not None and run.init is not None and run.model.network == "perceiver":
         theirs = run.init.run.model
         if theirs.grid != run.model.grid:
             yield (

@@ -63,7 +63,19 @@ BAD_FLAGS = {
     ),
     "latents of a residual network": (
         ["--preset", "teacher", "--num-latents", "9"],
-        "a residual network has no num_latents: leave it out, or take preset teacher.",
+        "a residual network has no use for --num-latents: leave it out, or train another preset.",
+    ),
+    "latents of a residual network, as many as by default": (
+        ["--preset", "teacher", "--num-latents", "32", "--drop-path", "0"],
+        "a residual network has no use for --num-latents, --drop-path: leave it out",
+    ),
+    "a Perceiver that becomes a residual network": (
+        ["--preset", "compact", "--network", "residual"],
+        "a residual network has no patch_overlap, num_latents",
+    ),
+    "pixels too few to halve": (
+        ["--preset", "teacher", "--input-size", "4", "--image-size", "4", "--crop-padding", "1"],
+        "of 4 pixels one is left: set image_size 5, or more",
     ),
     "out of range": (["--batch-size", "0"], "--batch-size 0: Input should be greater than or equal to 1."),
     "not finite": (["--learning-rate", "inf"], "--learning-rate inf: Input should be a finite number."),
@@ -118,7 +130,7 @@ BAD_FLAGS = {
     ),
     "images that would be shrunk": (
         ["--input-size", "64"],
-        "--input-size 64 would be shrunk again, without filtering, to --image-size 32, which the patches are cut from",
+        "--input-size 64 would be shrunk again, without filtering, to --image-size 32, which the model sees",
     ),
     "resume and a flag": (["--resume", "run", "--dim", "3"], "--resume goes on with the run as it was configured"),
     "resume and out": (["--resume", "run", "--preset", "compact", "--out", "x"], "leave out --preset, --out, or start"),

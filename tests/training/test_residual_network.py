@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.training.runs import RECIPES, assert_same_run, trainer_in
+from tests.training.commands import RECIPE
+from tests.training.runs import RECIPES, assert_same_run, assert_same_tensors, trainer_in
 from tests.training.tiny import run_config
+from training import checkpoint
+from training.__main__ import main
 from training.build_model import build_model
 from training.checkpoint import CheckpointError
 from training.cli import build_parser, choose_preset
@@ -84,7 +87,7 @@ def test_it_computes_what_the_paper_says(network: ResidualNetwork) -> None:
 def test_the_teacher_has_the_layers_of_a_wide_network_of_sixteen() -> None:
     network = build_model(PRESETS["teacher"].model)
     convolutions = [module for module in network.modules() if isinstance(module, Convolution)]
-    assert len(convolutions) + 3 == 16  # the head and two shortcuts, as Zagoruyko and Komodakis count
+    assert len(convolutions) + 3 == 16  # and two shortcuts, and the head
     assert count_parameters(network) == 2_800_036
 
 
@@ -141,7 +144,27 @@ def test_no_other_network_begins_with_its_weights(tmp_path: Path, without_figure
     check_compatible(path, theirs, theirs)
     with pytest.raises(ValueError, match="--init takes one residual network"):
         choose_preset(build_parser().parse_args(["--init", str(path), str(path)]))
+    with pytest.raises(ValueError, match="--network perceiver: the model of --init is a residual network"):
+        choose_preset(build_parser().parse_args(["--init", str(path), "--network", "perceiver"]))
     for changes in ({"num_blocks": 3}, {"dim": 16}, {"network": "perceiver"}):
         mine = ModelConfig.model_validate(RESIDUAL | changes)
         with pytest.raises(CheckpointError, match="this one can't begin with"):
             check_compatible(path, theirs, mine)
+
+
+def test_a_perceiver_learns_from_it_by_two_commands(
+    tmp_path: Path, image_dir: Path, without_figures: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    small = ["--dim=8", "--num-blocks=1", "--input-size=8", "--image-size=8", "--crop-padding=1", "--precision=float32"]
+    machine = ["--epochs=1", "--batch-size=8", "--threads=1", "--device=cpu", "--data", str(image_dir)]
+    assert main(["--preset", "teacher", *small, *machine, "--out", str(teacher)]) == 0
+    assert f"; it teaches with --distillation 0.7 --teacher {teacher}" in capsys.readouterr().out
+    taught = ["--distillation=0.7", "--teacher", str(teacher), "--data", str(image_dir), "--out", str(student)]
+    assert main([*RECIPE, *taught]) == 0
+    _, header = checkpoint.load(student / "best.safetensors")
+    assert header.run.model.network == "perceiver"
+    assert [origin.run.model.network for origin in header.run.taught_by] == ["residual"]
+    asked = checkpoint.strip_prefix("teacher.0.model", checkpoint.load(student / "last.safetensors")[0])
+    best = checkpoint.strip_prefix("model", checkpoint.load(teacher / "best.safetensors")[0])
+    assert_same_tensors(asked, best)  # statistics of the norms as well: it only answers
