@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -68,7 +76,11 @@ class RecipeStage(BaseModel):
 
 
 class RunConfig(BaseModel):
-    """What a run is: enough to start it again."""
+    """What a run is: enough to start it again.
+
+    Written down, `init`, `averaged` and `teachers` are digests, and ``ancestors`` has each of those runs once. A run
+    that begins with another and is taught by it would else hold it twice, and be twice as large with every stage.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -91,13 +103,30 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _read_one_teacher(cls, data: Any) -> Any:
-        """Read the configuration of a run of before there could be several."""
-        if isinstance(data, dict) and "teacher" in data:
-            data = dict(data)
+    def _read(cls, data: Any) -> Any:
+        """Read what `_write` has written, and runs of before: each held the others whole, and had one teacher."""
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        if "teacher" in data:
             teacher = data.pop("teacher")
             data["teachers"] = () if teacher is None else (teacher,)
-        return data
+        known: dict[str, Origin] = {}
+        for entry in data.pop("ancestors", ()):
+            if not isinstance(entry, dict) or not isinstance(entry.get("run"), dict):
+                raise ValueError("one of its ancestors tells of no run")
+            origin = Origin.model_validate({**entry, "run": _with_origins(entry["run"], known)})
+            known[origin.checkpoint_sha256] = origin
+        return _with_origins(data, known)
+
+    @model_serializer(mode="wrap")
+    def _write(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        ancestors = [
+            {name: getattr(origin, name) for name in Origin.model_fields if name != "run"}
+            | {"run": _with_digests(origin.run, handler)}
+            for origin in self.ancestry()
+        ]
+        return _with_digests(self, handler) | ({"ancestors": ancestors} if ancestors else {})
 
     def without_paths(self) -> RunConfig:
         """The same without where the images lie on this machine, if that is an absolute path: its last part stays."""
@@ -136,10 +165,16 @@ class RunConfig(BaseModel):
     def ancestry(self) -> tuple[Origin, ...]:
         """All that led to this run, each once, in an order in which they can be trained."""
         found: dict[str, Origin] = {}
-        for origin in self.origins:
-            for each in (*origin.run.ancestry(), origin):
-                found.setdefault(each.checkpoint_sha256, each)
+        self._find_ancestry(found)
+        # As this run has seen them: one that others have seen earlier may have told less then.
+        found |= {origin.checkpoint_sha256: origin for origin in reversed(self.origins)}
         return tuple(found.values())
+
+    def _find_ancestry(self, found: dict[str, Origin]) -> None:
+        for origin in self.origins:
+            if origin.checkpoint_sha256 not in found:
+                origin.run._find_ancestry(found)
+                found[origin.checkpoint_sha256] = origin
 
     def lineage_test_readings(self, own: int) -> int:
         """How often this run and those that led to it have read its test images.
@@ -156,6 +191,30 @@ class RunConfig(BaseModel):
     def taught_by(self) -> tuple[Origin, ...]:
         """Whose answers are part of the targets."""
         return (self.teachers or self.inits) if self.train.distillation else ()
+
+
+def _with_digests(run: RunConfig, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    """A run as it is written, its origins by their digests."""
+    data: dict[str, Any] = handler(run.model_copy(update={"init": None, "averaged": (), "teachers": ()}))
+    for name in ("averaged", "teachers"):
+        data[name] = [origin.checkpoint_sha256 for origin in getattr(run, name)]
+    return data | {"init": None if run.init is None else run.init.checkpoint_sha256}
+
+
+def _with_origins(data: dict[str, Any], known: dict[str, Origin]) -> dict[str, Any]:
+    """Put origins in the place of their digests.
+
+    Raises:
+        ValueError: one is not known.
+    """
+
+    def find(origin: Any) -> Any:
+        if isinstance(origin, str) and origin not in known:
+            raise ValueError(f"it goes back to {origin}, which is not among its ancestors")
+        return known[origin] if isinstance(origin, str) else origin
+
+    several = {name: tuple(map(find, data[name])) for name in ("averaged", "teachers") if name in data}
+    return data | several | {"init": find(data.get("init"))}
 
 
 class Header(BaseModel):

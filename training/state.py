@@ -144,7 +144,7 @@ class TrainState:
             CheckpointError: it can't be read, or is not this run's.
         """
         tensors, header = checkpoint.load(path)
-        if header.run.without_paths() != self.run.without_paths():
+        if header.run.without_paths().model_dump() != self.run.without_paths().model_dump():
             raise CheckpointError(
                 f"{path}: belongs to another configuration (preset {header.run.preset}) than "
                 f"{path.with_name('config.json')} (preset {self.run.preset}); start a new run."

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from tests.training.tiny import MODEL, run_config
 from training import checkpoint
-from training.checkpoint import CheckpointError, Header
+from training.checkpoint import CheckpointError, Header, Origin, RunConfig
 from training.config import ModelConfig, TrainConfig
 from training.evaluate import Metrics
 from training.model import Perceiver
@@ -164,6 +164,57 @@ def test_a_run_without_best_checkpoint(tmp_path: Path) -> None:
 
 
 # --- optimisers
+
+
+def lineage(stages: int) -> RunConfig:
+    """A run of so many stages, each of which begins with the one before it and is taught by it and the first."""
+    run, origins = run_config(), []
+    for number in range(1, stages):
+        origins.append(Origin(checkpoint_sha256=f"{number:064x}", epoch=number, git_commit=None, run=run))
+        run = run.model_copy(update={"init": origins[-1], "teachers": (origins[-1], origins[0])})
+    return run
+
+
+def test_a_run_is_written_with_each_of_its_ancestors_once() -> None:
+    sizes = [len(lineage(stages).model_dump_json()) for stages in (2, 11, 20)]
+    assert sizes[2] - sizes[1] == pytest.approx(sizes[1] - sizes[0], rel=0.1)
+    run = lineage(20)
+    for read in (RunConfig.model_validate_json(run.model_dump_json()), RunConfig.model_validate(run.model_dump())):
+        assert read.model_dump() == run.model_dump()
+        assert read.draw_seed == run.draw_seed
+        assert [origin.epoch for origin in read.ancestry()] == list(range(1, 20))
+        assert [teacher.epoch for teacher in read.teachers] == [19, 1]
+
+
+def test_a_run_of_before_held_its_ancestors_whole() -> None:
+    run = lineage(4)
+
+    def whole(run: RunConfig) -> dict[str, object]:
+        origins = {origin.checkpoint_sha256: {**dict(origin), "run": whole(origin.run)} for origin in run.origins}
+        named = run.model_dump(exclude={"ancestors"})
+        teachers = [origins[teacher.checkpoint_sha256] for teacher in run.teachers]
+        return named | {"init": origins[run.init.checkpoint_sha256] if run.init else None, "teachers": teachers}
+
+    assert RunConfig.model_validate(whole(run)) == run
+
+
+def test_an_origin_tells_of_its_run_as_it_has_seen_it_last() -> None:
+    """Two runs may have read the same checkpoint, one of them before origins told of their weights."""
+    run = lineage(3)
+    assert run.init is not None
+    told = run.teachers[1].model_copy(update={"weights_sha256": "f" * 64})
+    run = run.model_copy(update={"averaged": (told,)})
+    read = RunConfig.model_validate(run.model_dump())
+    assert read.averaged == (told,)
+    assert read.draw_seed == run.draw_seed
+
+
+def test_an_ancestor_that_is_missing_is_told() -> None:
+    content = lineage(3).model_dump() | {"ancestors": []}
+    with pytest.raises(ValueError, match=r"it goes back to 0+2, which is not among its ancestors"):
+        RunConfig.model_validate(content)
+    with pytest.raises(ValueError, match="one of its ancestors tells of no run"):
+        RunConfig.model_validate(content | {"ancestors": [{"epoch": 1}]})
 
 
 def trained(seed: int, config: TrainConfig, steps: int) -> tuple[Perceiver, list[Optimizer]]:

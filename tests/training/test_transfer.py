@@ -324,9 +324,10 @@ def test_a_run_that_begins_with_another_goes_on_from_its_figures(tmp_path: Path,
     header = checkpoint.load(whole / "best.safetensors")[1]
     assert header.val is not None
     assert read_metrics(run)[0]["val_loss"] == pytest.approx(header.val.loss, rel=1e-3)
-    init = json.loads((run / "config.json").read_text())["init"]
-    assert init["checkpoint_sha256"] == checkpoint.digest(whole / "best.safetensors")
-    assert (init["epoch"], init["run"]["preset"]) == (header.epoch, "compact")
+    config = json.loads((run / "config.json").read_text())
+    (ancestor,) = config["ancestors"]
+    assert config["init"] == ancestor["checkpoint_sha256"] == checkpoint.digest(whole / "best.safetensors")
+    assert (ancestor["epoch"], ancestor["run"]["preset"]) == (header.epoch, "compact")
     # And it is resumed as any other, without the one that it began with.
     shutil.copytree(run, tmp_path / "again")
     assert main(["--resume", str(tmp_path / "again")]) == 0
