@@ -12,7 +12,7 @@ from export.quantization.variants import PROVIDERS, VariantPrecision, provider_f
 from export.source import load_source, random_source
 from export.verify import verify
 from service.engine.metadata import MODEL_FILES
-from training.config import EXPORTABLE_PRESETS
+from training.config import exportable_presets
 
 GOLDEN, MAX_BATCH = 64, 32
 
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         "run", nargs="?", type=Path, metavar="RUN", help="folder of a run, or a .safetensors file in it"
     )
     command.add_argument(
-        "--random", metavar="PRESET", help=f"random weights, to measure speed: {', '.join(EXPORTABLE_PRESETS)}"
+        "--random", metavar="PRESET", help=f"random weights, to measure speed: {', '.join(exportable_presets())}"
     )
     command.add_argument(
         "--verify", type=Path, metavar="FOLDER", help="run the gates of a version or model folder again"

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from export.errors import ExportError
 from training.checkpoint import CheckpointError, RunConfig, digest, git_commit, load_model
-from training.config import EXPORTABLE_PRESETS, PRESETS
+from training.config import PRESETS, exportable_presets
 from training.data import cifar
 from training.data.dataset import DataError, DataSet
 from training.data.load import load_for
@@ -243,8 +243,10 @@ def random_source(preset: str, seed: int = 0) -> Source:
     Raises:
         ExportError: there is no such preset.
     """
-    if preset not in EXPORTABLE_PRESETS:
-        raise ExportError(f"--random {preset}: there is no such preset; choose one of {', '.join(EXPORTABLE_PRESETS)}.")
+    if preset not in exportable_presets():
+        raise ExportError(
+            f"--random {preset}: there is no such preset; choose one of {', '.join(exportable_presets())}."
+        )
     config = PRESETS[preset].model.model_copy(update={"num_classes": RANDOM_CLASSES})
     labels = tuple(f"class {index}" for index in range(RANDOM_CLASSES))
     run = RunConfig(preset=preset, data=None, dataset="none", labels=labels, model=config, train=PRESETS[preset].train)

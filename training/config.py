@@ -445,5 +445,7 @@ PRESETS: dict[str, Preset] = {
     ),
 }
 
-# A residual network teaches, and is not served.
-EXPORTABLE_PRESETS = tuple(name for name, preset in PRESETS.items() if preset.model.network == "perceiver")
+
+def exportable_presets() -> list[str]:
+    """Names of the presets whose model can be served: a residual network teaches."""
+    return [name for name, preset in PRESETS.items() if preset.model.network == "perceiver"]

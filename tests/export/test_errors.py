@@ -19,7 +19,7 @@ from tests.export.conftest import LABELS, write_run
 from tests.fakes import make_model_folder
 from tests.training.tiny import ALONE, data_set, run_config
 from training import checkpoint
-from training.config import EXPORTABLE_PRESETS, ModelConfig
+from training.config import ModelConfig, exportable_presets
 from training.report_schema import Report
 from training.train import Trainer
 
@@ -201,7 +201,7 @@ def test_ctrl_c_is_no_traceback(
 
 def test_a_preset_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = fails(["--random", "huge", "--out", str(tmp_path / "out")], capsys)
-    assert f"choose one of {', '.join(EXPORTABLE_PRESETS)}." in error
+    assert f"choose one of {', '.join(exportable_presets())}." in error
 
 
 def test_a_convolutional_teacher_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
