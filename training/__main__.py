@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from training.cli import batch_sizes, build_parser, choose_preset
-from training.recipe import DEFAULT_RECIPE, is_bare, plan, read_recipe
+from training.recipe import DEFAULT_RECIPE, check_flags, is_bare, plan, read_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_bare(args):
             args.recipe = DEFAULT_RECIPE
         stages = None if args.recipe is None else plan(args, argv)
+        check_flags(stages or [])
         if args.stages:
             if stages is None:
                 raise ValueError("--stages shows those of a recipe: name one by --recipe.")
@@ -29,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         preset = choose_preset(args) if stages is None else None
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}.", file=sys.stderr)
         return 2
     try:
         # Torch takes seconds to import, and what is wrong with the flags has been said by now.

@@ -290,6 +290,23 @@ def save(path: Path, tensors: dict[str, Tensor], header: Header) -> None:
     partial.replace(path)
 
 
+def read_config(folder: Path) -> RunConfig:
+    """What the run in a folder is, from its ``config.json``.
+
+    Raises:
+        CheckpointError: it has none, or one that can't be read.
+    """
+    path = folder / "config.json"
+    try:
+        return RunConfig.model_validate_json(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{folder}: is no run; it has no config.json.") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: is damaged, it is no text; restore it, or start a new run.") from error
+    except ValidationError as error:
+        raise CheckpointError(f"{path} is not of this version of the project: {error.errors()[0]['msg']}.") from error
+
+
 def load(path: Path) -> tuple[dict[str, Tensor], Header]:
     """Read a checkpoint.
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -212,7 +213,7 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_run(path: Path) -> RunConfig:
-    """The configuration of the run whose weights a path means.
+    """The configuration of the run whose weights a path means, those of `--init`.
 
     Raises:
         ValueError: there are none; a sentence for the user.
@@ -224,6 +225,19 @@ def read_run(path: Path) -> RunConfig:
         return checkpoint.load(transfer.find_checkpoint(path))[1].run
     except checkpoint.CheckpointError as error:
         raise ValueError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a run gives to one that begins with its weights: the name of its preset, and its model."""
+
+    preset: str
+    model: ModelConfig
+
+    @classmethod
+    def of(cls, run: RunConfig) -> Self:
+        """That of a run."""
+        return cls(run.preset, run.model)
 
 
 def batch_sizes(args: argparse.Namespace, preset: Preset | None, stages: Sequence[Stage] | None) -> list[int]:
@@ -239,8 +253,12 @@ def batch_sizes(args: argparse.Namespace, preset: Preset | None, stages: Sequenc
         return [1]  # no run, which is told later
 
 
-def choose_preset(args: argparse.Namespace) -> Preset | None:
+def choose_preset(args: argparse.Namespace, earlier: Mapping[Path, Beginning] | None = None) -> Preset | None:
     """The preset with the changes that the flags ask for; None where a run is resumed. Sets `args.preset`, if unset.
+
+    Args:
+        args: the flags.
+        earlier: what runs that `--init` may name will be, where they have not been trained yet.
 
     Raises:
         ValueError: no such preset, or values that don't fit; a sentence for the user.
@@ -253,7 +271,9 @@ def choose_preset(args: argparse.Namespace) -> Preset | None:
         raise ValueError(f"--preset {args.preset}: there is no such preset; there are {', '.join(PRESETS)}.")
     if args.init is not None and "latent_std" in changes:
         raise ValueError(f"--latent-std {changes['latent_std']} changes nothing with --init, which has latents.")
-    init = None if args.init is None else read_run(args.init[0])
+    init = None
+    if args.init is not None:
+        init = (earlier or {}).get(args.init[0]) or Beginning.of(read_run(args.init[0]))
     if args.preset is None:
         args.preset = init.preset if init is not None and init.preset in PRESETS else DEFAULT_PRESET
     preset = PRESETS[args.preset]

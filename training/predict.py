@@ -7,6 +7,7 @@ import csv
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from io import TextIOWrapper
 from pathlib import Path
 
 from training.checkpoint import CheckpointError
@@ -73,7 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         files = list(find_images(args.files))
         classifier = Classifier.from_pretrained(args.model)
         written = 0
-        with args.out.open("w", newline="", encoding="utf-8") if args.out else nullcontext(sys.stdout) as out:
+        # A file's name may be of bytes that are no text, and is written as it is.
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="surrogateescape")
+        with (
+            args.out.open("w", newline="", encoding="utf-8", errors="surrogateescape")
+            if args.out
+            else nullcontext(sys.stdout)
+        ) as out:
             rows = csv.writer(out, lineterminator="\n")
             rows.writerow(HEAD)
             for start in range(0, len(files), AT_ONCE):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.cli import DEFAULT_PRESET, build_parser, changed, overrides
+from training.cli import DEFAULT_PRESET, Beginning, build_parser, changed, choose_preset, overrides
 from training.config import PRESETS
 
 if TYPE_CHECKING:
@@ -24,17 +25,17 @@ DEFAULT_RECIPE = "version-12"  # what made the shipped model
 OF_THE_WHOLE = (
     "recipe",
     "stages",
-    "resume",
     "out",
     "data",
     "device",
     "threads",
     "processes",
     "max_minutes",
-    "max_steps",
 )
 # What only a stage can say.
-OF_A_STAGE = ("preset", "init", "teacher", "resume", "max_steps")
+OF_A_STAGE = ("preset", "init", "teacher")
+# What neither can.
+OF_ONE_RUN = ("resume", "max_steps")
 
 
 @dataclass(frozen=True)
@@ -168,27 +169,33 @@ def find_recipe(run: RunConfig) -> str | None:
 
 
 def _has_trained(stages: Sequence[Stage], run: RunConfig) -> bool:
-    """Whether the flags of each stage are those of a run that led to this one, in that order."""
-    ancestry = run.ancestry()
-    runs = [*(origin.run for origin in ancestry), run]
-    if len(stages) != len(runs):
+    """Whether each stage is one of the runs that led to this one, and the last is this one."""
+    left = list(run.ancestry())
+    if len(stages) != len(left) + 1 or any(
+        (origin.run.dataset, origin.run.labels) != (run.dataset, run.labels) for origin in left
+    ):
         return False
-    # Of all stages but the last, which led to none.
-    digests = {stage.folder: origin.checkpoint_sha256 for stage, origin in zip(stages, ancestry, strict=False)}
-    for stage, theirs in zip(stages, runs, strict=True):
-        begins_with = [digests.get(path) for path in (*(stage.args.init or ()), *(stage.args.teacher or ()))]
-        if begins_with != [origin.checkpoint_sha256 for origin in theirs.origins]:
+    digests: dict[Path, str] = {}
+    for stage in stages[:-1]:
+        found = next((origin for origin in left if _trains(stage, origin.run, digests)), None)
+        if found is None:
             return False
-        name = stage.args.preset or (theirs.init.run.preset if theirs.init else DEFAULT_PRESET)
-        preset, changes = PRESETS[name], overrides(stage.args)
-        model = changed(theirs.init.run.model if theirs.init else preset.model, changes)
-        model = model.model_copy(update={"num_classes": theirs.model.num_classes})
-        train = changed(preset.train, changes).model_copy(update={"precision": theirs.train.precision})
-        if (name, model, train) != (theirs.preset, theirs.model, theirs.train):
-            return False
-        if (theirs.dataset, theirs.labels) != (run.dataset, run.labels):
-            return False
-    return True
+        left.remove(found)
+        digests[stage.folder] = found.checkpoint_sha256
+    return _trains(stages[-1], run, digests)
+
+
+def _trains(stage: Stage, run: RunConfig, digests: Mapping[Path, str]) -> bool:
+    """Whether a stage's flags are those of a run; ``digests`` are of the stages before it."""
+    begins_with = [digests.get(path) for path in (*(stage.args.init or ()), *(stage.args.teacher or ()))]
+    if begins_with != [origin.checkpoint_sha256 for origin in run.origins]:
+        return False
+    name = stage.args.preset or (run.init.run.preset if run.init else DEFAULT_PRESET)
+    preset, changes = PRESETS[name], overrides(stage.args)
+    model = changed(run.init.run.model if run.init else preset.model, changes)
+    model = model.model_copy(update={"num_classes": run.model.num_classes})
+    train = changed(preset.train, changes).model_copy(update={"precision": run.train.precision})
+    return (name, model, train) == (run.preset, run.model, run.train)
 
 
 def plan(args: argparse.Namespace, argv: list[str]) -> list[Stage]:
@@ -201,9 +208,10 @@ def plan(args: argparse.Namespace, argv: list[str]) -> list[Stage]:
     Raises:
         ValueError: there is no such recipe, or a flag does not belong there; a sentence for the user.
     """
-    given = [name for name in OF_A_STAGE if getattr(args, name) is not None]
-    if given:
-        raise ValueError(f"--recipe takes no {_flags(given)}: its stages say that; leave it out, or write a recipe.")
+    if given := _given(args, OF_ONE_RUN):
+        raise ValueError(f"{given} is for one run and not for a recipe, which this is: leave it out, or add --preset.")
+    if given := _given(args, OF_A_STAGE):
+        raise ValueError(f"--recipe takes no {given}: its stages say that; leave it out, or write a recipe.")
     name = args.recipe if (SHIPPED / f"{args.recipe}.toml").is_file() else Path(args.recipe).name
     for_all = shlex.join(_given_flags(argv))
     recipe = " ".join(filter(None, (shlex.join(["--recipe", name]), for_all)))
@@ -212,21 +220,23 @@ def plan(args: argparse.Namespace, argv: list[str]) -> list[Stage]:
     parser = build_parser()
     stages: list[Stage] = []
     for number, line in enumerate(lines, 1):
+        where = f"--recipe {args.recipe}: stage {number}"
         try:
             mine = parser.parse_args(shlex.split(line))
         except SystemExit:
-            print(f"error: --recipe {args.recipe}: stage {number} has flags that can't be read.", file=sys.stderr)
+            print(f"error: {where} has flags that can't be read.", file=sys.stderr)
             raise
-        given = [each for each in OF_THE_WHOLE if getattr(mine, each) not in (None, False, parser.get_default(each))]
-        if given:
-            raise ValueError(
-                f"--recipe {args.recipe}: stage {number} says {_flags(given)}, which is given beside --recipe."
-            )
+        except ValueError as error:  # of shlex
+            raise ValueError(f"{where} can't be read ({error}): {line}") from error
+        if given := _given(mine, OF_ONE_RUN):
+            raise ValueError(f"{where} says {given}, which is for one run and not for a recipe: leave it out.")
+        if given := _given(mine, OF_THE_WHOLE):
+            raise ValueError(f"{where} says {given}, which is given beside --recipe.")
         if mine.init is None and mine.preset is None and stages:
             mine.init = [stages[-1].folder]
         for origin in ("init", "teacher"):
             if (paths := getattr(mine, origin)) is not None:
-                setattr(mine, origin, [_folder_of(path, stages) for path in paths])
+                setattr(mine, origin, [_folder_of(path, stages, where) for path in paths])
         for each in ("data", "device", "threads", "processes", "max_minutes"):
             setattr(mine, each, getattr(args, each))
         mine.out = stage_folder(folder, number)
@@ -241,9 +251,39 @@ def stage_folder(folder: Path, number: int) -> Path:
     return folder / f"stage-{number}"
 
 
-def _folder_of(path: Path, before: list[Stage]) -> Path:
-    """The run of an earlier stage where a path is its name, else the path."""
-    return next((stage.folder for stage in before if str(path) == stage.folder.name), path)
+def _folder_of(path: Path, before: list[Stage], where: str) -> Path:
+    """The run of an earlier stage where a path is its name, else the path; ``where`` it is named."""
+    earlier = next((stage.folder for stage in before if str(path) == stage.folder.name), None)
+    if earlier is None and re.fullmatch(r"stage-\d+", str(path)) and not path.exists():
+        raise ValueError(f"{where} names {path}: name a stage before it, from stage-1.")
+    return earlier or path
+
+
+def check_flags(stages: Sequence[Stage]) -> None:
+    """Choose the preset of each stage that has not begun: what is wrong with its flags is said before any trains.
+
+    Raises:
+        ValueError: a sentence for the user, with the stage.
+    """
+    earlier: dict[Path, Beginning] = {}
+    for stage in stages:
+        try:
+            if stage.is_done or stage.has_begun:
+                earlier[stage.folder] = _begun(stage)
+            elif (preset := choose_preset(stage.args, earlier)) is not None:
+                earlier[stage.folder] = Beginning(stage.args.preset, preset.model)
+        except ValueError as error:
+            raise ValueError(f"stage {stage.number} of {stage.count}: {error}") from error
+
+
+def _begun(stage: Stage) -> Beginning:
+    """What a stage that has begun gives to those that begin with it."""
+    from training import checkpoint  # which takes seconds, for torch
+
+    try:
+        return Beginning.of(checkpoint.read_config(stage.folder))
+    except checkpoint.CheckpointError as error:
+        raise ValueError(str(error)) from error
 
 
 def _given_flags(argv: list[str]) -> list[str]:
@@ -255,5 +295,8 @@ def _given_flags(argv: list[str]) -> list[str]:
     return machine.parse_known_args(argv)[1]
 
 
-def _flags(names: list[str]) -> str:
-    return ", ".join("--" + name.replace("_", "-") for name in names)
+def _given(args: argparse.Namespace, names: Sequence[str]) -> str:
+    """Those flags among some that say something, as one types them."""
+    default = build_parser().get_default
+    said = (name for name in names if getattr(args, name) not in (None, False, default(name)))
+    return ", ".join("--" + name.replace("_", "-") for name in said)

@@ -18,11 +18,10 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
-from pydantic import ValidationError
 
 from training import seen_images
 from training.allocator import is_out_of_memory
-from training.checkpoint import DISK_FULL_ADVICE, CheckpointError, RecipeStage, RunConfig, digest
+from training.checkpoint import DISK_FULL_ADVICE, CheckpointError, RecipeStage, RunConfig, digest, read_config
 from training.cli import choose_preset
 from training.config import Preset, TrainConfig
 from training.data.dataset import DataError, DataSet
@@ -127,7 +126,7 @@ def look_at_stage(stage: Stage) -> tuple[bool, bool]:
         ValueError: other flags trained it, or a stage that it began with is no longer the one that it was.
     """
     if stage.is_done or stage.has_begun:
-        run = RunConfig.model_validate_json((stage.folder / "config.json").read_bytes())
+        run = read_config(stage.folder)
         if run.stage is None or run.stage.line != stage.line:
             raise ValueError(f"{stage.folder}: was trained by other flags than the recipe's ({stage.line}).")
         known = {origin.checkpoint_sha256 for origin in run.origins}
@@ -208,13 +207,15 @@ def start(args: argparse.Namespace, preset: Preset | None, world: World, deadlin
                 again = resume_command(args, run, world, folder)
                 print(f"stopped after step {trainer.state.step}; go on with: {again}")
                 return STOPPED
-            if args.stage is not None and not args.stage.is_last:
+            if not (is_last := run.stage is None or run.stage.number == run.stage.count):
                 trainer.test_split = None  # which the last stage alone reads
             report = trainer.report()
     without = None if run.with_top5 else {"val": {"top5"}, "test": {"top5"}}
     shown = {"epoch", "temperature", "val", "test", "note"}
     print(report.model_dump_json(include=shown, exclude=without, indent=2))
-    if args.stage is not None and not args.stage.is_last:
+    if not is_last:
+        if args.stage is None:
+            print(f"{folder} has ended; the same command with --recipe goes on with the stage after it")
         return DONE
     whole = folder if args.stage is None else folder.parent
     if args.stage is not None:
@@ -293,7 +294,8 @@ def prepare(
         # Twice, because without --out the folder is named after data that has to be read first.
         check_unused(args.out)
         data_set = load_for(preset, args.data)
-        if args.validation_fraction is not None and data_set.has_val:
+        # A recipe says it for data without val/, which others may have.
+        if args.validation_fraction is not None and data_set.has_val and args.stage is None:
             raise ValueError(
                 f"--validation-fraction {args.validation_fraction} changes nothing: {args.data} has its own val/."
             )
@@ -350,20 +352,12 @@ def reduce_batch_size(batch_size: int, images: int, world: World) -> int:
 
 def load_run(args: argparse.Namespace) -> tuple[RunConfig, DataSet]:
     """Configuration and data of the run in a folder."""
-    path = args.resume / "config.json"
     if read_recipe_run(args.resume) is not None:
         raise CheckpointError(
             f"--resume {args.resume}: holds the stages of a recipe; go on with the command that began it, --recipe "
             f"and --out {args.resume}."
         )
-    try:
-        run = RunConfig.model_validate_json(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"--resume {args.resume}: is no run; it has no config.json.") from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: is damaged, it is no text; restore it, or start a new run.") from error
-    except ValidationError as error:
-        raise CheckpointError(f"{path} is not of this version of the project: {error.errors()[0]['msg']}.") from error
+    run = read_config(args.resume)
     if not (args.resume / "last.safetensors").exists():
         if (ended := (args.resume / "report.json").exists()) or (args.resume / "best.safetensors").exists():
             raise CheckpointError(

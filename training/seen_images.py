@@ -27,7 +27,7 @@ def read(folder: Path) -> Digests:
     """What the model in a folder was trained on, as far as a file there tells; uint64 [N]."""
     try:
         digests = np.load(folder / FILE, allow_pickle=False)
-    except (OSError, ValueError):
+    except (OSError, EOFError, ValueError):
         return np.empty(0, np.uint64)
     return digests if digests.dtype == np.uint64 else np.empty(0, np.uint64)
 

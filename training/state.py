@@ -71,9 +71,12 @@ class TrainState:
         # (as TensorFlow's ExponentialMovingAverage does with `num_updates`).
         n = int(self.average.n_averaged)
         decay = min(self.run.train.ema_decay, (1 + n) / (10 + n)) if n else 0.0
-        torch._foreach_lerp_(list(self.average.module.parameters()), list(self.model.parameters()), 1 - decay)
-        for mine, theirs in zip(self.average.module.buffers(), self.model.buffers(), strict=True):
-            mine.copy_(theirs)
+        # Means and variances of norms are averaged with the weights that they are of.
+        mine, theirs = (
+            [*module.parameters(), *(buffer for buffer in module.buffers() if buffer.is_floating_point())]
+            for module in (self.average.module, self.model)
+        )
+        torch._foreach_lerp_(mine, theirs, 1 - decay)
         self.average.n_averaged += 1
 
     @property

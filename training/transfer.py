@@ -16,6 +16,7 @@ from training import checkpoint
 from training.checkpoint import CheckpointError, Header, Origin, RunConfig
 from training.cli import format_flag
 from training.config import ModelConfig
+from training.data.dataset import DataError
 from training.data.load import load_for
 from training.network import Network
 from training.recipe import stage_folder
@@ -148,11 +149,8 @@ def validation_overlap(run: RunConfig, theirs: RunConfig, path: Path | None, *, 
         has_val: whether the data tell themselves what validates.
 
     Returns:
-        "share" where the other held out fewer of the same images, "images" where those were others, None where
-        neither is so.
-
-    Raises:
-        DataError: the images are gone meanwhile.
+        "share" where the other held out fewer of the same images, "images" where those were others or can't be read
+        as it read them, None where neither is so.
     """
     digests = (run.pictures_sha256, theirs.pictures_sha256)
     if digests[0] == digests[1] is not None:
@@ -169,7 +167,10 @@ def validation_overlap(run: RunConfig, theirs: RunConfig, path: Path | None, *, 
         theirs.train.validation_fraction,
     ):
         return "images"
-    return None if load_for(theirs, path).digest() == theirs.pictures_sha256 else "images"
+    try:
+        return None if load_for(theirs, path).digest() == theirs.pictures_sha256 else "images"
+    except DataError:
+        return "images"
 
 
 def validation_overlaps(run: RunConfig, path: Path | None, *, has_val: bool) -> list[tuple[Overlap, RunConfig]]:

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from pydantic import BaseModel
@@ -15,7 +16,7 @@ from training.cli import format_flag
 from training.config import PRESETS
 from training.data.dataset import CIFAR100
 from training.metrics_log import MACHINE_FIELDS
-from training.recipe import find_recipe, read_recipe, shipped_recipes
+from training.recipe import find_recipe, read_recipe
 
 STAGE_FOLDER = "runs/stage"
 FIRST_EPOCHS = (1, 2, 5)
@@ -53,14 +54,14 @@ class TrainingRecipe:
 
     Attributes:
         flags: --recipe, and what was given beside it.
-        lines: flags of each stage.
-        took: how long it took, and where; None where the recipe does not say so.
+        lines: flags of each stage that led to the run, by its number.
+        took: how long it took, and where; None where the recipe does not say so, or the run tells it itself.
         is_found: whether its stages were started one by one, and are known by what they trained.
     """
 
     flags: str
-    lines: Sequence[str]
-    took: str | None
+    lines: Mapping[int, str]
+    took: str | None = None
     is_found: bool = False
 
 
@@ -71,14 +72,13 @@ def recipe_of(run: RunConfig) -> TrainingRecipe | None:
     if last is not None and last.number == last.count:
         of_recipe = [stage for stage in stages if stage is not None and stage.recipe == last.recipe]
         if len(of_recipe) == len(stages):
-            name = last.recipe.removeprefix("--recipe ")
-            took = read_recipe(name).took if name in shipped_recipes() else None
-            return TrainingRecipe(last.recipe, [stage.line for stage in of_recipe], took)
+            lines = {stage.number: stage.line for stage in sorted(of_recipe, key=attrgetter("number"))}
+            return TrainingRecipe(last.recipe, lines)
     found = find_recipe(run)
     if found is None:
         return None
     recipe = read_recipe(found)
-    return TrainingRecipe(f"--recipe {found}", recipe.lines, recipe.took, is_found=True)
+    return TrainingRecipe(f"--recipe {found}", dict(enumerate(recipe.lines, 1)), recipe.took, is_found=True)
 
 
 def data_flags(run: RunConfig) -> list[str]:
@@ -130,7 +130,7 @@ def describe_run(source: Source) -> str:
         )
     earlier = "an earlier stage trains" if recipe_of(source.run) else "the commands before the last train"
     each = "; ".join(f"epoch {init.epoch}, {describe_origin(init)}" for init in inits)
-    if source.run.train.epochs == 0:
+    if source.run.train.epochs == 0 and len(inits) > 1:
         return f"The mean of the weights of {len(inits)} models, which {earlier}: {each}.{took}"
     of_all = f" of {own}" if source.has_own_epochs else ""
     text = f"The weights of epoch {source.epoch}{of_all}{' in the last stage' if source.stages else ''}.{took}"
@@ -185,14 +185,13 @@ def stage_list(source: Source) -> list[str]:
     recipe = recipe_of(source.run)
     if recipe is None:
         return []
-    # What the recipe's author measured, where this run does not tell it itself.
-    took = "" if recipe.took is None or source.stages else f"It took {recipe.took}. "
+    took = "" if recipe.took is None else f"It took {recipe.took}. "
     one_by_one = "Its stages were started one by one; this command draws other random numbers. "
     order = "Each of these stages begins with the one before it, unless it says otherwise:"
     return [
         paragraph(f"{took}{one_by_one if recipe.is_found else ''}{order}"),
         "",
-        *(f"1. {code(line)}" for line in recipe.lines),
+        *(f"- stage-{number}: {code(line)}" for number, line in recipe.lines.items()),
         "",
     ]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +124,10 @@ def test_the_command_writes_a_row_for_each_label_of_each_file(
     said = capsys.readouterr()
     assert len(said.out.splitlines()) == 2
     assert "broken.png: this image cannot be read" in said.err
+    strange = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    shutil.copy(files[0], strange)
+    assert main([str(whole), os.fsdecode(strange), "--out", str(out)]) == 0
+    assert out.read_bytes().splitlines()[1].startswith(strange + b",1,")
     for arguments, message in (
         ([str(tmp_path / "nothing"), str(files[0])], "no such checkpoint"),
         ([str(whole), str(tmp_path / "nowhere")], "nowhere: does not exist"),

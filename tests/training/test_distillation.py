@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -234,7 +233,9 @@ def test_several_teachers_answer_with_the_mean_of_their_probabilities() -> None:
 
 
 def test_each_of_several_teachers_has_a_part_in_the_loss(tmp_path: Path) -> None:
-    run, path = taught(tmp_path, distillation=1.0)
+    _, path = taught(tmp_path)
+    plain = {"distillation": 1.0, "mix_probability": 0.0, "mixup": 0.0, "cutmix": 0.0, "flip": False, "crop_padding": 0}
+    run = run_config(**plain).model_copy(update={"init": read_origin(path)})
     other = shutil.copytree(tmp_path, tmp_path / "other") / "best.safetensors"
     tensors, header = checkpoint.load(other)
     tensors |= {name: tensor + 0.1 for name, tensor in tensors.items() if name.startswith("model.")}
@@ -248,8 +249,14 @@ def test_each_of_several_teachers_has_a_part_in_the_loss(tmp_path: Path) -> None
         answers = [checkpoint.load_model(each)[0].eval()(pixels).softmax(dim=1) for each in (path, other)]
     assert not torch.allclose(*answers, atol=1e-3)
     torch.testing.assert_close(found, sum(answers) / 2)
+    # The student is the first teacher as it begins: asked alone, that one would teach it nothing.
+    student = trainer.state.model(pixels).detach()
+    temperature = run.train.distillation_temperature
+    softened = [(logits / temperature).softmax(dim=1) for logits in (found.log(), student)]
+    expected = temperature**2 * divergence(*softened)
+    assert expected > 1e-4
     trainer.one_step(torch.arange(8))
-    assert not math.isclose(trainer.state.loss_sum.item(), 0, abs_tol=1e-6)  # of the first alone it would be
+    torch.testing.assert_close(trainer.state.loss_sum, expected, rtol=1e-4, atol=0)
 
 
 def test_a_run_of_before_there_could_be_several_teachers_is_read(tmp_path: Path) -> None:

@@ -241,16 +241,88 @@ def test_a_stage_of_other_flags_is_not_taken_for_this_one(
         ("stages = ", [], "is no TOML"),
         ('stages = ["--out x"]', [], "stage 1 says --out, which is given beside --recipe."),
         ('stages = ["--epochs 3"]', ["--init", "x"], "--recipe takes no --init: its stages say that"),
-        ('stages = ["--epochs 3"]', ["--max-steps", "3"], "--recipe takes no --max-steps"),
-        ('stages = ["--preset huge"]', [], "--preset huge: there is no such preset"),
+        ('stages = ["--epochs 3"]', ["--max-steps", "3"], "--max-steps is for one run and not for a recipe"),
+        ('stages = ["--max-steps 3"]', [], "stage 1 says --max-steps, which is for one run and not for a recipe"),
+        ('stages = ["--epochs 3", "--epochs \'4"]', [], "stage 2 can't be read (No closing quotation): --epochs '4"),
+        ('stages = ["--preset huge"]', [], "stage 1 of 1: --preset huge: there is no such preset"),
+        ('stages = ["--epochs 3", "--distillation 2"]', [], "stage 2 of 2: --distillation 2.0: Input should be less"),
+        (
+            'stages = ["--epochs 3", "--network residual"]',
+            [],
+            "stage 2 of 2: --network residual: the model of --init is",
+        ),
+        ('stages = ["--preset teacher", "--patch-size 2"]', [], "stage 2 of 2: a residual network has no use for"),
+        (
+            'stages = ["--epochs 3", "--init stage-2"]',
+            [],
+            "stage 2 names stage-2: name a stage before it, from stage-1.",
+        ),
+        ('stages = ["--epochs 3", "--init x"]', [], "stage 2 of 2: x: no such checkpoint"),
     ],
 )
 def test_what_is_no_recipe_is_told(
     tmp_path: Path, content: str, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine.toml").write_text(content)
-    assert main(["--recipe", str(tmp_path / "mine.toml"), "--out", str(tmp_path / "run"), *MACHINE[:1], *flags]) == 2
-    assert message in capsys.readouterr().err
+    command = ["--recipe", str(tmp_path / "mine.toml"), "--out", str(tmp_path / "run"), *MACHINE[:1], *flags]
+    for again in (command, [*command, "--stages"]):
+        assert main(again) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_may_not_be_read_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "x" * 300
+    for flag in ("--recipe", "--init"):
+        assert main([flag, name, "--out", str(tmp_path / "run")]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ")
+        assert name in said
+        assert said.endswith(": File name too long.\n")
+
+
+def test_a_stage_whose_configuration_is_damaged_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, stage = write_recipe(tmp_path, LINES), tmp_path / "run" / "stage-1"
+    stage.mkdir(parents=True)
+    (stage / "last.safetensors").touch()
+    (stage / "config.json").write_text("{}")
+    assert main(["--recipe", str(recipe), "--out", str(tmp_path / "run"), *MACHINE]) == 2
+    assert f"stage 1 of 3: {stage / 'config.json'} is not of this version" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_data_with_their_own_val_suit_a_recipe_that_holds_out_a_share(tmp_path: Path, image_dir: Path) -> None:
+    assert (image_dir / "val").is_dir()
+    recipe = write_recipe(tmp_path, [LINES[0] + " --epochs 1", "--epochs 1 --validation-fraction 0.02"])
+    command = ["--recipe", str(recipe), "--data", str(image_dir), "--out", str(tmp_path / "run"), *MACHINE]
+    assert main(command) == 0
+    assert run_of(tmp_path / "run" / "stage-2").train.validation_fraction == 0.02
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_stages_are_told_in_their_own_order_and_an_early_one_alone_reads_no_test_image(
+    tmp_path: Path, image_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        LINES[0] + " --epochs 1",
+        LINES[0] + " --epochs 1 --seed 5",
+        "--epochs 1 --distillation 0.5 --teacher stage-1",
+    ]
+    recipe, out = write_recipe(tmp_path, lines), tmp_path / "run"
+    command = ["--recipe", str(recipe), "--data", str(image_dir), "--out", str(out), *MACHINE]
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: signal.raise_signal(signal.SIGINT))
+        assert main(command) == 3
+    capsys.readouterr()
+    assert main(["--resume", str(out / "stage-1"), *MACHINE]) == 0
+    said = capsys.readouterr().out
+    assert f"{out / 'stage-1'} has ended; the same command with --recipe goes on" in said
+    assert Report.model_validate_json((out / "stage-1" / "report.json").read_text()).test is None
+    assert main(command) == 0
+    source = load_source(out)
+    record = training_record(source, make_metadata(source, "things"))
+    told = [line for line in record.splitlines() if line.startswith("- stage-")]
+    assert told == [f"- stage-{number}: `{line}`" for number, line in enumerate(lines, 1)]
 
 
 def test_a_recipe_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -290,7 +362,7 @@ def test_the_recipe_of_the_shipped_model_is_what_trained_it() -> None:
     ]
     assert f"It took {recipe.took}." in record.replace("\n", " ")
     assert "Its stages were started one by one" in record
-    assert f"1. `{recipe.lines[-1]}`" in record
+    assert f"- stage-{len(recipe.lines)}: `{recipe.lines[-1]}`" in record
 
 
 def test_a_run_of_other_stages_is_not_the_recipe_s() -> None:

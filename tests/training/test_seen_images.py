@@ -25,8 +25,10 @@ def test_images_are_known_again_whatever_their_labels(tmp_path: Path) -> None:
     assert len(digests) == 30
     assert seen_images.count_seen(Split(first.images[3:9], first.labels[:6]), digests) == 6
     assert seen_images.count_seen(second, seen_images.read(tmp_path / "a")) == 0
-    (tmp_path / "a" / seen_images.FILE).write_bytes(b"no array")
-    assert len(seen_images.read(tmp_path / "a")) == len(seen_images.read(tmp_path / "nowhere")) == 0
+    for content in (b"no array", b""):
+        (tmp_path / "a" / seen_images.FILE).write_bytes(content)
+        assert len(seen_images.read(tmp_path / "a")) == 0
+    assert len(seen_images.read(tmp_path / "nowhere")) == 0
 
 
 @pytest.mark.usefixtures("without_figures")
