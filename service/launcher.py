@@ -6,6 +6,7 @@ import signal
 import socket
 import ssl
 import threading
+import time
 from multiprocessing import connection, parent_process
 from typing import Final
 
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 # A worker that imports its libraries on a busy machine answers late.
 HEALTH_CHECK_TIMEOUT_S: Final = 30
 INTERRUPTED: Final = 130
+LOOP_HANGS_AFTER_S: Final = 2
 
 
 def run(settings: Settings) -> int:
@@ -145,9 +147,12 @@ class Worker(multiprocess.Process):
         os._exit(STARTUP_FAILURE if status == 1 and not server.was_ready else status)
 
     def pong(self) -> None:
-        """Answer one health check."""
+        """Answer one health check, and not before the event loop goes on, where it hangs."""
         self.child_conn.recv()
-        self.child_conn.send(self._server is not None and self._server.started)
+        server = self._server
+        while server is not None and server.started and time.monotonic() - server.last_tick > LOOP_HANGS_AFTER_S:
+            time.sleep(0.1)
+        self.child_conn.send(server is not None and server.started)
 
 
 def drain_with_parent() -> None:

@@ -83,11 +83,17 @@ def _parts(engine: Engine, n: int) -> Iterator[NDArray[np.intp]]:
                 yield np.arange(size) % n
 
 
-def check_features(engine: Engine, golden: Golden) -> None:
+def check_features(engine: Engine, golden: Golden, report: GoldenReport) -> None:
     """Check that features of one batch of golden images, where the model has any, have the direction that torch gave.
 
+    Args:
+        engine: warm.
+        golden: of the version.
+        report: of its logits.
+
     Raises:
-        EngineError: they have not, or the golden images have none.
+        GoldenMismatchError: they have not.
+        EngineError: the golden images have none.
     """
     if engine.metadata.feature_dim is None:
         return
@@ -100,14 +106,16 @@ def check_features(engine: Engine, golden: Golden) -> None:
     lengths = np.linalg.norm(features, axis=1) * np.linalg.norm(expected, axis=1)
     cosine = float(((features * expected).sum(axis=1) / lengths).min())
     if not cosine >= MIN_COSINE:  # so that NaN fails
-        raise EngineError(
+        raise GoldenMismatchError(
             f"the golden images give other features on {engine.provider}: the least cosine similarity is {cosine:.3g}, "
-            f"and {MIN_COSINE} is allowed"
+            f"and {MIN_COSINE} is allowed",
+            report,
+            engine.metadata.precision,
         )
 
 
 class GoldenMismatchError(EngineError):
-    """An engine differs from the golden logits by more than its metadata allow.
+    """An engine gives other logits, features or distances than the golden ones, by more than is allowed.
 
     Attributes:
         report: the differences.
@@ -121,7 +129,7 @@ class GoldenMismatchError(EngineError):
 
 
 def check_golden(engine: Engine, golden: Golden, *, is_whole: bool = True) -> GoldenReport:
-    """Replay the golden images, and refuse an engine that does not give their logits.
+    """Replay the golden images, and refuse an engine that does not give what they gave.
 
     Args:
         engine: warm.
@@ -129,11 +137,12 @@ def check_golden(engine: Engine, golden: Golden, *, is_whole: bool = True) -> Go
         is_whole: whether all of them run; one batch is enough where another engine has run all of the same file.
 
     Raises:
-        GoldenMismatchError: the largest difference is above `metadata.golden_tolerance`, or not a number.
+        GoldenMismatchError: the largest difference of the logits is above `metadata.golden_tolerance`, or not a number;
+            or features or unfamiliarity differ.
         EngineError: as `replay_golden` and `check_features`.
     """
     report = replay_golden(engine, golden, is_whole=is_whole)
-    check_features(engine, golden)
+    check_features(engine, golden, report)
     tolerance = engine.metadata.golden_tolerance
     if not report.max_abs_difference <= tolerance:  # so that NaN fails
         raise GoldenMismatchError(
@@ -144,8 +153,10 @@ def check_golden(engine: Engine, golden: Golden, *, is_whole: bool = True) -> Go
             engine.metadata.precision,
         )
     if not report.score_ratio <= MAX_SCORE_RATIO:
-        raise EngineError(
+        raise GoldenMismatchError(
             f"the golden images give another unfamiliarity on {engine.provider}: it differs by up to "
-            f"{report.score_ratio:.1%}, and {MAX_SCORE_RATIO:.0%} is allowed"
+            f"{report.score_ratio:.1%}, and {MAX_SCORE_RATIO:.0%} is allowed",
+            report,
+            engine.metadata.precision,
         )
     return report

@@ -42,6 +42,7 @@ class Server(uvicorn.Server):
         management_sockets: that already listen, for the management port; none where the main port has all.
         failed: whether it ended because the service can't go on.
         was_ready: whether the service was ready before.
+        last_tick: when the event loop last looked whether to end (`time.monotonic`).
     """
 
     def __init__(self, config: ServerConfig) -> None:
@@ -49,6 +50,8 @@ class Server(uvicorn.Server):
         self.service: Service = config.service
         self.management_sockets: list[socket.socket] = []
         self._address = ""
+        self._not_listening: list[socket.socket] = []
+        self.last_tick = time.monotonic()
         self.failed = self.was_ready = self._was_interrupted = False
         self._drain_from = self._drain_until = math.inf
 
@@ -77,7 +80,7 @@ class Server(uvicorn.Server):
         self._drain_until = time.monotonic() + self.service.settings.drain_timeout_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so.
+        """Listen, and say so. One of several workers lets the others serve clients until it is ready.
 
         As uvicorn does, which knows no limits for TLS but the loop's: a minute for the handshake, and half a minute for
         what is not sent yet when a connection is closed.
@@ -90,16 +93,23 @@ class Server(uvicorn.Server):
         await self.lifespan.startup()
         if self.lifespan.should_exit:
             raise SystemExit(STARTUP_FAILURE)
-        clients, management = Listener(is_management=False), Listener(is_management=True)
-        self.servers = [await self._listen(one, clients) for one in sockets]
-        self.servers += [await self._listen(one, management) for one in self.management_sockets]
-        self.started = True
         settings = self.service.settings
+        management = Listener(is_management=True)
+        self.servers = [await self._listen(one, management) for one in self.management_sockets]
+        self._not_listening = sockets
+        if settings.workers == 1:
+            await self._listen_to_clients()
+        self.started = True
         self._address = address(sockets[0], settings)
         if settings.workers == 1:  # else the supervisor has said it
             log_addresses(sockets, settings)
         for one in self.management_sockets:
             logger.info("management on %s", address(one, settings))
+
+    async def _listen_to_clients(self) -> None:
+        clients = Listener(is_management=False)
+        self.servers += [await self._listen(one, clients) for one in self._not_listening]
+        self._not_listening = []
 
     async def _listen(self, sock: socket.socket, listener: Listener) -> asyncio.Server:
         make: Callable[[], asyncio.Protocol] = partial(self._connection, listener)
@@ -116,6 +126,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Look ten times a second whether it is time to end."""
+        self.last_tick = time.monotonic()
         if await super().on_tick(counter):
             if self.force_exit:
                 self.service.abort()
@@ -128,6 +139,7 @@ class Server(uvicorn.Server):
         if not self.was_ready and self.service.status == "ready":
             self.was_ready = True
             settle()
+            await self._listen_to_clients()
             log_ready(self._address, self.service.settings)
         if not self.service.draining:
             if time.monotonic() >= self._drain_from:

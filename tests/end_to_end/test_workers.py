@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
+from tests.end_to_end.hanging_service import MODULE
 from tests.end_to_end.load import IMAGE, Load
 from tests.end_to_end.process import SECONDS, Process, make_slow_model, on_model, started
 from tests.fakes import HEIGHT, WIDTH, make_model_folder, tiny_images
@@ -86,8 +87,17 @@ def test_one_that_is_killed_loses_what_it_held_and_is_replaced(tmp_path: Path) -
         service.process.wait(lambda: load.answers["right", 1] > answered + 200)
         assert before[1] in service.pids  # the other went on
     assert load.answers["lost"] <= 8  # one a client at most
-    # A worker that is starting takes connections, and says that it is not ready.
-    assert set(load.answers) <= {("right", 1), "lost", "not_ready"}
+    assert set(load.answers) <= {("right", 1), "lost"}  # one that is starting leaves clients to the other
+
+
+def test_one_whose_event_loop_hangs_is_replaced(tmp_path: Path) -> None:
+    make_model_folder(tmp_path / "m")
+    with workers(tmp_path, module=MODULE) as service:
+        before = service.pids
+        os.kill(before[0], signal.SIGUSR1)
+        service.process.wait(lambda: len(service.pids) == WORKERS and set(service.pids) != set(before))
+        assert before[1] in service.pids
+        service.process.wait(service.all_ready)
 
 
 def half_sent(service: Workers, count: int) -> tuple[list[socket.socket], bytes]:

@@ -12,7 +12,7 @@ from export.graph.trained import WithFeatures
 from service.engine.metadata import MODEL_FILE, to_props
 from service.engine.onnx_engine import EngineError, OnnxEngine
 from service.repository.folder import Golden, load_golden, save_golden
-from service.repository.golden_check import check_golden
+from service.repository.golden_check import GoldenMismatchError, check_golden
 from tests.export.conftest import SIZE, TINY
 from tests.export.test_fold import random_images, trained_model
 from tests.fakes import tiny_metadata
@@ -71,7 +71,7 @@ def test_other_features_fail_the_golden_check(exported: tuple[Path, Golden]) -> 
     engine = OnnxEngine(path, provider="cpu", intra_op_threads=1, max_batch_size=2)
     assert golden.features is not None
     turned = Golden(golden.images, golden.labels, golden.logits, golden.features[:, ::-1].copy())
-    with pytest.raises(EngineError, match="other features"):
+    with pytest.raises(GoldenMismatchError, match="other features"):
         check_golden(engine, turned)
     without = Golden(golden.images, golden.labels, golden.logits)
     with pytest.raises(EngineError, match="must have features of width 16"):

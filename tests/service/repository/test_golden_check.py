@@ -73,7 +73,7 @@ def test_another_unfamiliarity_is_refused() -> None:
     other[2] /= 1.05
     assert check_golden(engine, replace(golden, unfamiliarity=other)).score_ratio == pytest.approx(0.05, rel=1e-4)
     other[2] /= 1.1
-    with pytest.raises(EngineError, match=r"another unfamiliarity on cpu: it differs by up to 15\.5%, and 10%"):
+    with pytest.raises(GoldenMismatchError, match=r"another unfamiliarity on cpu: it differs by up to 15\.5%, and 10%"):
         check_golden(engine, replace(golden, unfamiliarity=other))
     with pytest.raises(EngineError, match="must have an unfamiliarity"):
         check_golden(engine, replace(golden, unfamiliarity=None))
