@@ -105,7 +105,7 @@ say "building $image with $builder"
 build
 
 say "looking into it"
-inside python -c 'import onnxruntime, service.app; print("onnxruntime", onnxruntime.__version__)'
+inside python -c 'import onnxruntime, service.api.app; print("onnxruntime", onnxruntime.__version__)'
 inside python -c 'import importlib.util as i, sys; sys.exit(any(map(i.find_spec, ("torch", "training", "export", "pip"))))' ||
     fail "it holds torch, pip, or what only training needs"
 inside sh -c '! command -v gcc cc c++ curl' || fail "it holds a compiler or curl"

@@ -44,7 +44,8 @@ HEAD = """\
 #MONITORING_ADDRESS=127.0.0.1
 #GRAFANA_PORT=3000
 #PROMETHEUS_PORT=9090
-# Where operators reach Prometheus: alarms that are sent link to it, and to the runbook that it shows.
+# Where operators reach Prometheus: alarms that are sent link to it, and to the runbook that it shows. With a path, a
+# proxy there takes the path away.
 #PROMETHEUS_URL=http://localhost:9090
 
 # Grafana. Without a password one is made up at the first start: docs/deployment.md. ANONYMOUS=true lets everybody look.

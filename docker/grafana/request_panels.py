@@ -149,7 +149,8 @@ TRAFFIC = (
         kind="timeseries",
         unit="reqps",
         shows="Requests answered with an error, by its stable code, whatever the route.",
-        bad="overloaded, deadline_exceeded, inference_failed, internal_error: the service's. All others: a client's.",
+        bad="internal_error, decoding_failed, inference_failed, deadline_exceeded, unavailable, overloaded, "
+        "folder_unavailable, not_ready, draining: the service's. All others: a client's.",
         do="docs/operations.md lists every code; the log has a line for each error that is the service's fault.",
         queries=(Query(rate("perceiver_rejections_total", by="reason"), "{{reason}}"),),
         stacked=True,
@@ -219,7 +220,10 @@ REPLICAS = (
         shows="Replicas, or workers with a port of their own, that are ready, and all that Prometheus knows of.",
         bad="Fewer than were started: the others have less to spare.",
         do="PerceiverReplicaMissing in docs/operations.md.",
-        queries=(Query(f"sum(perceiver_ready{{{HERE}}})", "ready"), Query("job:perceiver_replicas:known", "known")),
+        queries=(
+            Query(f"sum(perceiver_ready{{{HERE}}})", "ready"),
+            Query("sum(job:perceiver_replicas:known)", "known"),
+        ),
         width=8,
         dashed=("known",),
     ),

@@ -118,7 +118,7 @@ def test_what_the_chart_makes_is_as_kubernetes_wants_it(helm: Helm, case: str, k
     for one in objects:
         validate(one, kubernetes)
     kinds = ALWAYS - ({"PodDisruptionBudget"} if case == "no disruption budget" else set()) | beside
-    assert objects.kinds() == dict.fromkeys(kinds, 1)
+    assert objects.kinds() == dict.fromkeys(kinds, 1) | {"Service": 2 if "managementPort" in values else 1}
     # A misspelt variable would stop the start.
     variables = objects.environment()
     settings = {name.removeprefix("PERCEIVER_").lower() for name in variables if name.startswith("PERCEIVER_")}

@@ -31,6 +31,25 @@ def test_reference_still_says_how_long_the_end_takes():
     assert "ends within six seconds more" in row[0]
 
 
+def target_ports(objects: Objects) -> dict[str, set[str]]:
+    """The ports of the pods behind each Service, whose own have the same names."""
+    services = [one for one in objects if one["kind"] == "Service"]
+    for port in (port for one in services for port in one["spec"]["ports"]):
+        assert port["name"] == port["targetPort"]
+    return {one["metadata"]["name"]: {port["name"] for port in one["spec"]["ports"]} for one in services}
+
+
+def test_management_ports_are_inside_the_cluster_whatever_clients_have(helm: Helm):
+    monitor = {"serviceMonitor": {"enabled": True}, "networkPolicy": {"enabled": True}}
+    objects = helm.objects({"service": {"type": "LoadBalancer"}, "managementPort": 9000} | monitor)
+    clients, management = (one for one in objects if one["kind"] == "Service")
+    assert (clients["spec"]["type"], management["spec"]["type"]) == ("LoadBalancer", "ClusterIP")
+    assert [port["name"] for port in clients["spec"]["ports"]] == ["http"]
+    assert clients["spec"]["selector"] == management["spec"]["selector"]
+    found = objects.one("ServiceMonitor")["spec"]["selector"]["matchLabels"]
+    assert found.items() <= management["metadata"]["labels"].items()
+
+
 @pytest.mark.parametrize(("port", "name"), [(None, "http"), (9000, "management")])
 def test_probes_and_prometheus_ask_the_same_port(helm: Helm, port: int | None, name: str):
     objects = helm.objects({"managementPort": port, "serviceMonitor": {"enabled": True}})
@@ -44,9 +63,8 @@ def test_probes_and_prometheus_ask_the_same_port(helm: Helm, port: int | None, n
     (endpoint,) = objects.one("ServiceMonitor")["spec"]["endpoints"]
     assert (endpoint["port"], endpoint["path"]) == (name, "/metrics")
     ports = {one["name"]: one["containerPort"] for one in container["ports"]}
-    targets = {one["name"]: one["targetPort"] for one in objects.one("Service")["spec"]["ports"]}
     assert ports == {"http": 8000} | ({"management": port} if port else {})
-    assert targets == {one: one for one in ports}
+    assert target_ports(objects) == {NAME: {"http"}} | ({f"{NAME}-management": {"management"}} if port else {})
     assert objects.environment().get("PERCEIVER_MANAGEMENT_PORT") == (str(port) if port else None)
 
 
@@ -55,7 +73,7 @@ def test_each_worker_has_a_port_that_prometheus_and_the_readiness_probe_ask(helm
     container = objects.container()
     ports = {"http": 8000, "management": 9000, "management-1": 9001, "management-2": 9002}
     assert {one["name"]: one["containerPort"] for one in container["ports"]} == ports
-    assert {one["targetPort"] for one in objects.one("Service")["spec"]["ports"]} == set(ports)
+    assert target_ports(objects) == {NAME: {"http"}, f"{NAME}-management": set(ports) - {"http"}}
     relabelled = {one["port"]: one["relabelings"] for one in objects.one("ServiceMonitor")["spec"]["endpoints"]}
     instances = {
         port: [one["replacement"] for one in relabelings if one["targetLabel"] == "instance"]

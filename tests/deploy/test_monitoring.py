@@ -168,10 +168,12 @@ def test_pods_wanted_are_the_shares_of_all_queues_by_the_threshold(helm: Helm, t
 def test_workers_of_one_pod_count_as_one(helm: Helm, tmp_path: Path):
     """Half of a pod's queues is taken where one of its two is full."""
     series = {
-        **queue("a", instance="a:9000", admitted="512x60"),
-        **queue("a", instance="a:9001", admitted="0x60"),
+        **queue("a", instance="a:9000", service=f"{NAME}-management", admitted="512x60"),
+        **queue("a", instance="a:9001", service=f"{NAME}-management", admitted="0x60"),
     }
-    expect(tmp_path, trigger(helm)["metadata"]["query"], series, {"4m": 0.5})
+    values = {"workers": 2, "managementPort": 9000, "autoscaling": QUEUE}
+    (found,) = helm.objects(values).one("ScaledObject")["spec"]["triggers"]
+    expect(tmp_path, found["metadata"]["query"], series, {"4m": 0.5})
 
 
 @needs_promtool

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.metrics.registry import Metrics
+from service.metrics.registry import OWN_ERRORS, Metrics
 from tests.docker.files import DOCKER, Yaml, rules
 
 import dashboard  # isort: skip - files.py has put its folder on the path
@@ -49,6 +49,12 @@ def exposed() -> set[str]:
     body, _ = metrics.exposition("")
     families = text_string_to_metric_families(body.decode())
     return {sample.name for family in families for sample in family.samples}
+
+
+def test_the_panel_of_errors_names_those_that_are_the_service_s():
+    (panel,) = (panel for panel in PANELS if panel.title == "Error answers by reason")
+    own = panel.bad.partition(": the service's")[0].split(", ")
+    assert own == [error.code for error in OWN_ERRORS]
 
 
 QUERIES = [query.expr for panel in PANELS for query in panel.queries] + [

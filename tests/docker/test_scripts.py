@@ -1,11 +1,13 @@
 """The scripts that run in the containers."""
 
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,13 @@ def answering(status: int, body: bytes, path: str = "/health/ready", port: int =
         finally:
             server.shutdown()
             thread.join()
+
+
+def test_modules_that_the_check_of_an_image_imports_are_there():
+    imports = re.findall(r"^inside python -c 'import ([\w., ]+);", (DOCKER / "check.sh").read_text(), re.MULTILINE)
+    modules = {name for line in imports for name in line.split(", ") if name.startswith("service")}
+    assert modules
+    assert all(find_spec(name) for name in modules)
 
 
 def check_health(port: int, **variables: str) -> "subprocess.CompletedProcess[str]":

@@ -53,10 +53,16 @@ app.kubernetes.io/component: test
 {{ if .Values.managementPort }}management{{ else }}http{{ end }}
 {{- end }}
 
+{{- /* The Service behind which Prometheus finds the pods. */}}
+{{- define "perceiver.monitoredService" -}}
+{{- $name := include "perceiver.fullname" . }}
+{{- if .Values.managementPort }}{{ $name | trunc 52 | trimSuffix "-" }}-management{{ else }}{{ $name }}{{ end }}
+{{- end }}
+
 {{- /* What autoscaling reads. Explanations take what others leave, so they ask for no pods. The alarms and the dashboard
        come whole from files/. */}}
 {{- define "perceiver.queueQuery" -}}
-{{- $pods := printf "{namespace=%q, service=%q}" .Release.Namespace (include "perceiver.fullname" .) }}
+{{- $pods := printf "{namespace=%q, service=%q}" .Release.Namespace (include "perceiver.monitoredService" .) }}
 {{- $window := .Values.autoscaling.queue.window }}
 {{- $taken := printf "sum by (pod) (avg_over_time(perceiver_admitted_images%s[%s]))" $pods $window }}
 {{- $background := printf "sum by (pod) (avg_over_time(perceiver_admitted_background_images%s[%s]))" $pods $window }}
