@@ -240,6 +240,11 @@ class Beginning:
         return cls(run.preset, run.model)
 
 
+def find_beginning(path: Path, earlier: Mapping[Path, Beginning]) -> Beginning | None:
+    """That of the run which a path means, its folder or a file there; None where it is none of ``earlier``."""
+    return earlier.get(path) or earlier.get(path.parent)
+
+
 def batch_sizes(args: argparse.Namespace, preset: Preset | None, stages: Sequence[Stage] | None) -> list[int]:
     """Images a step of what is to be trained, stage by stage, as flags or presets have it before data are seen."""
     if stages is not None:
@@ -273,7 +278,7 @@ def choose_preset(args: argparse.Namespace, earlier: Mapping[Path, Beginning] | 
         raise ValueError(f"--latent-std {changes['latent_std']} changes nothing with --init, which has latents.")
     init = None
     if args.init is not None:
-        init = (earlier or {}).get(args.init[0]) or Beginning.of(read_run(args.init[0]))
+        init = find_beginning(args.init[0], earlier or {}) or Beginning.of(read_run(args.init[0]))
     if args.preset is None:
         args.preset = init.preset if init is not None and init.preset in PRESETS else DEFAULT_PRESET
     preset = PRESETS[args.preset]

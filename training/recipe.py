@@ -209,7 +209,9 @@ def plan(args: argparse.Namespace, argv: list[str]) -> list[Stage]:
         ValueError: there is no such recipe, or a flag does not belong there; a sentence for the user.
     """
     if given := _given(args, OF_ONE_RUN):
-        raise ValueError(f"{given} is for one run and not for a recipe, which this is: leave it out, or add --preset.")
+        raise ValueError(
+            f"{given} is for one run, and --recipe {args.recipe} goes on by itself: leave one of them out."
+        )
     if given := _given(args, OF_A_STAGE):
         raise ValueError(f"--recipe takes no {given}: its stages say that; leave it out, or write a recipe.")
     name = args.recipe if (SHIPPED / f"{args.recipe}.toml").is_file() else Path(args.recipe).name
@@ -259,8 +261,11 @@ def _folder_of(path: Path, before: list[Stage], where: str) -> Path:
     return earlier or path
 
 
-def check_flags(stages: Sequence[Stage]) -> None:
+def check_flags(stages: Sequence[Stage]) -> dict[Path, Beginning]:
     """Choose the preset of each stage that has not begun: what is wrong with its flags is said before any trains.
+
+    Returns:
+        What each stage is or will be, by its folder.
 
     Raises:
         ValueError: a sentence for the user, with the stage.
@@ -270,10 +275,12 @@ def check_flags(stages: Sequence[Stage]) -> None:
         try:
             if stage.is_done or stage.has_begun:
                 earlier[stage.folder] = _begun(stage)
+                stage.args.preset = earlier[stage.folder].preset
             elif (preset := choose_preset(stage.args, earlier)) is not None:
                 earlier[stage.folder] = Beginning(stage.args.preset, preset.model)
         except ValueError as error:
             raise ValueError(f"stage {stage.number} of {stage.count}: {error}") from error
+    return earlier
 
 
 def _begun(stage: Stage) -> Beginning:

@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from training import seen_images
 from training.allocator import is_out_of_memory
 from training.checkpoint import DISK_FULL_ADVICE, CheckpointError, RecipeStage, RunConfig, digest, read_config
-from training.cli import choose_preset
+from training.cli import Beginning, choose_preset, find_beginning, read_run
 from training.config import Preset, TrainConfig
 from training.data.dataset import DataError, DataSet
 from training.data.load import load_for
@@ -30,7 +30,7 @@ from training.distillation import check_teachers
 from training.distributed import PeerFailed, World, join, shut_down
 from training.network import count_parameters
 from training.precision import choose_precision, computes_in_bfloat16, describe_precision
-from training.recipe import Stage
+from training.recipe import Stage, check_flags
 from training.recipe_run import RecipeRunConfig, read_recipe_run, write_recipe_run
 from training.run_dir import check_outside_classes, check_unused, lock_run_dir
 from training.train import Trainer
@@ -110,13 +110,34 @@ def run_stage(stage: Stage, world: World, deadline: float | None) -> int:
 
 
 def check_stages(stages: Sequence[Stage]) -> int:
-    """Raise ValueError where a stage can't be taken as it is (`look_at_stage`), or their folder is another run's."""
+    """Raise ValueError where a stage can't be trained or taken as it is, or their folder is another run's."""
     folder = stages[0].folder.parent
     if (folder / "config.json").exists() and read_recipe_run(folder) is None:
         raise ValueError(f"--out {folder}: holds a run that is none of a recipe; name another folder.")
+    runs = check_flags(stages)
     for stage in stages:
-        look_at_stage(stage)
+        is_done, has_begun = look_at_stage(stage)
+        if not is_done and not has_begun:
+            check_origins(stage, runs)
     return DONE
+
+
+def check_origins(stage: Stage, runs: Mapping[Path, Beginning]) -> None:
+    """Raise where a stage names no run, or begins with weights that are not those of its model.
+
+    Args:
+        stage: that has not begun.
+        runs: what each stage is or will be, by its folder.
+    """
+    try:
+        for path in stage.args.init or ():
+            theirs = find_beginning(path, runs) or Beginning.of(read_run(path))
+            check_compatible(path, theirs.model, runs[stage.folder].model)
+        for path in stage.args.teacher or ():
+            if find_beginning(path, runs) is None:
+                read_run(path)
+    except (ValueError, CheckpointError) as error:
+        raise ValueError(f"stage {stage.number} of {stage.count}: {error}") from error
 
 
 def look_at_stage(stage: Stage) -> tuple[bool, bool]:

@@ -19,7 +19,7 @@ from training.__main__ import main
 from training.checkpoint import CheckpointError, RunConfig
 from training.cli import build_parser
 from training.metrics_log import MetricsEntry, read_metrics
-from training.recipe import DEFAULT_RECIPE, find_recipe, is_bare, plan, read_recipe
+from training.recipe import DEFAULT_RECIPE, check_flags, find_recipe, is_bare, plan, read_recipe
 from training.report_schema import Report
 from training.transfer import find_checkpoint
 
@@ -241,7 +241,7 @@ def test_a_stage_of_other_flags_is_not_taken_for_this_one(
         ("stages = ", [], "is no TOML"),
         ('stages = ["--out x"]', [], "stage 1 says --out, which is given beside --recipe."),
         ('stages = ["--epochs 3"]', ["--init", "x"], "--recipe takes no --init: its stages say that"),
-        ('stages = ["--epochs 3"]', ["--max-steps", "3"], "--max-steps is for one run and not for a recipe"),
+        ('stages = ["--epochs 3"]', ["--max-steps", "3"], "--max-steps is for one run, and --recipe "),
         ('stages = ["--max-steps 3"]', [], "stage 1 says --max-steps, which is for one run and not for a recipe"),
         ('stages = ["--epochs 3", "--epochs \'4"]', [], "stage 2 can't be read (No closing quotation): --epochs '4"),
         ('stages = ["--preset huge"]', [], "stage 1 of 1: --preset huge: there is no such preset"),
@@ -269,6 +269,31 @@ def test_what_is_no_recipe_is_told(
         assert main(again) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ("--epochs 1 --dim 32", "stage 2 of 2: {run}/stage-1: "),
+        ("--epochs 1 --distillation 0.5 --teacher nowhere", "stage 2 of 2: nowhere: no such checkpoint"),
+        ("--init stage-1 nowhere --epochs 0", "stage 2 of 2: nowhere: no such checkpoint"),
+    ],
+)
+def test_a_stage_that_could_not_begin_is_told_before_the_first_is_trained(
+    stage: str, message: str, tmp_path: Path, image_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = write_recipe(tmp_path, [LINES[0], stage]), tmp_path / "run"
+    assert main(["--recipe", str(recipe), "--data", str(image_dir), "--out", str(out), *MACHINE]) == 2
+    assert message.format(run=out) in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_stage_may_begin_with_a_file_that_an_earlier_one_will_write(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    lines = ["--preset photo", f"--init {out}/stage-1/last.safetensors --epochs 1"]
+    flags = ["--recipe", str(write_recipe(tmp_path, lines)), "--out", str(out)]
+    stages = plan(build_parser().parse_args(flags), flags)
+    assert [run.preset for run in check_flags(stages).values()] == ["photo", "photo"]
 
 
 def test_what_may_not_be_read_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,13 +19,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import imaging
+
 FOLDER = Path("data") / "decoded"
 MIN_BYTES = 1 << 30  # fewer are decoded anew by each run, and lie in memory
 
 
+@cache
+def decoder() -> str:
+    """What decodes: the versions of its libraries, and a digest of the code in `imaging`."""
+    code = hashlib.blake2b(digest_size=16)
+    for file in sorted(Path(imaging.__file__).parent.rglob("*.py")):
+        code.update(file.read_bytes())
+    return f"pillow {version('pillow')}, simplejpeg {version('simplejpeg')}, imaging {code.hexdigest()}"
+
+
 def cache_key(paths: Sequence[Path], size: int) -> str:
     """Digest of what the files hold, in their order, of the size that they are decoded to, and of the decoder."""
-    whole = hashlib.blake2b(f"pillow {version('pillow')}, {size}".encode(), digest_size=16)
+    whole = hashlib.blake2b(f"{decoder()}, {size}".encode(), digest_size=16)
     for path in paths:
         try:
             with path.open("rb") as file:
