@@ -108,6 +108,8 @@ def load(header: Header, size: tuple[int, int]) -> Image.Image:
     image.load()
     if header.format == "BMP":
         drop_empty_alpha(image)
+    if image.mode.startswith("I;16"):
+        return to_rgb(image)  # before it is turned: the file's tags, which say the range, are gone then
     return clear_outside(to_rgb(image), header.frame) if header.frame else image
 
 

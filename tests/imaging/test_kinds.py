@@ -151,9 +151,17 @@ def test_a_bmp_of_other_masks_is_unsupported() -> None:
         sample("bmp_masks_rgb.bmp")
 
 
-def tiff_of(samples: int, bits: int, sample_format: int, photometric: int, extra: int | None) -> bytes:
+def tiff_of(
+    samples: int,
+    bits: int,
+    sample_format: int,
+    photometric: int,
+    extra: int | None,
+    orientation: int = 1,
+    fill: bytes = b"\0",
+) -> bytes:
     """An uncompressed TIFF of 8 x 8 pixels whose tags say what its samples are."""
-    tags = {256: 8, 257: 8, 259: 1, 262: photometric, 273: 512, 277: samples, 278: 8}
+    tags = {256: 8, 257: 8, 259: 1, 262: photometric, 273: 512, 274: orientation, 277: samples, 278: 8}
     tags |= {} if extra is None else {338: extra}
     entries = [struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items()]
     lists = {258: bits, 339: sample_format}
@@ -165,7 +173,20 @@ def tiff_of(samples: int, bits: int, sample_format: int, photometric: int, extra
         behind += packed if len(packed) > 4 else b""
         entries.append(struct.pack("<HHI", tag, 3, samples) + raw)
     head = struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + b"".join(sorted(entries)) + bytes(4) + behind
-    return head.ljust(512, b"\0") + bytes(64 * samples * bits // 8)
+    return head.ljust(512, b"\0") + fill * (64 * samples * bits // 8)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(
+    ("bits", "photometric", "fill", "grey"),
+    [(12, 1, b"\xff", 255), (12, 1, b"\0", 0), (16, 0, b"\xff", 0), (16, 0, b"\0", 255)],
+    ids=["white of 12 bits", "black of 12 bits", "black where white is 0", "white where white is 0"],
+)
+def test_the_range_of_a_deep_grey_holds_for_a_turned_one_too(
+    bits: int, photometric: int, fill: bytes, grey: int, orientation: int
+) -> None:
+    decoded = decode(tiff_of(1, bits, 1, photometric, None, orientation, fill), (8, 8))
+    assert (decoded == grey).all()
 
 
 @pytest.mark.parametrize(
