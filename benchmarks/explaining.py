@@ -6,7 +6,9 @@ The promise: an explanation delays a prediction by one batch at most.
 
 import argparse
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
@@ -25,6 +27,7 @@ from service.engine.session import read_metadata
 WARMUP_S = 1.0
 CONNECTIONS = 64
 TIMEOUT_S = 60.0
+REFUSED = (503, 504)  # where others leave no room; the client asks again
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,28 +44,33 @@ def parse_arguments() -> argparse.Namespace:
 
 
 @contextmanager
-def explainers(url: str, image: bytes, count: int) -> Iterator[list[int]]:
-    """Ask `/explain` from so many threads while the block runs; yields the model runs of each answer, as they come."""
-    stop, runs = threading.Event(), list[int]()
+def explainers(url: str, image: bytes, count: int) -> Iterator[Counter[int]]:
+    """Ask `/explain` from so many threads while the block runs; yields the answers by their status, as they come.
+
+    Raises:
+        httpx.HTTPError: at the end of the block, where an answer is neither a map nor a refusal for want of room.
+    """
+    stop, answers = threading.Event(), Counter[int]()
 
     def ask() -> None:
         with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
             while not stop.is_set():
                 response = client.post("/explain", content=image, headers={"content-type": "image/jpeg"})
-                runs.append(response.raise_for_status().json()["model_runs"])
+                if response.status_code not in REFUSED:
+                    response.raise_for_status()
+                answers[response.status_code] += 1
 
-    threads = [threading.Thread(target=ask) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield runs
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
+    with ThreadPoolExecutor(max(count, 1)) as pool:
+        asking = [pool.submit(ask) for _ in range(count)]
+        try:
+            yield answers
+        finally:
+            stop.set()
+    for each in asking:
+        each.result()
 
 
-def row_of(kind: str, summaries: Sequence[Summary], explanations: float) -> dict[str, object]:
+def row_of(kind: str, summaries: Sequence[Summary], explanations: float, refused: int) -> dict[str, object]:
     """Reduce the rounds of one kind to medians with their range, in milliseconds."""
     phases = [summary.phases_ms["inference"] for summary in summaries]
     return {
@@ -72,6 +80,7 @@ def row_of(kind: str, summaries: Sequence[Summary], explanations: float) -> dict
         "batch_p50_ms": median(phase["p50"] for phase in phases),
         "batch_max_ms": max(phase["max"] for phase in phases),
         "explanations_per_s": explanations,
+        "explanations_refused": refused,
         "errors": sum(sum(summary.errors.values()) for summary in summaries),
     }
 
@@ -89,7 +98,7 @@ def main() -> int:
     print_run(about)
     clients = {"alone": 0, "beside explanations": args.clients}
     measured: dict[str, list[Summary]] = {kind: [] for kind in clients}
-    explained = 0
+    explained = {kind: Counter[int]() for kind in clients}
     with ExitStack() as stack:
         server = stack.enter_context(Server(model, parse_settings(args.setting)))
         requests = build_requests(generate_images(64, max(height, width), "jpeg"), "raw", host=HOST)
@@ -97,11 +106,16 @@ def main() -> int:
         plan = Plan(HOST, server.port, requests, CONNECTIONS, arrivals=arrival_times(args.rate, seconds, "even"))
         for _ in range(args.rounds):
             for kind, count in clients.items():
-                with explainers(server.url, image, count) as runs:
+                with explainers(server.url, image, count) as answers:
                     measured[kind].append(summarize(run_load(plan, warmup_s=WARMUP_S)))
-                    explained += len(runs)
+                    explained[kind] += answers
     rows = [
-        row_of(kind, summaries, 0.0 if kind == "alone" else explained / args.rounds / seconds)
+        row_of(
+            kind,
+            summaries,
+            explained[kind][200] / args.rounds / seconds,
+            sum(explained[kind][code] for code in REFUSED),
+        )
         for kind, summaries in measured.items()
     ]
     report(rows, about, args.csv)

@@ -77,8 +77,8 @@ def measure(args: argparse.Namespace, engine: Engine, server: Server, images: Se
     rng = np.random.default_rng(0)
     for _ in range(args.rounds):
         for batch, cell in measured.engine.items():
-            images = rng.integers(0, 256, (batch, *engine.metadata.input_size, 3), dtype=np.uint8)
-            cell.measure(engine, images, args.seconds / len(measured.engine))
+            pixels = rng.integers(0, 256, (batch, *engine.metadata.input_size, 3), dtype=np.uint8)
+            cell.measure(engine, pixels, args.seconds / len(measured.engine))
         measured.decode += decode_seconds(images, engine)
         for connections, summaries in ((args.concurrency, measured.many), (1, measured.single)):
             plan = Plan(HOST, server.port, requests, connections, seconds=args.warmup + args.seconds)

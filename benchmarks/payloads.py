@@ -79,7 +79,7 @@ def build_requests(
     per_request: int = 1,
     headers: Mapping[str, str] | None = None,
 ) -> list[bytes]:
-    """Build whole HTTP/1.1 requests, head and body; the last one may hold fewer images.
+    """Build whole HTTP/1.1 requests, head and body, each of as many images; the first ones fill up the last request.
 
     Args:
         images: what to send, in this order.
@@ -96,7 +96,7 @@ def build_requests(
         raise BenchmarkError("a raw body holds one image; send several as multipart or json")
     requests = []
     for start in range(0, len(images), per_request):
-        group = images[start : start + per_request]
+        group = [images[index % len(images)] for index in range(start, start + per_request)]
         media_type, body = build_body(group, form)
         head = {"Host": host, "Content-Type": media_type, "Content-Length": str(len(body)), **(headers or {})}
         lines = "".join(f"{name}: {value}\r\n" for name, value in head.items())

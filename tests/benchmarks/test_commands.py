@@ -184,6 +184,17 @@ def test_a_wrong_model_is_a_sentence(tmp_path: Path) -> None:
     assert done.stderr.startswith(f"error: {tmp_path}: must be a model folder")
 
 
+def test_overhead(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "overhead.csv"
+    options = ("--seconds", "0.3", "--warmup", "0.1", "--rounds", "1", "--batches", "2", "--concurrency", "2")
+    done = run("benchmarks.overhead", str(tiny), *options, "--provider", "cpu", "--threads", "1", "--csv", str(out))
+    assert done.returncode == 0, done.stderr
+    (row,) = rows(out)
+    assert row["errors"] == "0"
+    assert row["engine_best_batch"] in ("1", "2")
+    assert float(row["http_images_per_s"]) > 0
+
+
 def test_overhead_figures() -> None:
     def of(images_per_second: float, p50: float) -> Summary:
         empty = summarize(load_of())
