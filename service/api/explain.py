@@ -146,6 +146,7 @@ class ExplainRequest(InferenceRequest):
             "method": METHOD,
             "model_runs": len(result) * (1 + RUNS),
             "crop": metadata.resize.crop,
+            "input_size": list(metadata.input_size),
             "explanations": explanations,
         }
         return json_response(200, json.dumps(content).encode(), self._request_id)

@@ -74,6 +74,7 @@ class ExplainResponse(Schema):
         description="What a map lies over. center: the largest centred region of the image that has the model's aspect "
         "ratio; none: the whole image."
     )
+    input_size: list[int] = Field(min_length=2, max_length=2, description="Height and width that the model sees.")
     explanations: list[ImageExplanation]
 
 

@@ -23,6 +23,7 @@ FLAGS = (
     *("--disable-sync", "--no-first-run", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"),
 )
 APPLE = ROOT / "docs" / "apple.png"
+INPUT_SIZE = [96, 128]  # a model that sees wide images
 PHONE = {"width": 360, "height": 740}
 MILLISECONDS = 60_000
 GIVE = """([event, name, base64]) => {
@@ -122,7 +123,7 @@ def explain(route: Route) -> None:
     label = route.request.url.partition("label=")[2]
     explanation = {"filename": "x", "label": label, "index": 0, "probability": 0.9, "size": [16, 16], "map": heat}
     answer = {"model": "x", "version": 9, "method": "rise", "model_runs": 129, "crop": "center"}
-    route.fulfill(json=answer | {"explanations": [explanation]})
+    route.fulfill(json=answer | {"input_size": INPUT_SIZE, "explanations": [explanation]})
 
 
 @pytest.mark.parametrize("event", ["drop", "paste"])
@@ -202,7 +203,7 @@ def test_a_heat_map_lies_over_the_region_that_the_model_sees(tab: Tab, tmp_path:
     over, under = canvas.bounding_box(), tab.result().locator(".frame img").bounding_box()
     assert over
     assert under
-    assert over["width"] == pytest.approx(over["height"], abs=1)
+    assert over["width"] == pytest.approx(over["height"] * 4 / 3, abs=1)
     assert over["height"] == pytest.approx(under["height"], abs=1)
     assert over["x"] + over["width"] / 2 == pytest.approx(under["x"] + under["width"] / 2, abs=1)
     slider = tab.result().get_by_role("slider", name="Heat map")
@@ -216,12 +217,57 @@ def test_a_heat_map_lies_over_the_region_that_the_model_sees(tab: Tab, tmp_path:
     tab.assert_quiet()
 
 
+def test_of_labels_that_are_chosen_quickly_the_last_one_has_the_map(tab: Tab) -> None:
+    tab.give("drop", APPLE)
+    expect(tab.result().locator("canvas")).to_be_visible()
+    labels = tab.result().get_by_role("combobox", name="Regions that carry")
+    held: list[Route] = []
+    tab.page.unroute("**/explain?*")
+    tab.page.route("**/explain?*", lambda route: held.append(route))
+    for index in (1, 2):
+        with tab.page.expect_request("**/explain?*"):
+            labels.select_option(index=index)
+    for route in held:  # the first has been left by the page
+        explain(route)
+    last = labels.evaluate("list => list.selectedOptions[0].text")
+    expect(tab.result().get_by_text(f"the more “{last}” loses")).to_be_visible()
+    expect(tab.result()).not_to_have_attribute("aria-busy", "true")
+
+
+def test_an_image_that_the_browser_can_not_show_has_no_heat_map(tab: Tab, tmp_path: Path) -> None:
+    path = tmp_path / "apple.tiff"
+    with Image.open(APPLE) as image:
+        image.save(path)
+    tab.give("drop", path)
+    expect(tab.result().get_by_role("heading", name="apple")).to_be_visible()
+    expect(tab.result().get_by_text("This browser can't show this format.")).to_be_visible()
+    for hidden in (".map", ".map-words", ".explain", "canvas"):
+        expect(tab.result().locator(hidden)).to_be_hidden()
+    assert not [url for url in tab.requests if "/explain" in url]
+
+
 def test_the_heat_map_is_the_services_own(tab: Tab) -> None:
     tab.page.unroute("**/explain?*")
     tab.page.get_by_role("button", name="Rocket").click()
     expect(tab.result().locator("canvas")).to_be_visible()
     expect(tab.result().get_by_text("the more “rocket” loses")).to_be_visible()
     tab.assert_quiet()
+
+
+def test_what_was_sent_with_an_older_key_is_sent_again(keyed_tab: Tab) -> None:
+    page = keyed_tab.page
+    held: list[Route] = []
+    keyed_tab.give("drop", APPLE)
+    expect(page.get_by_label("API key")).to_be_focused()
+    page.route("**/predict", lambda route: held.append(route), times=1)
+    with page.expect_request("**/predict"):
+        keyed_tab.give("drop", ROOT / "docs" / "examples" / "five-things" / "orange" / "00.png")
+    page.keyboard.type("sesame")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name="apple")).to_be_visible()
+    held[0].continue_()
+    expect(keyed_tab.result().get_by_role("heading", name="orange")).to_be_visible()
+    expect(page.get_by_label("API key")).to_be_hidden()
 
 
 @pytest.mark.parametrize("status", [403, 404, 501])

@@ -26,12 +26,12 @@ class Failure extends Error {
   }
 }
 
-async function post(path, file) {
+async function post(path, file, signal) {
   const body = new FormData();
   body.append("file", file, file.name);
   let response, text;
   try {
-    response = await fetch(path, { method: "POST", body, headers: { Accept: "application/json", ...(key && { "X-API-Key": key }) } });
+    response = await fetch(path, { method: "POST", body, signal, headers: { Accept: "application/json", ...(key && { "X-API-Key": key }) } });
     text = await response.text();
   } catch {
     throw new Failure(0, "The service can't be reached, or the file can't be read any more.", "", true);
@@ -138,17 +138,20 @@ class Result {
     image.addEventListener("error", () => {
       this.find(".frame").hidden = true;
       this.find(".unseen").hidden = false;
+      this.find(".explain").hidden = true; // a map would lie over nothing
     });
     image.src = URL.createObjectURL(this.file);
   }
 
   async send() {
     const began = performance.now();
+    const sentKey = key;
     try {
       const [answer, headers] = await post("predict", this.file);
       this.show(answer, timing(headers.get("Server-Timing")), performance.now() - began);
     } catch (failure) {
-      this.fail(failure);
+      if (failure.status === 401 && key !== sentKey) enqueue(() => this.send()); // there is another one by now
+      else this.fail(failure);
     }
   }
 
@@ -181,7 +184,7 @@ class Result {
     this.find(".error").hidden = true;
     this.find("h2").textContent = shown(top[0].label);
     if (keyForm.contains(document.activeElement)) this.focusHeading();
-    keyForm.hidden = true;
+    if (!refused.length) keyForm.hidden = true;
     this.find(".frame img").alt = `${this.file.name}, as it was sent`;
     this.find(".unfamiliar").hidden = !unfamiliar;
     this.find(".top").replaceChildren(...top.map(bar));
@@ -204,11 +207,14 @@ class Result {
     this.card.scrollIntoView({ block: "nearest" });
     const doubt = unfamiliar ? " It is unlike anything the model was trained on." : "";
     say(`${this.file.name}: ${shown(top[0].label)}, ${percent(top[0].probability)}.${doubt}`);
-    this.find(".explain").hidden = !explains;
-    if (this.explainAtOnce && explains) this.explain();
+    const explainable = explains && this.find(".unseen").hidden;
+    this.find(".explain").hidden = !explainable;
+    if (this.explainAtOnce && explainable) this.explain();
   }
 
   async explain() {
+    this.asked?.abort(); // the service stops when a client leaves
+    const { signal } = this.asked = new AbortController();
     const label = this.find("select").value;
     const button = this.find(".explain");
     const words = this.find(".map-words");
@@ -218,11 +224,12 @@ class Result {
     words.textContent = `Looking for the regions that carry “${shown(label)}” …`;
     this.card.setAttribute("aria-busy", "true");
     try {
-      const [answer] = await post(`explain?label=${encodeURIComponent(label)}`, this.file);
+      const [answer] = await post(`explain?label=${encodeURIComponent(label)}`, this.file, signal);
       words.hidden = true;
       this.showMap(answer, hadFocus);
     } catch (failure) {
       if (!(failure instanceof Failure)) throw failure;
+      if (signal.aborted) return;
       if ([403, 404, 405, 501].includes(failure.status)) { // off, or a service that can't
         explains = false;
         words.hidden = true;
@@ -232,7 +239,7 @@ class Result {
         button.hidden = false;
       }
     } finally {
-      this.card.removeAttribute("aria-busy");
+      if (!signal.aborted) this.card.removeAttribute("aria-busy");
     }
   }
 
@@ -240,8 +247,8 @@ class Result {
     const { label, map } = answer.explanations[0];
     const low = Math.min(...map.flat());
     const high = Math.max(...map.flat());
-    this.map = map;
-    this.isCropped = answer.crop === "center";
+    const [rows, columns] = answer.input_size;
+    this.seenRatio = answer.crop === "center" ? columns / rows : null;
     drawMap(this.find("canvas"), map, low, high);
     this.find("canvas").hidden = false;
     this.placeMap();
@@ -259,9 +266,9 @@ class Result {
   /** Lay the map over the region that the model sees: the largest centred one of its aspect ratio. */
   placeMap() {
     const image = this.find(".frame img");
-    if (!this.map || !image.naturalWidth) return;
+    if (this.seenRatio === undefined || !image.naturalWidth) return;
     const own = image.naturalWidth / image.naturalHeight;
-    const seen = this.isCropped ? this.map[0].length / this.map.length : own;
+    const seen = this.seenRatio ?? own;
     const width = Math.min(1, seen / own);
     const height = Math.min(1, own / seen);
     Object.assign(this.find("canvas").style, {
