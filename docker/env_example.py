@@ -44,8 +44,8 @@ HEAD = """\
 #MONITORING_ADDRESS=127.0.0.1
 #GRAFANA_PORT=3000
 #PROMETHEUS_PORT=9090
-# Where operators reach Prometheus: alarms that are sent link to it, and to the runbook that it shows. With a path, a
-# proxy there takes the path away.
+# Where operators reach Prometheus: alarms that are sent link to it, and to the runbook that it shows. If it has a
+# path, the proxy there must strip it: Prometheus itself answers at /.
 #PROMETHEUS_URL=http://localhost:9090
 
 # Grafana. Without a password one is made up at the first start: docs/deployment.md. ANONYMOUS=true lets everybody look.

@@ -118,7 +118,13 @@ def hangup_ends() -> bool:
 
 
 class WorkerConfig(Config):
-    """uvicorn's configuration of a supervisor; it is pickled for each worker."""
+    """uvicorn's configuration of a supervisor; it is pickled for each worker.
+
+    Attributes:
+        is_replacement: whether workers that are started now find others that serve.
+    """
+
+    is_replacement = False
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(
@@ -132,6 +138,7 @@ class Worker(multiprocess.Process):
 
     config: WorkerConfig
     _server: Server | None
+    _asked: float | None = None  # when the health check was sent that is not answered yet (`time.monotonic`)
 
     def target(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve, in the new process; it ends with STARTUP_FAILURE where it was never ready."""
@@ -142,9 +149,25 @@ class Worker(multiprocess.Process):
         threading.Thread(target=self.always_pong, daemon=True).start()
         threading.Thread(target=drain_with_parent, daemon=True).start()
         server = self._server = make_server(settings)
+        server.listens_when_ready = self.config.is_replacement
         status = serve(server, sockets or [])
         # Not sys.exit: a thread that hangs in a driver must not keep a failed process from being replaced.
         os._exit(STARTUP_FAILURE if status == 1 and not server.was_ready else status)
+
+    def is_alive(self, timeout: float = HEALTH_CHECK_TIMEOUT_S) -> bool:
+        """Tell whether it runs, and no health check is older than ``timeout``; wait for no answer."""
+        if not self.process.is_alive():
+            return False
+        try:
+            if self._asked is None:
+                self.parent_conn.send(b"ping")
+                self._asked = time.monotonic()
+            elif self.parent_conn.poll():
+                self.parent_conn.recv()
+                self._asked = None
+        except (OSError, EOFError):
+            return False
+        return self._asked is None or time.monotonic() - self._asked < timeout
 
     def pong(self) -> None:
         """Answer one health check, and not before the event loop goes on, where it hangs."""
@@ -168,6 +191,12 @@ class Supervisor(Multiprocess):
     """uvicorn's, with workers of ours. A closed terminal ends it; uvicorn's would restart its workers."""
 
     interrupts = 0
+    config: WorkerConfig
+
+    def init_processes(self) -> None:
+        """Start the first workers; those that are started later take the place of one."""
+        super().init_processes()
+        self.config.is_replacement = True
 
     @property
     def is_interrupted(self) -> bool:

@@ -151,7 +151,7 @@ TRAFFIC = (
         shows="Requests answered with an error, by its stable code, whatever the route.",
         bad="internal_error, decoding_failed, inference_failed, deadline_exceeded, unavailable, overloaded, "
         "folder_unavailable, not_ready, draining: the service's. All others: a client's.",
-        do="docs/operations.md lists every code; the log has a line for each error that is the service's fault.",
+        do="docs/operations.md lists every code; the log has a line for each of the first three.",
         queries=(Query(rate("perceiver_rejections_total", by="reason"), "{{reason}}"),),
         stacked=True,
     ),

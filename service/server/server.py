@@ -42,6 +42,7 @@ class Server(uvicorn.Server):
         management_sockets: that already listen, for the management port; none where the main port has all.
         failed: whether it ended because the service can't go on.
         was_ready: whether the service was ready before.
+        listens_when_ready: whether others listen on the same sockets, and serve clients until this one is ready.
         last_tick: when the event loop last looked whether to end (`time.monotonic`).
     """
 
@@ -49,6 +50,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.service: Service = config.service
         self.management_sockets: list[socket.socket] = []
+        self.listens_when_ready = False
         self._address = ""
         self._not_listening: list[socket.socket] = []
         self.last_tick = time.monotonic()
@@ -80,7 +82,7 @@ class Server(uvicorn.Server):
         self._drain_until = time.monotonic() + self.service.settings.drain_timeout_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so. One of several workers lets the others serve clients until it is ready.
+        """Listen, and say so.
 
         As uvicorn does, which knows no limits for TLS but the loop's: a minute for the handshake, and half a minute for
         what is not sent yet when a connection is closed.
@@ -94,11 +96,11 @@ class Server(uvicorn.Server):
         if self.lifespan.should_exit:
             raise SystemExit(STARTUP_FAILURE)
         settings = self.service.settings
-        management = Listener(is_management=True)
-        self.servers = [await self._listen(one, management) for one in self.management_sockets]
-        self._not_listening = sockets
-        if settings.workers == 1:
+        self.servers, self._not_listening = [], sockets
+        if not self.listens_when_ready:
             await self._listen_to_clients()
+        management = Listener(is_management=True)
+        self.servers += [await self._listen(one, management) for one in self.management_sockets]
         self.started = True
         self._address = address(sockets[0], settings)
         if settings.workers == 1:  # else the supervisor has said it

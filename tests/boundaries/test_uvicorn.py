@@ -27,7 +27,7 @@ OVERRIDDEN = {
         Multiprocess,
         "handle_int handle_term handle_hup terminate_all keep_subprocess_alive init_processes",
     ),
-    "service/launcher.py, Worker": (multiprocess.Process, "target pong always_pong"),
+    "service/launcher.py, Worker": (multiprocess.Process, "target is_alive pong always_pong"),
 }
 READ = {
     "service/server/protocol.py": (
