@@ -261,7 +261,10 @@ class DynamicBatcher:
                 raise ValueError(f"the engine returned {len(result.logits)} rows for {batch.size} images")
         except Exception as error:
             result = error
-        call_in_loop(self._loop, self._finish, member, batch, result, perf_counter() - begun)
+        try:
+            call_in_loop(self._loop, self._finish, member, batch, result, perf_counter() - begun)
+        finally:
+            del result  # an error's traceback holds this frame: a cycle that keeps the images and the session
 
     def _finish(self, member: PooledEngine, batch: Batch, result: Outputs | Exception, seconds: float) -> None:
         """End the futures of a batch and release its engine; in the event loop."""
