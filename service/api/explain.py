@@ -115,7 +115,7 @@ class ExplainRequest(InferenceRequest):
             del future  # an error's traceback holds this frame: a cycle of references
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
-        return await self._service.decoder.in_thread(function, self._until)
+        return await self._service.decoder.in_thread(function, self._until, is_background=True)
 
     async def _drawn(self, live: LiveModel) -> bytes:
         shown = live.metadata.model_copy(update={"input_size": display_size(live.metadata.input_size)})

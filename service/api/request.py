@@ -6,6 +6,7 @@ where the body is small, and an ASGI task where it is large or chunked; both cal
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +152,9 @@ class InferenceRequest:
         decoder = self._service.decoder
         try:
             if uploads is None:
-                uploads = self._admit(live, await decoder.in_thread(lambda: self._parse(body), self._until))
+                parse = partial(self._parse, body)
+                payload = await decoder.in_thread(parse, self._until, is_background=self.is_background)
+                uploads = self._admit(live, payload)
             images = self._pixels
             if images is None:
                 images = await decoder.decode(uploads, live.metadata, self._until)

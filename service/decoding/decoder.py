@@ -8,7 +8,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Final, TypeVar
 
 import numpy as np
@@ -70,6 +70,7 @@ class Decoder:
         self._threads = ThreadPoolExecutor(PARSE_THREADS, thread_name_prefix="parse")
         # Waiting is done here and not in the executor's queue: what is cancelled while it waits frees its memory.
         self._free = asyncio.Semaphore(PARSE_THREADS)
+        self._free_for_background = asyncio.Semaphore(PARSE_THREADS - 1)
 
     async def start(self) -> None:
         """Start the threads and the decode processes, and return when these are ready.
@@ -196,8 +197,13 @@ class Decoder:
         self.processes.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def in_thread(self, function: Callable[[], T], deadline: float) -> T:
+    async def in_thread(self, function: Callable[[], T], deadline: float, *, is_background: bool = False) -> T:
         """Call a function that would hold up the event loop, in one of few threads that are there from the start.
+
+        Args:
+            function: what to call.
+            deadline: loop time.
+            is_background: leave one of the threads to others.
 
         Raises:
             DeadlineExceeded: it did not return before the deadline.
@@ -205,14 +211,17 @@ class Decoder:
         """
         loop = asyncio.get_running_loop()
         async with self._before(deadline):
-            await self._free.acquire()
-            try:
-                work = self._threads.submit(function)
-            except RuntimeError as error:
-                self._free.release()
-                raise Unavailable("The system starts no more threads; try again later.") from error
+            with ExitStack() as taken:
+                for place in (self._free_for_background, self._free) if is_background else (self._free,):
+                    await place.acquire()
+                    taken.callback(place.release)
+                try:
+                    work = self._threads.submit(function)
+                except RuntimeError as error:
+                    raise Unavailable("The system starts no more threads; try again later.") from error
+                places = taken.pop_all()
             # When the thread is free, not when nobody waits any more: it can't be interrupted.
-            work.add_done_callback(lambda _: call_in_loop(loop, self._free.release))
+            work.add_done_callback(lambda _: call_in_loop(loop, places.close))
             try:
                 return await asyncio.wrap_future(work)
             finally:

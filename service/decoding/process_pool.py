@@ -170,6 +170,8 @@ class DecodeProcess(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Collect a reply."""
+        if self._is_abandoned:
+            return  # killed while the reply was on its way: it takes no other image
         self._received += data
         if len(self._received) < REPLY.size:
             return

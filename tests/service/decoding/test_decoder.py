@@ -204,6 +204,18 @@ async def test_threads_are_there_before_the_system_starts_no_more(monkeypatch: p
     other.close()
 
 
+async def test_what_runs_in_the_background_leaves_a_thread_to_others() -> None:
+    decoder = Decoder(Settings())
+    held = threading.Event()
+    later = [asyncio.create_task(decoder.in_thread(held.wait, NEVER, is_background=True)) for _ in range(3)]
+    await asyncio.sleep(0.05)
+    assert await decoder.in_thread(lambda: 2, NEVER) == 2
+    later.pop().cancel()  # which waits for a place
+    held.set()
+    assert await asyncio.gather(*later) == [True, True]
+    decoder.close()
+
+
 async def test_a_thread_that_is_late_keeps_its_place_until_it_ends() -> None:
     decoder = Decoder(Settings())
     held = threading.Event()

@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -110,6 +111,20 @@ async def test_an_image_that_nobody_waits_for_is_finished_or_ended(monkeypatch: 
         os.kill(pids(pool)[0], signal.SIGSTOP)  # it hangs, where no timer of its own runs
         work = asyncio.create_task(pool.run(JOB, FILE))
         await asyncio.sleep(0.01)
+        work.cancel()
+        check(await pool.run(JOB, FILE))
+        assert reasons == ["abandoned"]
+
+
+async def test_one_that_is_killed_while_its_reply_is_on_the_way_gets_no_other_image() -> None:
+    async with pool_of(1) as (pool, reasons):
+        (process,) = pool.processes
+        work = asyncio.create_task(pool.run(JOB, FILE))
+        await asyncio.sleep(0)
+        assert process._reply is not None
+        time.sleep(1)  # noqa: ASYNC251 - the loop reads nothing, and the reply is there
+        process._is_abandoned = True  # as the timer of `abandon` does
+        process.kill()
         work.cancel()
         check(await pool.run(JOB, FILE))
         assert reasons == ["abandoned"]
