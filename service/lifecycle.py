@@ -131,7 +131,7 @@ class Service:
     @property
     def queue_length(self) -> int:
         """Images waiting for a batch."""
-        return 0 if self.store.live is None else self.store.live.batcher.queue_length
+        return self.store.queue_length
 
     async def _serve_models(self) -> None:
         try:

@@ -132,6 +132,11 @@ class ModelStore:
         return [records[number] for number in sorted(records)]
 
     @property
+    def queue_length(self) -> int:
+        """Images waiting for a batch, those of a version that retires too."""
+        return sum(model.batcher.queue_length for model in self._serving())
+
+    @property
     def refused_versions(self) -> int:
         """Number of refused versions that would otherwise serve in place of the live one."""
         lowest = 0 if self.live is None else self.live.version

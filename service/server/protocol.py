@@ -219,7 +219,7 @@ class HttpProtocol(TimedProtocol):
     def on_response_complete(self) -> None:
         """Wait for the next request; linger where the response came before the end of the body."""
         self.server_state.total_requests += 1
-        if self._last_error is not None:
+        if self._last_error is not None and not self.transport.is_closing():
             self.refuse(self._last_error)
             return
         if self._is_dropping and not self.transport.is_closing():  # it came when the head of the response was sent

@@ -120,7 +120,7 @@ class TimedProtocol(HttpToolsProtocol):
 
     def _in_time(self) -> None:
         """Stop the clock: the client has done what it had to; an answer that it does not read still has its limit."""
-        if not self.flow.write_paused:
+        if not (self.flow.write_paused or self.transport.is_closing()):
             self.due = math.inf
 
     def _set_due(self) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from service.server import connections, timeouts
-from tests.service.harness import ended, error_of, png, read_answer, request_head, running
+from tests.service.harness import Running, ended, error_of, png, read_answer, request_head, running
 
 
 async def test_a_client_that_says_nothing_is_disconnected(tmp_path: Path) -> None:
@@ -191,15 +191,33 @@ async def test_who_is_refused_and_does_not_read_it_is_disconnected(
         _, writer = await run.connect()
         writer.transport.pause_reading()  # type: ignore[attr-defined]
         state = run.server.server_state
-        (connection,) = state.connections
-        # More answers than the buffers of both sockets hold, and not so many that the service waits for its client.
-        while not connection.transport.get_write_buffer_size():
-            answered = state.total_requests
-            writer.write(request_head(None, target="/page/page.js", method="GET"))
-            await run.until(lambda answered=answered: state.total_requests > answered)
-        assert not connection.flow.write_paused
+        await fill(run, writer)
         writer.write(b"this is no HTTP\r\n\r\n")
         await run.until(lambda: not state.connections)
+
+
+@pytest.mark.parametrize("behind", [b"", b"this is no HTTP\r\n\r\n"])
+async def test_who_does_not_read_the_last_answer_of_a_connection_is_disconnected(tmp_path: Path, behind: bytes) -> None:
+    async with running(tmp_path, write_timeout_s=1, header_timeout_s=600, keep_alive_s=600) as run:
+        _, writer = await run.connect()
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        state = run.server.server_state
+        (connection,) = state.connections
+        await fill(run, writer)
+        writer.write(request_head(4, "Connection: close") + b"junk" + behind)
+        await run.until(lambda: not state.connections)
+        assert connection.transport.is_closing()
+
+
+async def fill(run: Running, writer: asyncio.StreamWriter) -> None:
+    """Ask for more than the buffers of both sockets hold, and for less than the service waits for its client for."""
+    state = run.server.server_state
+    (connection,) = state.connections
+    while not connection.transport.get_write_buffer_size():
+        answered = state.total_requests
+        writer.write(request_head(None, target="/page/page.js", method="GET"))
+        await run.until(lambda answered=answered: state.total_requests > answered)
+    assert not connection.flow.write_paused
 
 
 async def test_an_idle_connection_is_closed_in_its_time(tmp_path: Path) -> None:
