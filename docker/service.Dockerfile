@@ -4,7 +4,7 @@
 ARG PYTHON_IMAGE=python:3.11.15-slim-bookworm
 
 
-# The CUDA libraries: nine tenths of the image, and a layer of its own that only constraints-cuda.txt changes.
+# The CUDA libraries: nearly four fifths of the image, and a layer of its own that only constraints-cuda.txt changes.
 FROM ${PYTHON_IMAGE} AS cuda
 ARG RUNTIME=gpu
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
