@@ -134,8 +134,8 @@ PROCESS = (
         unit="suffix: cores",
         shows="Processor cores that each process keeps busy.",
         bad="On a GPU host, near 1 and latency up: the event loop is the limit.",
-        do="Raise PERCEIVER_WORKERS, with PERCEIVER_MANAGEMENT_PORT, or start another replica. On a CPU host all cores are "
-        "used on purpose.",
+        do="Raise PERCEIVER_WORKERS, with PERCEIVER_MANAGEMENT_PORT, or start another replica. On a CPU host all cores "
+        "are used on purpose.",
         queries=(Query(f'rate(process_cpu_seconds_total{{job="perceiver", {HERE}}}{RATE})', "{{instance}}"),),
         width=6,
     ),
