@@ -1,7 +1,7 @@
 """Dynamic batching: claim an engine, then pop. One asyncio task and a deque; no batch waits for a timer.
 
     wait until the queue is not empty -> claim a free engine -> pop up to max_batch_size, or the engine's share,
-    dropping cancelled and expired requests -> run in the engine thread -> end every future exactly once -> release
+    dropping cancelled and expired requests -> run in the engine thread -> release -> end every future exactly once
 
 Batches form by themselves while the engines are busy; an idle service runs an image at once. Late arrivals join until
 the pop. `service.batching.queue` defines the order in which images leave the queue. Background batches take the last
@@ -91,8 +91,9 @@ class DynamicBatcher:
         self._on_failure = on_failure
         self._queue = PriorityQueue()
         self._arrived = asyncio.Event()  # the queue is not empty
-        self._idle = asyncio.Event()  # the queue is empty and no engine runs
+        self._idle = asyncio.Event()  # the queue is empty, no engine runs, and all futures have ended
         self._idle.set()
+        self._ending = 0  # batches that have run and whose futures have not ended
         self._loop_task: asyncio.Task[None] | None = None
         self._last_normal = -math.inf  # when a request came that is not of the background, in loop time
         self._expiry_timer = Timer(self._drop_expired)
@@ -267,12 +268,24 @@ class DynamicBatcher:
             del result  # an error's traceback holds this frame: a cycle that keeps the images and the session
 
     def _finish(self, member: PooledEngine, batch: Batch, result: Outputs | Exception, seconds: float) -> None:
-        """End the futures of a batch and release its engine; in the event loop."""
+        """Release the engine of a batch and end its futures; in the event loop."""
         if member.hung:
             return  # `_hung` has failed them
         if member.watchdog is not None:
             member.watchdog.cancel()
         member.batch = None
+        self._ending += 1
+        if isinstance(result, Exception):  # ended before: what is left of its requests must not run
+            self._end(member, batch, result, seconds)
+        self._pool.release(member)
+        if self._queue:
+            self._arrived.set()
+        if not isinstance(result, Exception):
+            # Ended after: clients are answered while the next batch runs, which the release starts.
+            self._loop.call_soon(self._end, member, batch, result, seconds)
+
+    def _end(self, member: PooledEngine, batch: Batch, result: Outputs | Exception, seconds: float) -> None:
+        self._ending -= 1
         try:
             if isinstance(result, Exception):
                 self._fail_batch(member, batch, result)
@@ -280,9 +293,6 @@ class DynamicBatcher:
                 self._complete(member, batch, result, seconds)
         except Exception as error:  # raised by an observer
             self._observer_failed(error)
-        self._pool.release(member)
-        if self._queue:
-            self._arrived.set()
         self._update_idle()
 
     def _complete(self, member: PooledEngine, batch: Batch, outputs: Outputs, seconds: float) -> None:
@@ -350,5 +360,5 @@ class DynamicBatcher:
             self._on_failure(reason)
 
     def _update_idle(self) -> None:
-        if not self._queue and not self._pool.is_busy:
+        if not self._queue and not self._pool.is_busy and not self._ending:
             self._idle.set()

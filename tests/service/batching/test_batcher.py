@@ -35,6 +35,41 @@ async def test_late_arrivals_join_the_batch_that_forms_while_one_runs(start: Sta
     assert batcher.queue_length == 0
 
 
+class Answer:
+    """A future whose result takes long to write: until the engine has begun another run."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+        self._is_done = False
+        self.ran_meanwhile: list[bool] = []
+
+    def done(self) -> bool:
+        return self._is_done
+
+    def cancelled(self) -> bool:
+        return False
+
+    def set_result(self, _result: object) -> None:
+        self._is_done = True
+        self.ran_meanwhile.append(self._engine.runs.acquire(timeout=5))
+
+    def set_exception(self, exception: Exception) -> None:
+        raise exception
+
+
+async def test_the_next_batch_runs_while_answers_are_written(start: Start) -> None:
+    engine = FakeEngine(max_batch_size=1)
+    engine.hold()
+    batcher = start(engine)
+    answer = Answer(engine)
+    batcher.submit([image(0).data], answer)
+    await begun(engine)
+    tasks = await submitted(batcher, 1)
+    engine.let_go()
+    assert await numbers(tasks) == [1]
+    assert answer.ran_meanwhile == [True]
+
+
 async def test_order_is_kept_over_many_batches(start: Start) -> None:
     engine, batcher, first = await holding(start)
     tasks = await submitted(batcher, *range(1, 40))

@@ -132,6 +132,15 @@ async def test_draining_serves_accepted_requests_and_refuses_new_ones(start: Sta
     assert await numbers([first, *tasks]) == list(range(8))
 
 
+async def test_a_drain_waits_for_answers_of_a_run_after_which_nobody_waits(start: Start) -> None:
+    engine, batcher, first = await holding(start)
+    (cancelled,) = await submitted(batcher, 1)
+    cancelled.cancel()
+    engine.release()
+    await batcher.drain()
+    assert first.done()
+
+
 async def test_draining_an_idle_batcher_ends_at_once(start: Start) -> None:
     batcher = start(FakeEngine())
     await batcher.drain()
