@@ -14,6 +14,7 @@ channels.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,9 @@ Floats = NDArray[np.float32]
 CONTRIB_DOMAIN = "com.microsoft"  # of onnxruntime's own operators
 CALIBRATION_BATCH = 16
 CALIBRATION_ROWS = 16_384  # of each input; more do not change the scales
-MAX_INT8 = 127  # symmetric, so that a column needs no zero point
+# Largest rounded weights; symmetric, so that a column needs no zero point. The second is for processors that add pairs
+# of products in 16 bits, which 255 * 127 * 2 exceeds (onnxruntime's own quantization calls it reduce_range).
+MAX_INT8, MAX_INT8_IN_PAIRS = 127, 63
 WEIGHT_RANGES = np.linspace(0.75, 1.0, 11)  # shares of a column's largest weight that are tried as its range
 INPUT_RANGES = np.linspace(0.5, 1.0, 21)  # shares of an input's extremes that are tried as its range
 DAMPING = 0.01  # added to the diagonal of the inputs' second moments, as a share of its mean
@@ -139,6 +142,23 @@ def _scale_of(low: float, high: float) -> tuple[float, float]:
     return scale, float(np.clip(np.round(-low / scale), 0, 255))
 
 
+@cache
+def largest_weight() -> int:
+    """The largest rounded weight whose products this processor adds without saturation."""
+    inputs = [helper.make_tensor_value_info("rows", TensorProto.UINT8, [1, 64])]
+    outputs = [helper.make_tensor_value_info("sums", TensorProto.FLOAT, [1, 16])]
+    constants = [
+        numpy_helper.from_array(np.full((64, 16), MAX_INT8, dtype=np.int8), "weight"),
+        numpy_helper.from_array(np.ones((), dtype=np.float32), "scale"),
+    ]
+    names = ["rows", "weight", "scale", "scale"]
+    node = helper.make_node("MatMulIntegerToFloat", names, ["sums"], domain=CONTRIB_DOMAIN)
+    graph = helper.make_graph([node], "saturation", inputs, outputs, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid(CONTRIB_DOMAIN, 1)], ir_version=10)
+    (sums,) = open_session(model).run(None, {"rows": np.full((1, 64), 255, dtype=np.uint8)})
+    return MAX_INT8 if (sums == 64 * 255 * MAX_INT8).all() else MAX_INT8_IN_PAIRS
+
+
 def round_weight(weight: Floats, rows: Floats) -> tuple[NDArray[np.int8], Floats]:
     """Round a weight by GPTQ, so that its product with the calibration rows changes least.
 
@@ -154,26 +174,27 @@ def round_weight(weight: Floats, rows: Floats) -> tuple[NDArray[np.int8], Floats
     moments = inputs.T @ inputs / len(inputs)
     mean = float(np.diag(moments).mean())
     moments += np.eye(len(moments)) * (DAMPING * mean if mean > 0 else 1.0)
-    scales = _column_scales(matrix, moments)
+    limit = largest_weight()
+    scales = _column_scales(matrix, moments, limit)
     # The largest inputs first: all others can still compensate their errors.
     order = np.argsort(-np.diag(moments), kind="stable")
     upper = np.linalg.cholesky(np.linalg.inv(moments[np.ix_(order, order)])).T
     left = matrix[order]
     rounded = np.zeros_like(left)
     for channel in range(len(left)):
-        rounded[channel] = np.clip(np.round(left[channel] / scales), -MAX_INT8, MAX_INT8)
+        rounded[channel] = np.clip(np.round(left[channel] / scales), -limit, limit)
         error = (left[channel] - rounded[channel] * scales) / upper[channel, channel]
         left[channel + 1 :] -= np.outer(upper[channel, channel + 1 :], error)
     return rounded[np.argsort(order)].astype(np.int8), scales.astype(np.float32)
 
 
-def _column_scales(matrix: NDArray[np.float64], moments: NDArray[np.float64]) -> NDArray[np.float64]:
+def _column_scales(matrix: NDArray[np.float64], moments: NDArray[np.float64], limit: int) -> NDArray[np.float64]:
     """Choose for each column the range whose rounding to nearest changes the product least; float64 [O]."""
     largest = np.maximum(np.abs(matrix).max(axis=0), 1e-12)
-    candidates = [largest * share / MAX_INT8 for share in WEIGHT_RANGES]
+    candidates = [largest * share / limit for share in WEIGHT_RANGES]
     errors = []
     for scales in candidates:
-        error = np.clip(np.round(matrix / scales), -MAX_INT8, MAX_INT8) * scales - matrix
+        error = np.clip(np.round(matrix / scales), -limit, limit) * scales - matrix
         errors.append(np.einsum("io,io->o", error, moments @ error))
     best: NDArray[np.float64] = np.choose(np.argmin(errors, axis=0), candidates)
     return best
