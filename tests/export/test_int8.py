@@ -11,10 +11,12 @@ from export.graph.to_onnx import to_onnx
 from export.graph.trained import TrainedModel
 from export.quantization import sensitivity
 from export.quantization.int8 import (
+    MAX_INT8,
     QuantizedLayer,
     choose_scale,
     collect_inputs,
     find_layers,
+    largest_weight,
     open_session,
     quantize_layer,
     quantize_layers,
@@ -188,4 +190,4 @@ def test_a_dense_layer_that_holds_its_matrix_transposed_is_quantized_as_well() -
     whole, rough = (
         sensitivity.run_graph(graph, images) for graph in (plain, replace_layers(plain, quantize_layers(plain, images)))
     )
-    assert 0 < np.sqrt(np.square(whole - rough).mean()) < 0.1 * whole.std()
+    assert 0 < np.abs(whole - rough).max() < 0.2 * MAX_INT8 / largest_weight()
