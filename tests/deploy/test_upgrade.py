@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import threading
 import time
@@ -20,9 +21,9 @@ from tests.fakes import make_model_folder
 from tests.service.harness import png, request_head
 
 CLIENTS = 4
-DRAINING_S = 0.5
 NOTICED_S = 0.5  # until the last node has taken the pod out of its endpoints
 PRE_STOP_S, DRAIN_DELAY_S = 1.0, 2.0
+LEAVING = re.compile("leaving: |draining: ")  # what the log says at the signal
 
 
 class ServiceProxy:
@@ -112,12 +113,14 @@ def answered(process: Process) -> float:
     return sum(float(line.split()[-1]) for line in lines)
 
 
-def upgrade(tmp_path: Path, *, drain_delay_s: float, until_seen: str) -> Counter[str]:
-    """Replace one pod by another while clients post; what they saw.
+def upgrade(tmp_path: Path, *, drain_delay_s: float) -> tuple[Counter[str], int]:
+    """Replace one pod by another while clients post.
 
     Args:
         drain_delay_s: setting of the pods.
-        until_seen: status that a client must see before the old pod may end.
+
+    Returns:
+        What these clients saw, and the status for one whose connection to the old pod was idle at the signal.
     """
     make_model_folder(tmp_path / "m")
     arguments = on_model(tmp_path / "m", "--drain-delay-s", str(drain_delay_s))
@@ -128,9 +131,11 @@ def upgrade(tmp_path: Path, *, drain_delay_s: float, until_seen: str) -> Counter
         old.ready(),
         new.ready(),
         proxy.running() as url,
+        httpx.Client(base_url=url, timeout=SECONDS) as idle,
         socket.create_connection((urlsplit(old.url()).hostname, urlsplit(old.url()).port)) as slow,
     ):
         proxy.endpoints = [old.url()]
+        assert idle.post("/predict", content=png(1), headers=IMAGE).status_code == 200
         with clients(url) as seen:
             old.wait(lambda: seen["200"] > 20)
             proxy.endpoints = [old.url(), new.url()]  # maxSurge 1: it is ready before the old one is stopped
@@ -139,24 +144,29 @@ def upgrade(tmp_path: Path, *, drain_delay_s: float, until_seen: str) -> Counter
             noticed.start()
             time.sleep(PRE_STOP_S)
             body = png(1)
-            slow.sendall(request_head(len(body)) + body[:30])
-            old.wait(lambda: "perceiver_admitted_bytes 30.0" in httpx.get(f"{old.url()}/metrics").text)
+            slow.sendall(request_head(len(body), "Expect: 100-continue"))
+            assert slow.recv(100).startswith(b"HTTP/1.1 100")  # it is accepted, and the old pod waits for it
+            slow.sendall(body[:30])
             old.signal()
-            time.sleep(DRAINING_S)
-            old.wait(lambda: seen[until_seen] > 0)
+            old.wait(lambda: LEAVING.search(old.stderr))
+            status = idle.post("/predict", content=png(1), headers=IMAGE).status_code
             slow.sendall(body[30:])  # what was accepted is answered, however slowly it comes
             assert slow.recv(100).startswith(b"HTTP/1.1 200")
             assert old.exit_status() == 0
             noticed.join()
             before = answered(new)
             new.wait(lambda: answered(new) > before)
-    return seen
+    return seen, status
 
 
 def test_nobody_notices(tmp_path: Path):
-    assert set(upgrade(tmp_path, drain_delay_s=DRAIN_DELAY_S, until_seen="200")) == {"200"}
+    seen, status = upgrade(tmp_path, drain_delay_s=DRAIN_DELAY_S)
+    assert set(seen) == {"200"}
+    assert status == 200
 
 
 def test_a_pause_before_the_signal_is_not_enough(tmp_path: Path):
     """Who keeps a connection to the old pod is told 503 on it: so the test above can fail, and the delay is needed."""
-    assert set(upgrade(tmp_path, drain_delay_s=0, until_seen="503")) == {"200", "503"}
+    seen, status = upgrade(tmp_path, drain_delay_s=0)
+    assert set(seen) <= {"200", "503"}
+    assert status == 503
