@@ -22,7 +22,7 @@ from tests.service.harness import png, request_head
 
 CLIENTS = 4
 NOTICED_S = 0.5  # until the last node has taken the pod out of its endpoints
-PRE_STOP_S, DRAIN_DELAY_S = 1.0, 2.0
+PRE_STOP_S, DRAIN_DELAY_S = 1.0, 5.0
 LEAVING = re.compile("leaving: |draining: ")  # what the log says at the signal
 
 
@@ -77,23 +77,32 @@ class ServiceProxy:
             writer.close()
 
 
-def post_all_the_time(url: str, stop: threading.Event, seen: Counter[str]) -> None:
+class Seen:
+    """What clients were answered: how often each status, and how many answers each client has."""
+
+    def __init__(self) -> None:
+        self.statuses = Counter[str]()
+        self.answers = [0] * CLIENTS
+
+
+def post_all_the_time(url: str, number: int, stop: threading.Event, seen: Seen) -> None:
     """What a client does that has one connection, and a new one where the service ends that."""
     with httpx.Client(base_url=url, timeout=SECONDS) as client:
         while not stop.is_set():
             try:
                 response = client.post("/predict", content=png(1), headers=IMAGE)
-                seen[f"{response.status_code}"] += 1
+                seen.statuses[f"{response.status_code}"] += 1
             except httpx.TransportError as error:
-                seen[repr(error)] += 1
+                seen.statuses[repr(error)] += 1
+            seen.answers[number] += 1
             time.sleep(0.02)  # most of the time its connection is idle, as a real client's is
 
 
 @contextmanager
-def clients(url: str) -> Iterator[Counter[str]]:
+def clients(url: str) -> Iterator[Seen]:
     """Count what clients see while the block runs, and until each has had its last answer."""
-    stop, seen = threading.Event(), Counter[str]()
-    threads = [threading.Thread(target=post_all_the_time, args=(url, stop, seen)) for _ in range(CLIENTS)]
+    stop, seen = threading.Event(), Seen()
+    threads = [threading.Thread(target=post_all_the_time, args=(url, one, stop, seen)) for one in range(CLIENTS)]
     for thread in threads:
         thread.start()
     try:
@@ -132,31 +141,34 @@ def upgrade(tmp_path: Path, *, drain_delay_s: float) -> tuple[Counter[str], int]
         new.ready(),
         proxy.running() as url,
         httpx.Client(base_url=url, timeout=SECONDS) as idle,
-        socket.create_connection((urlsplit(old.url()).hostname, urlsplit(old.url()).port)) as slow,
     ):
         proxy.endpoints = [old.url()]
         assert idle.post("/predict", content=png(1), headers=IMAGE).status_code == 200
         with clients(url) as seen:
-            old.wait(lambda: seen["200"] > 20)
+            old.wait(lambda: seen.statuses["200"] > 20)
             proxy.endpoints = [old.url(), new.url()]  # maxSurge 1: it is ready before the old one is stopped
             # The old pod is deleted: the kubelet begins with preStop, and the nodes hear of it meanwhile.
             noticed = threading.Timer(NOTICED_S, lambda: proxy.endpoints.remove(old.url()))
             noticed.start()
             time.sleep(PRE_STOP_S)
-            body = png(1)
-            slow.sendall(request_head(len(body), "Expect: 100-continue"))
-            assert slow.recv(100).startswith(b"HTTP/1.1 100")  # it is accepted, and the old pod waits for it
-            slow.sendall(body[:30])
-            old.signal()
-            old.wait(lambda: LEAVING.search(old.stderr))
-            status = idle.post("/predict", content=png(1), headers=IMAGE).status_code
-            slow.sendall(body[30:])  # what was accepted is answered, however slowly it comes
-            assert slow.recv(100).startswith(b"HTTP/1.1 200")
-            assert old.exit_status() == 0
             noticed.join()
+            body = png(1)
+            with socket.create_connection((urlsplit(old.url()).hostname, urlsplit(old.url()).port)) as slow:
+                slow.sendall(request_head(len(body), "Expect: 100-continue"))
+                assert slow.recv(100).startswith(b"HTTP/1.1 100")  # it is accepted, and the old pod waits for it
+                slow.sendall(body[:30])
+                old.signal()
+                old.wait(lambda: LEAVING.search(old.stderr))
+                status = idle.post("/predict", content=png(1), headers=IMAGE).status_code
+                # The second answer from now on was asked for after the signal: nobody is left on the old pod.
+                at_signal = list(seen.answers)
+                old.wait(lambda: all(now >= then + 2 for now, then in zip(seen.answers, at_signal, strict=True)))
+                slow.sendall(body[30:])  # what was accepted is answered, however slowly it comes
+                assert slow.recv(100).startswith(b"HTTP/1.1 200")
+            assert old.exit_status() == 0
             before = answered(new)
             new.wait(lambda: answered(new) > before)
-    return seen, status
+    return seen.statuses, status
 
 
 def test_nobody_notices(tmp_path: Path):
